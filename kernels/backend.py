@@ -1,0 +1,92 @@
+"""What a compute backend takes and gives: the one interface between the server and the experts' arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """FP8 weights of E local experts of one layer, contiguous, each with one FP32 scale per 128x128 block.
+
+    A value is `weight.float() * scale of its block`. I is the experts' intermediate size, H the hidden size.
+    """
+
+    up_gate: Tensor
+    """[E, 2I, H] float8_e4m3fn; rows 0..I-1 are up_proj, rows I..2I-1 gate_proj."""
+    up_gate_scales: Tensor
+    """[E, 2I/128, H/128] float32."""
+    down: Tensor
+    """[E, H, I] float8_e4m3fn."""
+    down_scales: Tensor
+    """[E, H/128, I/128] float32."""
+
+    @property
+    def num_experts(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.up_gate, self.up_gate_scales, self.down, self.down_scales)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """T tokens with the local experts that each was routed to."""
+
+    hidden: Tensor
+    """[T, H] float8_e4m3fn with `scales`, or bfloat16 without; contiguous."""
+    scales: Tensor | None
+    """[T, H/128] float32: a value of `hidden` is `hidden.float() * scale of its 1x128 block`."""
+    expert_ids: Tensor
+    """[T, k] int32: local expert index 0..E-1, or -1 for none. An expert occurs at most once in a row."""
+    weights: Tensor
+    """[T, k] float32: routing weight of each (token, expert) pair; ignored where the id is -1."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """Weighted sums over the local experts of each token, and what was computed for them."""
+
+    sums: Tensor
+    """[T, H] float32 or bfloat16: sum over the row's local experts of weight * expert(hidden)."""
+    pairs: Tensor
+    """[E] int32: (token, expert) pairs computed for each local expert."""
+
+
+class Backend(Protocol):
+    """Computes the expert FFNs of the layers that were loaded into it. Called by one thread only.
+
+    A batch goes through `copy_in`, `execute`, `copy_out`; the host tensors handed to `copy_in` must stay unchanged
+    until `copy_out` has returned.
+    """
+
+    @property
+    def name(self) -> str:
+        """The value of `--backend` that chooses this backend."""
+
+    @property
+    def device(self) -> str:
+        """The hardware that computes, for people to read."""
+
+    def load_layer(self, layer: int, weights: LayerWeights) -> None:
+        """Take a layer's weights from host memory."""
+
+    def copy_in(self, batches: Sequence[TokenBatch]) -> TokenBatch:
+        """Concatenate host batches of one dtype along T and move them to the device."""
+
+    def execute(self, layer: int, batch: TokenBatch) -> Partials:
+        """Compute the partial sums of a device batch in FP32."""
+
+    def copy_out(self, partials: Partials, dtype: torch.dtype) -> Partials:
+        """Convert the sums to `dtype` (float32 or bfloat16) and move the partials to host memory."""

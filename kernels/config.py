@@ -1,0 +1,140 @@
+"""The shape of a Mixture-of-Experts model, read from a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BLOCK = 128
+"""Elements along one side of a quantisation block: 128x128 for weights, 1x128 for activations."""
+
+SUPPORTED_MODEL_TYPES = ("deepseek_v3",)
+
+
+class InvalidConfig(ValueError):
+    """A model configuration that expertd cannot run; the message names the field and the bound."""
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """Counts and sizes of one model, under the names that Hugging Face configurations give them.
+
+    Defaults are DeepSeek-V3's. Sizes are in elements. Raises `InvalidConfig` for a model that expertd cannot run.
+    """
+
+    model_type: str = "deepseek_v3"
+    hidden_size: int = 7168
+    moe_intermediate_size: int = 2048
+    n_routed_experts: int = 256
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 2.5
+    norm_topk_prob: bool = True
+    num_hidden_layers: int = 61
+    first_k_dense_replace: int = 3
+    moe_layer_freq: int = 1
+
+    def __post_init__(self) -> None:
+        if self.model_type not in SUPPORTED_MODEL_TYPES:
+            raise InvalidConfig(
+                f"model_type {self.model_type!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+            )
+        for field in ("hidden_size", "moe_intermediate_size"):
+            size = getattr(self, field)
+            if size <= 0 or size % BLOCK:
+                raise InvalidConfig(f"{field} is {size}; it must be a positive multiple of {BLOCK}")
+        for field, low in _LEAST.items():
+            if getattr(self, field) < low:
+                raise InvalidConfig(f"{field} is {getattr(self, field)}; it must be at least {low}")
+        if self.n_routed_experts % self.n_group:
+            raise InvalidConfig(f"n_routed_experts {self.n_routed_experts} is not divisible by n_group {self.n_group}")
+        if self.topk_group > self.n_group:
+            raise InvalidConfig(f"topk_group {self.topk_group} exceeds n_group {self.n_group}")
+        if self.num_experts_per_tok > self.topk_group * self.experts_per_group:
+            raise InvalidConfig(
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds the "
+                f"{self.topk_group * self.experts_per_group} experts of topk_group {self.topk_group} groups"
+            )
+
+    @property
+    def experts_per_group(self) -> int:
+        return self.n_routed_experts // self.n_group
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose MLP is a Mixture of Experts, ascending."""
+        return tuple(
+            layer
+            for layer in range(self.first_k_dense_replace, self.num_hidden_layers)
+            if layer % self.moe_layer_freq == 0
+        )
+
+    @classmethod
+    def from_json(cls, path: Path) -> MoeConfig:
+        """Read a `config.json`; errors name the file."""
+        try:
+            fields = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise InvalidConfig(f"{path} does not exist; give the folder of a Hugging Face checkpoint") from None
+        except json.JSONDecodeError as error:
+            raise InvalidConfig(f"{path} is not valid JSON: {error}") from None
+        try:
+            return cls.from_hf(fields)
+        except InvalidConfig as error:
+            raise InvalidConfig(f"{path}: {error}") from None
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> MoeConfig:
+        """Build from the fields of a Hugging Face configuration, ignoring those that experts do not depend on."""
+        _refuse_unsupported(fields)
+        missing = [name for name in _REQUIRED if fields.get(name) is None]
+        if missing:
+            raise InvalidConfig(f"missing field {missing[0]!r}")
+        values = {name: fields[name] for name in _TYPES if fields.get(name) is not None}
+        for name, value in values.items():
+            if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and _TYPES[name] is not bool):
+                raise InvalidConfig(f"{name} is {value!r}; it must be {_describe(_TYPES[name])}")
+        return cls(**values)
+
+
+_LEAST = {
+    "n_routed_experts": 1,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 0,
+    "moe_layer_freq": 1,
+}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "model_type": str,
+    "hidden_size": int,
+    "moe_intermediate_size": int,
+    **dict.fromkeys(_LEAST, int),
+    "routed_scaling_factor": (int, float),
+    "norm_topk_prob": bool,
+}
+_REQUIRED = ("model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
+
+
+def _describe(kind: type | tuple[type, ...]) -> str:
+    return "a number" if isinstance(kind, tuple) else f"of type {kind.__name__}"
+
+
+def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
+    """Refuse fields that would silently change the computation."""
+    accepted: dict[str, tuple[object, ...]] = {
+        "scoring_func": (None, "sigmoid"),
+        "topk_method": (None, "noaux_tc"),
+        "hidden_act": (None, "silu"),
+    }
+    for name, values in accepted.items():
+        if fields.get(name) not in values:
+            raise InvalidConfig(f"{name} is {fields[name]!r}; supported: {values[-1]!r}")
+    block = (fields.get("quantization_config") or {}).get("weight_block_size")
+    if block is not None and list(block) != [BLOCK, BLOCK]:
+        raise InvalidConfig(f"weight_block_size is {block}; supported: [{BLOCK}, {BLOCK}]")
