@@ -1,0 +1,29 @@
+"""Sorting (token, expert) pairs by expert without a Python loop or a device-to-host copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PairOrder:
+    """The P = T * k slots of a batch, sorted by local expert; slots without an expert come last."""
+
+    tokens: Tensor
+    """[P] int64: the token of each sorted slot."""
+    slots: Tensor
+    """[P] int64: the flat index into the [T, k] ids of each sorted slot."""
+    counts: Tensor
+    """[E] int64: pairs of each expert; the first `counts.sum()` sorted slots are the pairs."""
+
+
+def sort_pairs(expert_ids: Tensor, num_experts: int) -> PairOrder:
+    """Sort [T, k] local expert ids (-1 for none) by expert, then by token. Works on any device."""
+    flat = expert_ids.reshape(-1)
+    keys = torch.where(flat < 0, num_experts, flat)
+    slots = keys.argsort(stable=True)
+    counts = keys.bincount(minlength=num_experts + 1)[:num_experts]
+    return PairOrder(tokens=slots // expert_ids.shape[1], slots=slots, counts=counts)

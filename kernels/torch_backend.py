@@ -1,0 +1,81 @@
+"""The `torch` backend: expert FFNs in FP32 on the CPU, for machines without a GPU and for tests."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad, silu
+
+from expertd.kernels.backend import LayerWeights, Partials, TokenBatch
+from expertd.kernels.quantize import dequantize_activations, dequantize_weights
+from expertd.kernels.token_sort import sort_pairs
+
+ROW_BLOCK = 16
+"""Rows of every matrix product. One fixed shape makes a token's bits independent of the rest of its batch."""
+
+
+class TorchBackend:
+    """Keeps dequantised FP32 weights (four times the FP8 bytes); batch-invariant, no second quantisation."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def device(self) -> str:
+        return f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
+
+    def load_layer(self, layer: int, weights: LayerWeights) -> None:
+        self._layers[layer] = (
+            dequantize_weights(weights.up_gate, weights.up_gate_scales),
+            dequantize_weights(weights.down, weights.down_scales),
+        )
+
+    def copy_in(self, batches: Sequence[TokenBatch]) -> TokenBatch:
+        if len(batches) == 1:
+            return batches[0]
+        scales = [batch.scales for batch in batches if batch.scales is not None]
+        return TokenBatch(
+            hidden=torch.cat([batch.hidden for batch in batches]),
+            scales=torch.cat(scales) if scales else None,
+            expert_ids=torch.cat([batch.expert_ids for batch in batches]),
+            weights=torch.cat([batch.weights for batch in batches]),
+        )
+
+    @torch.inference_mode()
+    def execute(self, layer: int, batch: TokenBatch) -> Partials:
+        up_gate, down = self._layers[layer]
+        if batch.scales is None:
+            hidden = batch.hidden.float()
+        else:
+            hidden = dequantize_activations(batch.hidden, batch.scales)
+        order = sort_pairs(batch.expert_ids, len(down))
+        pair_weights = batch.weights.reshape(-1, 1)
+        sums = torch.zeros_like(hidden)
+        first = 0
+        for expert, count in enumerate(order.counts.tolist()):
+            pairs = slice(first, first + count)
+            tokens, slots = order.tokens[pairs], order.slots[pairs]
+            if count:
+                rows = _expert_ffn(hidden[tokens], up_gate[expert], down[expert])
+                sums.index_add_(0, tokens, rows * pair_weights[slots])
+            first += count
+        return Partials(sums=sums, pairs=order.counts.to(torch.int32))
+
+    def copy_out(self, partials: Partials, dtype: torch.dtype) -> Partials:
+        return Partials(sums=partials.sums.to(dtype), pairs=partials.pairs)
+
+
+def _expert_ffn(hidden: Tensor, up_gate: Tensor, down: Tensor) -> Tensor:
+    """[m, H] rows through one expert -> [m, H], in products of exactly `ROW_BLOCK` rows."""
+    blocks = pad(hidden, (0, 0, 0, -len(hidden) % ROW_BLOCK)).split(ROW_BLOCK)
+    return torch.cat([_ffn(block, up_gate, down) for block in blocks])[: len(hidden)]
+
+
+def _ffn(hidden: Tensor, up_gate: Tensor, down: Tensor) -> Tensor:
+    up, gate = linear(hidden, up_gate).chunk(2, dim=-1)
+    return linear(silu(gate).mul_(up), down)
