@@ -1,0 +1,70 @@
+"""What can go wrong with a request: one exception, one gRPC status, the same on both ends of the wire."""
+
+from __future__ import annotations
+
+import grpc
+
+
+class ExpertdError(Exception):
+    """Base of the errors that cross the wire; `code` is the gRPC status that carries it."""
+
+    code = grpc.StatusCode.UNKNOWN
+
+
+class InvalidBatch(ExpertdError):
+    """The request is malformed; sending it again cannot help."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class UnknownExpert(ExpertdError):
+    """A layer or expert that the server does not own."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class ModelMismatch(ExpertdError):
+    """The caller and the server hold different models."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class StalePlacement(ExpertdError):
+    """The placement that the request was planned with is no longer in force."""
+
+    code = grpc.StatusCode.ABORTED
+
+
+class Overloaded(ExpertdError):
+    """The server's queue is full, or the message exceeds its limit; nothing was computed."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Unavailable(ExpertdError):
+    """The server is starting, draining or out of reach; another replica may answer."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineExceeded(ExpertdError):
+    """No answer within the caller's time limit."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class ServerFault(ExpertdError):
+    """The server, or its answer, is wrong; nothing of it was used."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+_BY_CODE: dict[grpc.StatusCode, type[ExpertdError]] = {kind.code: kind for kind in ExpertdError.__subclasses__()}
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def error_from_status(code: grpc.StatusCode | int, message: str) -> ExpertdError:
+    """The exception that a gRPC status stands for; statuses outside the contract become `ServerFault`."""
+    status = _CODES.get(code, grpc.StatusCode.UNKNOWN) if isinstance(code, int) else code
+    kind = _BY_CODE.get(status)
+    return kind(message) if kind else ServerFault(f"{status.name}: {message}")
