@@ -1,0 +1,141 @@
+"""Compile a cuTile kernel for any architecture without a GPU, and read what the compiler spent on it."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import re
+import shutil
+import subprocess
+import tempfile
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import cuda.tile as ct
+import torch
+from cuda.tile.compilation import (
+    ArrayConstraint,
+    CallingConvention,
+    ConstantConstraint,
+    KernelSignature,
+    ScalarConstraint,
+    export_kernel,
+)
+from torch import Tensor
+
+ALIGNMENT = 16
+"""Bytes to which a launch finds PyTorch's addresses and strides aligned, and the divisor it looks for in shapes."""
+_DTYPES = {
+    torch.float8_e4m3fn: ct.float8_e4m3fn,
+    torch.bfloat16: ct.bfloat16,
+    torch.float16: ct.float16,
+    torch.float32: ct.float32,
+    torch.int32: ct.int32,
+    torch.int64: ct.int64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one compiled kernel uses."""
+
+    registers: int
+    """Registers a thread."""
+    stack: int
+    """Bytes of stack a thread; anything but 0 means spills or arrays in local memory."""
+    shared: int
+    """Bytes of shared memory a block: how deep the loads are pipelined."""
+    local_accesses: int
+    """STL and LDL instructions: stores to and loads from local memory."""
+    matrix: tuple[str, ...]
+    """Matrix instructions in use: HGMMA and QGMMA are Hopper's fast ones, UTCHMMA and UTCQMMA Blackwell's."""
+    bulk_loads: int
+    """UTMALDG instructions: loads by the tensor memory accelerator."""
+
+    @property
+    def spills(self) -> bool:
+        return self.stack > 0 or self.local_accesses > 0
+
+
+def compile_kernel(kernel: ct.kernel, args: Sequence[Any], arch: str) -> bytes:
+    """The cubin of `kernel` for `arch` ("sm_90", ...), as launched with `args`; tensors may be on the meta device.
+
+    Raises `cuda.tile.TileError` if it does not compile.
+    """
+    cubin = io.BytesIO()
+    export_kernel(kernel, [signature(kernel, args)], cubin, gpu_code=arch, output_format="cubin")
+    return cubin.getvalue()
+
+
+def inspect_kernel(kernel: ct.kernel, args: Sequence[Any], arch: str) -> Resources:
+    """Compile `kernel` for `arch` as launched with `args` and read its resources from the cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compile_kernel(kernel, args, arch))
+        usage = _cuobjdump("--dump-resource-usage", path)
+        sass = _cuobjdump("--dump-sass", path)
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
+    return Resources(
+        registers=used["REG"],
+        stack=used["STACK"],
+        shared=used["SHARED"],
+        local_accesses=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        matrix=tuple(sorted(set(re.findall(r"\b[A-Z]+MMA\b", sass)))),
+        bulk_loads=len(re.findall(r"\bUTMALDG\b", sass)),
+    )
+
+
+def signature(kernel: ct.kernel, args: Sequence[Any]) -> KernelSignature:
+    """The signature that a launch with `args` would compile: what PyTorch's allocator aligns is assumed aligned."""
+    function = kernel._pyfunc
+    hints = typing.get_type_hints(function, include_extras=True)
+    names = inspect.signature(function).parameters
+    constraints = [_constraint(value, hints.get(name)) for name, value in zip(names, args, strict=True)]
+    unnamed = KernelSignature(constraints, CallingConvention.cutile_python_v1())
+    return unnamed.with_mangled_symbol(function.__name__)
+
+
+def _constraint(value: Any, hint: Any) -> ArrayConstraint | ConstantConstraint | ScalarConstraint:
+    metadata = hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+    if isinstance(value, Tensor):
+        array = next((item for item in metadata if isinstance(item, ct.ArrayAnnotation)), ct.ArrayAnnotation())
+        return _array_constraint(value, array.index_dtype)
+    if any(isinstance(item, type(ct.Constant.__metadata__[0])) for item in metadata):
+        return ConstantConstraint(value)
+    return ScalarConstraint(ct.float32 if isinstance(value, float) else ct.int32)
+
+
+def _array_constraint(tensor: Tensor, index_dtype: ct.DType) -> ArrayConstraint:
+    elements = ALIGNMENT // tensor.element_size()
+    return ArrayConstraint(
+        _DTYPES[tensor.dtype],
+        tensor.ndim,
+        index_dtype=index_dtype,
+        stride_lower_bound_incl=0,
+        alias_groups=(),
+        may_alias_internally=False,
+        stride_constant=[1 if stride == 1 else None for stride in tensor.stride()],
+        stride_divisible_by=[elements if stride % elements == 0 else 1 for stride in tensor.stride()],
+        shape_divisible_by=[ALIGNMENT if size % ALIGNMENT == 0 else 1 for size in tensor.shape],
+        base_addr_divisible_by=ALIGNMENT,
+    )
+
+
+@cache
+def _cuobjdump_path() -> str:
+    """`cuobjdump` on PATH, or the one that the package nvidia-cuda-cuobjdump installs beside this interpreter."""
+    import nvidia
+
+    beside = [str(Path(root) / "cu13" / "bin") for root in nvidia.__path__]
+    for path in (None, *beside):
+        if found := shutil.which("cuobjdump", path=path):
+            return found
+    raise FileNotFoundError("cuobjdump is not installed: pip install nvidia-cuda-cuobjdump")
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    return subprocess.run([_cuobjdump_path(), option, cubin], check=True, capture_output=True, text=True).stdout
