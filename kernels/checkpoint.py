@@ -73,7 +73,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing from the checkpoint")
         stored = self._header(file).get(name)
         if stored is None:
-            raise CheckpointError(f"{self.folder / file}: tensor {name} is missing; {INDEX} says that it is in this file")
+            raise CheckpointError(
+                f"{self.folder / file}: tensor {name} is missing; {INDEX} says that it is in this file"
+            )
         return stored
 
     def has(self, name: str) -> bool:
@@ -100,7 +102,7 @@ class Checkpoint:
 
     def read_into(self, stored: StoredTensor, out: Tensor) -> None:
         """Read the bytes of `stored` into `out`, a contiguous host tensor of the same size in bytes."""
-        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        view = out.view(-1).view(torch.uint8).numpy().data
         done = 0
         while done < stored.num_bytes:
             count = os.preadv(self._descriptor(stored.file), [view[done:]], stored.start + done)
@@ -156,7 +158,9 @@ def _parse_header(file: Path) -> dict[str, StoredTensor]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{file}: expected a safetensors header within {size} bytes, found length {length}")
+                raise CheckpointError(
+                    f"{file}: expected a safetensors header within {size} bytes, found length {length}"
+                )
             header: dict[str, Any] = json.loads(stream.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing; {INDEX} names it") from None

@@ -33,6 +33,12 @@ def route(logits: Tensor, correction_bias: Tensor, config: MoeConfig) -> tuple[T
     return ids.to(torch.int32), weights * config.routed_scaling_factor
 
 
+def repeats_expert(expert_ids: Tensor) -> Tensor:
+    """[T] bool: whether a row of [T, k] expert ids (-1 for none) names an expert more than once."""
+    ordered = expert_ids.sort(dim=-1).values
+    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=-1)
+
+
 def _top(values: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest along the last axis; `topk` leaves the order of equal values open."""
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]

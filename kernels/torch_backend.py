@@ -49,10 +49,8 @@ class TorchBackend:
     @torch.inference_mode()
     def execute(self, layer: int, batch: TokenBatch) -> Partials:
         up_gate, down = self._layers[layer]
-        if batch.scales is None:
-            hidden = batch.hidden.float()
-        else:
-            hidden = dequantize_activations(batch.hidden, batch.scales)
+        scales = batch.scales
+        hidden = batch.hidden.float() if scales is None else dequantize_activations(batch.hidden, scales)
         order = sort_pairs(batch.expert_ids, len(down))
         pair_weights = batch.weights.reshape(-1, 1)
         sums = torch.zeros_like(hidden)
@@ -72,7 +70,7 @@ class TorchBackend:
 
 def _expert_ffn(hidden: Tensor, up_gate: Tensor, down: Tensor) -> Tensor:
     """[m, H] rows through one expert -> [m, H], in products of exactly `ROW_BLOCK` rows."""
-    blocks = pad(hidden, (0, 0, 0, -len(hidden) % ROW_BLOCK)).split(ROW_BLOCK)
+    blocks = pad(hidden, (0, 0, 0, -len(hidden) % ROW_BLOCK)).unflatten(0, (-1, ROW_BLOCK))
     return torch.cat([_ffn(block, up_gate, down) for block in blocks])[: len(hidden)]
 
 

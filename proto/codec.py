@@ -15,6 +15,10 @@ from torch import Tensor
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.errors import ExpertdError, InvalidBatch, ServerFault, error_from_status
 
+Request = pb.ExecuteRequest
+Response = pb.ExecuteResponse
+ShardRequest = pb.GetShardRequest
+ShardResponse = pb.GetShardResponse
 SERVICE = pb.DESCRIPTOR.services_by_name["ExpertShard"].full_name
 BLOCK = 128
 ENVELOPE_BYTES = 64 * 1024
@@ -23,12 +27,12 @@ ENVELOPE_BYTES = 64 * 1024
 # torch warns once that a decoded tensor is read-only; that is the intent here.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
 
-_DTYPES: dict[int, torch.dtype] = {
+_DTYPES: dict[pb.DType, torch.dtype] = {
     pb.DTYPE_FLOAT8_E4M3FN: torch.float8_e4m3fn,
     pb.DTYPE_BFLOAT16: torch.bfloat16,
     pb.DTYPE_FLOAT32: torch.float32,
 }
-_DTYPE_CODES = {dtype: pb.DType.ValueType(code) for code, dtype in _DTYPES.items()}
+_DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 HIDDEN_DTYPES = (torch.float8_e4m3fn, torch.bfloat16)
 REPLY_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -119,17 +123,19 @@ def encode_call(call: ExecuteCall) -> pb.ExecuteRequest:
     )
 
 
-def decode_call(message: pb.ExecuteRequest, config: Mapping[str, int], max_tokens: int) -> ExecuteCall:
-    """Read a request for a model with `config["hidden_size"]` and `config["num_experts_per_tok"]`.
+def decode_call(message: pb.ExecuteRequest, width: int, max_top_k: int, max_tokens: int) -> ExecuteCall:
+    """Read a request of at most `max_tokens` tokens for a model of hidden size `width` and top-k `max_top_k`.
 
     Raises `InvalidBatch` when a size or dtype is outside the contract.
     """
-    tokens, top_k, width = message.num_tokens, message.top_k, config["hidden_size"]
+    tokens, top_k = message.num_tokens, message.top_k
     _check_range("num_tokens", tokens, 1, max_tokens)
-    _check_range("top_k", top_k, 1, config["num_experts_per_tok"])
+    _check_range("top_k", top_k, 1, max_top_k)
     hidden_dtype = _check_dtype("hidden_dtype", message.hidden_dtype, HIDDEN_DTYPES)
     quantized = hidden_dtype == torch.float8_e4m3fn
-    scales = _from_bytes("hidden_scales", message.hidden_scales, torch.float32, (tokens if quantized else 0, width // BLOCK))
+    scales = _from_bytes(
+        "hidden_scales", message.hidden_scales, torch.float32, (tokens if quantized else 0, width // BLOCK)
+    )
     return ExecuteCall(
         request_id=message.request_id,
         model_fingerprint=message.model_fingerprint,
@@ -264,7 +270,7 @@ def _check_range(field: str, value: int, low: int, high: int) -> None:
         raise InvalidBatch(f"{field} is {value}; it must be from {low} to {high}")
 
 
-def _check_dtype(field: str, code: int, accepted: tuple[torch.dtype, ...]) -> torch.dtype:
+def _check_dtype(field: str, code: pb.DType, accepted: tuple[torch.dtype, ...]) -> torch.dtype:
     dtype = _DTYPES.get(code)
     if dtype not in accepted or dtype is None:
         names = ", ".join(pb.DType.Name(_DTYPE_CODES[dtype]) for dtype in accepted)
@@ -272,8 +278,8 @@ def _check_dtype(field: str, code: int, accepted: tuple[torch.dtype, ...]) -> to
     return dtype
 
 
-def _dtype_label(code: int) -> str:
-    return pb.DType.Name(pb.DType.ValueType(code)) if code in pb.DType.values() else str(code)
+def _dtype_label(code: pb.DType) -> str:
+    return pb.DType.Name(code) if code in pb.DType.values() else str(code)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,0 +1,37 @@
+"""The router of a layer: hidden states to expert ids and weights, for callers that give hidden states alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertd.kernels.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gate:
+    """A layer's gate: E experts, hidden size H."""
+
+    weight: Tensor
+    """[E, H] bfloat16 or float32."""
+    correction_bias: Tensor
+    """[E] float32: added to the scores for the choice of experts only."""
+
+
+def load_gates(checkpoint: Checkpoint, layers: Iterable[int]) -> dict[int, Gate]:
+    """Read the gates of `layers`. Raises `CheckpointError`."""
+    experts, width = checkpoint.config.n_routed_experts, checkpoint.config.hidden_size
+    return {
+        layer: Gate(
+            weight=checkpoint.read(
+                f"model.layers.{layer}.mlp.gate.weight", (experts, width), torch.bfloat16, torch.float32
+            ),
+            correction_bias=checkpoint.read(
+                f"model.layers.{layer}.mlp.gate.e_score_correction_bias", (experts,), torch.float32, torch.bfloat16
+            ).float(),
+        )
+        for layer in layers
+    }

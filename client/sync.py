@@ -1,0 +1,98 @@
+"""The synchronous twin of the coordinator, for callers without an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+from torch import Tensor
+
+from expertd.client.coordinator import Coordinator, CoordinatorConfig, MoeResult
+from expertd.kernels.config import MoeConfig
+
+T = TypeVar("T")
+
+
+class SyncCoordinator:
+    """A `Coordinator` whose calls block. May be called from several threads at once.
+
+        with SyncCoordinator(["host1:50051", "host2:50051"]) as moe:
+            y = moe(layer, hidden, topk_ids=ids, topk_weights=weights)
+
+    Its event loop runs on a thread of its own.
+    """
+
+    def __init__(self, servers: Sequence[str], config: CoordinatorConfig | None = None) -> None:
+        self._coordinator = Coordinator(servers, config)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="expertd-coordinator", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            self._wait(self._coordinator.__aenter__())
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._wait(self._coordinator.close())
+        self._stop()
+
+    def __repr__(self) -> str:
+        return f"Sync{self._coordinator!r}"
+
+    @property
+    def model(self) -> MoeConfig:
+        """The model that the servers hold."""
+        return self._coordinator.model
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that can be called."""
+        return self._coordinator.layers
+
+    def __call__(
+        self,
+        layer: int,
+        hidden: Tensor,
+        router_logits: Tensor | None = None,
+        *,
+        topk_ids: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+    ) -> Tensor:
+        """See `Coordinator.__call__`."""
+        return self.execute(layer, hidden, router_logits, topk_ids=topk_ids, topk_weights=topk_weights).output
+
+    def execute(
+        self,
+        layer: int,
+        hidden: Tensor,
+        router_logits: Tensor | None = None,
+        *,
+        topk_ids: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+    ) -> MoeResult:
+        """See `Coordinator.execute`."""
+        call = self._coordinator.execute(layer, hidden, router_logits, topk_ids=topk_ids, topk_weights=topk_weights)
+        return self._wait(call)
+
+    def _wait(self, call: Coroutine[None, None, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            # Ctrl-C while waiting: the call must not go on without anybody who wants it.
+            future.cancel()
+            raise
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

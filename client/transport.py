@@ -1,0 +1,151 @@
+"""How calls reach a server: the interface, and gRPC behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from expertd.proto import codec
+from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo
+from expertd.proto.errors import DeadlineExceeded, ExpertdError, Unavailable, error_from_status
+
+StreamCall = grpc.aio.StreamStreamCall[codec.Request, codec.Response]
+RETRY_SECONDS = 0.1
+
+
+class Transport(Protocol):
+    """A connection to one server."""
+
+    @property
+    def address(self) -> str:
+        """The server, for people to read."""
+
+    async def get_shard(self, timeout: float) -> ShardInfo:
+        """What the server owns; waits up to `timeout` seconds for it to be reachable and ready."""
+
+    async def execute(self, call: ExecuteCall) -> ExecuteResult:
+        """Compute one call. `call.request_id` must be unique among the calls in flight here.
+
+        Raises the server's `ExpertdError`, or `DeadlineExceeded` after `call.timeout` seconds.
+        """
+
+    async def close(self) -> None:
+        """Give up the connection; calls in flight fail with `Unavailable`."""
+
+
+class GrpcTransport:
+    """One channel with one long-lived bidirectional stream, opened when first needed and again after it ended."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_send_message_length", -1),
+                # A connection of its own: channels to one address would otherwise share one.
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+        self._get_shard = self._channel.unary_unary(
+            f"/{codec.SERVICE}/GetShard", codec.ShardRequest.SerializeToString, codec.ShardResponse.FromString
+        )
+        self._execute_stream = self._channel.stream_stream(
+            f"/{codec.SERVICE}/ExecuteStream", codec.Request.SerializeToString, codec.Response.FromString
+        )
+        self._stream: _Stream | None = None
+
+    async def get_shard(self, timeout: float) -> ShardInfo:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while True:
+            try:
+                answer = await self._get_shard(codec.ShardRequest(), timeout=max(deadline - loop.time(), 0.001))
+                return codec.decode_shard(answer)
+            except grpc.aio.AioRpcError as error:
+                reason = _as_error(self.address, error)
+            if not isinstance(reason, Unavailable) or loop.time() + RETRY_SECONDS >= deadline:
+                raise reason
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def execute(self, call: ExecuteCall) -> ExecuteResult:
+        tokens, width = call.hidden.shape
+        if self._stream is None or self._stream.ended:
+            self._stream = _Stream(self._execute_stream(), self.address)
+        try:
+            async with asyncio.timeout(call.timeout):
+                response = await self._stream.exchange(codec.encode_call(call))
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.address}: no answer within {call.timeout} s") from None
+        try:
+            return codec.decode_result(response, tokens, width, call.reply_dtype)
+        except ExpertdError as error:
+            raise type(error)(f"{self.address}: {error}") from None
+
+    async def close(self) -> None:
+        if self._stream is not None:
+            await self._stream.close()
+        await self._channel.close()
+
+
+class _Stream:
+    """One bidirectional call: requests out, responses matched to them by id."""
+
+    def __init__(self, call: StreamCall, address: str) -> None:
+        self._call = call
+        self._address = address
+        self._waiting: dict[int, asyncio.Future[codec.Response]] = {}
+        self._writing = asyncio.Lock()
+        self._writers: set[asyncio.Task[None]] = set()
+        self._reader = asyncio.create_task(self._read())
+
+    @property
+    def ended(self) -> bool:
+        return self._call.done() or self._reader.done()
+
+    async def exchange(self, request: codec.Request) -> codec.Response:
+        """Send `request` and wait for the response with its id."""
+        future: asyncio.Future[codec.Response] = asyncio.get_running_loop().create_future()
+        self._waiting[request.request_id] = future
+        # A task of its own: gRPC cancels the whole stream when a write is cancelled half-way.
+        writer = asyncio.create_task(self._write(request))
+        self._writers.add(writer)
+        writer.add_done_callback(self._writers.discard)
+        try:
+            return await future
+        finally:
+            del self._waiting[request.request_id]
+
+    async def close(self) -> None:
+        self._call.cancel()
+        await self._reader
+
+    async def _write(self, request: codec.Request) -> None:
+        async with self._writing:
+            # Why the stream ended is for the reader to find out and to tell everyone who waits.
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+                await self._call.write(request)
+
+    async def _read(self) -> None:
+        """Hand responses to those who wait until the stream ends; then fail those still waiting."""
+        ended: ExpertdError = Unavailable(f"{self._address}: the server ended the stream")
+        try:
+            async for response in self._call:
+                future = self._waiting.get(response.request_id)
+                if future is not None and not future.done():
+                    future.set_result(response)
+        except grpc.aio.AioRpcError as error:
+            ended = _as_error(self._address, error)
+        except asyncio.CancelledError:
+            ended = Unavailable(f"{self._address}: the connection was closed")
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(ended)
+
+
+def _as_error(address: str, error: grpc.aio.AioRpcError) -> ExpertdError:
+    return error_from_status(error.code(), f"{address}: {error.details()}")

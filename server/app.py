@@ -1,0 +1,210 @@
+"""The life of a server process: start up, serve, shut down."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Coroutine
+from functools import partial
+from pathlib import Path
+
+import grpc.aio
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from expertd import __version__
+from expertd.kernels.checkpoint import Checkpoint
+from expertd.proto import codec
+from expertd.proto.codec import ShardInfo
+from expertd.server.backends import choose_backend
+from expertd.server.config import Address, InvalidOption, ServerConfig
+from expertd.server.device import DeviceOwner
+from expertd.server.handlers import ExpertShardHandlers
+from expertd.server.loading import load_layers
+from expertd.server.metrics import Metrics
+from expertd.server.scheduler import Scheduler
+from expertd.server.shard import Shard
+
+log = logging.getLogger(__name__)
+HEALTH_NAMES = ("", codec.SERVICE)
+
+
+class Server:
+    """One expertd server. `await run()` returns once a signal or `stop()` has ended it and it has drained."""
+
+    def __init__(self, config: ServerConfig, metrics: Metrics | None = None) -> None:
+        """Opens the checkpoint. Raises `InvalidOption`, `InvalidConfig` or `CheckpointError`."""
+        self.config = config
+        self.metrics = metrics or Metrics()
+        self.checkpoint = Checkpoint(config.model)
+        self.shard = Shard(
+            config=self.checkpoint.config,
+            model_fingerprint=self.checkpoint.fingerprint,
+            placement_epoch=time.time_ns() // 1000,
+            layers=config.layers or self.checkpoint.config.moe_layers,
+            experts=config.experts,
+        )
+        self.backend, self.backend_reason = choose_backend(config.backend)
+        self.device = DeviceOwner()
+        self.scheduler = Scheduler(
+            self.backend,
+            self.device,
+            len(config.experts),
+            max_batch_tokens=config.max_batch_tokens,
+            max_queued_tokens=config.max_queued_tokens,
+            on_batch=self.metrics.batch_tokens.observe,
+        )
+        self.metrics.queue_tokens.set_function(lambda: self.scheduler.queued_tokens)
+        self.info = self._describe()
+        self.handlers = ExpertShardHandlers(self.shard, self.info, self.scheduler, self.metrics)
+        self.health = health.HealthServicer()
+        self.address: Address = config.listen
+        self.metrics_address: Address = config.metrics
+        self.ready = asyncio.Event()
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        self._install_signal_handlers()
+        await self._listen()
+        try:
+            await self._until_stopped(self.startup())
+            await self._stopping.wait()
+        finally:
+            await self.shutdown()
+
+    def stop(self) -> None:
+        """Begin the shutdown; `run()` returns when it is complete."""
+        self._stopping.set()
+
+    async def startup(self) -> None:
+        """Load and check the weights, then turn healthy."""
+        log.info("backend %s on %s (%s)", self.backend.name, self.backend.device, self.backend_reason)
+        await load_layers(self.checkpoint, self.shard, self.backend, self.device, self.metrics)
+        self.scheduler.open()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        if self.config.ready_file is not None:
+            _write_atomically(
+                self.config.ready_file, {"listen": str(self.address), "metrics": str(self.metrics_address)}
+            )
+        log.info("serving on %s, metrics on http://%s/metrics", self.address, self.metrics_address)
+        self.ready.set()
+
+    async def shutdown(self) -> None:
+        """Turn unhealthy, answer what is in flight, stop."""
+        log.info("draining for at most %g s", self.config.drain_seconds)
+        self.scheduler.close("the server is draining; use another replica")
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.handlers.stop_reading()
+        await self.grpc_server.stop(self.config.drain_seconds)
+        self.device.stop()
+        self._metrics_server.shutdown()
+        self._metrics_server.server_close()
+        self.checkpoint.close()
+        if self.config.ready_file is not None:
+            self.config.ready_file.unlink(missing_ok=True)
+        log.info("stopped")
+
+    async def _listen(self) -> None:
+        """Answer health checks and scrapes from the start; the other RPCs say that the server is starting."""
+        self.grpc_server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", self.info.max_message_bytes),
+                ("grpc.max_send_message_length", self.info.max_message_bytes),
+                # Without it a second server on the same port would silently share its calls.
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        self.handlers.register(self.grpc_server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc_server)
+        reflection.enable_server_reflection(
+            (codec.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
+            self.grpc_server,
+        )
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        try:
+            port = self.grpc_server.add_insecure_port(str(self.config.listen))
+        except RuntimeError as error:
+            raise InvalidOption(f"--listen {self.config.listen} cannot be bound: {error}") from None
+        self.address = dataclasses.replace(self.config.listen, port=port)
+        try:
+            self._metrics_server, _ = start_http_server(
+                self.config.metrics.port, self.config.metrics.host, self.metrics.registry
+            )
+        except OSError as error:
+            raise InvalidOption(f"--metrics {self.config.metrics} cannot be bound: {error}") from None
+        self.metrics_address = dataclasses.replace(self.config.metrics, port=self._metrics_server.server_port)
+        self.metrics.describe(self.backend.name, self.backend.device, self.shard.model_fingerprint)
+        self.device.start()
+        await self.grpc_server.start()
+
+    async def _until_stopped(self, startup: Coroutine[None, None, None]) -> None:
+        """Run `startup` unless the server is stopped first."""
+        starting = asyncio.ensure_future(startup)
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if starting.done():
+            starting.result()
+        else:
+            starting.cancel()
+
+    def _describe(self) -> ShardInfo:
+        model = self.shard.config
+        return ShardInfo(
+            model_fingerprint=self.shard.model_fingerprint,
+            placement_epoch=self.shard.placement_epoch,
+            config=self.shard.config_fields,
+            layers=self.shard.layers,
+            experts=self.shard.experts,
+            max_tokens_per_request=self.config.max_tokens_per_request,
+            max_message_bytes=codec.message_bytes(
+                self.config.max_tokens_per_request, model.hidden_size, model.num_experts_per_tok
+            ),
+            max_queued_tokens=self.config.max_queued_tokens,
+            backend=self.backend.name,
+            device=self.backend.device,
+            backend_reason=self.backend_reason,
+            version=__version__,
+        )
+
+    def _install_signal_handlers(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, partial(self._on_signal, number))
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stopping.is_set():
+            log.warning("second signal: ending at once, requests in flight are lost")
+            os._exit(128 + number)
+        self.stop()
+
+    async def _set_health(self, status: int) -> None:
+        for name in HEALTH_NAMES:
+            await self.health.set(name, status)
+
+
+def serve(config: ServerConfig) -> None:
+    """Run one server in this process until it is told to stop."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+    async def main() -> None:
+        await Server(config).run()
+
+    import uvloop
+
+    uvloop.run(main())
+
+
+def _write_atomically(path: Path, content: dict[str, str]) -> None:
+    partial_path = path.with_name(path.name + ".part")
+    partial_path.write_text(json.dumps(content))
+    partial_path.replace(path)

@@ -1,0 +1,35 @@
+"""Which compute backend serves, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from expertd.kernels.backend import Backend
+from expertd.kernels.torch_backend import TorchBackend
+from expertd.server.config import InvalidOption
+
+
+def choose_backend(wanted: str) -> tuple[Backend, str]:
+    """The backend for `--backend wanted` with the reason for it. Raises `InvalidOption` when it cannot run here."""
+    obstacle = _cutile_obstacle()
+    if wanted == "torch":
+        return TorchBackend(), "--backend torch"
+    if wanted == "cutile" and obstacle is not None:
+        raise InvalidOption(f"--backend cutile cannot run here: {obstacle}")
+    if obstacle is not None:
+        return TorchBackend(), f"--backend auto: {obstacle}"
+    from expertd.kernels.cutile.backend import CutileBackend
+
+    device = torch.cuda.get_device_name()
+    return CutileBackend(), "--backend cutile" if wanted == "cutile" else f"--backend auto: found {device}"
+
+
+def _cutile_obstacle() -> str | None:
+    """Why cuTile kernels cannot run on this machine; None when they can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.tile") is None:
+        return "the package cuda-tile is not installed (pip install 'expertd[server]')"
+    return None

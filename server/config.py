@@ -1,0 +1,148 @@
+"""Options of `expertd serve`: one frozen dataclass, from which the command line is built."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BACKENDS = ("auto", "torch", "cutile")
+
+
+class InvalidOption(ValueError):
+    """An option's value is not usable; the message starts with the option's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen or connect: `host:port`, IPv6 hosts in brackets."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        host, colon, port = text.rpartition(":")
+        if not (colon and host and port.isdecimal() and int(port) < 65536):
+            raise ValueError(f"{text!r} is not host:port with a port from 0 to 65535")
+        return cls(host.strip("[]"), int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_ranges(text: str) -> tuple[int, ...]:
+    """Read "0-31,40" as ascending distinct integers."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()):
+            raise ValueError(f"{part!r} is not a number or a range such as 0-31")
+        low, high = int(first), int(last or first)
+        if low > high:
+            raise ValueError(f"range {part!r} runs backwards")
+        if high >= 1 << 20:
+            raise ValueError(f"{high} is out of any model's range")
+        numbers.update(range(low, high + 1))
+    return tuple(sorted(numbers))
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Write ascending integers the way `parse_ranges` reads them."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
+
+
+def _told(summary: str, parse: Callable[[str], object] = str) -> dict[str, Any]:
+    """Metadata of an option: what `--help` says of it, and how its text is read."""
+    return {"help": summary, "parse": parse}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """One server process. Raises `InvalidOption` for values that cannot work."""
+
+    model: Path = field(metadata=_told("folder of the checkpoint: config.json and safetensors files", Path))
+    experts: tuple[int, ...] = field(
+        metadata=_told("global ids of the experts to own, such as 0-31 or 0-15,64", parse_ranges)
+    )
+    layers: tuple[int, ...] | None = field(
+        default=None, metadata=_told("layers to own, such as 3-60 (default: all MoE layers)", parse_ranges)
+    )
+    listen: Address = field(
+        default=Address("127.0.0.1", 50051),
+        metadata=_told("address of the gRPC service; port 0 picks a free one", Address.parse),
+    )
+    metrics: Address = field(
+        default=Address("127.0.0.1", 9464),
+        metadata=_told("address of the Prometheus endpoint; port 0 picks a free one", Address.parse),
+    )
+    backend: str = field(default="auto", metadata=_told("compute backend: auto, torch (CPU) or cutile (GPU)"))
+    threads: int | None = field(
+        default=None, metadata=_told("CPU threads of the torch backend (default: all cores)", int)
+    )
+    max_tokens_per_request: int = field(default=4096, metadata=_told("largest request, in tokens", int))
+    max_batch_tokens: int = field(default=16384, metadata=_told("largest device batch, in tokens", int))
+    max_queued_tokens: int = field(
+        default=65536, metadata=_told("tokens that may wait before requests are refused", int)
+    )
+    drain_seconds: float = field(
+        default=30.0, metadata=_told("longest wait for requests in flight on SIGTERM, in seconds", float)
+    )
+    ready_file: Path | None = field(
+        default=None, metadata=_told("file to write when serving: JSON with the bound addresses", Path)
+    )
+    log_level: str = field(default="info", metadata=_told("debug, info, warning or error"))
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise InvalidOption(f"--backend is {self.backend!r}; choose from {', '.join(BACKENDS)}")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise InvalidOption(f"--log-level is {self.log_level!r}; choose from debug, info, warning, error")
+        for name in ("threads", "max_tokens_per_request", "drain_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InvalidOption(f"{_flag(name)} is {value}; it must be greater than 0")
+        for name in ("max_batch_tokens", "max_queued_tokens"):
+            value = getattr(self, name)
+            if value < self.max_tokens_per_request:
+                raise InvalidOption(
+                    f"{_flag(name)} is {value}; it must be at least --max-tokens-per-request"
+                    f" {self.max_tokens_per_request}"
+                )
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        for option in dataclasses.fields(cls):
+            required = option.default is dataclasses.MISSING
+            default = "" if required or option.default is None else f" (default: {option.default})"
+            parser.add_argument(
+                _flag(option.name),
+                required=required,
+                metavar=option.name.rpartition("_")[2].upper(),
+                help=option.metadata["help"] + default,
+            )
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> ServerConfig:
+        values: dict[str, Any] = {}
+        for option in dataclasses.fields(cls):
+            text = getattr(arguments, option.name)
+            if text is not None:
+                try:
+                    values[option.name] = option.metadata["parse"](text)
+                except ValueError as error:
+                    raise InvalidOption(f"{_flag(option.name)}: {error}") from None
+        return cls(**values)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

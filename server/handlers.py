@@ -1,0 +1,123 @@
+"""The RPCs of `expertd.v1.ExpertShard`: decode, await, encode."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from expertd.proto import codec
+from expertd.proto.codec import ExecuteResult, ShardInfo, StageTimings
+from expertd.proto.errors import ExpertdError, ServerFault
+from expertd.server.metrics import Metrics
+from expertd.server.scheduler import Scheduler
+from expertd.server.shard import Shard
+
+log = logging.getLogger(__name__)
+
+
+class ExpertShardHandlers:
+    """One server's RPCs. They hold no state of their own but the streams that are open."""
+
+    def __init__(self, shard: Shard, info: ShardInfo, scheduler: Scheduler, metrics: Metrics) -> None:
+        self._shard = shard
+        self._info = info
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._readers: set[asyncio.Task[None]] = set()
+
+    def register(self, server: grpc.aio.Server) -> None:
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "GetShard": grpc.unary_unary_rpc_method_handler(
+                self.get_shard, codec.ShardRequest.FromString, codec.ShardResponse.SerializeToString
+            ),
+            "Execute": grpc.unary_unary_rpc_method_handler(
+                self.execute, codec.Request.FromString, codec.Response.SerializeToString
+            ),
+            "ExecuteStream": grpc.stream_stream_rpc_method_handler(
+                self.execute_stream, codec.Request.FromString, codec.Response.SerializeToString
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(codec.SERVICE, methods),))
+
+    def stop_reading(self) -> None:
+        """End every stream once the requests already read from it are answered."""
+        for reader in self._readers:
+            reader.cancel()
+
+    async def get_shard(self, request: codec.ShardRequest, context: Context) -> codec.ShardResponse:
+        try:
+            self._scheduler.check_open()
+        except ExpertdError as error:
+            await context.abort(error.code, str(error))
+        return codec.encode_shard(self._info)
+
+    async def execute(self, request: codec.Request, context: Context) -> codec.Response:
+        try:
+            return await self._answer(request, context.time_remaining())
+        except ExpertdError as error:
+            await context.abort(error.code, str(error))
+
+    async def execute_stream(self, requests: AsyncIterator[codec.Request], context: Context) -> None:
+        writing = asyncio.Lock()
+
+        async def respond(request: codec.Request) -> None:
+            try:
+                response = await self._answer(request, None)
+            except ExpertdError as error:
+                response = codec.encode_error(request.request_id, error)
+            async with writing:
+                await context.write(response)
+
+        async def read() -> None:
+            async for request in requests:
+                answers.create_task(respond(request))
+
+        async with asyncio.TaskGroup() as answers:
+            reader = answers.create_task(read())
+            self._readers.add(reader)
+            reader.add_done_callback(self._readers.discard)
+
+    async def _answer(self, request: codec.Request, time_remaining: float | None) -> codec.Response:
+        """Compute one request; every outcome is counted."""
+        with self._metrics.in_flight.track_inprogress():
+            try:
+                return await self._compute(request, time_remaining)
+            except ExpertdError as error:
+                self._metrics.requests.labels(error.code.name.lower()).inc()
+                raise
+            except asyncio.CancelledError:
+                self._metrics.requests.labels("cancelled").inc()
+                raise
+            except Exception as error:
+                log.exception("request %d failed", request.request_id)
+                self._metrics.requests.labels("internal").inc()
+                raise ServerFault(f"{type(error).__name__}: {error}") from error
+
+    async def _compute(self, request: codec.Request, time_remaining: float | None) -> codec.Response:
+        arrived = time.perf_counter()
+        self._scheduler.check_open()
+        config = self._shard.config
+        call = codec.decode_call(
+            request, config.hidden_size, config.num_experts_per_tok, self._info.max_tokens_per_request
+        )
+        batch = self._shard.admit(call)
+        decoded = time.perf_counter()
+        timeout = min((limit for limit in (call.timeout, time_remaining) if limit is not None), default=None)
+        done = await self._scheduler.execute(call.layer, batch, call.reply_dtype, timeout)
+        computed = time.perf_counter()
+        timings = StageTimings(decoded - arrived, done.queue, done.copy_in, done.compute, done.copy_out)
+        pairs = done.partials.pairs.tolist()
+        receipt = {expert: count for expert, count in zip(self._shard.experts, pairs, strict=True) if count}
+        response = codec.encode_result(ExecuteResult(call.request_id, done.partials.sums, receipt, timings))
+        encoded = time.perf_counter()
+        self._metrics.observe_answer(batch.num_tokens, sum(pairs), timings, encoded - computed, encoded - arrived)
+        return response
+
+
+Context = grpc.aio.ServicerContext[object, object]

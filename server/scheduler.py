@@ -1,0 +1,174 @@
+"""Batching across callers: whatever waits for a layer when the device frees becomes one device batch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from expertd.kernels.backend import Backend, Partials, TokenBatch
+from expertd.proto.errors import DeadlineExceeded, ExpertdError, Overloaded, ServerFault, Unavailable
+from expertd.server.device import BatchOutcome, DeviceOwner, run_batch
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """One request's result, with its seconds by stage."""
+
+    partials: Partials
+    queue: float
+    copy_in: float
+    compute: float
+    copy_out: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A request waiting for the device."""
+
+    layer: int
+    batch: TokenBatch
+    reply_dtype: torch.dtype
+    arrived: float
+    expires: float | None
+    future: asyncio.Future[Completed]
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Requests of one kind can share a device batch."""
+        return (self.layer, self.batch.hidden.dtype, self.batch.expert_ids.shape[1], self.reply_dtype)
+
+
+def take_batch(queue: deque[Job], max_tokens: int) -> list[Job]:
+    """Remove and return the oldest job with all others of its kind that fit in `max_tokens`, oldest first."""
+    taken: list[Job] = []
+    left: list[Job] = []
+    tokens = 0
+    for job in queue:
+        if not taken or (job.kind == taken[0].kind and tokens + job.batch.num_tokens <= max_tokens):
+            taken.append(job)
+            tokens += job.batch.num_tokens
+        else:
+            left.append(job)
+    queue.clear()
+    queue.extend(left)
+    return taken
+
+
+class Scheduler:
+    """Queues requests within a bound on tokens and keeps the device busy. Lives on the event loop."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        device: DeviceOwner,
+        num_experts: int,
+        *,
+        max_batch_tokens: int,
+        max_queued_tokens: int,
+        on_batch: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        """`on_batch` is told the tokens of every device batch."""
+        self._backend = backend
+        self._device = device
+        self._num_experts = num_experts
+        self._max_batch_tokens = max_batch_tokens
+        self._max_queued_tokens = max_queued_tokens
+        self._on_batch = on_batch
+        self._queue: deque[Job] = deque()
+        self._running = False
+        self.closed_because: str | None = "the server is starting"
+        self.queued_tokens = 0
+
+    def open(self) -> None:
+        self.closed_because = None
+
+    def close(self, reason: str) -> None:
+        """Refuse new requests with `Unavailable`; those already accepted are still answered."""
+        self.closed_because = reason
+
+    def check_open(self) -> None:
+        if self.closed_because is not None:
+            raise Unavailable(self.closed_because)
+
+    async def execute(
+        self, layer: int, batch: TokenBatch, reply_dtype: torch.dtype, timeout: float | None
+    ) -> Completed:
+        """Compute `batch`, together with others that wait.
+
+        Raises `Unavailable`, `Overloaded`, `DeadlineExceeded` (after waiting `timeout` seconds) or `ServerFault`.
+        """
+        self.check_open()
+        if self.queued_tokens + batch.num_tokens > self._max_queued_tokens:
+            raise Overloaded(
+                f"{self.queued_tokens} tokens are queued and num_tokens is {batch.num_tokens}; "
+                f"at most {self._max_queued_tokens} may wait: retry later or use another replica"
+            )
+        now = time.perf_counter()
+        expires = None if timeout is None else now + timeout
+        future: asyncio.Future[Completed] = asyncio.get_running_loop().create_future()
+        self._queue.append(Job(layer, batch, reply_dtype, now, expires, future))
+        self.queued_tokens += batch.num_tokens
+        self._start_next()
+        return await future
+
+    def _start_next(self) -> None:
+        while not self._running and self._queue:
+            jobs = self._keep_wanted(take_batch(self._queue, self._max_batch_tokens))
+            if jobs:
+                self._start(jobs)
+
+    def _keep_wanted(self, jobs: list[Job]) -> list[Job]:
+        """Drop what was cancelled or waited past its time, before it costs device time."""
+        now = time.perf_counter()
+        self.queued_tokens -= sum(job.batch.num_tokens for job in jobs)
+        for job in jobs:
+            if not job.future.done() and job.expires is not None and job.expires <= now:
+                waited = now - job.arrived
+                job.future.set_exception(DeadlineExceeded(f"timeout_us ran out after {waited:.6f} s in the queue"))
+        return [job for job in jobs if not job.future.done()]
+
+    def _start(self, jobs: list[Job]) -> None:
+        self._running = True
+        self._on_batch(sum(job.batch.num_tokens for job in jobs))
+        work = partial(
+            run_batch,
+            self._backend,
+            jobs[0].layer,
+            [job.batch for job in jobs],
+            self._num_experts,
+            jobs[0].reply_dtype,
+        )
+        self._device.call(work).add_done_callback(partial(self._finish, jobs, time.perf_counter()))
+
+    def _finish(self, jobs: list[Job], started: float, outcome: asyncio.Future[BatchOutcome]) -> None:
+        self._running = False
+        error = outcome.exception()
+        for position, job in enumerate(jobs):
+            if job.future.done():
+                continue
+            if error is not None:
+                job.future.set_exception(_as_fault(error))
+            else:
+                result = outcome.result()
+                job.future.set_result(
+                    Completed(
+                        partials=result.partials[position],
+                        queue=started - job.arrived,
+                        copy_in=result.copy_in,
+                        compute=result.compute,
+                        copy_out=result.copy_out,
+                    )
+                )
+        self._start_next()
+
+
+def _as_fault(error: BaseException) -> ExpertdError:
+    if isinstance(error, ExpertdError):
+        return error
+    return ServerFault(f"the device failed: {type(error).__name__}: {error}")

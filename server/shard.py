@@ -1,0 +1,108 @@
+"""What this server owns, and whether a call may be computed on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from expertd.kernels.backend import TokenBatch
+from expertd.kernels.config import MoeConfig
+from expertd.proto.codec import ExecuteCall
+from expertd.proto.errors import InvalidBatch, ModelMismatch, StalePlacement, UnknownExpert
+from expertd.server.config import InvalidOption, format_ranges
+
+_NOT_OWNED = -2
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some experts of some layers of one model. Raises `InvalidOption` for layers or experts outside the model."""
+
+    config: MoeConfig
+    model_fingerprint: str
+    placement_epoch: int
+    layers: tuple[int, ...]
+    experts: tuple[int, ...]
+    """Global ids, ascending; the position in this tuple is the local id."""
+
+    def __post_init__(self) -> None:
+        for layer in self.layers:
+            if layer not in self.config.moe_layers:
+                raise InvalidOption(
+                    f"--layers names layer {layer}; the model's MoE layers are {format_ranges(self.config.moe_layers)}"
+                )
+        if self.experts[-1] >= self.config.n_routed_experts:
+            raise InvalidOption(
+                f"--experts names expert {self.experts[-1]}; the model's experts are"
+                f" 0-{self.config.n_routed_experts - 1}"
+            )
+
+    @property
+    def config_fields(self) -> dict[str, int | float | bool | str]:
+        """The model's configuration under the names of config.json."""
+        return dataclasses.asdict(self.config)
+
+    @cached_property
+    def _local_ids(self) -> Tensor:
+        """[n_routed_experts + 1] int32: local id of each global id; the last entry answers index -1."""
+        table = torch.full((self.config.n_routed_experts + 1,), _NOT_OWNED, dtype=torch.int32)
+        table[list(self.experts)] = torch.arange(len(self.experts), dtype=torch.int32)
+        table[-1] = -1
+        return table
+
+    def admit(self, call: ExecuteCall) -> TokenBatch:
+        """Check a decoded call against this shard and return it with local expert ids.
+
+        Raises `ModelMismatch`, `StalePlacement`, `UnknownExpert` or `InvalidBatch`.
+        """
+        if call.model_fingerprint != self.model_fingerprint:
+            raise ModelMismatch(
+                f"model_fingerprint is {call.model_fingerprint!r}; this server holds {self.model_fingerprint!r}"
+            )
+        if call.placement_epoch not in (None, self.placement_epoch):
+            raise StalePlacement(
+                f"placement_epoch is {call.placement_epoch}; the current one is {self.placement_epoch}"
+            )
+        if call.layer not in self.layers:
+            raise UnknownExpert(f"layer is {call.layer}; this server owns layers {format_ranges(self.layers)}")
+        _check_finite("weights", call.weights)
+        if call.scales is not None:
+            _check_finite("hidden_scales", call.scales)
+        return TokenBatch(call.hidden, call.scales, self._localise(call.expert_ids), call.weights)
+
+    def _localise(self, ids: Tensor) -> Tensor:
+        count = self.config.n_routed_experts
+        outside = (ids < -1) | (ids >= count)
+        if outside.any():
+            where, value = _first(outside, ids)
+            raise InvalidBatch(f"expert_ids{where} is {value}; it must be -1 or from 0 to {count - 1}")
+        local = self._local_ids[ids.long()]
+        unowned = local == _NOT_OWNED
+        if unowned.any():
+            where, value = _first(unowned, ids)
+            raise UnknownExpert(f"expert_ids{where} is {value}; this server owns experts {format_ranges(self.experts)}")
+        ordered = ids.sort(dim=1).values
+        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if repeated.any():
+            (token, _), value = _first(repeated, ordered[:, 1:])
+            raise InvalidBatch(
+                f"expert_ids[{token}] names expert {value} twice; a token goes to an expert at most once"
+            )
+        return local
+
+
+def _check_finite(field: str, values: Tensor) -> None:
+    finite = values.isfinite()
+    if not finite.all():
+        where, value = _first(~finite, values)
+        raise InvalidBatch(f"{field}{where} is {value}; it must be finite")
+
+
+def _first(mask: Tensor, values: Tensor) -> tuple[list[int], float]:
+    """Index and value of the first element that `mask` marks."""
+    where: list[int] = mask.nonzero()[0].tolist()
+    return where, values[tuple(where)].item()

@@ -1,0 +1,97 @@
+"""Loading one layer's experts from a checkpoint into host memory, as the backends take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from expertd.kernels.backend import LayerWeights
+from expertd.kernels.checkpoint import Checkpoint, CheckpointError, StoredTensor
+from expertd.kernels.config import BLOCK, MoeConfig
+from expertd.kernels.quantize import FP8, quantize_weights
+
+READERS = 4
+"""Threads that read and quantise at once; a read releases the interpreter lock."""
+
+OnBytes = Callable[[int], None]
+
+
+def layer_bytes(checkpoint: Checkpoint, layer: int, experts: Sequence[int]) -> int:
+    """Bytes that `load_layer` will read. Checks that every tensor is there, with the right shape and dtype."""
+    return sum(
+        stored.num_bytes
+        for expert in experts
+        for name, rows, columns in _projections(checkpoint.config)
+        for stored in _find(checkpoint, _name(layer, expert, name), rows, columns)
+    )
+
+
+def load_layer(checkpoint: Checkpoint, layer: int, experts: Sequence[int], on_bytes: OnBytes) -> LayerWeights:
+    """Read the experts of one layer; BF16 weights are quantised. `on_bytes` hears of every tensor read.
+
+    Raises `CheckpointError` for tensors that are missing, truncated, of another shape or dtype, or badly scaled.
+    """
+    config = checkpoint.config
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    weights = LayerWeights(
+        up_gate=torch.empty(len(experts), 2 * inner, hidden, dtype=FP8),
+        up_gate_scales=torch.empty(len(experts), 2 * inner // BLOCK, hidden // BLOCK),
+        down=torch.empty(len(experts), hidden, inner, dtype=FP8),
+        down_scales=torch.empty(len(experts), hidden // BLOCK, inner // BLOCK),
+    )
+
+    def load_expert(local: int) -> None:
+        up, gate = weights.up_gate[local].chunk(2)
+        up_scales, gate_scales = weights.up_gate_scales[local].chunk(2)
+        targets = {
+            "up_proj": (up, up_scales),
+            "gate_proj": (gate, gate_scales),
+            "down_proj": (weights.down[local], weights.down_scales[local]),
+        }
+        for projection, rows, columns in _projections(config):
+            found = _find(checkpoint, _name(layer, experts[local], projection), rows, columns)
+            _load(checkpoint, found, *targets[projection])
+            on_bytes(sum(stored.num_bytes for stored in found))
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as readers:
+        for _ in readers.map(load_expert, range(len(experts))):
+            pass
+    return weights
+
+
+def _projections(config: MoeConfig) -> tuple[tuple[str, int, int], ...]:
+    """Name, rows and columns of each of an expert's matrices."""
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    return (("up_proj", inner, hidden), ("gate_proj", inner, hidden), ("down_proj", hidden, inner))
+
+
+def _name(layer: int, expert: int, projection: str) -> str:
+    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+
+
+def _find(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> tuple[StoredTensor, ...]:
+    """The stored weight, followed by its stored scales when it is FP8."""
+    weight = checkpoint.check(name, (rows, columns), FP8, torch.bfloat16)
+    if weight.dtype == "BF16":
+        return (weight,)
+    return (weight, checkpoint.check(f"{name}_scale_inv", (rows // BLOCK, columns // BLOCK), torch.float32))
+
+
+def _load(checkpoint: Checkpoint, found: tuple[StoredTensor, ...], weight: Tensor, scales: Tensor) -> None:
+    """Read one matrix into `weight` and `scales`, which are views of the layer's tensors."""
+    if len(found) == 1:
+        plain = checkpoint.read(found[0].name, found[0].shape, torch.bfloat16)
+        if not plain.isfinite().all():
+            raise CheckpointError(f"{found[0].file}: tensor {found[0].name}: expected finite values, found NaN or Inf")
+        quantized, block_scales = quantize_weights(plain)
+        weight.copy_(quantized)
+        scales.copy_(block_scales)
+        return
+    checkpoint.read_into(found[0], weight)
+    checkpoint.read_into(found[1], scales)
+    if not (scales.isfinite().all() and (scales >= 0).all()):
+        bad = scales[~(scales.isfinite() & (scales >= 0))][0].item()
+        raise CheckpointError(f"{found[1].file}: tensor {found[1].name}: expected finite scales >= 0, found {bad}")
