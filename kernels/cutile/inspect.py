@@ -99,12 +99,12 @@ def signature(kernel: ct.kernel, args: Sequence[Any]) -> KernelSignature:
     return unnamed.with_mangled_symbol(function.__name__)
 
 
-def _constraint(value: Any, hint: Any) -> ArrayConstraint | ConstantConstraint | ScalarConstraint:
-    metadata = hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+def _constraint(value: object, hint: object) -> ArrayConstraint | ConstantConstraint | ScalarConstraint:
+    metadata = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
     if isinstance(value, Tensor):
         array = next((item for item in metadata if isinstance(item, ct.ArrayAnnotation)), ct.ArrayAnnotation())
         return _array_constraint(value, array.index_dtype)
-    if any(isinstance(item, type(ct.Constant.__metadata__[0])) for item in metadata):
+    if any(isinstance(item, ct.ConstantAnnotation) for item in metadata):
         return ConstantConstraint(value)
     return ScalarConstraint(ct.float32 if isinstance(value, float) else ct.int32)
 

@@ -1,0 +1,28 @@
+"""Launching cuTile kernels: what every host wrapper builds, and what the compile tests read without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import cuda.tile as ct
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel launch on the current stream, repeatable; on meta tensors it only names what would be compiled."""
+
+    kernel: ct.kernel
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+
+    def __call__(self) -> None:
+        ct.launch(torch.cuda.current_stream(), self.grid, self.kernel, self.args)
+
+
+@cache
+def hinted(kernel: ct.kernel, num_worker_warps: int | None = None, occupancy: int | None = None) -> ct.kernel:
+    """`kernel` with compiler hints; one object for each combination, because compiled code is kept in the object."""
+    return kernel.replace_hints(num_worker_warps=num_worker_warps, occupancy=occupancy)
