@@ -24,6 +24,7 @@ def sort_pairs(expert_ids: Tensor, num_experts: int) -> PairOrder:
     """Sort [T, k] local expert ids (-1 for none) by expert, then by token. Works on any device."""
     flat = expert_ids.reshape(-1)
     keys = torch.where(flat < 0, num_experts, flat)
-    slots = keys.argsort(stable=True)
-    counts = keys.bincount(minlength=num_experts + 1)[:num_experts]
-    return PairOrder(tokens=slots // expert_ids.shape[1], slots=slots, counts=counts)
+    ordered, slots = keys.sort(stable=True)
+    # The counts that `bincount` gives; on CUDA that one waits for the device to learn how long its result is.
+    ends = torch.searchsorted(ordered, torch.arange(num_experts + 1, dtype=ordered.dtype, device=ordered.device))
+    return PairOrder(tokens=slots // expert_ids.shape[1], slots=slots, counts=ends.diff())
