@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from expertd.client.arguments import as_rows, as_tokens, check_choice
 from expertd.client.dispatch import Dispatch, check_receipt, combine, plan_dispatch
 from expertd.client.gate import Gate
 from expertd.client.ownership import Ownership, resolve_ownership
@@ -22,6 +23,8 @@ from expertd.kernels.quantize import quantize_activations
 from expertd.kernels.routing import route, router_logits
 from expertd.proto.codec import HIDDEN_DTYPES, REPLY_DTYPES, ExecuteCall, ExecuteResult, ShardInfo, StageTimings
 from expertd.proto.errors import InvalidBatch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +127,11 @@ class Coordinator:
         """Layers that can be called."""
         return self._connected().layers
 
+    @property
+    def backends(self) -> frozenset[str]:
+        """Compute backends of the servers."""
+        return frozenset(shard.backend for shard in self._shards)
+
     async def __call__(
         self,
         layer: int,
@@ -154,16 +162,14 @@ class Coordinator:
         """
         ownership = self._connected()
         owner = ownership.of_layer(layer)
-        tokens = _as_tokens("hidden", hidden, self.model.hidden_size)
+        tokens = as_tokens("hidden", hidden, self.model.hidden_size)
         ids, weights = self._route(layer, tokens, router_logits, topk_ids, topk_weights)
         sent, scales = self._quantize(tokens)
         limits = [shard.max_tokens_per_request for shard in self._shards]
         dispatches = [
             part for dispatch in plan_dispatch(ids, weights, owner) for part in dispatch.split(limits[dispatch.server])
         ]
-        async with asyncio.TaskGroup() as group:
-            calls = [group.create_task(self._send(layer, sent, scales, dispatch)) for dispatch in dispatches]
-        answers = [call.result() for call in calls]
+        answers = await _all_or_error([self._send(layer, sent, scales, dispatch) for dispatch in dispatches])
         parts = [(dispatch, result) for dispatch, (result, _) in zip(dispatches, answers, strict=True)]
         sums = combine(len(tokens), tokens.shape[1], parts)
         reports = self._report(dispatches, answers)
@@ -179,7 +185,7 @@ class Coordinator:
             model_fingerprint=shard.model_fingerprint,
             placement_epoch=shard.placement_epoch,
             layer=layer,
-            hidden=hidden.view(torch.uint8)[dispatch.tokens].view(hidden.dtype),
+            hidden=hidden[dispatch.tokens],
             scales=None if scales is None else scales[dispatch.tokens],
             expert_ids=dispatch.expert_ids,
             weights=dispatch.weights,
@@ -205,8 +211,8 @@ class Coordinator:
         if ids is not None or weights is not None:
             if ids is None or weights is None or logits is not None:
                 raise InvalidBatch("give topk_ids and topk_weights together, and no router_logits with them")
-            ids, weights = _as_rows("topk_ids", ids, len(tokens)), _as_rows("topk_weights", weights, len(tokens))
-            _check_choice(ids, weights, model)
+            ids, weights = as_rows("topk_ids", ids, len(tokens)), as_rows("topk_weights", weights, len(tokens))
+            check_choice(ids, weights, model)
             return ids.to(torch.int32), weights.float()
         gate = self.config.gates.get(layer)
         if gate is None:
@@ -215,7 +221,7 @@ class Coordinator:
             )
         if logits is None:
             logits = router_logits(tokens, gate.weight)
-        logits = _as_tokens("router_logits", logits, model.n_routed_experts)
+        logits = as_tokens("router_logits", logits, model.n_routed_experts)
         if len(logits) != len(tokens):
             raise InvalidBatch(f"router_logits has {len(logits)} rows; hidden has {len(tokens)} tokens")
         if not logits.isfinite().all():
@@ -245,30 +251,11 @@ class Coordinator:
         return tuple(reports)
 
 
-def _as_tokens(name: str, values: Tensor, width: int) -> Tensor:
-    """View [..., width] as [T, width] with T >= 1."""
-    if not values.is_floating_point() or values.ndim < 1 or values.shape[-1] != width or values.numel() == 0:
-        raise InvalidBatch(
-            f"{name} is {values.dtype} {list(values.shape)}; it must be a float tensor [..., {width}] with at least one row"
-        )
-    return values.detach().reshape(-1, width)
-
-
-def _as_rows(name: str, values: Tensor, rows: int) -> Tensor:
-    """View [..., k] as [rows, k]."""
-    if values.ndim < 1 or values.shape[-1] == 0 or values.numel() != rows * values.shape[-1]:
-        raise InvalidBatch(f"{name} is {list(values.shape)}; it must have one row for each of {rows} tokens")
-    return values.detach().reshape(rows, -1)
-
-
-def _check_choice(ids: Tensor, weights: Tensor, model: MoeConfig) -> None:
-    if ids.shape != weights.shape:
-        raise InvalidBatch(f"topk_ids is {list(ids.shape)}, topk_weights {list(weights.shape)}; they must agree")
-    if ids.shape[1] > model.num_experts_per_tok:
-        raise InvalidBatch(
-            f"topk_ids has {ids.shape[1]} experts a token; the model's top-k is {model.num_experts_per_tok}"
-        )
-    if ids.is_floating_point() or (ids < -1).any() or (ids >= model.n_routed_experts).any():
-        raise InvalidBatch(f"topk_ids must be integers from 0 to {model.n_routed_experts - 1}, or -1")
-    if not weights.isfinite().all():
-        raise InvalidBatch("topk_weights holds NaN or infinity; they must be finite")
+async def _all_or_error(calls: Sequence[Coroutine[None, None, T]]) -> list[T]:
+    """All results, in order; or the first error, with the other calls cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

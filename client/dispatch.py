@@ -11,7 +11,6 @@ from torch import Tensor
 from expertd.proto.codec import ExecuteResult
 from expertd.proto.errors import ServerFault
 
-
 NOBODY = -1
 
 

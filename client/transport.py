@@ -8,12 +8,13 @@ from typing import Protocol
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo
 from expertd.proto.errors import DeadlineExceeded, ExpertdError, Unavailable, error_from_status
 
-StreamCall = grpc.aio.StreamStreamCall[codec.Request, codec.Response]
+StreamCall = grpc.aio.StreamStreamCall[Message, codec.Response]
 RETRY_SECONDS = 0.1
 
 
