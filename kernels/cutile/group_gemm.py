@@ -78,3 +78,22 @@ def group_gemm(a: Tensor, b: Tensor, counts: Tensor, out: Tensor, config: GroupG
     kernel = hinted(group_gemm_kernel, config.num_worker_warps, config.occupancy)
     tiles = (config.tile_m, config.tile_n, config.tile_k, config.group, config.latency)
     return Launch(kernel, (blocks,), (a, b, counts, out, *tiles))
+
+
+def candidates(arch: str, shape_class: int) -> list[GroupGemmConfig]:
+    """Configurations worth measuring on `arch` ("sm_90", ...) for batches of up to `shape_class` tokens."""
+    few_rows = [
+        GroupGemmConfig(64, 64, 64),
+        GroupGemmConfig(64, 64, 64, latency=8),
+        GroupGemmConfig(64, 64, 128, latency=8),
+        GroupGemmConfig(64, 128, 64),
+        GroupGemmConfig(64, 128, 128),
+    ]
+    many_rows = [
+        GroupGemmConfig(128, 128, 64),
+        GroupGemmConfig(128, 256, 64),
+        GroupGemmConfig(128, 256, 64, group=16),
+        GroupGemmConfig(256, 128, 64),
+        GroupGemmConfig(256, 128, 64, group=4),
+    ]
+    return few_rows if shape_class <= 256 else few_rows[3:] + many_rows

@@ -1,0 +1,120 @@
+"""The dequant pipeline's kernels against torch, on fresh random data and poisoned outputs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertd.kernels.cutile.aggregate import aggregate
+from expertd.kernels.cutile.dequant_hidden import dequant_hidden
+from expertd.kernels.cutile.dequant_weights import dequant_weights
+from expertd.kernels.cutile.group_gemm import GroupGemmConfig, candidates, group_gemm
+from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
+from expertd.kernels.cutile.silu_and_mul import silu_and_mul
+from expertd.kernels.cutile.token_sort import sort_rows
+from expertd.kernels.quantize import dequantize_activations, dequantize_weights
+from expertd.kernels.reference import relative_error
+from tests.markers import gpu_only
+
+pytestmark = gpu_only
+
+POISON = float("nan")
+CUDA = torch.device("cuda")
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, POISON, dtype=dtype, device=CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 128), (5, 7168), (257, 2176)])
+def test_dequant_hidden_is_exact_and_leaves_unused_rows(tokens: int, width: int, dtype: torch.dtype) -> None:
+    batch = random_batch(ExpertShape(hidden_size=width), tokens, CUDA)
+    assert batch.scales is not None
+    chosen = torch.randint(-1, tokens, (3 * tokens,), dtype=torch.int32, device=CUDA)
+    out = poisoned(3 * tokens, width, dtype=dtype)
+    dequant_hidden(batch.hidden, batch.scales, chosen, out)()
+    used = chosen >= 0
+    assert torch.equal(out[used], dequantize_activations(batch.hidden, batch.scales)[chosen[used]].to(dtype))
+    assert out[~used].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(7168, 2048), (2176, 640)])
+def test_dequant_weights_is_exact_and_leaves_unused_slots(hidden: int, intermediate: int, dtype: torch.dtype) -> None:
+    weights = random_weights(ExpertShape(4, hidden, intermediate), CUDA)
+    experts = torch.tensor([2, -1, 0], dtype=torch.int32, device=CUDA)
+    for weight, scales in ((weights.up_gate, weights.up_gate_scales), (weights.down, weights.down_scales)):
+        out = poisoned(3, *weight.shape[1:], dtype=dtype)
+        dequant_weights(weight, scales, experts, out)()
+        exact = dequantize_weights(weight, scales).to(dtype)
+        assert torch.equal(out[0], exact[2])
+        assert torch.equal(out[2], exact[0])
+        assert out[1].isnan().all()
+
+
+def test_dequant_weights_addresses_more_than_two_to_the_31_elements() -> None:
+    weight = torch.zeros(64, 8192, 8192, dtype=torch.float8_e4m3fn, device=CUDA)
+    weight[-1, -1] = torch.arange(8192, device=CUDA).remainder(16).to(torch.float8_e4m3fn)
+    scales = torch.full((64, 64, 64), 0.5, device=CUDA)
+    out = poisoned(1, 8192, 8192, dtype=torch.bfloat16)
+    dequant_weights(weight, scales, torch.tensor([63], dtype=torch.int32, device=CUDA), out)()
+    assert torch.equal(out[0], (weight[-1].float() * 0.5).bfloat16())
+
+
+@pytest.mark.parametrize("width", [512, 2048, 640])
+def test_silu_and_mul_is_accurate_and_leaves_unused_rows(width: int) -> None:
+    up_gate = torch.randn(9, 2 * width, device=CUDA) * 4
+    tokens = torch.tensor([0, 1, -1, 2, 3, 4, -1, 5, 6], dtype=torch.int32, device=CUDA)
+    out = poisoned(9, width, dtype=torch.float32)
+    silu_and_mul(up_gate, tokens, out)()
+    up, gate = up_gate.double().chunk(2, dim=1)
+    used = tokens >= 0
+    assert relative_error(out[used], (torch.nn.functional.silu(gate) * up)[used]) < 1e-6
+    assert out[~used].isnan().all()
+
+
+def test_silu_and_mul_of_extreme_gates() -> None:
+    gate = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 1e30], device=CUDA).repeat(64)[:128]
+    up_gate = torch.cat([torch.ones(128, device=CUDA), gate]).unsqueeze(0)
+    out = poisoned(1, 128, dtype=torch.float32)
+    silu_and_mul(up_gate, torch.zeros(1, dtype=torch.int32, device=CUDA), out)()
+    torch.testing.assert_close(out[0], torch.nn.functional.silu(gate), rtol=1e-5, atol=1e-35)
+
+
+@pytest.mark.parametrize("config", [*candidates("sm_90", 64), *candidates("sm_90", 16384)], ids=str)
+def test_group_gemm_over_ragged_counts(config: GroupGemmConfig) -> None:
+    counts = [0, 1, 300, 0, 64, 129, 7, 0]
+    a = torch.randn(sum(counts) + 5, 640, device=CUDA).bfloat16()
+    b = torch.randn(len(counts), 896, 640, device=CUDA).bfloat16()
+    out = poisoned(len(a), 896, dtype=torch.float32)
+    group_gemm(a, b, torch.tensor(counts, dtype=torch.int32, device=CUDA), out, config, 132 * config.occupancy)()
+    first = 0
+    for slot, count in enumerate(counts):
+        rows = slice(first, first + count)
+        if count:
+            assert relative_error(out[rows], a[rows].double() @ b[slot].double().T) < 1e-5
+        first += count
+    assert out[first:].isnan().all()
+
+
+def test_aggregate_sums_in_the_order_of_the_slots() -> None:
+    rows = torch.randn(20, 2176, device=CUDA)
+    positions = torch.randint(-1, 20, (7, 8), dtype=torch.int32, device=CUDA)
+    weights = torch.rand(7, 8, device=CUDA)
+    weights[positions < 0] = POISON
+    out = poisoned(7, 2176, dtype=torch.float32)
+    aggregate(rows, positions, weights, out)()
+    terms = torch.where((positions >= 0)[..., None], rows[positions.clamp(min=0)] * weights[..., None], 0.0)
+    torch.testing.assert_close(out, terms.sum(dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_sorting_does_not_wait_for_the_device() -> None:
+    batch = random_batch(ExpertShape(hidden_size=128), 257, CUDA)
+    expected = sort_rows(batch.expert_ids.cpu(), 32, 32)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = sort_rows(batch.expert_ids, 32, 32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in ("tokens", "positions", "experts", "counts", "pairs"):
+        assert torch.equal(getattr(rows, name).cpu(), getattr(expected, name))

@@ -1,0 +1,119 @@
+"""The dequant pipeline against exact arithmetic on the same FP8 inputs: a relative error of 5e-3 at most."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertd.kernels.backend import TokenBatch
+from expertd.kernels.config import MoeConfig
+from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline
+from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
+from expertd.kernels.quantize import dequantize_activations
+from expertd.kernels.reference import reference_partials, relative_error
+from expertd.kernels.routing import route
+from tests.gpu.flashinfer_oracle import moe_fp8_block_scale_ds_routing
+from tests.markers import gpu_only
+
+pytestmark = gpu_only
+
+BOUND = 5e-3
+CUDA = torch.device("cuda")
+SHAPES = [ExpertShape(32, 1024, 512), ExpertShape(8, 2176, 640), ExpertShape(64, 256, 128)]
+GROUPED = DequantConfig(group_from=1)
+INDIVIDUAL = DequantConfig(group_from=1000)
+
+
+def pipeline(shape: ExpertShape) -> DequantPipeline:
+    return DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, CUDA)
+
+
+def with_ids(batch: TokenBatch, ids: Tensor) -> TokenBatch:
+    return replace(batch, expert_ids=ids.to(torch.int32))
+
+
+@pytest.mark.parametrize("config", [GROUPED, INDIVIDUAL], ids=["grouped", "individual"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 17, 64, 129, 257])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_within_bound(shape: ExpertShape, tokens: int, config: DequantConfig) -> None:
+    weights = random_weights(shape, CUDA)
+    batch = random_batch(shape, tokens, CUDA, model_experts=2 * shape.num_experts)
+    batch.weights[batch.expert_ids < 0] = torch.nan
+    partials = pipeline(shape)(batch, weights, config)
+    assert relative_error(partials.sums, reference_partials(batch, weights)) < BOUND
+    ids = batch.expert_ids[batch.expert_ids >= 0]
+    assert torch.equal(partials.pairs, ids.bincount(minlength=shape.num_experts).to(torch.int32))
+
+
+@pytest.mark.parametrize("config", [GROUPED, INDIVIDUAL], ids=["grouped", "individual"])
+def test_no_expert_and_one_expert(config: DequantConfig) -> None:
+    shape = SHAPES[0]
+    weights, run = random_weights(shape, CUDA), pipeline(shape)
+    batch = random_batch(shape, 33, CUDA)
+    nowhere = with_ids(batch, torch.full_like(batch.expert_ids, -1))
+    assert not run(nowhere, weights, config).sums.any()
+    one = torch.full_like(batch.expert_ids, -1)
+    one[:, 3] = 31
+    everyone = with_ids(batch, one)
+    sums = run(everyone, weights, config, active_experts=1).sums
+    assert relative_error(sums, reference_partials(everyone, weights)) < BOUND
+
+
+def test_bf16_hidden_states() -> None:
+    shape = SHAPES[0]
+    weights = random_weights(shape, CUDA)
+    batch = random_batch(shape, 65, CUDA)
+    assert batch.scales is not None
+    batch = replace(batch, hidden=dequantize_activations(batch.hidden, batch.scales).bfloat16(), scales=None)
+    assert relative_error(pipeline(shape)(batch, weights, GROUPED).sums, reference_partials(batch, weights)) < BOUND
+
+
+def test_bits_depend_neither_on_the_run_nor_on_the_rest_of_the_batch() -> None:
+    shape = SHAPES[0]
+    weights, run = random_weights(shape, CUDA), pipeline(shape)
+    batch = random_batch(shape, 257, CUDA, model_experts=64)
+    sums = run(batch, weights, GROUPED).sums
+    for _ in range(5):
+        assert torch.equal(run(batch, weights, GROUPED).sums, sums)
+    assert batch.scales is not None
+    part = torch.randperm(257, device=CUDA)[:91]
+    smaller = TokenBatch(batch.hidden[part], batch.scales[part], batch.expert_ids[part], batch.weights[part])
+    assert torch.equal(run(smaller, weights, GROUPED).sums, sums[part])
+
+
+def test_grouped_does_not_wait_for_the_device() -> None:
+    shape = SHAPES[0]
+    weights, run = random_weights(shape, CUDA), pipeline(shape)
+    batch = random_batch(shape, 64, CUDA)
+    run(batch, weights, GROUPED)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(batch, weights, GROUPED)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_flashinfer_definition_at_full_size(tokens: int) -> None:
+    shape, first_expert = ExpertShape(), 32
+    weights = random_weights(shape, CUDA)
+    batch = random_batch(shape, tokens, CUDA)
+    assert batch.scales is not None
+    logits, bias = torch.randn(tokens, 256, device=CUDA), torch.randn(256, device=CUDA).bfloat16() / 10
+    expected = moe_fp8_block_scale_ds_routing(
+        logits,
+        bias,
+        batch.hidden,
+        batch.scales.T,
+        weights.up_gate,
+        weights.up_gate_scales,
+        weights.down,
+        weights.down_scales,
+        first_expert,
+        2.5,
+    )
+    ids, gates = route(logits, bias.float(), MoeConfig())
+    local = torch.where((ids >= first_expert) & (ids < first_expert + 32), ids - first_expert, -1)
+    routed = replace(with_ids(batch, local), weights=gates)
+    assert relative_error(pipeline(shape)(routed, weights, GROUPED).sums, expected) < BOUND
