@@ -84,7 +84,8 @@ class LocalCluster:
 
     async def _start(self, index: int, experts: str) -> asyncio.subprocess.Process:
         command = [
-            *(sys.executable, "-m", "expertd.server.cli", "serve"),
+            # -P: the folder that the caller happens to be in is no place to import from.
+            *(sys.executable, "-P", "-m", "expertd.server.cli", "serve"),
             *("--model", str(self._model), "--experts", experts),
             *("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
             *("--ready-file", str(self._ready_file(index))),

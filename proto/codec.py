@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from expertd.proto import expert_shard_pb2 as pb
@@ -24,8 +25,10 @@ BLOCK = 128
 ENVELOPE_BYTES = 64 * 1024
 """More than all the fields of a message beside its tensors, receipt included."""
 
-# torch warns once that a decoded tensor is read-only; that is the intent here.
-warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+with warnings.catch_warnings():
+    # torch warns once a process that such a tensor is read-only, which is the intent here: let it do so now, unheard.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 _DTYPES: dict[pb.DType, torch.dtype] = {
     pb.DTYPE_FLOAT8_E4M3FN: torch.float8_e4m3fn,
@@ -103,6 +106,14 @@ class ShardInfo:
     device: str
     backend_reason: str
     version: str
+
+
+def parse_request(data: bytes) -> Request:
+    """Parse a serialized request; bytes that are none raise `InvalidBatch`."""
+    try:
+        return Request.FromString(data)
+    except DecodeError as error:
+        raise InvalidBatch(f"the {len(data)} bytes received are no {Request.DESCRIPTOR.full_name}: {error}") from None
 
 
 def encode_call(call: ExecuteCall) -> pb.ExecuteRequest:

@@ -36,11 +36,9 @@ class ExpertShardHandlers:
             "GetShard": grpc.unary_unary_rpc_method_handler(
                 self.get_shard, codec.ShardRequest.FromString, codec.ShardResponse.SerializeToString
             ),
-            "Execute": grpc.unary_unary_rpc_method_handler(
-                self.execute, codec.Request.FromString, codec.Response.SerializeToString
-            ),
+            "Execute": grpc.unary_unary_rpc_method_handler(self.execute, None, codec.Response.SerializeToString),
             "ExecuteStream": grpc.stream_stream_rpc_method_handler(
-                self.execute_stream, codec.Request.FromString, codec.Response.SerializeToString
+                self.execute_stream, None, codec.Response.SerializeToString
             ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(codec.SERVICE, methods),))
@@ -57,26 +55,29 @@ class ExpertShardHandlers:
             await context.abort(error.code, str(error))
         return codec.encode_shard(self._info)
 
-    async def execute(self, request: codec.Request, context: Context) -> codec.Response:
+    async def execute(self, data: bytes, context: Context) -> codec.Response:
         try:
-            return await self._answer(request, context.time_remaining())
+            return await self._answer(codec.parse_request(data), context.time_remaining())
         except ExpertdError as error:
             await context.abort(error.code, str(error))
 
-    async def execute_stream(self, requests: AsyncIterator[codec.Request], context: Context) -> None:
+    async def execute_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         writing = asyncio.Lock()
 
-        async def respond(request: codec.Request) -> None:
+        async def respond(data: bytes) -> None:
+            request_id = 0
             try:
+                request = codec.parse_request(data)
+                request_id = request.request_id
                 response = await self._answer(request, None)
             except ExpertdError as error:
-                response = codec.encode_error(request.request_id, error)
+                response = codec.encode_error(request_id, error)
             async with writing:
                 await context.write(response)
 
         async def read() -> None:
-            async for request in requests:
-                answers.create_task(respond(request))
+            async for data in requests:
+                answers.create_task(respond(data))
 
         async with asyncio.TaskGroup() as answers:
             reader = answers.create_task(read())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expertd.kernels.backend import TokenBatch
 from expertd.kernels.config import MoeConfig
+from expertd.kernels.routing import repeats_expert
 from expertd.proto.codec import ExecuteCall
 from expertd.proto.errors import InvalidBatch, ModelMismatch, StalePlacement, UnknownExpert
 from expertd.server.config import InvalidOption, format_ranges
@@ -85,13 +86,10 @@ class Shard:
         if unowned.any():
             where, value = _first(unowned, ids)
             raise UnknownExpert(f"expert_ids{where} is {value}; this server owns experts {format_ranges(self.experts)}")
-        ordered = ids.sort(dim=1).values
-        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        repeated = repeats_expert(ids)
         if repeated.any():
-            (token, _), value = _first(repeated, ordered[:, 1:])
-            raise InvalidBatch(
-                f"expert_ids[{token}] names expert {value} twice; a token goes to an expert at most once"
-            )
+            token = int(repeated.nonzero()[0])
+            raise InvalidBatch(f"expert_ids[{token}] is {ids[token].tolist()}; a token may name an expert at most once")
         return local
 
 

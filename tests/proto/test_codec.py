@@ -1,0 +1,146 @@
+"""Tensors to messages and back."""
+
+from dataclasses import replace
+
+import grpc
+import pytest
+import torch
+
+from expertd.proto import codec, errors
+from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo, StageTimings
+from expertd.proto.errors import ExpertdError, InvalidBatch, Overloaded, ServerFault, error_from_status
+
+WIDTH, TOP_K = 256, 4
+
+
+def example_call(hidden_dtype: torch.dtype, tokens: int = 3) -> ExecuteCall:
+    hidden = torch.randn(tokens, WIDTH).to(hidden_dtype)
+    quantized = hidden_dtype == torch.float8_e4m3fn
+    return ExecuteCall(
+        request_id=2**63 + 5,
+        model_fingerprint="abc",
+        placement_epoch=17,
+        layer=60,
+        hidden=hidden,
+        scales=torch.rand(tokens, WIDTH // 128) if quantized else None,
+        expert_ids=torch.tensor([[0, 255, -1, 31]] * tokens, dtype=torch.int32),
+        weights=torch.rand(tokens, TOP_K),
+        reply_dtype=torch.bfloat16,
+        timeout=1.5,
+    )
+
+
+def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
+    assert left.dtype == right.dtype
+    assert torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("hidden_dtype", codec.HIDDEN_DTYPES)
+def test_a_call_survives_the_wire(hidden_dtype: torch.dtype) -> None:
+    call = example_call(hidden_dtype)
+    data = codec.encode_call(call).SerializeToString()
+    back = codec.decode_call(codec.parse_request(data), WIDTH, TOP_K, max_tokens=3)
+    for field in ("hidden", "expert_ids", "weights"):
+        assert_same_bits(getattr(call, field), getattr(back, field))
+    if call.scales is None:
+        assert back.scales is None
+    else:
+        assert back.scales is not None
+        assert_same_bits(call.scales, back.scales)
+    tensors = dict.fromkeys(("hidden", "scales", "expert_ids", "weights"))
+    assert replace(call, **tensors) == replace(back, **tensors)
+
+
+def test_a_call_of_views_is_sent_contiguously() -> None:
+    call = example_call(torch.bfloat16)
+    turned = replace(call, weights=call.weights.T.contiguous().T, hidden=torch.cat([call.hidden] * 2, 1)[:, :WIDTH])
+    assert codec.encode_call(turned) == codec.encode_call(call)
+
+
+def test_an_absent_placement_epoch_is_not_zero() -> None:
+    call = replace(example_call(torch.bfloat16), placement_epoch=None, timeout=None)
+    back = codec.decode_call(codec.encode_call(call), WIDTH, TOP_K, max_tokens=3)
+    assert back.placement_epoch is None
+    assert back.timeout is None
+
+
+@pytest.mark.parametrize("dtype", codec.REPLY_DTYPES)
+def test_a_result_survives_the_wire(dtype: torch.dtype) -> None:
+    timings = StageTimings(decode=1e-6, queue=2e-6, copy_in=0.0, compute=0.25, copy_out=3e-9)
+    result = ExecuteResult(9, torch.randn(3, WIDTH).to(dtype), {0: 3, 31: 2}, timings)
+    data = codec.encode_result(result).SerializeToString()
+    back = codec.decode_result(codec.Response.FromString(data), 3, WIDTH, dtype)
+    assert_same_bits(result.partials, back.partials)
+    assert (back.request_id, back.receipt, back.timings) == (9, {0: 3, 31: 2}, timings)
+    assert back.timings.total == pytest.approx(0.250003003)
+
+
+def test_a_result_of_another_size_or_dtype_is_a_fault_of_the_server() -> None:
+    response = codec.encode_result(ExecuteResult(9, torch.zeros(3, WIDTH), {}, StageTimings()))
+    with pytest.raises(ServerFault, match=r"partials has 3072 bytes; \[4, 256\] float32 takes 4096"):
+        codec.decode_result(response, 4, WIDTH, torch.float32)
+    with pytest.raises(ServerFault, match="partials_dtype is DTYPE_FLOAT32; accepted: DTYPE_BFLOAT16"):
+        codec.decode_result(response, 3, WIDTH, torch.bfloat16)
+    response.receipt_experts.append(4)
+    with pytest.raises(ServerFault, match="receipt_experts and receipt_pairs differ in length"):
+        codec.decode_result(response, 3, WIDTH, torch.float32)
+
+
+def test_a_refusal_is_raised_by_the_reader() -> None:
+    with pytest.raises(Overloaded, match=r"^come back later$"):
+        codec.decode_result(codec.encode_error(9, Overloaded("come back later")), 3, WIDTH, torch.float32)
+
+
+def test_bytes_that_are_no_message_are_refused() -> None:
+    with pytest.raises(InvalidBatch, match=r"the 3 bytes received are no expertd\.v1\.ExecuteRequest"):
+        codec.parse_request(b"\xff\xff\xff")
+
+
+def test_a_shard_survives_the_wire() -> None:
+    config: dict[str, int | float | bool | str] = {
+        "model_type": "deepseek_v3",
+        "hidden_size": 7168,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 61,
+        "first_k_dense_replace": 3,
+        "moe_layer_freq": 1,
+    }
+    shard = ShardInfo("abc", 17, config, (3, 4), tuple(range(32)), 4096, 1 << 20, 65536, "torch", "cpu", "auto", "1.0")
+    assert codec.decode_shard(codec.ShardResponse.FromString(codec.encode_shard(shard).SerializeToString())) == shard
+
+
+def test_every_error_has_a_status_of_its_own_and_comes_back_from_it() -> None:
+    kinds = ExpertdError.__subclasses__()
+    assert len({kind.code for kind in kinds}) == len(kinds)
+    for kind in kinds:
+        assert type(error_from_status(kind.code, "x")) is kind
+        assert type(error_from_status(kind.code.value[0], "x")) is kind
+
+
+def test_statuses_outside_the_contract_become_faults_that_name_them() -> None:
+    assert str(error_from_status(grpc.StatusCode.UNIMPLEMENTED, "no such method")) == "UNIMPLEMENTED: no such method"
+    assert isinstance(error_from_status(99, "?"), errors.ServerFault)
+
+
+@pytest.mark.parametrize(("tokens", "width", "top_k"), [(1, 128, 1), (4096, 7168, 8), (1, 7168, 8), (4096, 128, 8)])
+def test_message_bytes_bounds_every_message(tokens: int, width: int, top_k: int) -> None:
+    bound = codec.message_bytes(tokens, width, top_k)
+    base = example_call(torch.bfloat16)
+    for dtype in codec.HIDDEN_DTYPES:
+        call = replace(
+            base,
+            hidden=torch.zeros(tokens, width).to(dtype),
+            scales=torch.zeros(tokens, width // 128) if dtype == torch.float8_e4m3fn else None,
+            expert_ids=torch.zeros(tokens, top_k, dtype=torch.int32),
+            weights=torch.zeros(tokens, top_k),
+        )
+        assert codec.encode_call(call).ByteSize() <= bound
+    receipt = dict.fromkeys(range(256), 2**31)
+    result = ExecuteResult(2**63, torch.zeros(tokens, width), receipt, StageTimings(1e3, 1e3, 1e3, 1e3, 1e3))
+    assert codec.encode_result(result).ByteSize() <= bound

@@ -1,0 +1,95 @@
+"""Building blocks of tests: servers in this process, batches, weights."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import torch
+from prometheus_client import CollectorRegistry
+from torch import Tensor
+
+from expertd.kernels.backend import LayerWeights, TokenBatch
+from expertd.kernels.quantize import quantize_activations, quantize_weights
+from expertd.proto import codec
+from expertd.proto.codec import ExecuteCall
+from expertd.server.app import Server
+from expertd.server.config import Address, ServerConfig
+from expertd.server.metrics import Metrics
+
+ANY_PORT = Address("127.0.0.1", 0)
+
+
+@contextlib.asynccontextmanager
+async def running_server(model: Path, experts: range, **options: Any) -> AsyncIterator[Server]:  # noqa: ANN401
+    """A server in this process, ready to be called; drained at the end."""
+    config = ServerConfig(
+        model=model, experts=tuple(experts), listen=ANY_PORT, metrics=ANY_PORT, backend="torch", **options
+    )
+    server = Server(config, Metrics(CollectorRegistry()))
+    running = asyncio.create_task(server.run())
+    ready = asyncio.create_task(server.ready.wait())
+    await asyncio.wait((running, ready), return_when=asyncio.FIRST_COMPLETED)
+    try:
+        if running.done():
+            running.result()
+        yield server
+    finally:
+        ready.cancel()
+        server.stop()
+        await running
+
+
+@contextlib.asynccontextmanager
+async def open_channel(server: Server) -> AsyncIterator[grpc.aio.Channel]:
+    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    async with grpc.aio.insecure_channel(str(server.address), options) as channel:
+        yield channel
+
+
+def execute_method(channel: grpc.aio.Channel) -> Any:  # noqa: ANN401
+    return channel.unary_unary(f"/{codec.SERVICE}/Execute", codec.Request.SerializeToString, codec.Response.FromString)
+
+
+def stream_method(channel: grpc.aio.Channel) -> Any:  # noqa: ANN401
+    return channel.stream_stream(
+        f"/{codec.SERVICE}/ExecuteStream", codec.Request.SerializeToString, codec.Response.FromString
+    )
+
+
+def random_weights(experts: int, hidden: int, inner: int, seed: int = 0) -> LayerWeights:
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        # Columns of very different size, so that a scale taken from another block shows.
+        size = torch.logspace(-1, 1, columns) * columns**-0.5
+        return quantize_weights(torch.randn(experts, rows, columns, generator=generator) * size)
+
+    return LayerWeights(*matrix(2 * inner, hidden), *matrix(hidden, inner))
+
+
+def random_batch(tokens: int, hidden: int, experts: int, top_k: int, seed: int = 0, absent: float = 0.3) -> TokenBatch:
+    """Each token with `top_k` distinct experts, a share `absent` of them elsewhere (-1)."""
+    generator = torch.Generator().manual_seed(seed)
+    values, scales = quantize_activations(torch.randn(tokens, hidden, generator=generator))
+    ids = torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k].int()
+    ids[torch.rand(tokens, top_k, generator=generator) < absent] = -1
+    return TokenBatch(values, scales, ids, torch.rand(tokens, top_k, generator=generator) + 0.1)
+
+
+def call_for(server: Server, batch: TokenBatch, **changes: Any) -> ExecuteCall:  # noqa: ANN401
+    """A call that `server` accepts, for `batch` with global expert ids."""
+    fields: dict[str, Any] = {
+        "request_id": 7,
+        "model_fingerprint": server.shard.model_fingerprint,
+        "placement_epoch": server.shard.placement_epoch,
+        "layer": server.shard.layers[0],
+        "hidden": batch.hidden,
+        "scales": batch.scales,
+        "expert_ids": batch.expert_ids,
+        "weights": batch.weights,
+        "reply_dtype": torch.float32,
+    }
+    return ExecuteCall(**(fields | changes))
