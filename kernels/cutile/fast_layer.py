@@ -1,0 +1,115 @@
+"""The fast pipeline of one layer: FP8 products with block scales in the K loop, and a second quantisation between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertd.kernels.backend import LayerWeights, TokenBatch
+from expertd.kernels.config import BLOCK
+from expertd.kernels.cutile.combine import combine
+from expertd.kernels.cutile.count_pairs import TOKENS, count_pairs
+from expertd.kernels.cutile.gather_rows import gather_rows
+from expertd.kernels.cutile.gemm1 import gemm1
+from expertd.kernels.cutile.gemm1_few_rows import gemm1_few_rows
+from expertd.kernels.cutile.gemm2 import gemm2
+from expertd.kernels.cutile.gemm2_few_rows import gemm2_few_rows
+from expertd.kernels.cutile.launch import Launch
+from expertd.kernels.cutile.place_pairs import Schedule, place_pairs
+from expertd.kernels.cutile.tiles import GemmConfig, LayerConfig, max_row_tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Device memory that a layer's kernels share; every batch overwrites it."""
+
+    rows: Tensor
+    """[R, H] float8_e4m3fn: tokens' rows in sorted order."""
+    row_scales: Tensor
+    """[R, H/128] float32."""
+    inner: Tensor
+    """[R, I] float8_e4m3fn: what the first product leaves for the second."""
+    inner_scales: Tensor
+    """[R * I/64] float32, viewed as [R, I/q] for quantisation blocks of 1 x q."""
+    outputs: Tensor
+    """[R, H] bfloat16: rows of the second product."""
+    schedule: Schedule
+
+    @classmethod
+    def allocate(
+        cls, max_tokens: int, slots: int, weights: LayerWeights, tile_rows: int, device: torch.device | str
+    ) -> Workspace:
+        """Room for batches of up to `max_tokens` tokens with `slots` ids each, in tiles of up to `tile_rows` rows."""
+        experts, width, inner = weights.down.shape
+        tiles = max_row_tiles(max_tokens, slots, experts, tile_rows)
+        rows = max(tiles * tile_rows, max_tokens * min(slots, experts))
+        blocks = -(-max_tokens // TOKENS)
+        fp8, f32, i32 = torch.float8_e4m3fn, torch.float32, torch.int32
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        return cls(
+            rows=empty(rows, width, dtype=fp8),
+            row_scales=empty(rows, width // BLOCK, dtype=f32),
+            inner=empty(rows, inner, dtype=fp8),
+            inner_scales=empty(rows * (inner // 64), dtype=f32),
+            outputs=empty(rows, width, dtype=torch.bfloat16),
+            schedule=Schedule(
+                pair_rows=empty(max_tokens, slots, dtype=i32),
+                pairs=empty(experts, dtype=i32),
+                tile_experts=empty(max_row_tiles(max_tokens, slots, experts, 8), dtype=i32),
+                num_tiles=empty(1, dtype=i32),
+                counts=empty(blocks, 1 << (experts - 1).bit_length(), dtype=i32),
+            ),
+        )
+
+
+def layer_launches(
+    batch: TokenBatch, weights: LayerWeights, sums: Tensor, workspace: Workspace, config: LayerConfig, processors: int
+) -> list[Launch]:
+    """The kernels that compute `sums` [T, H] and `workspace.schedule.pairs` for `batch`, in order.
+
+    `batch.hidden` is FP8 with scales; T is at most what the workspace was allocated for. `processors` is the device's
+    number of multiprocessors.
+    """
+    if batch.scales is None:
+        raise ValueError("the fast pipeline takes FP8 hidden states with scales")
+    tokens, slots = batch.expert_ids.shape
+    tiles = max_row_tiles(tokens, slots, weights.num_experts, config.tile_rows)
+    schedule = _first_tokens(workspace.schedule, tokens, tiles)
+    quantum = config.gemm1.tile_columns if config.few_rows else BLOCK
+    inner_scales = workspace.inner_scales.view(-1)[: workspace.inner.numel() // quantum].view(len(workspace.inner), -1)
+    rows = (workspace.rows, workspace.row_scales)
+    inner = (workspace.inner, inner_scales)
+
+    def blocks(gemm: GemmConfig, width: int) -> int:
+        needed = tiles * (width // gemm.tile_columns)
+        return min(needed, processors * gemm.occupancy) if gemm.persistent else needed
+
+    up_gate = (weights.up_gate, weights.up_gate_scales, schedule)
+    down = (weights.down, weights.down_scales, schedule, workspace.outputs)
+    tile1 = (config.tile_rows, config.gemm1, blocks(config.gemm1, workspace.inner.shape[1]))
+    tile2 = (config.tile_rows, config.gemm2, blocks(config.gemm2, workspace.outputs.shape[1]))
+    first, second = (gemm1_few_rows, gemm2_few_rows) if config.few_rows else (gemm1, gemm2)
+    return [
+        *([count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []),
+        place_pairs(batch.expert_ids, schedule, config.tile_rows),
+        gather_rows(batch.hidden, batch.scales, schedule.pair_rows, *rows),
+        first(*rows, *up_gate, *inner, *tile1),
+        second(*inner, *down, *tile2),
+        combine(workspace.outputs, schedule.pair_rows, batch.weights, sums),
+    ]
+
+
+def _first_tokens(schedule: Schedule, tokens: int, tiles: int) -> Schedule:
+    """The part of a workspace's schedule that a batch of `tokens` tokens and at most `tiles` row tiles uses."""
+    return Schedule(
+        pair_rows=schedule.pair_rows[:tokens],
+        pairs=schedule.pairs,
+        tile_experts=schedule.tile_experts[:tiles],
+        num_tiles=schedule.num_tiles,
+        counts=schedule.counts,
+    )

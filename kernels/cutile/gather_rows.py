@@ -1,0 +1,48 @@
+"""Copies of the tokens' rows in the sorted order, one for each of a token's experts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import cuda.tile as ct
+import torch
+from torch import Tensor
+
+from expertd.kernels.cutile.launch import Launch
+
+ConstInt = Annotated[int, ct.ConstantAnnotation()]
+
+
+@ct.kernel
+def gather_rows_kernel(
+    hidden: ct.Array,
+    scales: ct.Array,
+    pair_rows: ct.Array,
+    rows: ct.Array,
+    row_scales: ct.Array,
+    SLOTS: ConstInt,
+    WORDS: ConstInt,
+    SCALES: ConstInt,
+) -> None:
+    token = ct.bid(0)
+    targets = ct.load(pair_rows, (token, 0), (1, SLOTS), padding_mode=ct.PaddingMode.ZERO)
+    values = ct.load(hidden, (token, 0), (1, WORDS), padding_mode=ct.PaddingMode.ZERO)
+    value_scales = ct.load(scales, (token, 0), (1, SCALES), padding_mode=ct.PaddingMode.ZERO)
+    for slot in ct.static_iter(range(SLOTS)):
+        if slot < pair_rows.shape[1]:
+            row = ct.extract(targets, (0, slot), (1, 1)).item()
+            if row >= 0:
+                ct.store(rows, (row, 0), values)
+                ct.store(row_scales, (row, 0), value_scales)
+
+
+def gather_rows(hidden: Tensor, scales: Tensor, pair_rows: Tensor, rows: Tensor, row_scales: Tensor) -> Launch:
+    """Copy `hidden[t]` and `scales[t]` to rows `pair_rows[t, j]` of `rows` and `row_scales`, for all j that have one.
+
+    `hidden` [T, H] and `rows` [R, H] are float8_e4m3fn, `scales` [T, H/128] and `row_scales` [R, H/128] float32,
+    `pair_rows` [T, k] int32 with -1 for none.
+    """
+    tokens, width = hidden.shape
+    sizes = tuple(1 << (n - 1).bit_length() for n in (pair_rows.shape[1], width // 4, scales.shape[1]))
+    arrays = (hidden.view(torch.int32), scales, pair_rows, rows.view(torch.int32), row_scales)
+    return Launch(gather_rows_kernel, (tokens,), (*arrays, *sizes))

@@ -1,0 +1,47 @@
+"""How the fast pipeline cuts its work: tile sizes and compiler hints, and the shape class that chooses among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHAPE_CLASSES = (1, 8, 64, 256, 1024, 2048, 4096, 8192, 16384)
+"""Largest token counts of the classes; a larger batch runs with the configuration of the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """What the tuner chooses for one of the two matrix products."""
+
+    tile_columns: int = 128
+    """Output columns of a block: rows of the weight matrix."""
+    latency: int = 8
+    """How heavy the compiler takes the loads' traffic to be, 1 to 10: more means deeper pipelines."""
+    num_worker_warps: int = 8
+    occupancy: int = 1
+    group: int = 8
+    """Row tiles walked before the next column tile, so that one expert's weights stay in L2."""
+    persistent: bool = True
+    """As many blocks as the device runs at once, each taking tile after tile, or one block for each tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """How one shape class runs a layer."""
+
+    tile_rows: int
+    """(token, expert) pairs of a tile; every expert's rows are padded to a multiple of it."""
+    few_rows: bool
+    """Whether the weights are the left operand of the products (the transpose), for tiles of few rows."""
+    gemm1: GemmConfig
+    gemm2: GemmConfig
+
+
+def shape_class(num_tokens: int) -> int:
+    """The class of a batch: the smallest of `SHAPE_CLASSES` that holds it, or the last."""
+    return next((bound for bound in SHAPE_CLASSES if num_tokens <= bound), SHAPE_CLASSES[-1])
+
+
+def max_row_tiles(num_tokens: int, slots: int, num_experts: int, tile_rows: int) -> int:
+    """Most row tiles that `num_tokens` tokens with `slots` expert ids each can need."""
+    pairs = num_tokens * min(slots, num_experts)
+    return min(pairs, num_experts + pairs // tile_rows)
