@@ -6,7 +6,7 @@ arithmetic on the same FP8 inputs stays below 5e-3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,8 +25,10 @@ from expertd.kernels.cutile.token_sort import ExpertRows, sort_rows
 class DequantConfig:
     """What the tuner chooses for a shape class."""
 
-    up_gate: GroupGemmConfig = field(default_factory=GroupGemmConfig)
-    down: GroupGemmConfig = field(default_factory=GroupGemmConfig)
+    tile_m: int
+    """Rows of a tile, 64 to 256; every expert's rows are padded to a multiple of it."""
+    up_gate: GroupGemmConfig
+    down: GroupGemmConfig
     group_from: int = 1
     """Active experts from which one grouped product replaces individual ones."""
 
@@ -54,7 +56,7 @@ class DequantPipeline:
         """
         bounds = (weights.num_experts, batch.expert_ids.numel(), active_experts)
         active = min(bound for bound in bounds if bound is not None)
-        rows = sort_rows(batch.expert_ids, weights.num_experts, active)
+        rows = sort_rows(batch.expert_ids, weights.num_experts, active, config.tile_m)
         if active < config.group_from:
             sums = self._individual(batch, rows, weights)
         else:
@@ -79,14 +81,14 @@ class DequantPipeline:
         activated = buffer(intermediate_size, torch.bfloat16)
         down = buffer(hidden_size, torch.float32)
         sums = torch.empty(batch.hidden.shape, dtype=torch.float32, device=batch.hidden.device)
-        blocks = self._processors * config.up_gate.occupancy, self._processors * config.down.occupancy
+        tiles = (rows.tile_slots, rows.num_tiles)
         launches = [
             *gather,
             dequant_weights(weights.up_gate, weights.up_gate_scales, rows.experts, up_gate_weight),
-            group_gemm(hidden, up_gate_weight, rows.counts, up_gate, config.up_gate, blocks[0]),
+            group_gemm(hidden, up_gate_weight, *tiles, up_gate, config.tile_m, config.up_gate, self._processors),
             silu_and_mul(up_gate, rows.tokens, activated),
             dequant_weights(weights.down, weights.down_scales, rows.experts, down_weight),
-            group_gemm(activated, down_weight, rows.counts, down, config.down, blocks[1]),
+            group_gemm(activated, down_weight, *tiles, down, config.tile_m, config.down, self._processors),
             aggregate(down, rows.positions, batch.weights, sums),
         ]
         return launches, sums

@@ -53,6 +53,8 @@ class Resources:
     """STL and LDL instructions: stores to and loads from local memory."""
     matrix: tuple[str, ...]
     """Matrix instructions in use: HGMMA and QGMMA are Hopper's fast ones, UTCHMMA and UTCQMMA Blackwell's."""
+    matrix_waits: float
+    """Waits for each of Hopper's matrix instructions: near 1 they run one after the other, near 0.2 they overlap."""
     bulk_loads: int
     """UTMALDG instructions: loads by the tensor memory accelerator."""
 
@@ -79,12 +81,14 @@ def inspect_kernel(kernel: ct.kernel, args: Sequence[Any], arch: str) -> Resourc
         usage = _cuobjdump("--dump-resource-usage", path)
         sass = _cuobjdump("--dump-sass", path)
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
+    waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
     return Resources(
         registers=used["REG"],
         stack=used["STACK"],
         shared=used["SHARED"],
         local_accesses=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         matrix=tuple(sorted(set(re.findall(r"\b[A-Z]+MMA\b", sass)))),
+        matrix_waits=waits / max(1, len(re.findall(r"\b[HQ]GMMA\b", sass))),
         bulk_loads=len(re.findall(r"\bUTMALDG\b", sass)),
     )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from expertd.kernels.cutile.aggregate import aggregate
 from expertd.kernels.cutile.dequant_hidden import dequant_hidden
 from expertd.kernels.cutile.dequant_weights import dequant_weights
-from expertd.kernels.cutile.group_gemm import GroupGemmConfig, candidates, group_gemm
+from expertd.kernels.cutile.group_gemm import TILES_M, GroupGemmConfig, candidates, group_gemm
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
 from expertd.kernels.cutile.silu_and_mul import silu_and_mul
 from expertd.kernels.cutile.token_sort import sort_rows
@@ -81,20 +81,33 @@ def test_silu_and_mul_of_extreme_gates() -> None:
     torch.testing.assert_close(out[0], torch.nn.functional.silu(gate), rtol=1e-5, atol=1e-35)
 
 
-@pytest.mark.parametrize("config", [*candidates("sm_90", 64), *candidates("sm_90", 16384)], ids=str)
-def test_group_gemm_over_ragged_counts(config: GroupGemmConfig) -> None:
-    counts = [0, 1, 300, 0, 64, 129, 7, 0]
-    a = torch.randn(sum(counts) + 5, 640, device=CUDA).bfloat16()
-    b = torch.randn(len(counts), 896, 640, device=CUDA).bfloat16()
-    out = poisoned(len(a), 896, dtype=torch.float32)
-    group_gemm(a, b, torch.tensor(counts, dtype=torch.int32, device=CUDA), out, config, 132 * config.occupancy)()
-    first = 0
-    for slot, count in enumerate(counts):
-        rows = slice(first, first + count)
-        if count:
-            assert relative_error(out[rows], a[rows].double() @ b[slot].double().T) < 1e-5
-        first += count
-    assert out[first:].isnan().all()
+CONFIGS = [(tile_m, config) for tile_m in TILES_M for config in candidates(tile_m)]
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tile_m", "config"), CONFIGS, ids=str)
+def test_group_gemm_over_ragged_tiles(tile_m: int, config: GroupGemmConfig, out_dtype: torch.dtype) -> None:
+    tile_slots = torch.tensor([0, 2, 2, 2, 3, 7, 7], dtype=torch.int32, device=CUDA)
+    num_tiles = torch.tensor([6], dtype=torch.int32, device=CUDA)
+    a = torch.randn(7 * tile_m, 640, device=CUDA).bfloat16()
+    b = torch.randn(8, 896, 640, device=CUDA).bfloat16()
+    out = poisoned(len(a), 896, dtype=out_dtype)
+    group_gemm(a, b, tile_slots, num_tiles, out, tile_m, config, 132)()
+    for tile, slot in enumerate(tile_slots[:6].tolist()):
+        rows = slice(tile * tile_m, (tile + 1) * tile_m)
+        expected = (a[rows].double() @ b[slot].double().T).to(out_dtype)
+        assert relative_error(out[rows], expected) < (1e-5 if out_dtype == torch.float32 else 1e-3)
+    assert out[6 * tile_m :].isnan().all()
+
+
+def test_group_gemm_addresses_more_than_two_to_the_31_elements() -> None:
+    a = torch.randn(64, 8192, device=CUDA).bfloat16()
+    b = torch.zeros(64, 8192, 8192, dtype=torch.bfloat16, device=CUDA)
+    b[-1].normal_()
+    out = poisoned(64, 8192, dtype=torch.float32)
+    last, one = (torch.tensor([value], dtype=torch.int32, device=CUDA) for value in (63, 1))
+    group_gemm(a, b, last, one, out, 64, candidates(64)[0], 132)()
+    assert relative_error(out, a.double() @ b[-1].double().T) < 1e-5
 
 
 def test_aggregate_sums_in_the_order_of_the_slots() -> None:
@@ -110,11 +123,11 @@ def test_aggregate_sums_in_the_order_of_the_slots() -> None:
 
 def test_sorting_does_not_wait_for_the_device() -> None:
     batch = random_batch(ExpertShape(hidden_size=128), 257, CUDA)
-    expected = sort_rows(batch.expert_ids.cpu(), 32, 32)
+    expected = sort_rows(batch.expert_ids.cpu(), 32, 32, 64)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        rows = sort_rows(batch.expert_ids, 32, 32)
+        rows = sort_rows(batch.expert_ids, 32, 32, 64)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for name in ("tokens", "positions", "experts", "counts", "pairs"):
+    for name in ("tokens", "positions", "experts", "num_tiles", "tile_slots", "pairs"):
         assert torch.equal(getattr(rows, name).cpu(), getattr(expected, name))

@@ -9,6 +9,7 @@ from torch import Tensor
 from expertd.kernels.backend import TokenBatch
 from expertd.kernels.config import MoeConfig
 from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline
+from expertd.kernels.cutile.group_gemm import candidates
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
 from expertd.kernels.quantize import dequantize_activations
 from expertd.kernels.reference import reference_partials, relative_error
@@ -21,8 +22,10 @@ pytestmark = gpu_only
 BOUND = 5e-3
 CUDA = torch.device("cuda")
 SHAPES = [ExpertShape(32, 1024, 512), ExpertShape(8, 2176, 640), ExpertShape(64, 256, 128)]
-GROUPED = DequantConfig(group_from=1)
-INDIVIDUAL = DequantConfig(group_from=1000)
+GROUPED = DequantConfig(64, candidates(64)[0], candidates(64)[1])
+WIDE = DequantConfig(128, candidates(128)[0], candidates(128)[1])
+INDIVIDUAL = replace(GROUPED, group_from=1000)
+PATHS = pytest.mark.parametrize("config", [GROUPED, WIDE, INDIVIDUAL], ids=["grouped", "wide", "individual"])
 
 
 def pipeline(shape: ExpertShape) -> DequantPipeline:
@@ -33,7 +36,7 @@ def with_ids(batch: TokenBatch, ids: Tensor) -> TokenBatch:
     return replace(batch, expert_ids=ids.to(torch.int32))
 
 
-@pytest.mark.parametrize("config", [GROUPED, INDIVIDUAL], ids=["grouped", "individual"])
+@PATHS
 @pytest.mark.parametrize("tokens", [1, 2, 3, 17, 64, 129, 257])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_within_bound(shape: ExpertShape, tokens: int, config: DequantConfig) -> None:
@@ -46,7 +49,7 @@ def test_error_within_bound(shape: ExpertShape, tokens: int, config: DequantConf
     assert torch.equal(partials.pairs, ids.bincount(minlength=shape.num_experts).to(torch.int32))
 
 
-@pytest.mark.parametrize("config", [GROUPED, INDIVIDUAL], ids=["grouped", "individual"])
+@PATHS
 def test_no_expert_and_one_expert(config: DequantConfig) -> None:
     shape = SHAPES[0]
     weights, run = random_weights(shape, CUDA), pipeline(shape)
