@@ -40,10 +40,10 @@ HEALTH_NAMES = ("", codec.SERVICE)
 class Server:
     """One expertd server. `await run()` returns once a signal or `stop()` has ended it and it has drained."""
 
-    def __init__(self, config: ServerConfig, metrics: Metrics | None = None) -> None:
+    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
         """Opens the checkpoint. Raises `InvalidOption`, `InvalidConfig` or `CheckpointError`."""
         self.config = config
-        self.metrics = metrics or Metrics()
+        self.metrics = metrics
         self.checkpoint = Checkpoint(config.model)
         self.shard = Shard(
             config=self.checkpoint.config,
@@ -197,7 +197,7 @@ def serve(config: ServerConfig) -> None:
         torch.set_num_threads(config.threads)
 
     async def main() -> None:
-        await Server(config).run()
+        await Server(config, Metrics()).run()
 
     import uvloop
 

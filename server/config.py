@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +39,10 @@ def parse_ranges(text: str) -> tuple[int, ...]:
     """Read "0-31,40" as ascending distinct integers."""
     numbers: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
+        span = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
+        if span is None:
             raise ValueError(f"{part!r} is not a number or a range such as 0-31")
-        low, high = int(first), int(last or first)
+        low, high = int(span[1]), int(span[2] or span[1])
         if low > high:
             raise ValueError(f"range {part!r} runs backwards")
         if high >= 1 << 20:

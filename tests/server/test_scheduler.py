@@ -1,0 +1,220 @@
+"""Batching, bounds and order, with a backend whose progress the test controls."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+import pytest
+import pytest_asyncio
+import torch
+
+from expertd.kernels.backend import LayerWeights, Partials, TokenBatch
+from expertd.kernels.torch_backend import TorchBackend
+from expertd.proto.errors import DeadlineExceeded, Overloaded, ServerFault, Unavailable
+from expertd.server.device import DeviceOwner
+from expertd.server.scheduler import Completed, Job, Scheduler, take_batch
+from tests.support import random_batch, random_weights
+
+EXPERTS, HIDDEN, TOP_K = 4, 128, 2
+WEIGHTS = random_weights(EXPERTS, HIDDEN, 128)
+
+
+class GatedBackend(TorchBackend):
+    """Computes for real, but only after the test opened the gate; remembers the size of every device batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.batches: list[tuple[int, int]] = []
+        self.threads: set[str] = set()
+
+    def execute(self, layer: int, batch: TokenBatch) -> Partials:
+        self.gate.wait(10)
+        self.batches.append((layer, batch.num_tokens))
+        self.threads.add(threading.current_thread().name)
+        return super().execute(layer, batch)
+
+
+class BrokenBackend(TorchBackend):
+    def execute(self, layer: int, batch: TokenBatch) -> Partials:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+class MiscountingBackend(TorchBackend):
+    """Loses one pair of expert 0."""
+
+    def copy_out(self, partials: Partials, dtype: torch.dtype) -> Partials:
+        pairs = partials.pairs.clone()
+        pairs[0] -= 1
+        return super().copy_out(replace(partials, pairs=pairs), dtype)
+
+
+@pytest_asyncio.fixture
+async def gated() -> AsyncIterator[tuple[GatedBackend, Scheduler]]:
+    backend = GatedBackend()
+    async for scheduler in serve(backend):
+        yield backend, scheduler
+        backend.gate.set()
+
+
+async def serve(backend: TorchBackend) -> AsyncIterator[Scheduler]:
+    for layer in (1, 2):
+        backend.load_layer(layer, WEIGHTS)
+    device = DeviceOwner()
+    device.start()
+    scheduler = Scheduler(backend, device, EXPERTS, max_batch_tokens=16, max_queued_tokens=20)
+    scheduler.open()
+    yield scheduler
+    device.stop()
+
+
+def batch(tokens: int, seed: int = 0) -> TokenBatch:
+    return random_batch(tokens, HIDDEN, EXPERTS, TOP_K, seed=seed)
+
+
+def submit(
+    scheduler: Scheduler, layer: int, tokens: TokenBatch, timeout: float | None = None
+) -> asyncio.Task[Completed]:
+    return asyncio.create_task(scheduler.execute(layer, tokens, torch.float32, timeout))
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_what_waits_for_a_layer_becomes_one_batch_and_each_gets_its_own_result(
+    gated: tuple[GatedBackend, Scheduler],
+) -> None:
+    backend, scheduler = gated
+    first = submit(scheduler, 1, batch(1))
+    await settle()
+    batches = [batch(tokens, seed=tokens) for tokens in (3, 2, 4)]
+    waiting = [submit(scheduler, layer, tokens) for layer, tokens in zip((1, 2, 1), batches, strict=True)]
+    await settle()
+    assert scheduler.queued_tokens == 9
+    backend.gate.set()
+    results = await asyncio.gather(first, *waiting)
+    assert backend.batches == [(1, 1), (1, 7), (2, 2)]
+    assert backend.threads == {"device-owner"}
+    assert scheduler.queued_tokens == 0
+    for layer, tokens, result in zip((1, 2, 1), batches, results[1:], strict=True):
+        alone = TorchBackend.execute(backend, layer, tokens)
+        assert torch.equal(result.partials.sums, alone.sums)
+        assert result.partials.pairs.tolist() == alone.pairs.tolist()
+        assert result.queue > 0
+
+
+async def test_a_full_queue_refuses_with_its_numbers_and_accepts_again_later(
+    gated: tuple[GatedBackend, Scheduler],
+) -> None:
+    backend, scheduler = gated
+    running, queued = submit(scheduler, 1, batch(1)), submit(scheduler, 1, batch(16))
+    await settle()
+    with pytest.raises(Overloaded, match="16 tokens are queued and num_tokens is 5; at most 20 may wait"):
+        await submit(scheduler, 1, batch(5))
+    fits = submit(scheduler, 1, batch(4))
+    backend.gate.set()
+    await asyncio.gather(running, queued, fits)
+    await submit(scheduler, 1, batch(16))
+
+
+async def test_cancelled_and_expired_requests_never_reach_the_device(gated: tuple[GatedBackend, Scheduler]) -> None:
+    backend, scheduler = gated
+    running = submit(scheduler, 1, batch(1))
+    cancelled = submit(scheduler, 1, batch(2))
+    expired = submit(scheduler, 2, batch(3), timeout=0.01)
+    kept = submit(scheduler, 2, batch(4), timeout=60)
+    await settle()
+    cancelled.cancel()
+    await asyncio.sleep(0.02)
+    backend.gate.set()
+    await asyncio.gather(running, kept)
+    with pytest.raises(DeadlineExceeded, match=r"ran out after 0\.0\d+ s in the queue"):
+        await expired
+    assert backend.batches == [(1, 1), (2, 4)]
+    assert scheduler.queued_tokens == 0
+
+
+async def test_closing_refuses_new_requests_and_answers_accepted_ones(gated: tuple[GatedBackend, Scheduler]) -> None:
+    backend, scheduler = gated
+    accepted = [submit(scheduler, 1, batch(1)), submit(scheduler, 1, batch(2))]
+    await settle()
+    scheduler.close("draining")
+    with pytest.raises(Unavailable, match="draining"):
+        await submit(scheduler, 1, batch(1))
+    backend.gate.set()
+    assert [result.partials.sums.shape[0] for result in await asyncio.gather(*accepted)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("backend", "complaint"),
+    [
+        (BrokenBackend(), "the device failed: RuntimeError: CUDA error: unspecified launch failure"),
+        (MiscountingBackend(), r"layer 1: the device computed pairs \[.*\], not \[.*\]"),
+    ],
+    ids=["device error", "lost pair"],
+)
+async def test_a_failing_device_is_answered_to_everyone_who_waits(backend: TorchBackend, complaint: str) -> None:
+    async for scheduler in serve(backend):
+        tasks = [submit(scheduler, 1, random_batch(4, HIDDEN, EXPERTS, TOP_K, absent=0.0)) for _ in range(3)]
+        for task in tasks:
+            with pytest.raises(ServerFault, match=complaint):
+                await task
+
+
+@pytest.mark.parametrize(
+    ("sizes", "taken"),
+    [([5, 5, 5, 5], [5, 5, 5]), ([16, 1], [16]), ([10, 7, 6], [10, 6]), ([1], [1])],
+)
+async def test_a_batch_takes_the_oldest_and_what_still_fits(sizes: list[int], taken: list[int]) -> None:
+    queue = deque(jobs(sizes))
+    assert [job.batch.num_tokens for job in take_batch(queue, 16)] == taken
+    assert sum(job.batch.num_tokens for job in queue) == sum(sizes) - sum(taken)
+
+
+async def test_a_batch_is_of_one_layer_dtype_width_and_reply() -> None:
+    first, layer, dtype, top_k, reply, same = jobs([1] * 6)
+    plain = replace(dtype.batch, hidden=dtype.batch.hidden.bfloat16(), scales=None)
+    wide = replace(top_k.batch, expert_ids=top_k.batch.expert_ids[:, :1], weights=top_k.batch.weights[:, :1])
+    queue = deque(
+        [
+            first,
+            replace(layer, layer=2),
+            replace(dtype, batch=plain),
+            replace(top_k, batch=wide),
+            replace(reply, reply_dtype=torch.bfloat16),
+            same,
+        ]
+    )
+    assert take_batch(queue, 16) == [first, same]
+    assert len(queue) == 4
+
+
+def jobs(sizes: Sequence[int]) -> list[Job]:
+    loop = asyncio.get_running_loop()
+    return [Job(1, batch(size), torch.float32, 0.0, None, loop.create_future()) for size in sizes]
+
+
+async def test_the_self_check_accepts_good_and_refuses_mutated_weights() -> None:
+    from expertd.server.selfcheck import SelfCheckFailed, self_check
+
+    def check(loaded: LayerWeights) -> float:
+        backend = TorchBackend()
+        backend.load_layer(1, loaded)
+        return self_check(backend, 1, WEIGHTS)
+
+    assert check(WEIGHTS) < 1e-6
+    swapped = WEIGHTS.down.view(torch.uint8).roll(1, dims=0).view(WEIGHTS.down.dtype)
+    mutations = [
+        replace(WEIGHTS, up_gate_scales=WEIGHTS.up_gate_scales * 1.05),
+        replace(WEIGHTS, down_scales=-WEIGHTS.down_scales),
+        replace(WEIGHTS, down_scales=WEIGHTS.down_scales * 0),
+        replace(WEIGHTS, down=swapped),
+        replace(WEIGHTS, down_scales=WEIGHTS.down_scales * torch.nan),
+    ]
+    for mutated in mutations:
+        with pytest.raises(SelfCheckFailed, match="self-check of layer 1 on backend torch failed"):
+            check(mutated)

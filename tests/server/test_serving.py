@@ -1,0 +1,174 @@
+"""A server in this process: what it says of itself, its metrics, its streams and its drain."""
+
+import asyncio
+import json
+import urllib.request
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from expertd import __version__
+from expertd.kernels.reference import relative_error
+from expertd.proto import codec
+from expertd.server.app import Server
+from expertd.server.config import InvalidOption, ServerConfig
+from expertd.server.metrics import Metrics
+from tests.support import call_for, execute_method, open_channel, random_batch, running_server, stream_method
+
+ALL = range(16)
+
+
+async def scrape(server: Server) -> dict[str, float]:
+    def read() -> str:
+        with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as answer:
+            return str(answer.read(), "utf-8")
+
+    text = await asyncio.to_thread(read)
+    samples = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
+
+
+async def test_get_shard_tells_what_a_caller_needs(small_model: Path) -> None:
+    async with running_server(small_model, range(4, 8), layers=(2,)) as server, open_channel(server) as channel:
+        method = channel.unary_unary(
+            f"/{codec.SERVICE}/GetShard", codec.ShardRequest.SerializeToString, codec.ShardResponse.FromString
+        )
+        shard = codec.decode_shard(await method(codec.ShardRequest()))
+    assert (shard.layers, shard.experts) == ((2,), (4, 5, 6, 7))
+    assert (shard.backend, shard.backend_reason, shard.version) == ("torch", "--backend torch", __version__)
+    assert shard.config["hidden_size"] == 256
+    assert shard.config["routed_scaling_factor"] == 2.5
+    assert shard.max_tokens_per_request == 4096
+    assert len(shard.model_fingerprint) == 64
+
+
+async def test_reflection_describes_the_service(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server, open_channel(server) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        async for answer in stub.ServerReflectionInfo(iter([request])):
+            names = {service.name for service in answer.list_services_response.service}
+            assert {codec.SERVICE, "grpc.health.v1.Health"} <= names
+            break
+
+
+async def test_metrics_count_every_outcome_and_stage(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server, open_channel(server) as channel:
+        execute = execute_method(channel)
+        for tokens in (1, 3):
+            await execute(codec.encode_call(call_for(server, random_batch(tokens, 256, 16, 4, absent=0.0))))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await execute(codec.encode_call(call_for(server, random_batch(1, 256, 16, 4), layer=50)))
+        samples = await scrape(server)
+    assert samples['expertd_requests_total{outcome="ok"}'] == 2
+    assert samples['expertd_requests_total{outcome="not_found"}'] == 1
+    assert samples["expertd_tokens_total"] == 4
+    assert samples["expertd_pairs_total"] == 16
+    assert samples["expertd_batch_tokens_count"] == 2
+    assert samples["expertd_queue_tokens"] == 0
+    assert samples["expertd_layers_loaded"] == 2
+    assert samples["expertd_weights_bytes"] == 2 * 16 * 3 * (256 * 128 + 2 * 4)
+    for stage in ("decode", "queue", "copy_in", "compute", "copy_out", "encode", "total"):
+        assert samples[f'expertd_stage_duration_seconds_count{{stage="{stage}"}}'] == 2
+    bounds = [name for name in samples if name.startswith("expertd_stage_duration_seconds_bucket") and "total" in name]
+    assert 'expertd_stage_duration_seconds_bucket{le="1e-05",stage="total"}' in bounds
+    assert 'expertd_stage_duration_seconds_bucket{le="10.0",stage="total"}' in bounds
+    assert any(name.startswith("expertd_build_info") and __version__ in name for name in samples)
+
+
+async def test_stream_answers_carry_their_request_ids_and_right_results(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server, open_channel(server) as channel:
+        calls = [
+            call_for(
+                server, random_batch(tokens, 256, 16, 4, seed=tokens), request_id=100 + tokens, layer=1 + tokens % 2
+            )
+            for tokens in (1, 30, 2, 7)
+        ]
+        alone = {call.request_id: await execute_method(channel)(codec.encode_call(call)) for call in calls}
+        stream = stream_method(channel)()
+        for call in calls:
+            await stream.write(codec.encode_call(call))
+        await stream.done_writing()
+        answers = [answer async for answer in stream]
+        assert sorted(answer.request_id for answer in answers) == [101, 102, 107, 130]
+        for answer in answers:
+            assert answer.partials == alone[answer.request_id].partials
+            assert answer.timings.compute_ns > 0
+
+
+async def test_bfloat16_replies_are_the_rounded_float32_ones(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server, open_channel(server) as channel:
+        batch = random_batch(9, 256, 16, 4)
+        full, half = [
+            codec.decode_result(
+                await execute_method(channel)(codec.encode_call(call_for(server, batch, reply_dtype=dtype))),
+                9,
+                256,
+                dtype,
+            )
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        assert torch.equal(full.partials.bfloat16(), half.partials)
+        assert 0 < relative_error(half.partials, full.partials) < 4e-3
+
+
+async def test_drain_turns_unhealthy_answers_what_is_in_flight_and_ends_streams(
+    small_model: Path, tmp_path: Path
+) -> None:
+    ready_file = tmp_path / "ready.json"
+    async with running_server(small_model, ALL, ready_file=ready_file) as server, open_channel(server) as channel:
+        assert json.loads(ready_file.read_text())["listen"] == str(server.address)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=codec.SERVICE))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        stream = stream_method(channel)()
+        await stream.write(codec.encode_call(call_for(server, random_batch(1, 256, 16, 4))))
+        await stream.read()
+        in_flight = [call_for(server, random_batch(2000, 256, 16, 4), request_id=number) for number in (1, 2)]
+        for call in in_flight:
+            await stream.write(codec.encode_call(call))
+        while server.metrics.registry.get_sample_value("expertd_requests_in_flight") != 2:
+            await asyncio.sleep(0.001)
+        server.stop()
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        answers = []
+        while (answer := await stream.read()) is not grpc.aio.EOF:
+            answers.append(answer)
+        assert {answer.request_id for answer in answers} == {1, 2}
+        assert all(len(answer.partials) == 2000 * 256 * 4 for answer in answers)
+        assert await stream.code() == grpc.StatusCode.OK
+    assert not ready_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"layers": (0, 1)}, "--layers names layer 0; the model's MoE layers are 1-2"),
+        ({"experts": (3, 16)}, "--experts names expert 16; the model's experts are 0-15"),
+    ],
+    ids=["layer", "expert"],
+)
+def test_layers_and_experts_outside_the_model_are_refused(
+    small_model: Path, options: dict[str, tuple[int, ...]], complaint: str
+) -> None:
+    with pytest.raises(InvalidOption, match=complaint):
+        Server(ServerConfig(**({"model": small_model, "experts": (0,)} | options)), Metrics(CollectorRegistry()))  # type: ignore[arg-type]
+
+
+async def test_a_port_in_use_is_refused_with_the_option(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server:
+        for option in ("listen", "metrics"):
+            taken = {"listen": server.address, "metrics": server.metrics_address}[option]
+            free = {"listen": "metrics", "metrics": "listen"}[option]
+            config = ServerConfig(
+                model=small_model,
+                experts=(0,),
+                **{option: taken, free: type(taken)("127.0.0.1", 0)},  # type: ignore[arg-type]
+            )
+            with pytest.raises(InvalidOption, match=f"--{option} {taken} cannot be bound"):
+                await Server(config, Metrics(CollectorRegistry())).run()
