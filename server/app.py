@@ -105,7 +105,7 @@ class Server:
         self.handlers.stop_reading()
         await self.grpc_server.stop(self.config.drain_seconds)
         self.device.stop()
-        self._metrics_server.shutdown()
+        await asyncio.to_thread(self._metrics_server.shutdown)
         self._metrics_server.server_close()
         self.checkpoint.close()
         if self.config.ready_file is not None:

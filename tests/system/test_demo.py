@@ -1,0 +1,94 @@
+"""`expertd demo` as a newcomer runs it, and that it can fail."""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from expertd.client import demo
+from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
+
+SMALL_DEMO = ["--servers", "4"]
+
+
+def arguments(*extra: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(extra)
+
+
+def run(*extra: str) -> int:
+    return demo.run(arguments(*extra))
+
+
+def children(pid: int) -> set[int]:
+    return {
+        int(stat.parent.name)
+        for stat in Path("/proc").glob("[0-9]*/stat")
+        if stat.exists() and int(stat.read_text().rpartition(")")[2].split()[1]) == pid
+    }
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_whole_demo_ends_green(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "BATCHES", {1: 3, 64: 3, 1024: 2})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert run() == 0
+    shown = capfd.readouterr().out
+    assert "starting 8 servers with experts 0-31, 32-63, " in shown
+    assert shown.count(": ok") == 6
+    assert "http://127.0.0.1:" in shown
+    assert "all 8 servers drained and exited 0" in shown
+    written = tmp_path / "expertd" / "demo" / DemoModel().name
+    before = (written / "config.json").stat().st_mtime_ns
+    assert write_demo_checkpoint(tmp_path / "expertd" / "demo", DemoModel()) == written
+    assert (written / "config.json").stat().st_mtime_ns == before, "it is reused"
+
+
+@pytest.mark.parametrize(
+    ("bound", "value"),
+    [("LAYER_BOUND", 1e-6), ("ROUTED_BOUND", 1e-6), ("EXACT_BOUNDS", {"torch": 1e-12})],
+)
+def test_a_result_outside_its_bound_fails_the_demo(
+    small_model: Path, bound: str, value: object, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "BATCHES", {8: 1})
+    monkeypatch.setattr(demo, bound, value)
+    assert run("--model", str(small_model), *SMALL_DEMO) == 1
+    assert "FAILED: results outside their bounds" in capfd.readouterr().out
+
+
+def test_a_folder_without_a_checkpoint_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", str(tmp_path)) == 1
+    assert f"expertd demo: error: {tmp_path}/config.json does not exist" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupt_stops_every_server(small_model: Path, number: signal.Signals) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "expertd.server.cli", "demo", "--model", str(small_model), *SMALL_DEMO),
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    while b"all healthy" not in (line := await process.stdout.readline()):
+        assert line, "the demo ended too soon"
+    servers = children(process.pid)
+    assert len(servers) == 4
+    process.send_signal(number)
+    rest = await process.stdout.read()
+    assert await process.wait() == 130
+    assert b"interrupted; all servers are stopped" in rest
+    assert not any(map(is_running, servers))
