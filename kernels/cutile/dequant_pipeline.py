@@ -15,7 +15,7 @@ from expertd.kernels.backend import LayerWeights, Partials, TokenBatch
 from expertd.kernels.cutile.aggregate import aggregate
 from expertd.kernels.cutile.dequant_hidden import dequant_hidden
 from expertd.kernels.cutile.dequant_weights import dequant_weights
-from expertd.kernels.cutile.group_gemm import GroupGemmConfig, group_gemm
+from expertd.kernels.cutile.group_gemm import GroupGemmConfig, candidates, group_gemm
 from expertd.kernels.cutile.launch import Launch
 from expertd.kernels.cutile.silu_and_mul import silu_and_mul
 from expertd.kernels.cutile.token_sort import ExpertRows, sort_rows
@@ -31,6 +31,13 @@ class DequantConfig:
     down: GroupGemmConfig
     group_from: int = 1
     """Active experts from which one grouped product replaces individual ones."""
+
+
+def default_config(arch: str, num_tokens: int) -> DequantConfig:
+    """The configuration for a shape that nothing was measured for."""
+    tile_m = 128 if num_tokens > 2048 and candidates(arch, 128) else 64
+    gemm = candidates(arch, tile_m)[0]
+    return DequantConfig(tile_m, gemm, gemm)
 
 
 class DequantPipeline:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,21 @@ from expertd.kernels.cutile.gemm2_few_rows import gemm2_few_rows
 from expertd.kernels.cutile.launch import Launch
 from expertd.kernels.cutile.place_pairs import Schedule, place_pairs
 from expertd.kernels.cutile.tiles import GemmConfig, LayerConfig, max_row_tiles
+
+
+def interleave_up_gate(weights: LayerWeights) -> LayerWeights:
+    """`weights` with 128 rows of up_proj and 128 of gate_proj in turn, which is how the kernels want them."""
+
+    def interleaved(tensor: Tensor, rows: int) -> Tensor:
+        experts, both, columns = tensor.shape
+        halves = tensor.view(experts, 2, both // (2 * rows), rows, columns)
+        return halves.transpose(1, 2).reshape(experts, both, columns)
+
+    return replace(
+        weights,
+        up_gate=interleaved(weights.up_gate, BLOCK),
+        up_gate_scales=interleaved(weights.up_gate_scales, 1),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +95,23 @@ def layer_launches(
     tokens, slots = batch.expert_ids.shape
     tiles = max_row_tiles(tokens, slots, weights.num_experts, config.tile_rows)
     schedule = _first_tokens(workspace.schedule, tokens, tiles)
-    quantum = config.gemm1.tile_columns if config.few_rows else BLOCK
+    quantum = config.gemm1.tile_columns if config.gemm1.few_rows else BLOCK
     inner_scales = workspace.inner_scales.view(-1)[: workspace.inner.numel() // quantum].view(len(workspace.inner), -1)
     rows = (workspace.rows, workspace.row_scales)
     inner = (workspace.inner, inner_scales)
 
     def blocks(gemm: GemmConfig, width: int) -> int:
-        needed = tiles * (width // gemm.tile_columns)
-        return min(needed, processors * gemm.occupancy) if gemm.persistent else needed
+        needed = tiles * -(-width // gemm.tile_columns)
+        at_once = processors * gemm.occupancy // (1 if gemm.few_rows else 2)
+        return min(needed, at_once) if gemm.persistent else needed
 
     up_gate = (weights.up_gate, weights.up_gate_scales, schedule)
     down = (weights.down, weights.down_scales, schedule, workspace.outputs)
-    tile1 = (config.tile_rows, config.gemm1, blocks(config.gemm1, workspace.inner.shape[1]))
+    first_columns = workspace.inner.shape[1] * (1 if config.gemm1.few_rows else 2)
+    tile1 = (config.tile_rows, config.gemm1, blocks(config.gemm1, first_columns))
     tile2 = (config.tile_rows, config.gemm2, blocks(config.gemm2, workspace.outputs.shape[1]))
-    first, second = (gemm1_few_rows, gemm2_few_rows) if config.few_rows else (gemm1, gemm2)
+    first = gemm1_few_rows if config.gemm1.few_rows else gemm1
+    second = gemm2_few_rows if config.gemm2.few_rows else gemm2
     return [
         *([count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []),
         place_pairs(batch.expert_ids, schedule, config.tile_rows),

@@ -46,8 +46,12 @@ def gemm1_few_rows_kernel(
             zeros = ct.zeros((TILE_COLUMNS, TILE_ROWS), dtype=ct.float32)
             gate = ct.zeros((TILE_COLUMNS, TILE_ROWS), dtype=ct.float32)
             up = ct.zeros((TILE_COLUMNS, TILE_ROWS), dtype=ct.float32)
-            up_block = j * TILE_COLUMNS // BLOCK
-            gate_block = (j + COLUMN_TILES) * TILE_COLUMNS // BLOCK
+            # Tile j of up's rows and of gate's, which alternate in blocks of BLOCK.
+            tiles_of_block = BLOCK // TILE_COLUMNS
+            up_block = 2 * (j // tiles_of_block)
+            gate_block = up_block + 1
+            up_tile = up_block * tiles_of_block + j % tiles_of_block
+            gate_tile = up_tile + tiles_of_block
             for k in range(STEPS):
                 scale = ct.load(
                     row_scales,
@@ -65,14 +69,14 @@ def gemm1_few_rows_kernel(
                 x = ct.load(rows, (k, i), (BLOCK, TILE_ROWS), order=(1, 0), latency=LATENCY, check_bounds=False)
                 w = ct.load(
                     weights,
-                    (expert, j + COLUMN_TILES, k),
+                    (expert, gate_tile, k),
                     (1, TILE_COLUMNS, BLOCK),
                     latency=LATENCY,
                     check_bounds=False,
                 ).reshape((TILE_COLUMNS, BLOCK))
                 gate += ct.mma(w, x, zeros, use_fast_acc=True) * (scale * gate_scale)
                 w = ct.load(
-                    weights, (expert, j, k), (1, TILE_COLUMNS, BLOCK), latency=LATENCY, check_bounds=False
+                    weights, (expert, up_tile, k), (1, TILE_COLUMNS, BLOCK), latency=LATENCY, check_bounds=False
                 ).reshape((TILE_COLUMNS, BLOCK))
                 up += ct.mma(w, x, zeros, use_fast_acc=True) * (scale * up_scale)
             gate = ct.truediv(

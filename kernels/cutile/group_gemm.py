@@ -81,18 +81,41 @@ def group_gemm(
     return Launch(kernel, (processors * config.occupancy,), (a, b, tile_slots, num_tiles, out, *tiles))
 
 
-def candidates(tile_m: int) -> list[GroupGemmConfig]:
-    """Configurations worth measuring with row tiles of `tile_m`; those that cannot be compiled are skipped then.
+def candidates(arch: str, tile_m: int) -> tuple[GroupGemmConfig, ...]:
+    """Configurations worth measuring on `arch` ("sm_90", ...) with row tiles of `tile_m`, the best guess first.
 
-    What decides is whether the compiler keeps several matrix instructions in flight, and that no register spills.
+    None of them spills registers there, and on Hopper each keeps several matrix instructions in flight; see
+    docs/measurements.md for those that do not. An architecture between two known ones takes the older one's.
     """
-    if tile_m == 64:
-        return [
+    known = [name for name in _CANDIDATES if int(name[3:]) <= int(arch[3:])]
+    return _CANDIDATES[max(known, key=lambda name: int(name[3:]))].get(tile_m, ())
+
+
+_SMALL = GroupGemmConfig(64, 64, num_worker_warps=4, occupancy=2)
+_CANDIDATES = {
+    "sm_80": {
+        64: (GroupGemmConfig(128, 64, num_worker_warps=4, occupancy=2), _SMALL),
+        128: (GroupGemmConfig(128, 64, num_worker_warps=4),),
+    },
+    "sm_89": {64: (GroupGemmConfig(128, 64, num_worker_warps=4, occupancy=2), _SMALL)},
+    "sm_90": {
+        64: (
             GroupGemmConfig(128, 128, num_worker_warps=4, occupancy=2),
+            GroupGemmConfig(128, 128, latency=8),
             GroupGemmConfig(64, 128, num_worker_warps=4, occupancy=2),
             GroupGemmConfig(64, 128, num_worker_warps=4, occupancy=2, latency=8),
-            GroupGemmConfig(128, 128, latency=8),
-        ]
-    if tile_m == 128:
-        return [GroupGemmConfig(256, 64), GroupGemmConfig(256, 64, group=4), GroupGemmConfig(128, 128)]
-    return [GroupGemmConfig(128, 64), GroupGemmConfig(128, 64, group=4)]
+        ),
+        128: (GroupGemmConfig(256, 64), GroupGemmConfig(256, 64, group=4), GroupGemmConfig(256, 64, group=16)),
+        256: (GroupGemmConfig(128, 64), GroupGemmConfig(128, 64, group=4)),
+    },
+    "sm_100": {
+        64: (GroupGemmConfig(128, 64), _SMALL),
+        128: (GroupGemmConfig(256, 64), GroupGemmConfig(128, 64, num_worker_warps=4, occupancy=2)),
+        256: (GroupGemmConfig(128, 64),),
+    },
+    "sm_120": {
+        64: (GroupGemmConfig(128, 64), _SMALL),
+        128: (GroupGemmConfig(256, 64), GroupGemmConfig(128, 64, num_worker_warps=4, occupancy=2)),
+        256: (GroupGemmConfig(128, 64),),
+    },
+}

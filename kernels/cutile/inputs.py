@@ -9,6 +9,7 @@ from torch import Tensor
 
 from expertd.kernels.backend import LayerWeights, TokenBatch
 from expertd.kernels.config import BLOCK
+from expertd.kernels.cutile.tiles import shape_class
 from expertd.kernels.quantize import FP8
 
 
@@ -19,6 +20,10 @@ class ExpertShape:
     num_experts: int = 32
     hidden_size: int = 7168
     intermediate_size: int = 2048
+
+    def key(self, num_tokens: int) -> str:
+        """The name of a batch's shape class in tuning tables."""
+        return f"e{self.num_experts}-h{self.hidden_size}-i{self.intermediate_size}-t{shape_class(num_tokens)}"
 
 
 def random_weights(shape: ExpertShape, device: torch.device, generator: torch.Generator | None = None) -> LayerWeights:

@@ -91,9 +91,10 @@ def place_pairs(expert_ids: Tensor, schedule: Schedule, tile_rows: int) -> Launc
     An id that is no local expert's is taken as none.
     """
     tokens, slots = expert_ids.shape
-    blocks = ct.cdiv(tokens, TOKENS)
+    block_tokens = min(TOKENS, max(16, 1 << (tokens - 1).bit_length()))
+    blocks = ct.cdiv(tokens, block_tokens)
     padded_blocks = 1 << (blocks - 1).bit_length()
     experts = schedule.counts.shape[1]
-    sizes = (slots, experts, len(schedule.pairs), TOKENS, padded_blocks, tile_rows, MAP_TILES)
+    sizes = (slots, experts, len(schedule.pairs), block_tokens, padded_blocks, tile_rows, MAP_TILES)
     arrays = (schedule.counts, schedule.pair_rows, schedule.pairs, schedule.tile_experts, schedule.num_tiles)
     return Launch(place_pairs_kernel, (blocks,), (expert_ids, *arrays, *sizes))

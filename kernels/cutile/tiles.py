@@ -12,8 +12,10 @@ SHAPE_CLASSES = (1, 8, 64, 256, 1024, 2048, 4096, 8192, 16384)
 class GemmConfig:
     """What the tuner chooses for one of the two matrix products."""
 
-    tile_columns: int = 128
-    """Output columns of a block: rows of the weight matrix."""
+    few_rows: bool = False
+    """Whether the weights are the left operand (the transpose), for tiles of 8 to 64 rows."""
+    tile_columns: int = 256
+    """Rows of the weight matrix that one tile takes; for few rows 64 or 128, otherwise 256."""
     latency: int = 8
     """How heavy the compiler takes the loads' traffic to be, 1 to 10: more means deeper pipelines."""
     num_worker_warps: int = 8
@@ -30,8 +32,6 @@ class LayerConfig:
 
     tile_rows: int
     """(token, expert) pairs of a tile; every expert's rows are padded to a multiple of it."""
-    few_rows: bool
-    """Whether the weights are the left operand of the products (the transpose), for tiles of few rows."""
     gemm1: GemmConfig
     gemm2: GemmConfig
 

@@ -177,7 +177,7 @@ async def test_gates_route_hidden_states_alone_and_logits(small_model: Path) -> 
 async def test_unusable_arguments_are_refused_before_anything_is_sent(
     small_model: Path, changes: dict[str, Any], complaint: str
 ) -> None:
-    good = {
+    good: dict[str, Any] = {
         "layer": LAYER,
         "hidden": torch.zeros(2, HIDDEN),
         "topk_ids": torch.tensor([[0, 1], [2, 3]]),

@@ -22,8 +22,8 @@ pytestmark = gpu_only
 BOUND = 5e-3
 CUDA = torch.device("cuda")
 SHAPES = [ExpertShape(32, 1024, 512), ExpertShape(8, 2176, 640), ExpertShape(64, 256, 128)]
-GROUPED = DequantConfig(64, candidates(64)[0], candidates(64)[1])
-WIDE = DequantConfig(128, candidates(128)[0], candidates(128)[1])
+GROUPED = DequantConfig(64, candidates("sm_90", 64)[0], candidates("sm_90", 64)[1])
+WIDE = DequantConfig(128, candidates("sm_90", 128)[0], candidates("sm_90", 128)[1])
 INDIVIDUAL = replace(GROUPED, group_from=1000)
 PATHS = pytest.mark.parametrize("config", [GROUPED, WIDE, INDIVIDUAL], ids=["grouped", "wide", "individual"])
 

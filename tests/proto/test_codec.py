@@ -1,6 +1,7 @@
 """Tensors to messages and back."""
 
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -47,7 +48,7 @@ def test_a_call_survives_the_wire(hidden_dtype: torch.dtype) -> None:
     else:
         assert back.scales is not None
         assert_same_bits(call.scales, back.scales)
-    tensors = dict.fromkeys(("hidden", "scales", "expert_ids", "weights"))
+    tensors: dict[str, Any] = dict.fromkeys(("hidden", "scales", "expert_ids", "weights"))
     assert replace(call, **tensors) == replace(back, **tensors)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -238,7 +239,7 @@ async def test_the_largest_allowed_request_and_reply_fit_the_message_limit(serve
 async def test_garbage_bytes_are_refused_and_the_server_lives(server: Server) -> None:
     truncated = request(server).SerializeToString()[:-10]
     async with open_channel(server) as channel:
-        raw = channel.unary_unary(f"/{codec.SERVICE}/Execute")
+        raw: Any = channel.unary_unary(f"/{codec.SERVICE}/Execute")
         for garbage in (b"\xff" * 100, b"\x4a\xff\xff\xff\xff\x7f", truncated):
             with pytest.raises(
                 grpc.aio.AioRpcError, match=r"bytes received are no expertd.v1.ExecuteRequest"

@@ -4,6 +4,7 @@ import asyncio
 import json
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -50,8 +51,8 @@ async def test_get_shard_tells_what_a_caller_needs(small_model: Path) -> None:
 
 async def test_reflection_describes_the_service(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server, open_channel(server) as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]
+        request = reflection_pb2.ServerReflectionRequest(list_services="")  # type: ignore[operator]
         async for answer in stub.ServerReflectionInfo(iter([request])):
             names = {service.name for service in answer.list_services_response.service}
             assert {codec.SERVICE, "grpc.health.v1.Health"} <= names
@@ -124,7 +125,8 @@ async def test_drain_turns_unhealthy_answers_what_is_in_flight_and_ends_streams(
     ready_file = tmp_path / "ready.json"
     async with running_server(small_model, ALL, ready_file=ready_file) as server, open_channel(server) as channel:
         assert json.loads(ready_file.read_text())["listen"] == str(server.address)
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=codec.SERVICE))
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service=codec.SERVICE))
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         stream = stream_method(channel)()
         await stream.write(codec.encode_call(call_for(server, random_batch(1, 256, 16, 4))))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -37,7 +38,8 @@ async def test_eight_servers_and_one_agree_and_repeat_bit_for_bit(small_model: P
     hidden = torch.randn(200, 256).bfloat16()
     shards = [*even_shards(16, 8), "0-15"]
     async with (
-        LocalCluster(small_model, shards, OPTIONS) as cluster, Coordinator(cluster.addresses[:8], exact) as eight,
+        LocalCluster(small_model, shards, OPTIONS) as cluster,
+        Coordinator(cluster.addresses[:8], exact) as eight,
         Coordinator(cluster.addresses[8:], exact) as one,
     ):
         for layer in (1, 2):
@@ -50,7 +52,7 @@ async def test_eight_servers_and_one_agree_and_repeat_bit_for_bit(small_model: P
 async def test_health_is_serving_only_when_ready_and_sigterm_exits_0(small_model: Path) -> None:
     async with LocalCluster(small_model, ["0-15"], OPTIONS) as cluster:
         async with grpc.aio.insecure_channel(cluster.addresses[0]) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
+            health: Any = health_pb2_grpc.HealthStub(channel)
             answer = await health.Check(health_pb2.HealthCheckRequest())
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         cluster.servers[0].process.send_signal(signal.SIGTERM)
