@@ -52,7 +52,7 @@ async def test_get_shard_tells_what_a_caller_needs(small_model: Path) -> None:
 async def test_reflection_describes_the_service(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server, open_channel(server) as channel:
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]
-        request = reflection_pb2.ServerReflectionRequest(list_services="")  # type: ignore[operator]
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
         async for answer in stub.ServerReflectionInfo(iter([request])):
             names = {service.name for service in answer.list_services_response.service}
             assert {codec.SERVICE, "grpc.health.v1.Health"} <= names
