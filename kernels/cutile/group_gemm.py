@@ -87,18 +87,18 @@ def candidates(arch: str, tile_m: int) -> tuple[GroupGemmConfig, ...]:
     None of them spills registers there, and on Hopper each keeps several matrix instructions in flight; see
     docs/measurements.md for those that do not. An architecture between two known ones takes the older one's.
     """
-    known = [name for name in _CANDIDATES if int(name[3:]) <= int(arch[3:])]
-    return _CANDIDATES[max(known, key=lambda name: int(name[3:]))].get(tile_m, ())
+    known = max(number for number in _CANDIDATES if number <= int(arch.removeprefix("sm_")))
+    return _CANDIDATES[known].get(tile_m, ())
 
 
 _SMALL = GroupGemmConfig(64, 64, num_worker_warps=4, occupancy=2)
-_CANDIDATES = {
-    "sm_80": {
+_CANDIDATES: dict[int, dict[int, tuple[GroupGemmConfig, ...]]] = {
+    80: {
         64: (GroupGemmConfig(128, 64, num_worker_warps=4, occupancy=2), _SMALL),
         128: (GroupGemmConfig(128, 64, num_worker_warps=4),),
     },
-    "sm_89": {64: (GroupGemmConfig(128, 64, num_worker_warps=4, occupancy=2), _SMALL)},
-    "sm_90": {
+    89: {64: (GroupGemmConfig(128, 64, num_worker_warps=4, occupancy=2), _SMALL)},
+    90: {
         64: (
             GroupGemmConfig(128, 128, num_worker_warps=4, occupancy=2),
             GroupGemmConfig(128, 128, latency=8),
@@ -108,12 +108,12 @@ _CANDIDATES = {
         128: (GroupGemmConfig(256, 64), GroupGemmConfig(256, 64, group=4), GroupGemmConfig(256, 64, group=16)),
         256: (GroupGemmConfig(128, 64), GroupGemmConfig(128, 64, group=4)),
     },
-    "sm_100": {
+    100: {
         64: (GroupGemmConfig(128, 64), _SMALL),
         128: (GroupGemmConfig(256, 64), GroupGemmConfig(128, 64, num_worker_warps=4, occupancy=2)),
         256: (GroupGemmConfig(128, 64),),
     },
-    "sm_120": {
+    120: {
         64: (GroupGemmConfig(128, 64), _SMALL),
         128: (GroupGemmConfig(256, 64), GroupGemmConfig(128, 64, num_worker_warps=4, occupancy=2)),
         256: (GroupGemmConfig(128, 64),),

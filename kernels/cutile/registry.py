@@ -1,0 +1,54 @@
+"""Every kernel as it is launched in a shipped configuration: what tests compile without a GPU, and benches time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from expertd.kernels.config import BLOCK, MoeConfig
+from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline, default_config
+from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
+from expertd.kernels.cutile.launch import Launch
+from expertd.kernels.cutile.quantize import quantize_activations
+from expertd.kernels.cutile.routing import route
+from expertd.kernels.cutile.tiles import SHAPE_CLASSES
+from expertd.kernels.cutile.token_sort import sort_rows
+from expertd.kernels.cutile.tuning import Table
+from expertd.kernels.quantize import FP8
+
+META = torch.device("meta")
+V3 = ExpertShape()
+
+
+def shipped_launches(arch: str, table: Table, shape: ExpertShape = V3) -> Iterator[Launch]:
+    """The launches of every shape class on `arch` ("sm_90", ...), each kernel and signature at least once."""
+    for tokens in SHAPE_CLASSES:
+        config = table.get("dequant", shape.key(tokens), DequantConfig) or default_config(arch, tokens)
+        yield from dequant_launches(shape, tokens, config, META)
+        yield from coordinator_launches(MoeConfig(), tokens, META)
+
+
+def dequant_launches(shape: ExpertShape, tokens: int, config: DequantConfig, device: torch.device) -> list[Launch]:
+    """The grouped products of the dequant pipeline, with what they need before and after."""
+    weights, batch = random_weights(shape, device), random_batch(shape, tokens, device)
+    active = min(shape.num_experts, batch.expert_ids.numel())
+    rows = sort_rows(batch.expert_ids, shape.num_experts, active, config.tile_m)
+    pipeline = DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, device)
+    return pipeline.grouped(batch, rows, weights, config)[0]
+
+
+def coordinator_launches(model: MoeConfig, tokens: int, device: torch.device) -> list[Launch]:
+    """Routing and activation quantisation."""
+
+    def output(columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(tokens, columns, dtype=dtype, device=device)
+
+    logits = torch.randn(tokens, model.n_routed_experts, device=device)
+    bias = torch.randn(model.n_routed_experts, device=device)
+    hidden = torch.randn(tokens, model.hidden_size, device=device).bfloat16()
+    chosen = (output(model.num_experts_per_tok, torch.int32), output(model.num_experts_per_tok))
+    return [
+        route(logits, bias, *chosen, model),
+        quantize_activations(hidden, output(model.hidden_size, FP8), output(model.hidden_size // BLOCK)),
+    ]

@@ -1,0 +1,171 @@
+"""`expertd tune`: measure the dequant pipeline's configurations on this machine and keep the best in the cache."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+from torch import Tensor
+
+from expertd.kernels.backend import TokenBatch
+from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline
+from expertd.kernels.cutile.group_gemm import TILES_M, GroupGemmConfig, candidates, group_gemm_kernel
+from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
+from expertd.kernels.cutile.launch import hinted
+from expertd.kernels.cutile.measure import device_time
+from expertd.kernels.cutile.tiles import SHAPE_CLASSES
+from expertd.kernels.cutile.token_sort import sort_rows
+from expertd.kernels.cutile.tuning import (
+    DEFAULT_CACHE,
+    Machine,
+    Table,
+    Tuner,
+    WrongResult,
+    load_table,
+    store_table,
+    write_json,
+)
+from expertd.kernels.reference import reference_partials, relative_error
+
+ERROR_BOUND = 5e-3
+ACTIVE_EXPERTS = (1, 2, 4, 8)
+"""Batches on which the threshold for grouped products is measured."""
+THRESHOLDS = (1, 2, 3, 5, 9)
+Product = Literal["up_gate", "down"]
+PRODUCTS: tuple[Product, ...] = ("up_gate", "down")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = ExpertShape()
+    parser.add_argument(
+        "--experts", type=int, default=defaults.num_experts, help="local experts (default: %(default)s)"
+    )
+    parser.add_argument("--hidden-size", type=int, default=defaults.hidden_size, help="default: %(default)s")
+    parser.add_argument(
+        "--intermediate-size", type=int, default=defaults.intermediate_size, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=list(SHAPE_CLASSES), help="batch sizes (default: every shape class)"
+    )
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds to measure for (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="measure what is known already, too")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="default: %(default)s")
+    parser.add_argument(
+        "--export", type=Path, help="also write the choices to this file, in the form of shipped tables"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print("expertd tune: torch sees no CUDA device", file=sys.stderr)
+        return 1
+    machine = Machine.detect()
+    table = Table() if args.again else load_table(machine, args.cache)
+    shape = ExpertShape(args.experts, args.hidden_size, args.intermediate_size)
+    columns = (SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("tuning", total=len(args.tokens))
+        tuner = Tuner(table, args.budget, report=progress.console.print)
+        bench = PipelineBench(shape, torch.device("cuda"))
+        for tokens in args.tokens:
+            progress.update(task, description=f"{tokens} tokens")
+            tune_dequant(tuner, bench, tokens)
+            store_table(table, machine, args.cache)
+            progress.advance(task)
+    if args.export:
+        write_json(table.to_json(), args.export)
+    return 0
+
+
+def tune_dequant(tuner: Tuner, bench: PipelineBench, tokens: int) -> DequantConfig:
+    """Choose each product's configuration for every row tile, then the row tile, then the threshold for grouping."""
+    key = bench.shape.key(tokens)
+    configs = []
+    for tile_m in TILES_M:
+        if gemms := candidates(bench.arch, tile_m):
+            up_gate, down = (
+                tuner.best(f"group_gemm.{name}.m{tile_m}", key, gemms, partial(bench.product, tokens, tile_m, name))
+                for name in PRODUCTS
+            )
+            configs.append(DequantConfig(tile_m, up_gate, down))
+    fastest = tuner.best("dequant.tiles", key, configs, partial(bench.layer, tokens))
+    thresholds = [replace(fastest, group_from=threshold) for threshold in THRESHOLDS]
+    return tuner.best("dequant", key, thresholds, partial(bench.few_experts, tokens))
+
+
+class PipelineBench:
+    """Checks and times the dequant pipeline on random weights of one shape."""
+
+    def __init__(self, shape: ExpertShape, device: torch.device) -> None:
+        major, minor = torch.cuda.get_device_capability(device)
+        self.arch = f"sm_{major}{minor}"
+        self.shape = shape
+        self._device = device
+        self._weights = random_weights(shape, device)
+        self._pipeline = DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, device)
+        self._cases: dict[int, tuple[TokenBatch, Tensor]] = {}
+        self._few: dict[tuple[int, int, bool], float] = {}
+
+    def product(self, tokens: int, tile_m: int, name: Product, gemm: GroupGemmConfig) -> float:
+        """Microseconds of one of the layer's two products."""
+        config = DequantConfig(tile_m, gemm, gemm)
+        batch, _ = self._checked(tokens, config)
+        active = min(self.shape.num_experts, batch.expert_ids.numel())
+        rows = sort_rows(batch.expert_ids, self.shape.num_experts, active, tile_m)
+        launches, _ = self._pipeline.grouped(batch, rows, self._weights, config)
+        for launch in launches:
+            launch()
+        kernel = hinted(group_gemm_kernel, gemm.num_worker_warps, gemm.occupancy)
+        products = [launch for launch in launches if launch.kernel is kernel]
+        return device_time(products[PRODUCTS.index(name)])
+
+    def layer(self, tokens: int, config: DequantConfig) -> float:
+        """Microseconds of a layer with uniform routing."""
+        batch, _ = self._checked(tokens, config)
+        return device_time(lambda: self._pipeline(batch, self._weights, config))
+
+    def few_experts(self, tokens: int, config: DequantConfig) -> float:
+        """Microseconds of one batch for each of `ACTIVE_EXPERTS`, every token going to one of so many experts."""
+        return sum(self._few_experts(tokens, config, active) for active in ACTIVE_EXPERTS)
+
+    def _few_experts(self, tokens: int, config: DequantConfig, active: int) -> float:
+        case = (tokens, active, active < config.group_from)
+        if case not in self._few:
+            batch, _ = self._case(tokens)
+            ids = torch.full_like(batch.expert_ids, -1)
+            ids[:, 0] = torch.arange(tokens, device=self._device) % active
+            batch = replace(batch, expert_ids=ids)
+            bound = min(active, tokens)
+            self._check(self._pipeline(batch, self._weights, config, bound).sums, self._reference(batch))
+            self._few[case] = device_time(lambda: self._pipeline(batch, self._weights, config, bound))
+        return self._few[case]
+
+    def _checked(self, tokens: int, config: DequantConfig) -> tuple[TokenBatch, Tensor]:
+        """A batch for which `config` was seen to compute the reference."""
+        batch, reference = self._case(tokens)
+        self._check(self._pipeline(batch, self._weights, config).sums, reference)
+        return batch, reference
+
+    def _case(self, tokens: int) -> tuple[TokenBatch, Tensor]:
+        if tokens not in self._cases:
+            batch = random_batch(self.shape, tokens, self._device)
+            if not (batch.expert_ids >= 0).any():
+                batch.expert_ids[0, 0] = 0
+            self._cases = {tokens: (batch, self._reference(batch))}
+        return self._cases[tokens]
+
+    def _reference(self, batch: TokenBatch) -> Tensor:
+        return reference_partials(batch, self._weights, torch.float32)
+
+    @staticmethod
+    def _check(sums: Tensor, reference: Tensor) -> None:
+        error = relative_error(sums, reference)
+        if not error <= ERROR_BOUND:
+            raise WrongResult(f"the relative error is {error:.2e}, above {ERROR_BOUND}")

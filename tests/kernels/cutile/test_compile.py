@@ -1,0 +1,84 @@
+"""Every kernel in every shipped configuration compiles without a GPU, and spills no registers on the H200."""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import cuda.tile as ct
+import pytest
+import torch
+
+import expertd.kernels.cutile.tuning
+from expertd.kernels.cutile.group_gemm import GroupGemmConfig, group_gemm
+from expertd.kernels.cutile.inspect import Resources, compile_kernel, inspect_kernel, signature
+from expertd.kernels.cutile.launch import Launch
+from expertd.kernels.cutile.registry import shipped_launches
+from expertd.kernels.cutile.tuning import SHIPPED, Table
+
+PROCESSES = 2
+TUNED = Path(expertd.kernels.cutile.tuning.__file__).parent / "tuned"
+
+
+def shipped_tables() -> dict[str, Table]:
+    return {gpu: Table.from_json(json.loads((TUNED / name).read_text())) for gpu, name in SHIPPED.items()}
+
+
+def unique_launches(arch: str, table: Table) -> list[Launch]:
+    """One launch for each kernel, signature and set of hints."""
+    launches = {}
+    for launch in shipped_launches(arch, table):
+        launches[launch.kernel, signature(launch.kernel, launch.args).symbol] = launch
+    return list(launches.values())
+
+
+def name(launch: Launch) -> str:
+    constants = [value for value in launch.args if not isinstance(value, torch.Tensor)]
+    return f"{launch.kernel._pyfunc.__name__}{constants}"
+
+
+def build(index: int, arch: str) -> tuple[str, str | None]:
+    """Compile one launch; kernels do not travel between processes, so that each lists them itself."""
+    launch = unique_launches(arch, Table())[index]
+    try:
+        compile_kernel(launch.kernel, launch.args, arch)
+    except ct.TileError as error:
+        return name(launch), str(error)
+    return name(launch), None
+
+
+def inspect_shipped(index: int, gpu: str, arch: str) -> tuple[str, Resources]:
+    launch = unique_launches(arch, shipped_tables()[gpu])[index]
+    return name(launch), inspect_kernel(launch.kernel, launch.args, arch)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_every_default_configuration_compiles(arch: str) -> None:
+    count = len(unique_launches(arch, Table()))
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        results = list(pool.map(build, range(count), [arch] * count))
+    assert not {kernel: error for kernel, error in results if error is not None}
+
+
+def test_nothing_shipped_for_the_h200_spills() -> None:
+    gpu, arch = "NVIDIA H200", "sm_90"
+    count = len(unique_launches(arch, shipped_tables()[gpu]))
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        results = list(pool.map(inspect_shipped, range(count), [gpu] * count, [arch] * count))
+    assert not {kernel: resources for kernel, resources in results if resources.spills}
+    products = [resources for kernel, resources in results if "gemm" in kernel]
+    assert products
+    assert all("HGMMA" in used.matrix or "QGMMA" in used.matrix for used in products)
+
+
+def test_spills_are_seen() -> None:
+    def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    a, b = meta(1024, 2048, dtype=torch.bfloat16), meta(8, 4096, 2048, dtype=torch.bfloat16)
+    tiles = (meta(8, dtype=torch.int32), meta(1, dtype=torch.int32))
+    too_large = GroupGemmConfig(tile_n=256, tile_k=128, num_worker_warps=4, occupancy=2, latency=8)
+    launch = group_gemm(a, b, *tiles, meta(1024, 4096, dtype=torch.float32), 128, too_large, 132)
+    resources = inspect_kernel(launch.kernel, launch.args, "sm_90")
+    assert resources.spills
+    assert resources.stack > 0
+    assert resources.local_accesses > 0
