@@ -184,7 +184,9 @@ def _batch(tokens: int = TOKENS) -> Batch:
     blocks = torch.randn(tokens, MODEL.hidden_size // 128, 128, generator=generator)
     magnitudes = torch.logspace(-12, 2, tokens * blocks.shape[1]).view(tokens, -1, 1)
     hidden = (blocks * magnitudes).view(tokens, -1)
-    hidden[4:6] = _around_ties()
+    hidden[4:6] = _around_fp8_ties()
+    hidden[6:8] = _around_fp8_ties() * 0.3
+    hidden[8:10] = _bf16_ties(hidden[10:12])
     hidden[2, :128] = 0
     choice = torch.rand(tokens, len(OWNED), generator=generator).argsort(dim=-1)[:, :4]
     ids = choice + OWNED[0]
@@ -193,13 +195,18 @@ def _batch(tokens: int = TOKENS) -> Batch:
     return Batch(hidden, ids, torch.rand(tokens, 4, generator=generator))
 
 
-def _around_ties() -> Tensor:
+def _around_fp8_ties() -> Tensor:
     """[2, 256] float32, blocks of scale 1: every value halfway between two FP8 neighbours, and those just beside it."""
     neighbours = torch.arange(126, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     ties = (neighbours[:-1] + neighbours[1:]) / 2
     below, above = (torch.nextafter(ties, torch.tensor(toward)) for toward in (0.0, torch.inf))
     edges = torch.tensor([448.0, -448.0, -0.0])
     return torch.stack([torch.cat([edges, values]) for values in (ties, -ties, below, above)]).view(2, 256)
+
+
+def _bf16_ties(values: Tensor) -> Tensor:
+    """The float32 values halfway between the BF16 neighbours that begin with the bits of `values`."""
+    return (values.view(torch.int32) & ~0xFFFF | 0x8000).view(torch.float32)
 
 
 def _bytes_sent(result: dict[str, Any], dtype: torch.dtype) -> Tensor:
