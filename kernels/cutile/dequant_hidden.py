@@ -8,6 +8,7 @@ import cuda.tile as ct
 from torch import Tensor
 
 from expertd.kernels.config import BLOCK
+from expertd.kernels.cutile.fp8 import fp8_to_float32
 from expertd.kernels.cutile.launch import Launch
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
@@ -25,7 +26,7 @@ def dequant_hidden_kernel(
         for column in range(ct.cdiv(hidden.shape[1], COLUMNS)):
             values = ct.load(hidden, (token, column), (1, COLUMNS), padding_mode=ct.PaddingMode.ZERO)
             scale = ct.load(scales, (token, column), (1, COLUMNS // BLOCK), padding_mode=ct.PaddingMode.ZERO)
-            blocks = values.astype(ct.float32).reshape((COLUMNS // BLOCK, BLOCK))
+            blocks = fp8_to_float32(values).reshape((COLUMNS // BLOCK, BLOCK))
             exact = blocks * scale.reshape((COLUMNS // BLOCK, 1))
             ct.store(out, (row, column), exact.reshape((1, COLUMNS)).astype(out.dtype))
 
@@ -33,7 +34,7 @@ def dequant_hidden_kernel(
 def dequant_hidden(hidden: Tensor, scales: Tensor, tokens: Tensor, out: Tensor) -> Launch:
     """Write `hidden[tokens[p]].float() * scale of its 1x128 block` to row p of `out`, one block for each row.
 
-    `hidden` is [T, H] float8_e4m3fn, `scales` [T, H/128] float32, `tokens` [P] int32, `out` [P, H] float32 or
-    bfloat16. Rows whose token is negative are left as they are.
+    `hidden` is [T, H] float8_e4m3fn or its bits (`fp8_operand`), `scales` [T, H/128] float32, `tokens` [P] int32,
+    `out` [P, H] float32 or bfloat16. Rows whose token is negative are left as they are.
     """
     return Launch(dequant_hidden_kernel, (out.shape[0],), (hidden, scales, tokens, out, COLUMNS, BLOCK))

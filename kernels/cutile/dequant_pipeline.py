@@ -15,8 +15,9 @@ from expertd.kernels.backend import LayerWeights, Partials, TokenBatch
 from expertd.kernels.cutile.aggregate import aggregate
 from expertd.kernels.cutile.dequant_hidden import dequant_hidden
 from expertd.kernels.cutile.dequant_weights import dequant_weights
+from expertd.kernels.cutile.fp8 import fp8_operand
 from expertd.kernels.cutile.group_gemm import GroupGemmConfig, candidates, group_gemm
-from expertd.kernels.cutile.launch import Launch
+from expertd.kernels.cutile.launch import Gpu, Launch
 from expertd.kernels.cutile.silu_and_mul import silu_and_mul
 from expertd.kernels.cutile.token_sort import ExpertRows, sort_rows
 
@@ -43,15 +44,15 @@ def default_config(arch: str, num_tokens: int) -> DequantConfig:
 class DequantPipeline:
     """Runs batches over the weights of any layer of one shape; keeps room for one layer's BF16 weights."""
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int, device: torch.device, gpu: Gpu
+    ) -> None:
         def room(rows: int, columns: int) -> Tensor:
             return torch.empty(num_experts, rows, columns, dtype=torch.bfloat16, device=device)
 
         self._up_gate = room(2 * intermediate_size, hidden_size)
         self._down = room(hidden_size, intermediate_size)
-        self._processors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        )
+        self._gpu = gpu
 
     def __call__(
         self, batch: TokenBatch, weights: LayerWeights, config: DequantConfig, active_experts: int | None = None
@@ -83,7 +84,7 @@ class DequantPipeline:
         def buffer(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(len(rows.tokens), columns, dtype=dtype, device=batch.hidden.device)
 
-        hidden, gather = _hidden_rows(batch, rows.tokens)
+        hidden, gather = _hidden_rows(batch, rows.tokens, self._gpu.arch)
         up_gate = buffer(2 * intermediate_size, torch.float32)
         activated = buffer(intermediate_size, torch.bfloat16)
         down = buffer(hidden_size, torch.float32)
@@ -91,11 +92,13 @@ class DequantPipeline:
         tiles = (rows.tile_slots, rows.num_tiles)
         launches = [
             *gather,
-            dequant_weights(weights.up_gate, weights.up_gate_scales, rows.experts, up_gate_weight),
-            group_gemm(hidden, up_gate_weight, *tiles, up_gate, config.tile_m, config.up_gate, self._processors),
+            dequant_weights(
+                fp8_operand(weights.up_gate, self._gpu.arch), weights.up_gate_scales, rows.experts, up_gate_weight
+            ),
+            group_gemm(hidden, up_gate_weight, *tiles, up_gate, config.tile_m, config.up_gate, self._gpu.processors),
             silu_and_mul(up_gate, rows.tokens, activated),
-            dequant_weights(weights.down, weights.down_scales, rows.experts, down_weight),
-            group_gemm(activated, down_weight, *tiles, down, config.tile_m, config.down, self._processors),
+            dequant_weights(fp8_operand(weights.down, self._gpu.arch), weights.down_scales, rows.experts, down_weight),
+            group_gemm(activated, down_weight, *tiles, down, config.tile_m, config.down, self._gpu.processors),
             aggregate(down, rows.positions, batch.weights, sums),
         ]
         return launches, sums
@@ -103,16 +106,18 @@ class DequantPipeline:
     def _individual(self, batch: TokenBatch, rows: ExpertRows, weights: LayerWeights) -> Tensor:
         """All tokens through each active expert in turn: no sorting, and products by the vendor's library."""
         every_token = torch.arange(batch.num_tokens, dtype=torch.int32, device=batch.hidden.device)
-        hidden, gather = _hidden_rows(batch, every_token)
+        hidden, gather = _hidden_rows(batch, every_token, self._gpu.arch)
         for launch in gather:
             launch()
         activated = hidden.new_empty(batch.num_tokens, weights.down.shape[2])
         sums = torch.zeros(batch.hidden.shape, dtype=torch.float32, device=batch.hidden.device)
         for expert in rows.experts.split(1):
-            dequant_weights(weights.up_gate, weights.up_gate_scales, expert, self._up_gate[:1])()
+            dequant_weights(
+                fp8_operand(weights.up_gate, self._gpu.arch), weights.up_gate_scales, expert, self._up_gate[:1]
+            )()
             up_gate = torch.mm(hidden, self._up_gate[0].T, out_dtype=torch.float32)
             silu_and_mul(up_gate, every_token, activated)()
-            dequant_weights(weights.down, weights.down_scales, expert, self._down[:1])()
+            dequant_weights(fp8_operand(weights.down, self._gpu.arch), weights.down_scales, expert, self._down[:1])()
             down = torch.mm(activated, self._down[0].T, out_dtype=torch.float32)
             chosen = (batch.expert_ids == expert) & (expert >= 0)
             weight = torch.where(chosen, batch.weights, 0.0).sum(dim=1, keepdim=True)
@@ -121,9 +126,9 @@ class DequantPipeline:
         return sums
 
 
-def _hidden_rows(batch: TokenBatch, tokens: Tensor) -> tuple[Tensor, list[Launch]]:
+def _hidden_rows(batch: TokenBatch, tokens: Tensor, arch: str) -> tuple[Tensor, list[Launch]]:
     """The bfloat16 hidden state of each of `tokens` [P], and the launches that have to write it first."""
     if batch.scales is None:
         return batch.hidden.index_select(0, tokens.clamp(min=0)), []
     out = torch.empty(len(tokens), batch.hidden.shape[1], dtype=torch.bfloat16, device=tokens.device)
-    return out, [dequant_hidden(batch.hidden, batch.scales, tokens, out)]
+    return out, [dequant_hidden(fp8_operand(batch.hidden, arch), batch.scales, tokens, out)]

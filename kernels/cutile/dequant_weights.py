@@ -8,6 +8,7 @@ import cuda.tile as ct
 from torch import Tensor
 
 from expertd.kernels.config import BLOCK
+from expertd.kernels.cutile.fp8 import fp8_to_float32
 from expertd.kernels.cutile.launch import Launch
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
@@ -33,7 +34,7 @@ def dequant_weights_kernel(
             scale = ct.load(
                 scales, (expert, row // BLOCK, column), (1, 1, COLUMNS // BLOCK), padding_mode=ct.PaddingMode.ZERO
             )
-            blocks = values.astype(ct.float32).reshape((COLUMNS // BLOCK, BLOCK))
+            blocks = fp8_to_float32(values).reshape((COLUMNS // BLOCK, BLOCK))
             exact = blocks * scale.reshape((COLUMNS // BLOCK, 1))
             ct.store(out, (slot, row, column), exact.reshape((1, 1, COLUMNS)).astype(out.dtype))
 
@@ -41,8 +42,8 @@ def dequant_weights_kernel(
 def dequant_weights(weight: Tensor, scales: Tensor, experts: Tensor, out: Tensor) -> Launch:
     """Write `weight[experts[s]].float() * scale of its 128x128 block` to `out[s]`, one block for each output row.
 
-    `weight` is [E, N, K] float8_e4m3fn, `scales` [E, N/128, K/128] float32, `experts` [S] int32, `out` [S, N, K]
-    bfloat16 or float32. Slots whose expert is negative are left as they are.
+    `weight` is [E, N, K] float8_e4m3fn or its bits (`fp8_operand`), `scales` [E, N/128, K/128] float32, `experts` [S]
+    int32, `out` [S, N, K] bfloat16 or float32. Slots whose expert is negative are left as they are.
     """
     slots, rows, _ = out.shape
     return Launch(dequant_weights_kernel, (rows, slots), (weight, scales, experts, out, COLUMNS, BLOCK))

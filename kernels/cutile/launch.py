@@ -22,6 +22,21 @@ class Launch:
         ct.launch(torch.cuda.current_stream(), self.grid, self.kernel, self.args)
 
 
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What kernels are chosen and grids are sized by."""
+
+    arch: str
+    """As compilers name it: "sm_90"."""
+    processors: int
+    """Streaming multiprocessors."""
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu:
+        properties = torch.cuda.get_device_properties(device)
+        return cls(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
 @cache
 def hinted(kernel: ct.kernel, num_worker_warps: int | None = None, occupancy: int | None = None) -> ct.kernel:
     """`kernel` with compiler hints; one object for each combination, because compiled code is kept in the object."""

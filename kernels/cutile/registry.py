@@ -8,8 +8,9 @@ import torch
 
 from expertd.kernels.config import BLOCK, MoeConfig
 from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline, default_config
+from expertd.kernels.cutile.fp8 import has_fp8
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
-from expertd.kernels.cutile.launch import Launch
+from expertd.kernels.cutile.launch import Gpu, Launch
 from expertd.kernels.cutile.quantize import quantize_activations
 from expertd.kernels.cutile.routing import route
 from expertd.kernels.cutile.tiles import SHAPE_CLASSES
@@ -23,18 +24,22 @@ V3 = ExpertShape()
 
 def shipped_launches(arch: str, table: Table, shape: ExpertShape = V3) -> Iterator[Launch]:
     """The launches of every shape class on `arch` ("sm_90", ...), each kernel and signature at least once."""
+    gpu = Gpu(arch, processors=132)
     for tokens in SHAPE_CLASSES:
         config = table.get("dequant", shape.key(tokens), DequantConfig) or default_config(arch, tokens)
-        yield from dequant_launches(shape, tokens, config, META)
-        yield from coordinator_launches(MoeConfig(), tokens, META)
+        yield from dequant_launches(shape, tokens, config, META, gpu)
+        if has_fp8(arch):
+            yield from coordinator_launches(MoeConfig(), tokens, META)
 
 
-def dequant_launches(shape: ExpertShape, tokens: int, config: DequantConfig, device: torch.device) -> list[Launch]:
+def dequant_launches(
+    shape: ExpertShape, tokens: int, config: DequantConfig, device: torch.device, gpu: Gpu
+) -> list[Launch]:
     """The grouped products of the dequant pipeline, with what they need before and after."""
     weights, batch = random_weights(shape, device), random_batch(shape, tokens, device)
     active = min(shape.num_experts, batch.expert_ids.numel())
     rows = sort_rows(batch.expert_ids, shape.num_experts, active, config.tile_m)
-    pipeline = DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, device)
+    pipeline = DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, device, gpu)
     return pipeline.grouped(batch, rows, weights, config)[0]
 
 

@@ -18,7 +18,7 @@ from expertd.kernels.backend import TokenBatch
 from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline
 from expertd.kernels.cutile.group_gemm import TILES_M, GroupGemmConfig, candidates, group_gemm_kernel
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
-from expertd.kernels.cutile.launch import hinted
+from expertd.kernels.cutile.launch import Gpu, hinted
 from expertd.kernels.cutile.measure import device_time
 from expertd.kernels.cutile.tiles import SHAPE_CLASSES
 from expertd.kernels.cutile.token_sort import sort_rows
@@ -89,7 +89,7 @@ def tune_dequant(tuner: Tuner, bench: PipelineBench, tokens: int) -> DequantConf
     key = bench.shape.key(tokens)
     configs = []
     for tile_m in TILES_M:
-        if gemms := candidates(bench.arch, tile_m):
+        if gemms := candidates(bench.gpu.arch, tile_m):
             up_gate, down = (
                 tuner.best(f"group_gemm.{name}.m{tile_m}", key, gemms, partial(bench.product, tokens, tile_m, name))
                 for name in PRODUCTS
@@ -104,12 +104,13 @@ class PipelineBench:
     """Checks and times the dequant pipeline on random weights of one shape."""
 
     def __init__(self, shape: ExpertShape, device: torch.device) -> None:
-        major, minor = torch.cuda.get_device_capability(device)
-        self.arch = f"sm_{major}{minor}"
+        self.gpu = Gpu.of(device)
         self.shape = shape
         self._device = device
         self._weights = random_weights(shape, device)
-        self._pipeline = DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, device)
+        self._pipeline = DequantPipeline(
+            shape.num_experts, shape.hidden_size, shape.intermediate_size, device, self.gpu
+        )
         self._cases: dict[int, tuple[TokenBatch, Tensor]] = {}
         self._few: dict[tuple[int, int, bool], float] = {}
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from expertd.kernels.cutile.aggregate import aggregate
 from expertd.kernels.cutile.dequant_hidden import dequant_hidden
 from expertd.kernels.cutile.dequant_weights import dequant_weights
+from expertd.kernels.cutile.fp8 import fp8_operand
 from expertd.kernels.cutile.group_gemm import TILES_M, GroupGemmConfig, candidates, group_gemm
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
 from expertd.kernels.cutile.silu_and_mul import silu_and_mul
@@ -50,6 +51,16 @@ def test_dequant_weights_is_exact_and_leaves_unused_slots(hidden: int, intermedi
         assert torch.equal(out[0], exact[2])
         assert torch.equal(out[2], exact[0])
         assert out[1].isnan().all()
+
+
+def test_every_fp8_value_survives_as_bits() -> None:
+    bits = torch.arange(256, dtype=torch.uint8, device=CUDA)
+    bits[[0x7F, 0xFF]] = 0  # not a number
+    values = bits.view(torch.float8_e4m3fn).unsqueeze(0)
+    out = poisoned(1, 256, dtype=torch.float32)
+    token = torch.zeros(1, dtype=torch.int32, device=CUDA)
+    dequant_hidden(fp8_operand(values, "sm_80"), torch.ones(1, 2, device=CUDA), token, out)()
+    assert torch.equal(out, values.float())
 
 
 def test_dequant_weights_addresses_more_than_two_to_the_31_elements() -> None:

@@ -11,6 +11,7 @@ from expertd.kernels.config import MoeConfig
 from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline
 from expertd.kernels.cutile.group_gemm import candidates
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
+from expertd.kernels.cutile.launch import Gpu
 from expertd.kernels.quantize import dequantize_activations
 from expertd.kernels.reference import reference_partials, relative_error
 from expertd.kernels.routing import route
@@ -29,7 +30,7 @@ PATHS = pytest.mark.parametrize("config", [GROUPED, WIDE, INDIVIDUAL], ids=["gro
 
 
 def pipeline(shape: ExpertShape) -> DequantPipeline:
-    return DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, CUDA)
+    return DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, CUDA, Gpu.of(CUDA))
 
 
 def with_ids(batch: TokenBatch, ids: Tensor) -> TokenBatch:
@@ -61,6 +62,14 @@ def test_no_expert_and_one_expert(config: DequantConfig) -> None:
     everyone = with_ids(batch, one)
     sums = run(everyone, weights, config, active_experts=1).sums
     assert relative_error(sums, reference_partials(everyone, weights)) < BOUND
+
+
+def test_fp8_as_bits_gives_the_same_as_fp8() -> None:
+    shape = SHAPES[0]
+    weights, batch = random_weights(shape, CUDA), random_batch(shape, 65, CUDA)
+    without_fp8 = replace(Gpu.of(CUDA), arch="sm_80")
+    run = DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, CUDA, without_fp8)
+    assert torch.equal(run(batch, weights, GROUPED).sums, pipeline(shape)(batch, weights, GROUPED).sums)
 
 
 def test_bf16_hidden_states() -> None:

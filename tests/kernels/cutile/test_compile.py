@@ -51,7 +51,7 @@ def inspect_shipped(index: int, gpu: str, arch: str) -> tuple[str, Resources]:
     return name(launch), inspect_kernel(launch.kernel, launch.args, arch)
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_every_default_configuration_compiles(arch: str) -> None:
     count = len(unique_launches(arch, Table()))
     with ProcessPoolExecutor(PROCESSES) as pool:
