@@ -8,13 +8,12 @@ from typing import Protocol
 
 import grpc
 import grpc.aio
-from google.protobuf.message import Message
 
 from expertd.proto import codec
-from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo
-from expertd.proto.errors import DeadlineExceeded, ExpertdError, Unavailable, error_from_status
+from expertd.proto.codec import ExecuteCall, ExecuteResult, RawResponse, ShardInfo
+from expertd.proto.errors import DeadlineExceeded, ExpertdError, ServerFault, Unavailable, error_from_status
 
-StreamCall = grpc.aio.StreamStreamCall[Message, codec.Response]
+StreamCall = grpc.aio.StreamStreamCall[bytes, bytes]
 RETRY_SECONDS = 0.1
 
 
@@ -55,8 +54,8 @@ class GrpcTransport:
         self._get_shard = self._channel.unary_unary(
             f"/{codec.SERVICE}/GetShard", codec.ShardRequest.SerializeToString, codec.ShardResponse.FromString
         )
-        self._execute_stream = self._channel.stream_stream(
-            f"/{codec.SERVICE}/ExecuteStream", codec.Request.SerializeToString, codec.Response.FromString
+        self._execute_stream: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(
+            f"/{codec.SERVICE}/ExecuteStream"
         )
         self._stream: _Stream | None = None
 
@@ -79,7 +78,7 @@ class GrpcTransport:
             self._stream = _Stream(self._execute_stream(), self.address)
         try:
             async with asyncio.timeout(call.timeout):
-                response = await self._stream.exchange(codec.encode_call(call))
+                response = await self._stream.exchange(call.request_id, codec.encode_call(call))
         except TimeoutError:
             raise DeadlineExceeded(f"{self.address}: no answer within {call.timeout} s") from None
         try:
@@ -99,7 +98,7 @@ class _Stream:
     def __init__(self, call: StreamCall, address: str) -> None:
         self._call = call
         self._address = address
-        self._waiting: dict[int, asyncio.Future[codec.Response]] = {}
+        self._waiting: dict[int, asyncio.Future[RawResponse]] = {}
         self._writing = asyncio.Lock()
         self._writers: set[asyncio.Task[None]] = set()
         self._reader = asyncio.create_task(self._read())
@@ -108,10 +107,10 @@ class _Stream:
     def ended(self) -> bool:
         return self._call.done() or self._reader.done()
 
-    async def exchange(self, request: codec.Request) -> codec.Response:
+    async def exchange(self, request_id: int, request: bytes) -> RawResponse:
         """Send `request` and wait for the response with its id."""
-        future: asyncio.Future[codec.Response] = asyncio.get_running_loop().create_future()
-        self._waiting[request.request_id] = future
+        future: asyncio.Future[RawResponse] = asyncio.get_running_loop().create_future()
+        self._waiting[request_id] = future
         # A task of its own: gRPC cancels the whole stream when a write is cancelled half-way.
         writer = asyncio.create_task(self._write(request))
         self._writers.add(writer)
@@ -119,13 +118,13 @@ class _Stream:
         try:
             return await future
         finally:
-            del self._waiting[request.request_id]
+            del self._waiting[request_id]
 
     async def close(self) -> None:
         self._call.cancel()
         await self._reader
 
-    async def _write(self, request: codec.Request) -> None:
+    async def _write(self, request: bytes) -> None:
         async with self._writing:
             # Why the stream ended is for the reader to find out and to tell everyone who waits.
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
@@ -135,12 +134,17 @@ class _Stream:
         """Hand responses to those who wait until the stream ends; then fail those still waiting."""
         ended: ExpertdError = Unavailable(f"{self._address}: the server ended the stream")
         try:
-            async for response in self._call:
+            async for data in self._call:
+                response = codec.parse_response(data)
                 future = self._waiting.get(response.request_id)
                 if future is not None and not future.done():
                     future.set_result(response)
         except grpc.aio.AioRpcError as error:
             ended = _as_error(self._address, error)
+        except ServerFault as error:
+            # What else the stream carries cannot be trusted either.
+            self._call.cancel()
+            ended = ServerFault(f"{self._address}: {error}")
         except asyncio.CancelledError:
             ended = Unavailable(f"{self._address}: the connection was closed")
         for future in self._waiting.values():

@@ -6,20 +6,19 @@ Decoded tensors share the message's memory and are read-only.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from expertd.proto import expert_shard_pb2 as pb
+from expertd.proto import wire
 from expertd.proto.errors import ExpertdError, InvalidBatch, ServerFault, error_from_status
 
-Request = pb.ExecuteRequest
-Response = pb.ExecuteResponse
 ShardRequest = pb.GetShardRequest
 ShardResponse = pb.GetShardResponse
+EMPTY = memoryview(b"")
 SERVICE = pb.DESCRIPTOR.services_by_name["ExpertShard"].full_name
 BLOCK = 128
 ENVELOPE_BYTES = 64 * 1024
@@ -30,12 +29,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
-_DTYPES: dict[pb.DType, torch.dtype] = {
-    pb.DTYPE_FLOAT8_E4M3FN: torch.float8_e4m3fn,
-    pb.DTYPE_BFLOAT16: torch.bfloat16,
-    pb.DTYPE_FLOAT32: torch.float32,
+_DTYPE_CODES: dict[torch.dtype, pb.DType] = {
+    torch.float8_e4m3fn: pb.DTYPE_FLOAT8_E4M3FN,
+    torch.bfloat16: pb.DTYPE_BFLOAT16,
+    torch.float32: pb.DTYPE_FLOAT32,
 }
-_DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 HIDDEN_DTYPES = (torch.float8_e4m3fn, torch.bfloat16)
 REPLY_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -108,33 +106,107 @@ class ShardInfo:
     version: str
 
 
-def parse_request(data: bytes) -> Request:
-    """Parse a serialized request; bytes that are none raise `InvalidBatch`."""
-    try:
-        return Request.FromString(data)
-    except DecodeError as error:
-        raise InvalidBatch(f"the {len(data)} bytes received are no {Request.DESCRIPTOR.full_name}: {error}") from None
+_REQUEST_FIELDS: wire.Schema = {
+    1: ("request_id", wire.VARINT),
+    2: ("model_fingerprint", wire.BYTES),
+    3: ("placement_epoch", wire.VARINT),
+    4: ("layer", wire.VARINT),
+    5: ("num_tokens", wire.VARINT),
+    6: ("top_k", wire.VARINT),
+    7: ("hidden_dtype", wire.VARINT),
+    8: ("reply_dtype", wire.VARINT),
+    9: ("hidden", wire.BYTES),
+    10: ("hidden_scales", wire.BYTES),
+    11: ("expert_ids", wire.BYTES),
+    12: ("weights", wire.BYTES),
+    13: ("timeout_us", wire.VARINT),
+}
+_RESPONSE_FIELDS: wire.Schema = {
+    1: ("request_id", wire.VARINT),
+    2: ("error", wire.BYTES),
+    3: ("partials_dtype", wire.VARINT),
+    4: ("partials", wire.BYTES),
+    5: ("receipt_experts", wire.REPEATED),
+    6: ("receipt_pairs", wire.REPEATED),
+    7: ("timings", wire.BYTES),
+}
+_TIMING_FIELDS = dict(enumerate(StageTimings.__dataclass_fields__, 1))
 
 
-def encode_call(call: ExecuteCall) -> pb.ExecuteRequest:
-    return pb.ExecuteRequest(
-        request_id=call.request_id,
-        model_fingerprint=call.model_fingerprint,
-        placement_epoch=call.placement_epoch,
-        layer=call.layer,
-        num_tokens=call.hidden.shape[0],
-        top_k=call.expert_ids.shape[1],
-        hidden_dtype=_DTYPE_CODES[call.hidden.dtype],
-        reply_dtype=_DTYPE_CODES[call.reply_dtype],
-        hidden=_to_bytes(call.hidden),
-        hidden_scales=b"" if call.scales is None else _to_bytes(call.scales),
-        expert_ids=_to_bytes(call.expert_ids),
-        weights=_to_bytes(call.weights),
-        timeout_us=0 if call.timeout is None else max(1, int(call.timeout * 1e6)),
+@dataclass(frozen=True, slots=True)
+class RawRequest:
+    """The fields of an ExecuteRequest, unchecked; tensors are views of the received bytes."""
+
+    request_id: int = 0
+    model_fingerprint: memoryview = EMPTY
+    placement_epoch: int | None = None
+    layer: int = 0
+    num_tokens: int = 0
+    top_k: int = 0
+    hidden_dtype: int = 0
+    reply_dtype: int = 0
+    hidden: memoryview = EMPTY
+    hidden_scales: memoryview = EMPTY
+    expert_ids: memoryview = EMPTY
+    weights: memoryview = EMPTY
+    timeout_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RawResponse:
+    """The fields of an ExecuteResponse, unchecked; the partials are a view of the received bytes."""
+
+    request_id: int = 0
+    error: memoryview | None = None
+    partials_dtype: int = 0
+    partials: memoryview = EMPTY
+    timings: memoryview = EMPTY
+    receipt_experts: Sequence[int] = ()
+    receipt_pairs: Sequence[int] = ()
+
+
+def encode_call(call: ExecuteCall) -> bytes:
+    """The ExecuteRequest of `call`."""
+    fingerprint = call.model_fingerprint.encode()
+    epoch = call.placement_epoch
+    timeout_us = 0 if call.timeout is None else max(1, int(call.timeout * 1e6))
+    hidden, ids, weights = map(_buffer, (call.hidden, call.expert_ids, call.weights))
+    scales = b"" if call.scales is None else _buffer(call.scales)
+    return b"".join(
+        (
+            wire.varint_field(1, call.request_id),
+            wire.bytes_header(2, len(fingerprint)),
+            fingerprint,
+            # Explicit presence: zero is not the same as absent.
+            b"" if epoch is None else wire.varint(3 << 3) + wire.varint(epoch),
+            wire.varint_field(4, call.layer),
+            wire.varint_field(5, call.hidden.shape[0]),
+            wire.varint_field(6, call.expert_ids.shape[1]),
+            wire.varint_field(7, _DTYPE_CODES[call.hidden.dtype]),
+            wire.varint_field(8, _DTYPE_CODES[call.reply_dtype]),
+            wire.bytes_header(9, len(hidden)),
+            hidden,
+            wire.bytes_header(10, len(scales)),
+            scales,
+            wire.bytes_header(11, len(ids)),
+            ids,
+            wire.bytes_header(12, len(weights)),
+            weights,
+            wire.varint_field(13, timeout_us),
+        )
     )
 
 
-def decode_call(message: pb.ExecuteRequest, width: int, max_top_k: int, max_tokens: int) -> ExecuteCall:
+def parse_request(data: bytes) -> RawRequest:
+    """Read a serialized ExecuteRequest; bytes that are none raise `InvalidBatch`."""
+    try:
+        return RawRequest(**wire.read_known(memoryview(data), _REQUEST_FIELDS))  # type: ignore[arg-type]
+    except wire.MalformedMessage as error:
+        name = pb.ExecuteRequest.DESCRIPTOR.full_name
+        raise InvalidBatch(f"the {len(data)} bytes received are no {name}: {error}") from None
+
+
+def decode_call(message: RawRequest, width: int, max_top_k: int, max_tokens: int) -> ExecuteCall:
     """Read a request of at most `max_tokens` tokens for a model of hidden size `width` and top-k `max_top_k`.
 
     Raises `InvalidBatch` when a size or dtype is outside the contract.
@@ -144,13 +216,12 @@ def decode_call(message: pb.ExecuteRequest, width: int, max_top_k: int, max_toke
     _check_range("top_k", top_k, 1, max_top_k)
     hidden_dtype = _check_dtype("hidden_dtype", message.hidden_dtype, HIDDEN_DTYPES)
     quantized = hidden_dtype == torch.float8_e4m3fn
-    scales = _from_bytes(
-        "hidden_scales", message.hidden_scales, torch.float32, (tokens if quantized else 0, width // BLOCK)
-    )
+    scales_shape = (tokens if quantized else 0, width // BLOCK)
+    scales = _from_bytes("hidden_scales", message.hidden_scales, torch.float32, scales_shape)
     return ExecuteCall(
         request_id=message.request_id,
-        model_fingerprint=message.model_fingerprint,
-        placement_epoch=message.placement_epoch if message.HasField("placement_epoch") else None,
+        model_fingerprint=str(message.model_fingerprint, "utf-8", "replace"),
+        placement_epoch=message.placement_epoch,
         layer=message.layer,
         hidden=_from_bytes("hidden", message.hidden, hidden_dtype, (tokens, width)),
         scales=scales if quantized else None,
@@ -161,56 +232,68 @@ def decode_call(message: pb.ExecuteRequest, width: int, max_top_k: int, max_toke
     )
 
 
-def encode_result(result: ExecuteResult) -> pb.ExecuteResponse:
-    timings = result.timings
-    return pb.ExecuteResponse(
-        request_id=result.request_id,
-        partials_dtype=_DTYPE_CODES[result.partials.dtype],
-        partials=_to_bytes(result.partials),
-        receipt_experts=list(result.receipt.keys()),
-        receipt_pairs=list(result.receipt.values()),
-        timings=pb.Timings(
-            decode_ns=_nanoseconds(timings.decode),
-            queue_ns=_nanoseconds(timings.queue),
-            copy_in_ns=_nanoseconds(timings.copy_in),
-            compute_ns=_nanoseconds(timings.compute),
-            copy_out_ns=_nanoseconds(timings.copy_out),
-        ),
+def encode_result(result: ExecuteResult) -> bytes:
+    """The ExecuteResponse of `result`."""
+    partials = _buffer(result.partials)
+    nanoseconds = ((number, round(getattr(result.timings, stage) * 1e9)) for number, stage in _TIMING_FIELDS.items())
+    timings = b"".join(wire.varint_field(number, value) for number, value in nanoseconds)
+    return b"".join(
+        (
+            wire.varint_field(1, result.request_id),
+            wire.varint_field(3, _DTYPE_CODES[result.partials.dtype]),
+            wire.bytes_header(4, len(partials)),
+            partials,
+            wire.packed_field(5, tuple(result.receipt.keys())),
+            wire.packed_field(6, tuple(result.receipt.values())),
+            wire.varint(7 << 3 | wire.BYTES),
+            wire.varint(len(timings)),
+            timings,
+        )
     )
 
 
-def decode_result(message: pb.ExecuteResponse, tokens: int, width: int, dtype: torch.dtype) -> ExecuteResult:
+def encode_error(request_id: int, error: ExpertdError) -> bytes:
+    """The ExecuteResponse that refuses request `request_id` of a stream."""
+    code: int = error.code.value[0]
+    refusal = pb.ExecuteResponse(request_id=request_id, error=pb.Error(code=code, message=str(error)))
+    return refusal.SerializeToString()
+
+
+def parse_response(data: bytes) -> RawResponse:
+    """Read a serialized ExecuteResponse; bytes that are none raise `ServerFault`."""
+    try:
+        return RawResponse(**wire.read_known(memoryview(data), _RESPONSE_FIELDS))  # type: ignore[arg-type]
+    except wire.MalformedMessage as error:
+        raise ServerFault(f"malformed response of {len(data)} bytes: {error}") from None
+
+
+def decode_result(message: RawResponse, tokens: int, width: int, dtype: torch.dtype) -> ExecuteResult:
     """Read a response that must hold partials [tokens, width] of `dtype`.
 
     Raises the error that the response carries, or `ServerFault` when it is not what was asked for.
     """
-    if message.HasField("error"):
-        raise error_from_status(message.error.code, message.error.message)
+    if message.error is not None:
+        error = pb.Error.FromString(bytes(message.error))
+        raise error_from_status(error.code, error.message)
     try:
         _check_dtype("partials_dtype", message.partials_dtype, (dtype,))
         partials = _from_bytes("partials", message.partials, dtype, (tokens, width))
     except InvalidBatch as error:
         raise ServerFault(f"malformed response: {error}") from None
-    if len(message.receipt_experts) != len(message.receipt_pairs):
+    experts, pairs = message.receipt_experts, message.receipt_pairs
+    if len(experts) != len(pairs):
         raise ServerFault("malformed response: receipt_experts and receipt_pairs differ in length")
-    timings = message.timings
+    seconds = {
+        _TIMING_FIELDS[number]: value / 1e9
+        for number, _, value in wire.read_fields(message.timings)
+        if number in _TIMING_FIELDS and isinstance(value, int)
+    }
     return ExecuteResult(
         request_id=message.request_id,
         partials=partials,
-        receipt=dict(zip(message.receipt_experts, message.receipt_pairs, strict=True)),
-        timings=StageTimings(
-            decode=timings.decode_ns / 1e9,
-            queue=timings.queue_ns / 1e9,
-            copy_in=timings.copy_in_ns / 1e9,
-            compute=timings.compute_ns / 1e9,
-            copy_out=timings.copy_out_ns / 1e9,
-        ),
+        receipt=dict(zip(experts, pairs, strict=True)),
+        timings=StageTimings(**seconds),
     )
-
-
-def encode_error(request_id: int, error: ExpertdError) -> pb.ExecuteResponse:
-    code: int = error.code.value[0]
-    return pb.ExecuteResponse(request_id=request_id, error=pb.Error(code=code, message=str(error)))
 
 
 def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
@@ -262,15 +345,17 @@ def message_bytes(tokens: int, hidden_size: int, top_k: int) -> int:
     return max(request, response) + ENVELOPE_BYTES
 
 
-def _to_bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+def _buffer(tensor: Tensor) -> memoryview:
+    """The bytes of a host tensor, flat; a copy only when it is not contiguous."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _from_bytes(field: str, data: bytes, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+def _from_bytes(field: str, data: memoryview, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
     expected = shape[0] * shape[1] * dtype.itemsize
     if len(data) != expected:
         rows, columns = shape
-        raise InvalidBatch(f"{field} has {len(data)} bytes; [{rows}, {columns}] {_name(dtype)} takes {expected}")
+        name = str(dtype).removeprefix("torch.")
+        raise InvalidBatch(f"{field} has {len(data)} bytes; [{rows}, {columns}] {name} takes {expected}")
     if not data:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).view(shape)
@@ -281,21 +366,10 @@ def _check_range(field: str, value: int, low: int, high: int) -> None:
         raise InvalidBatch(f"{field} is {value}; it must be from {low} to {high}")
 
 
-def _check_dtype(field: str, code: pb.DType, accepted: tuple[torch.dtype, ...]) -> torch.dtype:
-    dtype = _DTYPES.get(code)
-    if dtype not in accepted or dtype is None:
-        names = ", ".join(pb.DType.Name(_DTYPE_CODES[dtype]) for dtype in accepted)
-        raise InvalidBatch(f"{field} is {_dtype_label(code)}; accepted: {names}")
-    return dtype
-
-
-def _dtype_label(code: pb.DType) -> str:
-    return pb.DType.Name(code) if code in pb.DType.values() else str(code)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _nanoseconds(seconds: float) -> int:
-    return round(seconds * 1e9)
+def _check_dtype(field: str, code: int, accepted: tuple[torch.dtype, ...]) -> torch.dtype:
+    for dtype in accepted:
+        if _DTYPE_CODES[dtype] == code:
+            return dtype
+    names = {value: name for name, value in pb.DType.items()}
+    choices = ", ".join(names[_DTYPE_CODES[dtype]] for dtype in accepted)
+    raise InvalidBatch(f"{field} is {names.get(code, code)}; accepted: {choices}")

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from expertd.proto import codec
-from expertd.proto.codec import ExecuteResult, ShardInfo, StageTimings
+from expertd.proto.codec import ExecuteResult, RawRequest, ShardInfo, StageTimings
 from expertd.proto.errors import ExpertdError, ServerFault
 from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
@@ -36,10 +36,8 @@ class ExpertShardHandlers:
             "GetShard": grpc.unary_unary_rpc_method_handler(
                 self.get_shard, codec.ShardRequest.FromString, codec.ShardResponse.SerializeToString
             ),
-            "Execute": grpc.unary_unary_rpc_method_handler(self.execute, None, codec.Response.SerializeToString),
-            "ExecuteStream": grpc.stream_stream_rpc_method_handler(
-                self.execute_stream, None, codec.Response.SerializeToString
-            ),
+            "Execute": grpc.unary_unary_rpc_method_handler(self.execute),
+            "ExecuteStream": grpc.stream_stream_rpc_method_handler(self.execute_stream),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(codec.SERVICE, methods),))
 
@@ -55,7 +53,7 @@ class ExpertShardHandlers:
             await context.abort(error.code, str(error))
         return codec.encode_shard(self._info)
 
-    async def execute(self, data: bytes, context: Context) -> codec.Response:
+    async def execute(self, data: bytes, context: Context) -> bytes:
         try:
             return await self._answer(codec.parse_request(data), context.time_remaining())
         except ExpertdError as error:
@@ -84,7 +82,7 @@ class ExpertShardHandlers:
             self._readers.add(reader)
             reader.add_done_callback(self._readers.discard)
 
-    async def _answer(self, request: codec.Request, time_remaining: float | None) -> codec.Response:
+    async def _answer(self, request: RawRequest, time_remaining: float | None) -> bytes:
         """Compute one request; every outcome is counted."""
         with self._metrics.in_flight.track_inprogress():
             try:
@@ -100,7 +98,7 @@ class ExpertShardHandlers:
                 self._metrics.requests.labels("internal").inc()
                 raise ServerFault(f"{type(error).__name__}: {error}") from error
 
-    async def _compute(self, request: codec.Request, time_remaining: float | None) -> codec.Response:
+    async def _compute(self, request: RawRequest, time_remaining: float | None) -> bytes:
         arrived = time.perf_counter()
         self._scheduler.check_open()
         config = self._shard.config

@@ -14,6 +14,7 @@ from torch import Tensor
 from expertd.kernels.backend import LayerWeights, TokenBatch
 from expertd.kernels.quantize import quantize_activations, quantize_weights
 from expertd.proto import codec
+from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.codec import ExecuteCall
 from expertd.server.app import Server
 from expertd.server.config import Address, ServerConfig
@@ -50,12 +51,16 @@ async def open_channel(server: Server) -> AsyncIterator[grpc.aio.Channel]:
 
 
 def execute_method(channel: grpc.aio.Channel) -> Any:  # noqa: ANN401
-    return channel.unary_unary(f"/{codec.SERVICE}/Execute", codec.Request.SerializeToString, codec.Response.FromString)
+    """The unary call with the generated classes, as another implementation of the contract would make it."""
+    return channel.unary_unary(
+        f"/{codec.SERVICE}/Execute", pb.ExecuteRequest.SerializeToString, pb.ExecuteResponse.FromString
+    )
 
 
 def stream_method(channel: grpc.aio.Channel) -> Any:  # noqa: ANN401
+    """The stream with the generated classes."""
     return channel.stream_stream(
-        f"/{codec.SERVICE}/ExecuteStream", codec.Request.SerializeToString, codec.Response.FromString
+        f"/{codec.SERVICE}/ExecuteStream", pb.ExecuteRequest.SerializeToString, pb.ExecuteResponse.FromString
     )
 
 
@@ -77,6 +82,11 @@ def random_batch(tokens: int, hidden: int, experts: int, top_k: int, seed: int =
     ids = torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k].int()
     ids[torch.rand(tokens, top_k, generator=generator) < absent] = -1
     return TokenBatch(values, scales, ids, torch.rand(tokens, top_k, generator=generator) + 0.1)
+
+
+def request_for(server: Server, batch: TokenBatch, **changes: Any) -> pb.ExecuteRequest:  # noqa: ANN401
+    """The message of `call_for`, in the generated class."""
+    return pb.ExecuteRequest.FromString(codec.encode_call(call_for(server, batch, **changes)))
 
 
 def call_for(server: Server, batch: TokenBatch, **changes: Any) -> ExecuteCall:  # noqa: ANN401

@@ -13,9 +13,17 @@ import torch
 
 from expertd.kernels.backend import TokenBatch
 from expertd.proto import codec
-from expertd.proto.codec import Request
+from expertd.proto.expert_shard_pb2 import ExecuteRequest as Request
 from expertd.server.app import Server
-from tests.support import call_for, execute_method, open_channel, random_batch, running_server, stream_method
+from tests.support import (
+    call_for,
+    execute_method,
+    open_channel,
+    random_batch,
+    request_for,
+    running_server,
+    stream_method,
+)
 
 MAX_TOKENS = 32
 OWNED = range(4, 12)
@@ -40,7 +48,7 @@ def good_batch(tokens: int = 4) -> TokenBatch:
 
 
 def request(server: Server, **changes: object) -> Request:
-    return codec.encode_call(call_for(server, good_batch(), **changes))
+    return request_for(server, good_batch(), **changes)
 
 
 def edited(server: Server, edit: Callable[[Request], object]) -> Request:
@@ -53,7 +61,7 @@ def with_ids(server: Server, *row: int) -> Request:
     batch = good_batch()
     ids = batch.expert_ids.clone()
     ids[1] = torch.tensor(row)
-    return codec.encode_call(call_for(server, replace(batch, expert_ids=ids)))
+    return request_for(server, replace(batch, expert_ids=ids))
 
 
 def with_weight(server: Server, value: float) -> Request:
@@ -108,7 +116,7 @@ CASES: dict[str, tuple[Callable[[Server], Request], grpc.StatusCode, str]] = {
         r"num_tokens is 0; it must be from 1 to 32",
     ),
     "too many tokens": (
-        lambda s: codec.encode_call(call_for(s, good_batch(MAX_TOKENS + 1))),
+        lambda s: request_for(s, good_batch(MAX_TOKENS + 1)),
         INVALID,
         r"num_tokens is 33; it must be from 1 to 32",
     ),
@@ -231,7 +239,7 @@ async def test_the_largest_allowed_request_and_reply_fit_the_message_limit(serve
     async with open_channel(server) as channel:
         call = call_for(server, good_batch(MAX_TOKENS))
         plain = replace(call, hidden=torch.randn(MAX_TOKENS, 256).bfloat16(), scales=None)
-        for message in (codec.encode_call(call), codec.encode_call(plain)):
+        for message in map(Request.FromString, map(codec.encode_call, (call, plain))):
             answer = await execute_method(channel)(message)
             assert len(answer.partials) == MAX_TOKENS * 256 * 4
 

@@ -20,7 +20,7 @@ from expertd.proto import codec
 from expertd.server.app import Server
 from expertd.server.config import InvalidOption, ServerConfig
 from expertd.server.metrics import Metrics
-from tests.support import call_for, execute_method, open_channel, random_batch, running_server, stream_method
+from tests.support import execute_method, open_channel, random_batch, request_for, running_server, stream_method
 
 ALL = range(16)
 
@@ -63,9 +63,9 @@ async def test_metrics_count_every_outcome_and_stage(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server, open_channel(server) as channel:
         execute = execute_method(channel)
         for tokens in (1, 3):
-            await execute(codec.encode_call(call_for(server, random_batch(tokens, 256, 16, 4, absent=0.0))))
+            await execute(request_for(server, random_batch(tokens, 256, 16, 4, absent=0.0)))
         with pytest.raises(grpc.aio.AioRpcError):
-            await execute(codec.encode_call(call_for(server, random_batch(1, 256, 16, 4), layer=50)))
+            await execute(request_for(server, random_batch(1, 256, 16, 4), layer=50))
         samples = await scrape(server)
     assert samples['expertd_requests_total{outcome="ok"}'] == 2
     assert samples['expertd_requests_total{outcome="not_found"}'] == 1
@@ -86,15 +86,15 @@ async def test_metrics_count_every_outcome_and_stage(small_model: Path) -> None:
 async def test_stream_answers_carry_their_request_ids_and_right_results(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server, open_channel(server) as channel:
         calls = [
-            call_for(
+            request_for(
                 server, random_batch(tokens, 256, 16, 4, seed=tokens), request_id=100 + tokens, layer=1 + tokens % 2
             )
             for tokens in (1, 30, 2, 7)
         ]
-        alone = {call.request_id: await execute_method(channel)(codec.encode_call(call)) for call in calls}
+        alone = {call.request_id: await execute_method(channel)(call) for call in calls}
         stream = stream_method(channel)()
         for call in calls:
-            await stream.write(codec.encode_call(call))
+            await stream.write(call)
         await stream.done_writing()
         answers = [answer async for answer in stream]
         assert sorted(answer.request_id for answer in answers) == [101, 102, 107, 130]
@@ -107,16 +107,12 @@ async def test_bfloat16_replies_are_the_rounded_float32_ones(small_model: Path) 
     async with running_server(small_model, ALL) as server, open_channel(server) as channel:
         batch = random_batch(9, 256, 16, 4)
         full, half = [
-            codec.decode_result(
-                await execute_method(channel)(codec.encode_call(call_for(server, batch, reply_dtype=dtype))),
-                9,
-                256,
-                dtype,
-            )
+            torch.frombuffer(bytearray(answer.partials), dtype=dtype)
             for dtype in (torch.float32, torch.bfloat16)
+            for answer in [await execute_method(channel)(request_for(server, batch, reply_dtype=dtype))]
         ]
-        assert torch.equal(full.partials.bfloat16(), half.partials)
-        assert 0 < relative_error(half.partials, full.partials) < 4e-3
+        assert torch.equal(full.bfloat16(), half)
+        assert 0 < relative_error(half, full) < 4e-3
 
 
 async def test_drain_turns_unhealthy_answers_what_is_in_flight_and_ends_streams(
@@ -129,11 +125,11 @@ async def test_drain_turns_unhealthy_answers_what_is_in_flight_and_ends_streams(
         watch = health.Watch(health_pb2.HealthCheckRequest(service=codec.SERVICE))
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         stream = stream_method(channel)()
-        await stream.write(codec.encode_call(call_for(server, random_batch(1, 256, 16, 4))))
+        await stream.write(request_for(server, random_batch(1, 256, 16, 4)))
         await stream.read()
-        in_flight = [call_for(server, random_batch(2000, 256, 16, 4), request_id=number) for number in (1, 2)]
+        in_flight = [request_for(server, random_batch(2000, 256, 16, 4), request_id=number) for number in (1, 2)]
         for call in in_flight:
-            await stream.write(codec.encode_call(call))
+            await stream.write(call)
         while server.metrics.registry.get_sample_value("expertd_requests_in_flight") != 2:
             await asyncio.sleep(0.001)
         server.stop()
