@@ -18,6 +18,11 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple[Any, ...]
 
+    @property
+    def name(self) -> str:
+        """The name of the kernel's function, without its suffix."""
+        return str(self.kernel._pyfunc.__name__).partition("_kernel")[0]
+
     def __call__(self) -> None:
         ct.launch(torch.cuda.current_stream(), self.grid, self.kernel, self.args)
 

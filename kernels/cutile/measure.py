@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
+
+from expertd.kernels.cutile.launch import Launch
 
 L2_BYTES = 256 << 20
 """More than any GPU's L2 cache."""
@@ -26,3 +29,13 @@ def device_time(work: Callable[[], object], repeats: int = 10) -> float:
         end.record()
     torch.cuda.synchronize()
     return float(statistics.median(start.elapsed_time(end) for start, end in spans[2:])) * 1000
+
+
+def kernel_times(launches: Sequence[Launch]) -> dict[str, float]:
+    """Microseconds that each kernel of a pipeline takes, all its launches together, in the pipeline's order."""
+    for launch in launches:  # in order, so that each kernel finds the inputs that the others leave
+        launch()
+    times: dict[str, float] = defaultdict(float)
+    for launch in launches:
+        times[launch.name] += device_time(launch)
+    return dict(times)

@@ -33,7 +33,7 @@ def unique_launches(arch: str, table: Table) -> list[Launch]:
 
 def name(launch: Launch) -> str:
     constants = [value for value in launch.args if not isinstance(value, torch.Tensor)]
-    return f"{launch.kernel._pyfunc.__name__}{constants}"
+    return f"{launch.name}{constants}"
 
 
 def build(index: int, arch: str) -> tuple[str, str | None]:

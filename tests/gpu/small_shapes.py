@@ -1,0 +1,34 @@
+"""Every kernel of the dequant pipeline and of the coordinator once, on shapes small enough for compute-sanitizer.
+
+compute-sanitizer --tool memcheck python -m tests.gpu.small_shapes
+compute-sanitizer --tool racecheck python -m tests.gpu.small_shapes
+"""
+
+import torch
+
+from expertd.kernels.config import MoeConfig
+from expertd.kernels.cutile.dequant_pipeline import DequantPipeline, default_config
+from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
+from expertd.kernels.cutile.launch import Gpu
+from expertd.kernels.cutile.registry import coordinator_launches
+from expertd.kernels.reference import reference_partials, relative_error
+
+SHAPE = ExpertShape(5, 384, 128)
+CUDA = torch.device("cuda")
+
+
+def main() -> None:
+    gpu = Gpu.of(CUDA)
+    weights = random_weights(SHAPE, CUDA)
+    pipeline = DequantPipeline(SHAPE.num_experts, SHAPE.hidden_size, SHAPE.intermediate_size, CUDA, gpu)
+    for tokens, config in ((1, default_config(gpu.arch, 1)), (67, default_config(gpu.arch, 16384))):
+        batch = random_batch(SHAPE, tokens, CUDA, model_experts=10, top_k=4)
+        error = relative_error(pipeline(batch, weights, config).sums, reference_partials(batch, weights))
+        print(f"{tokens} tokens: relative error {error:.2e}")
+        for launch in coordinator_launches(MoeConfig(), tokens, CUDA):
+            launch()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
