@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,29 +11,18 @@ from expertd.kernels.backend import LayerWeights, TokenBatch
 from expertd.kernels.config import BLOCK
 from expertd.kernels.cutile.combine import combine
 from expertd.kernels.cutile.count_pairs import TOKENS, count_pairs
+from expertd.kernels.cutile.fp8_gemm import fp8_gemm
 from expertd.kernels.cutile.gather_rows import gather_rows
-from expertd.kernels.cutile.gemm1 import gemm1
 from expertd.kernels.cutile.gemm1_few_rows import gemm1_few_rows
-from expertd.kernels.cutile.gemm2 import gemm2
 from expertd.kernels.cutile.gemm2_few_rows import gemm2_few_rows
 from expertd.kernels.cutile.launch import Launch
 from expertd.kernels.cutile.place_pairs import Schedule, place_pairs
+from expertd.kernels.cutile.swiglu_quantize import swiglu_quantize
 from expertd.kernels.cutile.tiles import GemmConfig, LayerConfig, max_row_tiles
 
 
-def interleave_up_gate(weights: LayerWeights) -> LayerWeights:
-    """`weights` with 128 rows of up_proj and 128 of gate_proj in turn, which is how the kernels want them."""
-
-    def interleaved(tensor: Tensor, rows: int) -> Tensor:
-        experts, both, columns = tensor.shape
-        halves = tensor.view(experts, 2, both // (2 * rows), rows, columns)
-        return halves.transpose(1, 2).reshape(experts, both, columns)
-
-    return replace(
-        weights,
-        up_gate=interleaved(weights.up_gate, BLOCK),
-        up_gate_scales=interleaved(weights.up_gate_scales, 1),
-    )
+SWIGLU_OCCUPANCY = 16
+"""Blocks of `swiglu_quantize` that a multiprocessor runs at once, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +33,8 @@ class Workspace:
     """[R, H] float8_e4m3fn: tokens' rows in sorted order."""
     row_scales: Tensor
     """[R, H/128] float32."""
+    up_gate: Tensor
+    """[R, 2I] bfloat16: rows of the first product, where SwiGLU is a kernel of its own."""
     inner: Tensor
     """[R, I] float8_e4m3fn: what the first product leaves for the second."""
     inner_scales: Tensor
@@ -69,6 +60,7 @@ class Workspace:
         return cls(
             rows=empty(rows, width, dtype=fp8),
             row_scales=empty(rows, width // BLOCK, dtype=f32),
+            up_gate=empty(rows, 2 * inner, dtype=torch.bfloat16),
             inner=empty(rows, inner, dtype=fp8),
             inner_scales=empty(rows * (inner // 64), dtype=f32),
             outputs=empty(rows, width, dtype=torch.bfloat16),
@@ -95,29 +87,34 @@ def layer_launches(
     tokens, slots = batch.expert_ids.shape
     tiles = max_row_tiles(tokens, slots, weights.num_experts, config.tile_rows)
     schedule = _first_tokens(workspace.schedule, tokens, tiles)
-    quantum = config.gemm1.tile_columns if config.gemm1.few_rows else BLOCK
-    inner_scales = workspace.inner_scales.view(-1)[: workspace.inner.numel() // quantum].view(len(workspace.inner), -1)
     rows = (workspace.rows, workspace.row_scales)
-    inner = (workspace.inner, inner_scales)
+    quantum = config.gemm1.tile_columns if config.gemm1.few_rows else BLOCK
+    inner = (
+        workspace.inner,
+        workspace.inner_scales[: workspace.inner.numel() // quantum].view(len(workspace.inner), -1),
+    )
 
-    def blocks(gemm: GemmConfig, width: int) -> int:
-        needed = tiles * -(-width // gemm.tile_columns)
-        at_once = processors * gemm.occupancy // (1 if gemm.few_rows else 2)
-        return min(needed, at_once) if gemm.persistent else needed
+    def tiled(gemm: GemmConfig, columns: int) -> tuple[int, GemmConfig, int]:
+        needed = tiles * (columns // gemm.tile_columns)
+        return config.tile_rows, gemm, min(needed, processors * gemm.occupancy) if gemm.persistent else needed
 
     up_gate = (weights.up_gate, weights.up_gate_scales, schedule)
     down = (weights.down, weights.down_scales, schedule, workspace.outputs)
-    first_columns = workspace.inner.shape[1] * (1 if config.gemm1.few_rows else 2)
-    tile1 = (config.tile_rows, config.gemm1, blocks(config.gemm1, first_columns))
-    tile2 = (config.tile_rows, config.gemm2, blocks(config.gemm2, workspace.outputs.shape[1]))
-    first = gemm1_few_rows if config.gemm1.few_rows else gemm1
-    second = gemm2_few_rows if config.gemm2.few_rows else gemm2
+    if config.gemm1.few_rows:
+        first = [gemm1_few_rows(*rows, *up_gate, *inner, *tiled(config.gemm1, workspace.inner.shape[1]))]
+    else:
+        swiglu_blocks = min(tiles * config.tile_rows, processors * SWIGLU_OCCUPANCY)
+        first = [
+            fp8_gemm(*rows, *up_gate, workspace.up_gate, *tiled(config.gemm1, workspace.up_gate.shape[1])),
+            swiglu_quantize(workspace.up_gate, schedule, *inner, config.tile_rows, swiglu_blocks),
+        ]
+    second = gemm2_few_rows if config.gemm2.few_rows else fp8_gemm
     return [
         *([count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []),
         place_pairs(batch.expert_ids, schedule, config.tile_rows),
         gather_rows(batch.hidden, batch.scales, schedule.pair_rows, *rows),
-        first(*rows, *up_gate, *inner, *tile1),
-        second(*inner, *down, *tile2),
+        *first,
+        second(*inner, *down, *tiled(config.gemm2, workspace.outputs.shape[1])),
         combine(workspace.outputs, schedule.pair_rows, batch.weights, sums),
     ]
 

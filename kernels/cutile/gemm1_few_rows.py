@@ -8,9 +8,9 @@ import cuda.tile as ct
 from torch import Tensor
 
 from expertd.kernels.config import BLOCK
-from expertd.kernels.cutile.gemm1 import MINUS_LOG2_E
 from expertd.kernels.cutile.launch import Launch, hinted
 from expertd.kernels.cutile.place_pairs import Schedule
+from expertd.kernels.cutile.swiglu_quantize import MINUS_LOG2_E
 from expertd.kernels.cutile.tiles import GemmConfig
 from expertd.kernels.quantize import FP8_MAX, LEAST_AMAX
 
@@ -46,12 +46,8 @@ def gemm1_few_rows_kernel(
             zeros = ct.zeros((TILE_COLUMNS, TILE_ROWS), dtype=ct.float32)
             gate = ct.zeros((TILE_COLUMNS, TILE_ROWS), dtype=ct.float32)
             up = ct.zeros((TILE_COLUMNS, TILE_ROWS), dtype=ct.float32)
-            # Tile j of up's rows and of gate's, which alternate in blocks of BLOCK.
-            tiles_of_block = BLOCK // TILE_COLUMNS
-            up_block = 2 * (j // tiles_of_block)
-            gate_block = up_block + 1
-            up_tile = up_block * tiles_of_block + j % tiles_of_block
-            gate_tile = up_tile + tiles_of_block
+            up_block = j * TILE_COLUMNS // BLOCK
+            gate_block = (j + COLUMN_TILES) * TILE_COLUMNS // BLOCK
             for k in range(STEPS):
                 scale = ct.load(
                     row_scales,
@@ -65,18 +61,20 @@ def gemm1_few_rows_kernel(
                 gate_scale = ct.load(
                     weight_scales, (expert, gate_block, k), (1, 1, 1), allow_tma=False, latency=1, check_bounds=False
                 ).item()
-                up_scale = ct.load(weight_scales, (expert, up_block, k), (1, 1, 1), allow_tma=False, latency=1, check_bounds=False).item()
+                up_scale = ct.load(
+                    weight_scales, (expert, up_block, k), (1, 1, 1), allow_tma=False, latency=1, check_bounds=False
+                ).item()
                 x = ct.load(rows, (k, i), (BLOCK, TILE_ROWS), order=(1, 0), latency=LATENCY, check_bounds=False)
                 w = ct.load(
                     weights,
-                    (expert, gate_tile, k),
+                    (expert, j + COLUMN_TILES, k),
                     (1, TILE_COLUMNS, BLOCK),
                     latency=LATENCY,
                     check_bounds=False,
                 ).reshape((TILE_COLUMNS, BLOCK))
                 gate += ct.mma(w, x, zeros, use_fast_acc=True) * (scale * gate_scale)
                 w = ct.load(
-                    weights, (expert, up_tile, k), (1, TILE_COLUMNS, BLOCK), latency=LATENCY, check_bounds=False
+                    weights, (expert, j, k), (1, TILE_COLUMNS, BLOCK), latency=LATENCY, check_bounds=False
                 ).reshape((TILE_COLUMNS, BLOCK))
                 up += ct.mma(w, x, zeros, use_fast_acc=True) * (scale * up_scale)
             gate = ct.truediv(
@@ -104,9 +102,11 @@ def gemm1_few_rows(
     config: GemmConfig,
     blocks: int,
 ) -> Launch:
-    """`gemm1` for tiles of 8 to 64 rows, on the same tensors.
+    """Write silu(gate) * up of every row tile in use, 8 to 64 rows each, to `out`, quantised.
 
-    The output is quantised in blocks of 1 x `config.tile_columns`: `out_scales` is [R, I/tile_columns] float32.
+    `rows` [R, H] float8_e4m3fn with `row_scales` [R, H/128] float32; `weights` [E, 2I, H] float8_e4m3fn, up then gate,
+    with `weight_scales` [E, 2I/128, H/128] float32; `out` [R, I] float8_e4m3fn, quantised in blocks of 1 x
+    `config.tile_columns`, with `out_scales` [R, I/tile_columns] float32. `blocks` is the size of the grid.
     """
     column_tiles, steps = out.shape[1] // config.tile_columns, rows.shape[1] // BLOCK
     sizes = (tile_rows, config.tile_columns, column_tiles, steps, config.latency, BLOCK)

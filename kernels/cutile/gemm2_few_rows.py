@@ -76,9 +76,9 @@ def gemm2_few_rows(
     config: GemmConfig,
     blocks: int,
 ) -> Launch:
-    """`gemm2` for tiles of 8 to 64 rows, on the same tensors.
+    """`fp8_gemm` for tiles of 8 to 64 rows.
 
-    `row_scales` is [R, I/q] float32, one scale for each 1 x q block of `rows`; q divides 128.
+    The same tensors, but `row_scales` is [R, I/q] float32, one scale for each 1 x q block of `rows`; q divides 128.
     """
     step = rows.shape[1] // row_scales.shape[1]
     column_tiles = out.shape[1] // config.tile_columns

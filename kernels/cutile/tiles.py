@@ -14,10 +14,12 @@ class GemmConfig:
 
     few_rows: bool = False
     """Whether the weights are the left operand (the transpose), for tiles of 8 to 64 rows."""
-    tile_columns: int = 256
-    """Rows of the weight matrix that one tile takes; for few rows 64 or 128, otherwise 256."""
-    latency: int = 8
+    tile_columns: int = 128
+    """Rows of the weight matrix that one tile takes: 64 or 128."""
+    latency: int = 4
     """How heavy the compiler takes the loads' traffic to be, 1 to 10: more means deeper pipelines."""
+    unroll: int = 2
+    """Blocks of K that one turn of the loop takes: with two, the scaling of one runs beside the product of the next."""
     num_worker_warps: int = 8
     occupancy: int = 1
     group: int = 8
