@@ -7,9 +7,12 @@ behind the header, then the data (Hugging Face safetensors, format description).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,8 +134,11 @@ class Checkpoint:
         if index.exists():
             try:
                 weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
-                raise CheckpointError(f"{index}: expected JSON with a weight_map, found: {error!r}") from None
+                outside = [file for file in weight_map.values() if Path(file).name != file]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index}: expected JSON with a weight_map of file names: {error!r}") from None
+            if outside:
+                raise CheckpointError(f"{index}: expected names of files beside it, found {outside[0]!r}")
             return weight_map
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(_parse_header(self.folder / SINGLE), SINGLE)
@@ -164,13 +170,16 @@ def _parse_header(file: Path) -> dict[str, StoredTensor]:
             header: dict[str, Any] = json.loads(stream.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing; {INDEX} names it") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: expected a JSON safetensors header, found: {error}") from None
-    header.pop("__metadata__", None)
     try:
+        header.pop("__metadata__", None)
         tensors = {name: _stored(name, file, entry, 8 + length) for name, entry in header.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: malformed safetensors header entry: {error!r}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: malformed safetensors header: {error!r}") from None
+    _check_disjoint(file, tensors.values())
     end = max((stored.start + stored.num_bytes for stored in tensors.values()), default=0)
     if end > size:
         last = max(tensors.values(), key=lambda stored: stored.start)
@@ -178,13 +187,22 @@ def _parse_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _check_disjoint(file: Path, tensors: Iterable[StoredTensor]) -> None:
+    ordered = sorted(tensors, key=lambda stored: stored.start)
+    for before, after in itertools.pairwise(ordered):
+        if before.start + before.num_bytes > after.start:
+            raise CheckpointError(f"{file}: tensors {before.name} and {after.name} overlap; expected disjoint ranges")
+
+
 def _stored(name: str, file: Path, entry: dict[str, Any], data_start: int) -> StoredTensor:
     first, last = entry["data_offsets"]
-    stored = StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), data_start + first, last - first)
-    dtype = _DTYPES.get(stored.dtype)
-    if dtype is not None and stored.num_bytes != torch.Size(stored.shape).numel() * dtype.itemsize:
-        raise ValueError(f"{name}: {stored.num_bytes} bytes for {stored.dtype} {list(stored.shape)}")
-    return stored
+    shape = tuple(entry["shape"])
+    if not all(isinstance(number, int) and number >= 0 for number in (first, last, *shape)) or first > last:
+        raise ValueError(f"{name}: data_offsets {entry['data_offsets']}, shape {entry['shape']}")
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is not None and last - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name}: {last - first} bytes for {entry['dtype']} {list(shape)}")
+    return StoredTensor(name, file, entry["dtype"], shape, data_start + first, last - first)
 
 
 def _spelling(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,10 @@ class MoeConfig:
         for field, low in _LEAST.items():
             if getattr(self, field) < low:
                 raise InvalidConfig(f"{field} is {getattr(self, field)}; it must be at least {low}")
+        if not 0 < self.routed_scaling_factor < math.inf:
+            raise InvalidConfig(
+                f"routed_scaling_factor is {self.routed_scaling_factor}; it must be positive and finite"
+            )
         if self.n_routed_experts % self.n_group:
             raise InvalidConfig(f"n_routed_experts {self.n_routed_experts} is not divisible by n_group {self.n_group}")
         if self.topk_group > self.n_group:
@@ -80,8 +85,10 @@ class MoeConfig:
             fields = json.loads(path.read_text())
         except FileNotFoundError:
             raise InvalidConfig(f"{path} does not exist; give the folder of a Hugging Face checkpoint") from None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InvalidConfig(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise InvalidConfig(f"{path} holds a JSON {type(fields).__name__}; it must hold an object")
         try:
             return cls.from_hf(fields)
         except InvalidConfig as error:
@@ -98,7 +105,7 @@ class MoeConfig:
         for name, value in values.items():
             if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and _TYPES[name] is not bool):
                 raise InvalidConfig(f"{name} is {value!r}; it must be {_describe(_TYPES[name])}")
-        return cls(**values)
+        return cls(**values | {"routed_scaling_factor": float(values["routed_scaling_factor"])})
 
 
 _LEAST = {
@@ -118,7 +125,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "routed_scaling_factor": (int, float),
     "norm_topk_prob": bool,
 }
-_REQUIRED = ("model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
+_REQUIRED = tuple(name for name in _TYPES if name != "moe_layer_freq")
 
 
 def _describe(kind: type | tuple[type, ...]) -> str:
@@ -135,6 +142,10 @@ def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
     for name, values in accepted.items():
         if fields.get(name) not in values:
             raise InvalidConfig(f"{name} is {fields[name]!r}; supported: {values[-1]!r}")
-    block = (fields.get("quantization_config") or {}).get("weight_block_size")
-    if block is not None and list(block) != [BLOCK, BLOCK]:
-        raise InvalidConfig(f"weight_block_size is {block}; supported: [{BLOCK}, {BLOCK}]")
+    quantization = fields.get("quantization_config")
+    if quantization is None:
+        return
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method", "fp8") != "fp8":
+        raise InvalidConfig(f"quantization_config is {quantization!r}; supported: quant_method 'fp8'")
+    if quantization.get("weight_block_size", [BLOCK, BLOCK]) != [BLOCK, BLOCK]:
+        raise InvalidConfig(f"weight_block_size is {quantization['weight_block_size']}; supported: [{BLOCK}, {BLOCK}]")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from expertd.proto import expert_shard_pb2 as pb
@@ -273,27 +274,15 @@ def decode_result(message: RawResponse, tokens: int, width: int, dtype: torch.dt
     Raises the error that the response carries, or `ServerFault` when it is not what was asked for.
     """
     if message.error is not None:
-        error = pb.Error.FromString(bytes(message.error))
-        raise error_from_status(error.code, error.message)
+        raise _read_error(message.error)
     try:
         _check_dtype("partials_dtype", message.partials_dtype, (dtype,))
         partials = _from_bytes("partials", message.partials, dtype, (tokens, width))
-    except InvalidBatch as error:
+        timings = _read_timings(message.timings)
+        receipt = dict(zip(message.receipt_experts, message.receipt_pairs, strict=True))
+    except (InvalidBatch, ValueError) as error:
         raise ServerFault(f"malformed response: {error}") from None
-    experts, pairs = message.receipt_experts, message.receipt_pairs
-    if len(experts) != len(pairs):
-        raise ServerFault("malformed response: receipt_experts and receipt_pairs differ in length")
-    seconds = {
-        _TIMING_FIELDS[number]: value / 1e9
-        for number, _, value in wire.read_fields(message.timings)
-        if number in _TIMING_FIELDS and isinstance(value, int)
-    }
-    return ExecuteResult(
-        request_id=message.request_id,
-        partials=partials,
-        receipt=dict(zip(experts, pairs, strict=True)),
-        timings=StageTimings(**seconds),
-    )
+    return ExecuteResult(message.request_id, partials, receipt, timings)
 
 
 def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
@@ -343,6 +332,24 @@ def message_bytes(tokens: int, hidden_size: int, top_k: int) -> int:
     request = tokens * (hidden_size * 2 + top_k * 8)
     response = tokens * hidden_size * 4
     return max(request, response) + ENVELOPE_BYTES
+
+
+def _read_error(message: memoryview) -> ExpertdError:
+    try:
+        error = pb.Error.FromString(bytes(message))
+    except DecodeError as malformed:
+        return ServerFault(f"malformed response: {malformed}")
+    return error_from_status(error.code, error.message)
+
+
+def _read_timings(message: memoryview) -> StageTimings:
+    return StageTimings(
+        **{
+            _TIMING_FIELDS[number]: value / 1e9
+            for number, _, value in wire.read_fields(message)
+            if number in _TIMING_FIELDS and isinstance(value, int)
+        }
+    )
 
 
 def _buffer(tensor: Tensor) -> memoryview:

@@ -91,6 +91,10 @@ def _load(checkpoint: Checkpoint, found: tuple[StoredTensor, ...], weight: Tenso
         scales.copy_(block_scales)
         return
     checkpoint.read_into(found[0], weight)
+    # The two NaN codes of E4M3, 0x7F and 0xFF, are the largest bytes as signed and as unsigned numbers.
+    codes = weight.view(torch.uint8).numpy()
+    if codes.max() == 0xFF or codes.view("int8").max() == 0x7F:
+        raise CheckpointError(f"{found[0].file}: tensor {found[0].name}: expected finite values, found NaN")
     checkpoint.read_into(found[1], scales)
     if not (scales.isfinite().all() and (scales >= 0).all()):
         bad = scales[~(scales.isfinite() & (scales >= 0))][0].item()

@@ -24,6 +24,8 @@ CONFIG: dict[str, Any] = {
     "topk_group": 1,
     "num_hidden_layers": 2,
     "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
 }
 EXPERT = "model.layers.1.mlp.experts.0.up_proj.weight"
 SCALES = f"{EXPERT}_scale_inv"
@@ -348,12 +350,40 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     assert _refusal(lambda: Checkpoint(tmp_path)) == f"{tmp_path}: expected {INDEX} or {SINGLE}, found neither"
 
 
-@pytest.mark.parametrize("content", ["{", '{"metadata": {}}'], ids=["not JSON", "no weight_map"])
-def test_an_unusable_index_is_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b'{"metadata": {}}', b"[]", b"\xff", b'{"weight_map": ["x"]}', b'{"weight_map": {"x": 5}}'],
+    ids=["not JSON", "no weight_map", "a list", "not UTF-8", "weight_map a list", "file a number"],
+)
+def test_an_unusable_index_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / INDEX).write_text(content)
+    (tmp_path / INDEX).write_bytes(content)
     message = _refusal(lambda: Checkpoint(tmp_path))
-    assert message.startswith(f"{tmp_path / INDEX}: expected JSON with a weight_map, found: ")
+    assert message.startswith(f"{tmp_path / INDEX}: expected JSON with a weight_map of file names: ")
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../model.safetensors", "sub/model.safetensors"])
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path, file: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    _write_index(tmp_path, {BIAS: file})
+    assert _refusal(lambda: Checkpoint(tmp_path)) == (
+        f"{tmp_path / INDEX}: expected names of files beside it, found {file!r}"
+    )
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    _write_index(tmp_path, {BIAS: "folder"})
+    (tmp_path / "folder").mkdir()
+    with Checkpoint(tmp_path) as checkpoint:
+        assert _refusal(lambda: checkpoint.find(BIAS)) == f"{tmp_path / 'folder'} cannot be read: Is a directory"
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    folder = _write_raw(tmp_path, {BIAS: _entry("F32", (16,), 0, 64), GATE: _entry("F32", (16,), 60, 124)}, bytes(124))
+    assert _refusal(lambda: Checkpoint(folder)) == (
+        f"{folder / SINGLE}: tensors {BIAS} and {GATE} overlap; expected disjoint ranges"
+    )
 
 
 def test_a_missing_tensor_is_named(folder: Path) -> None:
@@ -432,18 +462,25 @@ def test_a_header_that_is_not_json_is_refused(tmp_path: Path, header: bytes) -> 
     [
         (_entry("F32", (16,), 0, 63), f"{BIAS}: 63 bytes for F32 [16]"),
         (_entry("F32", (16,), 0, 128), f"{BIAS}: 128 bytes for F32 [16]"),
-        (_entry("BF16", (16,), 64, 32), f"{BIAS}: -32 bytes for BF16 [16]"),
+        (_entry("BF16", (16,), 64, 32), f"{BIAS}: data_offsets [64, 32], shape [16]"),
+        (_entry("F32", (2,), -8, 0), f"{BIAS}: data_offsets [-8, 0], shape [2]"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}, "data_offsets [0.0, 8.0]"),
+        ({"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}, "shape [-1, -2]"),
+        ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "unhashable"),
         ({"dtype": "F32", "shape": [16]}, "data_offsets"),
         ({"dtype": "F32", "data_offsets": [0, 64]}, "shape"),
         ({"dtype": "F32", "shape": [16], "data_offsets": [0, 32, 64]}, "too many values to unpack"),
         ("F32", "string indices must be integers"),
     ],
-    ids=["too few", "too many", "backwards", "no offsets", "no shape", "three offsets", "text"],
+    ids=[
+        *("too few", "too many", "backwards", "before the data", "fractions", "negative shape", "dtype a list"),
+        *("no offsets", "no shape", "three offsets", "text"),
+    ],
 )
 def test_a_malformed_header_entry_is_refused(tmp_path: Path, entry: object, found: str) -> None:
     folder = _write_raw(tmp_path, {BIAS: entry}, bytes(128))
     message = _refusal(lambda: Checkpoint(folder))
-    assert message.startswith(f"{folder / SINGLE}: malformed safetensors header entry: ")
+    assert message.startswith(f"{folder / SINGLE}: malformed safetensors header: ")
     assert found in message
 
 

@@ -185,13 +185,45 @@ def test_what_cannot_be_run_is_refused_with_field_and_bound(change: dict[str, An
 
 
 @pytest.mark.parametrize(
-    "field", ["model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"]
+    "field",
+    [
+        *("model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"),
+        *("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob"),
+        *("num_hidden_layers", "first_k_dense_replace"),
+    ],
 )
 def test_a_missing_field_is_named(field: str) -> None:
     absent = {name: value for name, value in SMALL.items() if name != field}
     for fields in (absent, SMALL | {field: None}):
         with pytest.raises(InvalidConfig, match=f"^missing field '{field}'$"):
             MoeConfig.from_hf(fields)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -1.0, 0])
+def test_a_scaling_factor_that_is_not_positive_and_finite_is_refused(factor: float) -> None:
+    with pytest.raises(InvalidConfig, match=r"routed_scaling_factor is .*; it must be positive and finite"):
+        MoeConfig.from_hf(SMALL | {"routed_scaling_factor": factor})
+
+
+def test_one_and_one_point_zero_are_the_same_configuration() -> None:
+    whole, fraction = (MoeConfig.from_hf(SMALL | {"routed_scaling_factor": factor}) for factor in (1, 1.0))
+    assert repr(whole) == repr(fraction)
+
+
+@pytest.mark.parametrize(
+    "quantization", ["fp8", {"quant_method": "awq"}, {"quant_method": "fp8", "weight_block_size": 128}]
+)
+def test_other_quantisation_is_refused(quantization: object) -> None:
+    with pytest.raises(InvalidConfig, match=r"^(quantization_config|weight_block_size) is .*; supported: "):
+        MoeConfig.from_hf(SMALL | {"quantization_config": quantization})
+
+
+def test_a_configuration_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for content, complaint in ((b"[]", "holds a JSON list; it must hold an object"), (b"\xff", "is not valid JSON")):
+        path.write_bytes(content)
+        with pytest.raises(InvalidConfig, match=f"{path} {complaint}"):
+            MoeConfig.from_json(path)
 
 
 def test_refusals_name_the_file(tmp_path: Path) -> None:

@@ -221,6 +221,18 @@ def test_a_bf16_weight_that_is_not_finite_is_refused(plain: Path, projection: st
     assert _refusal(plain, 2) == f"{file}: tensor {name}: expected finite values, found NaN or Inf"
 
 
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("projection", ["up_proj", "gate_proj", "down_proj"])
+def test_an_fp8_weight_that_is_nan_is_refused(quantized: Path, projection: str, code: int) -> None:
+    name = _name(1, 9, projection)
+    with Checkpoint(quantized) as checkpoint:
+        stored = checkpoint.find(name)
+    with stored.file.open("r+b") as file:
+        file.seek(stored.start + stored.num_bytes - 1)
+        file.write(bytes([code]))
+    assert _refusal(quantized, 1) == f"{stored.file}: tensor {name}: expected finite values, found NaN"
+
+
 @pytest.mark.parametrize("suffix", ["", "_scale_inv"], ids=["weight", "scales"])
 @pytest.mark.parametrize("projection", ["up_proj", "gate_proj", "down_proj"])
 def test_a_missing_tensor_is_refused_before_anything_is_read(
