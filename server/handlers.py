@@ -55,7 +55,7 @@ class ExpertShardHandlers:
 
     async def execute(self, data: bytes, context: Context) -> bytes:
         try:
-            return await self._answer(codec.parse_request(data), context.time_remaining())
+            return await self._answer(codec.parse_request(data), context.peer(), context.time_remaining())
         except ExpertdError as error:
             await context.abort(error.code, str(error))
 
@@ -67,7 +67,7 @@ class ExpertShardHandlers:
             try:
                 request = codec.parse_request(data)
                 request_id = request.request_id
-                response = await self._answer(request, None)
+                response = await self._answer(request, context.peer(), None)
             except ExpertdError as error:
                 response = codec.encode_error(request_id, error)
             async with writing:
@@ -82,11 +82,11 @@ class ExpertShardHandlers:
             self._readers.add(reader)
             reader.add_done_callback(self._readers.discard)
 
-    async def _answer(self, request: RawRequest, time_remaining: float | None) -> bytes:
+    async def _answer(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
         """Compute one request; every outcome is counted."""
         with self._metrics.in_flight.track_inprogress():
             try:
-                return await self._compute(request, time_remaining)
+                return await self._compute(request, caller, time_remaining)
             except ExpertdError as error:
                 self._metrics.requests.labels(error.code.name.lower()).inc()
                 raise
@@ -98,7 +98,7 @@ class ExpertShardHandlers:
                 self._metrics.requests.labels("internal").inc()
                 raise ServerFault(f"{type(error).__name__}: {error}") from error
 
-    async def _compute(self, request: RawRequest, time_remaining: float | None) -> bytes:
+    async def _compute(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
         arrived = time.perf_counter()
         self._scheduler.check_open()
         config = self._shard.config
@@ -108,7 +108,7 @@ class ExpertShardHandlers:
         batch = self._shard.admit(call)
         decoded = time.perf_counter()
         timeout = min((limit for limit in (call.timeout, time_remaining) if limit is not None), default=None)
-        done = await self._scheduler.execute(call.layer, batch, call.reply_dtype, timeout)
+        done = await self._scheduler.execute(caller, call.layer, batch, call.reply_dtype, timeout)
         computed = time.perf_counter()
         timings = StageTimings(decoded - arrived, done.queue, done.copy_in, done.compute, done.copy_out)
         pairs = done.partials.pairs.tolist()

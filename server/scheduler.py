@@ -4,60 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import torch
 
-from expertd.kernels.backend import Backend, Partials, TokenBatch
+from expertd.kernels.backend import Backend, TokenBatch
 from expertd.proto.errors import DeadlineExceeded, ExpertdError, Overloaded, ServerFault, Unavailable
 from expertd.server.device import BatchOutcome, DeviceOwner, run_batch
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """One request's result, with its seconds by stage."""
-
-    partials: Partials
-    queue: float
-    copy_in: float
-    compute: float
-    copy_out: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """A request waiting for the device."""
-
-    layer: int
-    batch: TokenBatch
-    reply_dtype: torch.dtype
-    arrived: float
-    expires: float | None
-    future: asyncio.Future[Completed]
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """Requests of one kind can share a device batch."""
-        return (self.layer, self.batch.hidden.dtype, self.batch.expert_ids.shape[1], self.reply_dtype)
-
-
-def take_batch(queue: deque[Job], max_tokens: int) -> list[Job]:
-    """Remove and return the oldest job with all others of its kind that fit in `max_tokens`, oldest first."""
-    taken: list[Job] = []
-    left: list[Job] = []
-    tokens = 0
-    for job in queue:
-        if not taken or (job.kind == taken[0].kind and tokens + job.batch.num_tokens <= max_tokens):
-            taken.append(job)
-            tokens += job.batch.num_tokens
-        else:
-            left.append(job)
-    queue.clear()
-    queue.extend(left)
-    return taken
+from expertd.server.queue import Completed, FairQueue, Job
 
 
 class Scheduler:
@@ -80,10 +35,13 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
         self._on_batch = on_batch
-        self._queue: deque[Job] = deque()
+        self._queue = FairQueue()
         self._running = False
         self.closed_because: str | None = "the server is starting"
-        self.queued_tokens = 0
+
+    @property
+    def queued_tokens(self) -> int:
+        return self._queue.tokens
 
     def open(self) -> None:
         self.closed_because = None
@@ -97,9 +55,9 @@ class Scheduler:
             raise Unavailable(self.closed_because)
 
     async def execute(
-        self, layer: int, batch: TokenBatch, reply_dtype: torch.dtype, timeout: float | None
+        self, caller: Hashable, layer: int, batch: TokenBatch, reply_dtype: torch.dtype, timeout: float | None
     ) -> Completed:
-        """Compute `batch`, together with others that wait.
+        """Compute `batch`, together with others that wait; `caller` is whoever is to get a fair share.
 
         Raises `Unavailable`, `Overloaded`, `DeadlineExceeded` (after waiting `timeout` seconds) or `ServerFault`.
         """
@@ -112,21 +70,19 @@ class Scheduler:
         now = time.perf_counter()
         expires = None if timeout is None else now + timeout
         future: asyncio.Future[Completed] = asyncio.get_running_loop().create_future()
-        self._queue.append(Job(layer, batch, reply_dtype, now, expires, future))
-        self.queued_tokens += batch.num_tokens
+        self._queue.put(Job(caller, layer, batch, reply_dtype, now, expires, future))
         self._start_next()
         return await future
 
     def _start_next(self) -> None:
         while not self._running and self._queue:
-            jobs = self._keep_wanted(take_batch(self._queue, self._max_batch_tokens))
+            jobs = self._keep_wanted(self._queue.take(self._max_batch_tokens))
             if jobs:
                 self._start(jobs)
 
     def _keep_wanted(self, jobs: list[Job]) -> list[Job]:
         """Drop what was cancelled or waited past its time, before it costs device time."""
         now = time.perf_counter()
-        self.queued_tokens -= sum(job.batch.num_tokens for job in jobs)
         for job in jobs:
             if not job.future.done() and job.expires is not None and job.expires <= now:
                 waited = now - job.arrived

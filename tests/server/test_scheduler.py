@@ -2,8 +2,7 @@
 
 import asyncio
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,8 @@ from expertd.kernels.backend import LayerWeights, Partials, TokenBatch
 from expertd.kernels.torch_backend import TorchBackend
 from expertd.proto.errors import DeadlineExceeded, Overloaded, ServerFault, Unavailable
 from expertd.server.device import DeviceOwner
-from expertd.server.scheduler import Completed, Job, Scheduler, take_batch
+from expertd.server.queue import Completed
+from expertd.server.scheduler import Scheduler
 from tests.support import random_batch, random_weights
 
 EXPERTS, HIDDEN, TOP_K = 4, 128, 2
@@ -77,7 +77,7 @@ def batch(tokens: int, seed: int = 0) -> TokenBatch:
 def submit(
     scheduler: Scheduler, layer: int, tokens: TokenBatch, timeout: float | None = None
 ) -> asyncio.Task[Completed]:
-    return asyncio.create_task(scheduler.execute(layer, tokens, torch.float32, timeout))
+    return asyncio.create_task(scheduler.execute("caller", layer, tokens, torch.float32, timeout))
 
 
 async def settle() -> None:
@@ -163,39 +163,6 @@ async def test_a_failing_device_is_answered_to_everyone_who_waits(backend: Torch
         for task in tasks:
             with pytest.raises(ServerFault, match=complaint):
                 await task
-
-
-@pytest.mark.parametrize(
-    ("sizes", "taken"),
-    [([5, 5, 5, 5], [5, 5, 5]), ([16, 1], [16]), ([10, 7, 6], [10, 6]), ([1], [1])],
-)
-async def test_a_batch_takes_the_oldest_and_what_still_fits(sizes: list[int], taken: list[int]) -> None:
-    queue = deque(jobs(sizes))
-    assert [job.batch.num_tokens for job in take_batch(queue, 16)] == taken
-    assert sum(job.batch.num_tokens for job in queue) == sum(sizes) - sum(taken)
-
-
-async def test_a_batch_is_of_one_layer_dtype_width_and_reply() -> None:
-    first, layer, dtype, top_k, reply, same = jobs([1] * 6)
-    plain = replace(dtype.batch, hidden=dtype.batch.hidden.bfloat16(), scales=None)
-    wide = replace(top_k.batch, expert_ids=top_k.batch.expert_ids[:, :1], weights=top_k.batch.weights[:, :1])
-    queue = deque(
-        [
-            first,
-            replace(layer, layer=2),
-            replace(dtype, batch=plain),
-            replace(top_k, batch=wide),
-            replace(reply, reply_dtype=torch.bfloat16),
-            same,
-        ]
-    )
-    assert take_batch(queue, 16) == [first, same]
-    assert len(queue) == 4
-
-
-def jobs(sizes: Sequence[int]) -> list[Job]:
-    loop = asyncio.get_running_loop()
-    return [Job(1, batch(size), torch.float32, 0.0, None, loop.create_future()) for size in sizes]
 
 
 async def test_the_self_check_accepts_good_and_refuses_mutated_weights() -> None:
