@@ -39,6 +39,10 @@ class CoordinatorConfig:
     """What servers send partial sums as: bfloat16, or float32 (twice the bytes)."""
     output_dtype: torch.dtype = torch.bfloat16
     """What calls return; sums are FP32 whatever it is."""
+    chunk_bytes: int = 1 << 20
+    """Batches are split by tokens so that no message exceeds this, and sending, computing and receiving overlap."""
+    channels: int = 2
+    """Connections to each server; chunks go to the one with the least in flight."""
     connect_timeout: float = 10.0
     call_timeout: float = 60.0
 
@@ -47,6 +51,13 @@ class CoordinatorConfig:
             raise ValueError(f"hidden_dtype is {self.hidden_dtype}; choose from {HIDDEN_DTYPES}")
         if self.reply_dtype not in REPLY_DTYPES:
             raise ValueError(f"reply_dtype is {self.reply_dtype}; choose from {REPLY_DTYPES}")
+        if self.chunk_bytes < 1 or self.channels < 1:
+            raise ValueError(f"chunk_bytes is {self.chunk_bytes}, channels {self.channels}; both must be at least 1")
+
+    def chunk_tokens(self, hidden_size: int) -> int:
+        """Tokens of a chunk: as many as keep both the request and the reply within `chunk_bytes`, at least one."""
+        widest = max(self.hidden_dtype.itemsize, self.reply_dtype.itemsize)
+        return max(1, self.chunk_bytes // (hidden_size * widest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +104,7 @@ class Coordinator:
 
     async def __aenter__(self) -> Self:
         """Connect. Raises `Unavailable`, `ModelMismatch`, or `UnknownExpert` naming the experts without an owner."""
-        self._transports = tuple(map(GrpcTransport, self._addresses))
+        self._transports = tuple(GrpcTransport(address, self.config.channels) for address in self._addresses)
         try:
             found = (transport.get_shard(self.config.connect_timeout) for transport in self._transports)
             self._shards = tuple(await asyncio.gather(*found))
@@ -165,7 +176,8 @@ class Coordinator:
         tokens = as_tokens("hidden", hidden, self.model.hidden_size)
         ids, weights = self._route(layer, tokens, router_logits, topk_ids, topk_weights)
         sent, scales = self._quantize(tokens)
-        limits = [shard.max_tokens_per_request for shard in self._shards]
+        chunk = self.config.chunk_tokens(self.model.hidden_size)
+        limits = [min(chunk, shard.max_tokens_per_request) for shard in self._shards]
         dispatches = [
             part for dispatch in plan_dispatch(ids, weights, owner) for part in dispatch.split(limits[dispatch.server])
         ]

@@ -38,33 +38,20 @@ class Transport(Protocol):
 
 
 class GrpcTransport:
-    """One channel with one long-lived bidirectional stream, opened when first needed and again after it ended."""
+    """A few connections, each with one long-lived bidirectional stream."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, channels: int = 1) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_receive_message_length", -1),
-                ("grpc.max_send_message_length", -1),
-                # A connection of its own: channels to one address would otherwise share one.
-                ("grpc.use_local_subchannel_pool", 1),
-            ],
-        )
-        self._get_shard = self._channel.unary_unary(
-            f"/{codec.SERVICE}/GetShard", codec.ShardRequest.SerializeToString, codec.ShardResponse.FromString
-        )
-        self._execute_stream: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(
-            f"/{codec.SERVICE}/ExecuteStream"
-        )
-        self._stream: _Stream | None = None
+        self._channels = tuple(_Channel(address) for _ in range(channels))
 
     async def get_shard(self, timeout: float) -> ShardInfo:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while True:
             try:
-                answer = await self._get_shard(codec.ShardRequest(), timeout=max(deadline - loop.time(), 0.001))
+                answer = await self._channels[0].get_shard(
+                    codec.ShardRequest(), timeout=max(deadline - loop.time(), 0.001)
+                )
                 return codec.decode_shard(answer)
             except grpc.aio.AioRpcError as error:
                 reason = _as_error(self.address, error)
@@ -74,17 +61,52 @@ class GrpcTransport:
 
     async def execute(self, call: ExecuteCall) -> ExecuteResult:
         tokens, width = call.hidden.shape
-        if self._stream is None or self._stream.ended:
-            self._stream = _Stream(self._execute_stream(), self.address)
+        channel = min(self._channels, key=lambda channel: channel.bytes_in_flight)
         try:
             async with asyncio.timeout(call.timeout):
-                response = await self._stream.exchange(call.request_id, codec.encode_call(call))
+                response = await channel.exchange(call.request_id, codec.encode_call(call))
         except TimeoutError:
             raise DeadlineExceeded(f"{self.address}: no answer within {call.timeout} s") from None
         try:
             return codec.decode_result(response, tokens, width, call.reply_dtype)
         except ExpertdError as error:
             raise type(error)(f"{self.address}: {error}") from None
+
+    async def close(self) -> None:
+        await asyncio.gather(*(channel.close() for channel in self._channels))
+
+
+class _Channel:
+    """One connection; its stream is opened when first needed and again after it ended."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._channel = grpc.aio.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_send_message_length", -1),
+                # A connection of its own: channels to one address would otherwise share one.
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+        self.get_shard = self._channel.unary_unary(
+            f"/{codec.SERVICE}/GetShard", codec.ShardRequest.SerializeToString, codec.ShardResponse.FromString
+        )
+        self._execute_stream: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(
+            f"/{codec.SERVICE}/ExecuteStream"
+        )
+        self._stream: _Stream | None = None
+        self.bytes_in_flight = 0
+
+    async def exchange(self, request_id: int, request: bytes) -> RawResponse:
+        if self._stream is None or self._stream.ended:
+            self._stream = _Stream(self._execute_stream(), self._address)
+        self.bytes_in_flight += len(request)
+        try:
+            return await self._stream.exchange(request_id, request)
+        finally:
+            self.bytes_in_flight -= len(request)
 
     async def close(self) -> None:
         if self._stream is not None:
