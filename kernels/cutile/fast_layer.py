@@ -20,7 +20,6 @@ from expertd.kernels.cutile.place_pairs import Schedule, place_pairs
 from expertd.kernels.cutile.swiglu_quantize import swiglu_quantize
 from expertd.kernels.cutile.tiles import GemmConfig, LayerConfig, max_row_tiles
 
-
 SWIGLU_OCCUPANCY = 16
 """Blocks of `swiglu_quantize` that a multiprocessor runs at once, about."""
 
@@ -86,43 +85,45 @@ def layer_launches(
         raise ValueError("the fast pipeline takes FP8 hidden states with scales")
     tokens, slots = batch.expert_ids.shape
     tiles = max_row_tiles(tokens, slots, weights.num_experts, config.tile_rows)
-    schedule = _first_tokens(workspace.schedule, tokens, tiles)
-    rows = (workspace.rows, workspace.row_scales)
+    schedule = _first_tokens(workspace.schedule, tokens, slots, tiles)
+    rows, row_scales, inner = workspace.rows, workspace.row_scales, workspace.inner
     quantum = config.gemm1.tile_columns if config.gemm1.few_rows else BLOCK
-    inner = (
-        workspace.inner,
-        workspace.inner_scales[: workspace.inner.numel() // quantum].view(len(workspace.inner), -1),
-    )
+    inner_scales = workspace.inner_scales[: inner.numel() // quantum].view(len(inner), -1)
 
-    def tiled(gemm: GemmConfig, columns: int) -> tuple[int, GemmConfig, int]:
+    def blocks(gemm: GemmConfig, columns: int) -> int:
         needed = tiles * (columns // gemm.tile_columns)
-        return config.tile_rows, gemm, min(needed, processors * gemm.occupancy) if gemm.persistent else needed
+        return min(needed, processors * gemm.occupancy) if gemm.persistent else needed
 
-    up_gate = (weights.up_gate, weights.up_gate_scales, schedule)
-    down = (weights.down, weights.down_scales, schedule, workspace.outputs)
+    def product(a: Tensor, scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, gemm: GemmConfig) -> Launch:
+        kernel = gemm2_few_rows if gemm.few_rows else fp8_gemm
+        return kernel(a, scales, b, b_scales, schedule, out, config.tile_rows, gemm, blocks(gemm, out.shape[1]))
+
+    launches = [count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []
+    launches += [
+        place_pairs(batch.expert_ids, schedule, config.tile_rows),
+        gather_rows(batch.hidden, batch.scales, schedule.pair_rows, rows, row_scales),
+    ]
+    up_gate, up_gate_scales = weights.up_gate, weights.up_gate_scales
     if config.gemm1.few_rows:
-        first = [gemm1_few_rows(*rows, *up_gate, *inner, *tiled(config.gemm1, workspace.inner.shape[1]))]
+        first = (up_gate, up_gate_scales, schedule, inner, inner_scales, config.tile_rows, config.gemm1)
+        launches.append(gemm1_few_rows(rows, row_scales, *first, blocks(config.gemm1, inner.shape[1])))
     else:
         swiglu_blocks = min(tiles * config.tile_rows, processors * SWIGLU_OCCUPANCY)
-        first = [
-            fp8_gemm(*rows, *up_gate, workspace.up_gate, *tiled(config.gemm1, workspace.up_gate.shape[1])),
-            swiglu_quantize(workspace.up_gate, schedule, *inner, config.tile_rows, swiglu_blocks),
+        launches += [
+            product(rows, row_scales, up_gate, up_gate_scales, workspace.up_gate, config.gemm1),
+            swiglu_quantize(workspace.up_gate, schedule, inner, inner_scales, config.tile_rows, swiglu_blocks),
         ]
-    second = gemm2_few_rows if config.gemm2.few_rows else fp8_gemm
-    return [
-        *([count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []),
-        place_pairs(batch.expert_ids, schedule, config.tile_rows),
-        gather_rows(batch.hidden, batch.scales, schedule.pair_rows, *rows),
-        *first,
-        second(*inner, *down, *tiled(config.gemm2, workspace.outputs.shape[1])),
+    launches += [
+        product(inner, inner_scales, weights.down, weights.down_scales, workspace.outputs, config.gemm2),
         combine(workspace.outputs, schedule.pair_rows, batch.weights, sums),
     ]
+    return launches
 
 
-def _first_tokens(schedule: Schedule, tokens: int, tiles: int) -> Schedule:
-    """The part of a workspace's schedule that a batch of `tokens` tokens and at most `tiles` row tiles uses."""
+def _first_tokens(schedule: Schedule, tokens: int, slots: int, tiles: int) -> Schedule:
+    """The part of a workspace's schedule that `tokens` tokens of `slots` ids and at most `tiles` row tiles use."""
     return Schedule(
-        pair_rows=schedule.pair_rows[:tokens],
+        pair_rows=schedule.pair_rows.view(-1)[: tokens * slots].view(tokens, slots),
         pairs=schedule.pairs,
         tile_experts=schedule.tile_experts[:tiles],
         num_tiles=schedule.num_tiles,

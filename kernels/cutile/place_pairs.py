@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertd.kernels.cutile.count_pairs import TOKENS
 from expertd.kernels.cutile.launch import Launch
+from expertd.kernels.cutile.tiles import shape_class
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
 MAP_TILES = 128
@@ -93,7 +94,8 @@ def place_pairs(expert_ids: Tensor, schedule: Schedule, tile_rows: int) -> Launc
     tokens, slots = expert_ids.shape
     block_tokens = min(TOKENS, max(16, 1 << (tokens - 1).bit_length()))
     blocks = ct.cdiv(tokens, block_tokens)
-    padded_blocks = 1 << (blocks - 1).bit_length()
+    # Compiled once a shape class, not once a number of blocks.
+    padded_blocks = 1 << (ct.cdiv(max(tokens, shape_class(tokens)), TOKENS) - 1).bit_length() if blocks > 1 else 1
     experts = schedule.counts.shape[1]
     sizes = (slots, experts, len(schedule.pairs), block_tokens, padded_blocks, tile_rows, MAP_TILES)
     arrays = (schedule.counts, schedule.pair_rows, schedule.pairs, schedule.tile_experts, schedule.num_tiles)

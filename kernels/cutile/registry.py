@@ -8,12 +8,14 @@ import torch
 
 from expertd.kernels.config import BLOCK, MoeConfig
 from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline, default_config
+from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
 from expertd.kernels.cutile.fp8 import has_fp8
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
 from expertd.kernels.cutile.launch import Gpu, Launch
 from expertd.kernels.cutile.quantize import quantize_activations
 from expertd.kernels.cutile.routing import route
-from expertd.kernels.cutile.tiles import SHAPE_CLASSES
+from expertd.kernels.cutile.tiles import SHAPE_CLASSES, LayerConfig
+from expertd.kernels.cutile.tiles import default_config as default_layer_config
 from expertd.kernels.cutile.token_sort import sort_rows
 from expertd.kernels.cutile.tuning import Table
 from expertd.kernels.quantize import FP8
@@ -29,6 +31,9 @@ def shipped_launches(arch: str, table: Table, shape: ExpertShape = V3) -> Iterat
         config = table.get("dequant", shape.key(tokens), DequantConfig) or default_config(arch, tokens)
         yield from dequant_launches(shape, tokens, config, META, gpu)
         if has_fp8(arch):
+            fast = table.get("fast", shape.key(tokens), LayerConfig)
+            for choice in {fast or default_layer_config(tokens), default_layer_config(tokens, batch_invariant=True)}:
+                yield from fast_launches(shape, tokens, choice, META, gpu)
             yield from coordinator_launches(MoeConfig(), tokens, META)
 
 
@@ -41,6 +46,16 @@ def dequant_launches(
     rows = sort_rows(batch.expert_ids, shape.num_experts, active, config.tile_m)
     pipeline = DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, device, gpu)
     return pipeline.grouped(batch, rows, weights, config)[0]
+
+
+def fast_launches(
+    shape: ExpertShape, tokens: int, config: LayerConfig, device: torch.device, gpu: Gpu
+) -> list[Launch]:
+    """The fast pipeline."""
+    weights, batch = random_weights(shape, device), random_batch(shape, tokens, device)
+    workspace = Workspace.allocate(tokens, batch.expert_ids.shape[1], weights, config.tile_rows, device)
+    sums = torch.empty(batch.hidden.shape, dtype=torch.float32, device=device)
+    return layer_launches(batch, weights, sums, workspace, config, gpu.processors)
 
 
 def coordinator_launches(model: MoeConfig, tokens: int, device: torch.device) -> list[Launch]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SHAPE_CLASSES = (1, 8, 64, 256, 1024, 2048, 4096, 8192, 16384)
 """Largest token counts of the classes; a larger batch runs with the configuration of the last one."""
+
+
+TILE_COUNT_STEP = 16
+"""Counts of row tiles are multiples of this: launches compile kernels anew for sizes that are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,61 @@ class LayerConfig:
     gemm1: GemmConfig
     gemm2: GemmConfig
 
+    @property
+    def few_rows(self) -> bool:
+        """Whether either product is a transposed one."""
+        return self.gemm1.few_rows or self.gemm2.few_rows
+
+
+FEW_8 = LayerConfig(
+    8,
+    GemmConfig(few_rows=True, tile_columns=64, latency=8, unroll=1, num_worker_warps=4, occupancy=2),
+    GemmConfig(few_rows=True, tile_columns=64, latency=8, unroll=1, num_worker_warps=4, occupancy=2),
+)
+WIDE = GemmConfig()
+NARROW = GemmConfig(latency=8, unroll=1, occupancy=2)
+FEW = GemmConfig(few_rows=True, latency=8, unroll=1, occupancy=2)
+DEFAULTS = {
+    1: FEW_8,
+    8: FEW_8,
+    64: LayerConfig(8, FEW_8.gemm1, FEW),
+    256: LayerConfig(16, FEW, FEW),
+    1024: LayerConfig(64, WIDE, WIDE),
+    2048: LayerConfig(128, WIDE, WIDE),
+    4096: LayerConfig(128, WIDE, WIDE),
+    8192: LayerConfig(128, WIDE, WIDE),
+    16384: LayerConfig(128, WIDE, WIDE),
+}
+"""By shape class, from measurements on an H200 (docs/measurements.md)."""
+
+
+def default_config(num_tokens: int, batch_invariant: bool = False) -> LayerConfig:
+    """The configuration for a shape that nothing was measured for.
+
+    If `batch_invariant`, one that rounds like that of every other shape class: no tile of few rows, whose kernels keep
+    FP32 between the first product and SwiGLU where the others keep BF16.
+    """
+    config = DEFAULTS[shape_class(num_tokens)]
+    return LayerConfig(64, WIDE, WIDE) if batch_invariant and config.few_rows else config
+
+
+def candidates(num_tokens: int) -> list[LayerConfig]:
+    """What the tuner tries for a shape class, the default first."""
+    few = [
+        LayerConfig(rows, replace(FEW, tile_columns=columns, latency=latency), replace(FEW, latency=latency))
+        for rows in (8, 16, 32)
+        for columns in (64, 128)
+        for latency in (4, 8)
+    ]
+    wide = [
+        LayerConfig(rows, replace(gemm, group=group), replace(gemm, group=group))
+        for rows, gemm in ((64, WIDE), (64, NARROW), (128, WIDE), (128, replace(WIDE, latency=8, unroll=1)))
+        for group in (4, 8, 16)
+    ]
+    default = default_config(num_tokens)
+    tried = few + wide[:6] if num_tokens <= 256 else wide
+    return [default, *(config for config in tried if config != default)]
+
 
 def shape_class(num_tokens: int) -> int:
     """The class of a batch: the smallest of `SHAPE_CLASSES` that holds it, or the last."""
@@ -44,6 +103,7 @@ def shape_class(num_tokens: int) -> int:
 
 
 def max_row_tiles(num_tokens: int, slots: int, num_experts: int, tile_rows: int) -> int:
-    """Most row tiles that `num_tokens` tokens with `slots` expert ids each can need."""
+    """Most row tiles that `num_tokens` tokens with `slots` expert ids each can need, rounded up."""
     pairs = num_tokens * min(slots, num_experts)
-    return min(pairs, num_experts + pairs // tile_rows)
+    tiles = min(pairs, num_experts + pairs // tile_rows)
+    return -(-tiles // TILE_COUNT_STEP) * TILE_COUNT_STEP
