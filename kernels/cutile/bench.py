@@ -79,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
 def print_table(rows: Sequence[Row], bandwidth: float, rate: float) -> None:
     gpu = torch.cuda.get_device_name()
     print(f"{gpu}: read {bandwidth / 1e12:.2f} TB/s, bf16 {MATRIX}^3 {rate / 1e12:.0f} TFLOP/s; times in us")
-    print(
-        "| routing | tokens | pairs | experts | fast | batch-invariant | dequant | torch | floor | of floor | error |"
-    )
+    print("| routing | tokens | pairs | experts | fast | invariant | dequant | torch | floor | of floor | error |")
     print("|" + " --- |" * 11)
     for row in rows:
         times = (row.fast, row.fast_invariant, row.dequant, row.torch, row.floor)
@@ -149,7 +147,7 @@ class LayerBench:
         """Microseconds of the fewest bytes (active weights, FP8 tokens, BF16 sums) or of the FLOPs."""
         matrices = 3 * self._shape.hidden_size * self._shape.intermediate_size
         moved = active * matrices + 3 * tokens * self._shape.hidden_size
-        return 1e6 * max(moved / self._bandwidth, 2 * pairs * matrices / (2 * self._rate))
+        return max(moved / self._bandwidth, 2 * pairs * matrices / (2 * self._rate)) * 1e6
 
 
 def routed(batch: TokenBatch, routing: str, experts: int) -> TokenBatch:

@@ -1,0 +1,109 @@
+"""The fast pipeline against exact arithmetic on the same FP8 inputs: a relative error of 3e-2 at most."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertd.kernels.backend import LayerWeights, TokenBatch
+from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
+from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
+from expertd.kernels.cutile.tiles import FEW, FEW_8, NARROW, WIDE, LayerConfig
+from expertd.kernels.reference import reference_partials, relative_error
+from tests.markers import gpu_only
+
+pytestmark = gpu_only
+
+BOUND = 3e-2
+CUDA = torch.device("cuda")
+PROCESSORS = 132
+SHAPES = [ExpertShape(32, 2048, 512), ExpertShape(8, 2176, 640), ExpertShape(64, 256, 128), ExpertShape(5, 8192, 4096)]
+CONFIGS = {
+    "8 rows": FEW_8,
+    "16 rows": LayerConfig(16, FEW, FEW),
+    "32 rows then wide": LayerConfig(64, replace(FEW, occupancy=1, latency=2), WIDE),
+    "64 rows": LayerConfig(64, NARROW, NARROW),
+    "128 rows": LayerConfig(128, WIDE, WIDE),
+}
+PATHS = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def compute(batch: TokenBatch, weights: LayerWeights, config: LayerConfig) -> tuple[Tensor, Tensor]:
+    """Sums and pairs, from memory that held NaN and nonsense before."""
+    workspace = Workspace.allocate(batch.num_tokens, batch.expert_ids.shape[1], weights, config.tile_rows, CUDA)
+    for tensor in (workspace.rows, workspace.inner):
+        tensor.view(torch.uint8).fill_(0x7F)
+    for tensor in (workspace.row_scales, workspace.inner_scales, workspace.up_gate, workspace.outputs):
+        tensor.fill_(torch.nan)
+    schedule = workspace.schedule
+    for tensor in (schedule.pair_rows, schedule.pairs, schedule.tile_experts, schedule.num_tiles, schedule.counts):
+        tensor.fill_(-77)
+    sums = torch.full(batch.hidden.shape, torch.nan, device=CUDA)
+    for launch in layer_launches(batch, weights, sums, workspace, config, PROCESSORS):
+        launch()
+    return sums, schedule.pairs
+
+
+def take(batch: TokenBatch, tokens: Tensor) -> TokenBatch:
+    assert batch.scales is not None
+    return TokenBatch(batch.hidden[tokens], batch.scales[tokens], batch.expert_ids[tokens], batch.weights[tokens])
+
+
+@PATHS
+@pytest.mark.parametrize("tokens", [1, 2, 3, 17, 64, 129, 257])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_within_bound(shape: ExpertShape, tokens: int, config: LayerConfig) -> None:
+    weights = random_weights(shape, CUDA)
+    batch = random_batch(shape, tokens, CUDA, model_experts=2 * shape.num_experts)
+    batch.weights[batch.expert_ids < 0] = torch.nan
+    sums, pairs = compute(batch, weights, config)
+    assert relative_error(sums, reference_partials(batch, weights)) < BOUND
+    ids = batch.expert_ids[batch.expert_ids >= 0]
+    assert torch.equal(pairs, ids.bincount(minlength=shape.num_experts).to(torch.int32))
+
+
+@PATHS
+def test_no_expert_and_one_expert(config: LayerConfig) -> None:
+    shape = SHAPES[0]
+    weights = random_weights(shape, CUDA)
+    batch = random_batch(shape, 333, CUDA)
+    nowhere = replace(batch, expert_ids=torch.full_like(batch.expert_ids, -1))
+    sums, pairs = compute(nowhere, weights, config)
+    assert not sums.any()
+    assert not pairs.any()
+    ids = torch.full_like(batch.expert_ids, -1)
+    ids[:, 3] = 31
+    everyone = replace(batch, expert_ids=ids)
+    assert relative_error(compute(everyone, weights, config)[0], reference_partials(everyone, weights)) < BOUND
+
+
+@PATHS
+def test_bits_depend_neither_on_the_run_nor_on_the_order(config: LayerConfig) -> None:
+    shape = SHAPES[0]
+    weights = random_weights(shape, CUDA)
+    batch = random_batch(shape, 257, CUDA, model_experts=64)
+    sums, _ = compute(batch, weights, config)
+    for _ in range(5):
+        assert torch.equal(compute(batch, weights, config)[0], sums)
+    part = torch.randperm(257, device=CUDA)[:91]
+    assert torch.equal(compute(take(batch, part), weights, config)[0], sums[part])
+
+
+def test_wide_tiles_of_all_sizes_round_alike() -> None:
+    shape = SHAPES[0]
+    weights = random_weights(shape, CUDA)
+    batch = random_batch(shape, 257, CUDA, model_experts=64)
+    sums = [compute(batch, weights, CONFIGS[name])[0] for name in ("64 rows", "128 rows")]
+    single = compute(take(batch, torch.tensor([5], device=CUDA)), weights, LayerConfig(64, WIDE, WIDE))[0]
+    assert torch.equal(*sums)
+    assert torch.equal(single[0], sums[0][5])
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_any_number_of_slots(slots: int) -> None:
+    shape = SHAPES[0]
+    weights = random_weights(shape, CUDA)
+    batch = random_batch(shape, 37, CUDA, model_experts=40, top_k=slots)
+    sums, _ = compute(batch, weights, CONFIGS["16 rows"])
+    assert relative_error(sums, reference_partials(batch, weights)) < BOUND
