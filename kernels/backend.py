@@ -82,6 +82,9 @@ class Backend(Protocol):
     def load_layer(self, layer: int, weights: LayerWeights) -> None:
         """Take a layer's weights from host memory."""
 
+    def warm_up(self) -> None:
+        """Do after the last `load_layer` what would make the first batches slow, such as compiling."""
+
     def copy_in(self, batches: Sequence[TokenBatch]) -> TokenBatch:
         """Concatenate host batches of one dtype along T and move them to the device."""
 

@@ -35,6 +35,9 @@ class TorchBackend:
             dequantize_weights(weights.down, weights.down_scales),
         )
 
+    def warm_up(self) -> None:
+        """Nothing to do."""
+
     def copy_in(self, batches: Sequence[TokenBatch]) -> TokenBatch:
         if len(batches) == 1:
             return batches[0]

@@ -52,7 +52,7 @@ class Server:
             layers=config.layers or self.checkpoint.config.moe_layers,
             experts=config.experts,
         )
-        self.backend, self.backend_reason = choose_backend(config.backend)
+        self.backend, self.backend_reason = choose_backend(config, self.checkpoint.config)
         self.device = DeviceOwner()
         self.scheduler = Scheduler(
             self.backend,

@@ -7,13 +7,14 @@ import importlib.util
 import torch
 
 from expertd.kernels.backend import Backend
+from expertd.kernels.config import MoeConfig
 from expertd.kernels.torch_backend import TorchBackend
-from expertd.server.config import InvalidOption
+from expertd.server.config import InvalidOption, ServerConfig
 
 
-def choose_backend(wanted: str) -> tuple[Backend, str]:
-    """The backend for `--backend wanted` with the reason for it. Raises `InvalidOption` when it cannot run here."""
-    obstacle = _cutile_obstacle()
+def choose_backend(config: ServerConfig, model: MoeConfig) -> tuple[Backend, str]:
+    """The backend that `--backend` asks for with the reason for it. Raises `InvalidOption` when it cannot run here."""
+    wanted, obstacle = config.backend, _cutile_obstacle()
     if wanted == "torch":
         return TorchBackend(), "--backend torch"
     if wanted == "cutile" and obstacle is not None:
@@ -22,8 +23,12 @@ def choose_backend(wanted: str) -> tuple[Backend, str]:
         return TorchBackend(), f"--backend auto: {obstacle}"
     from expertd.kernels.cutile.backend import CutileBackend
 
-    device = torch.cuda.get_device_name()
-    return CutileBackend(), "--backend cutile" if wanted == "cutile" else f"--backend auto: found {device}"
+    backend = CutileBackend(
+        "dequant" if config.pipeline == "dequant" else "fast",
+        batch_invariant=config.batch_invariant,
+        max_slots=model.num_experts_per_tok,
+    )
+    return backend, "--backend cutile" if wanted == "cutile" else f"--backend auto: found {backend.device}"
 
 
 def _cutile_obstacle() -> str | None:

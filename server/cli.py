@@ -11,23 +11,40 @@ from expertd import __version__
 COMMANDS = {
     "serve": ("expertd.server.serve", "serve experts of a model from this machine"),
     "demo": ("expertd.client.demo", "run eight servers and a coordinator here and compare with transformers"),
+    "bench serve": ("expertd.client.bench", "measure a server beside the floors of the same bytes"),
+    "bench kernels": ("expertd.kernels.cutile.bench", "measure the GPU kernels beside the floors of this GPU"),
+    "tune": ("expertd.kernels.cutile.tune", "measure kernel configurations on this GPU and keep the best"),
 }
 """Command -> module with `add_arguments(parser)` and `run(arguments) -> exit code`, and its one-line help."""
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="expertd", description="Expert-parallel Mixture-of-Experts as a service.")
+    # Only the command that is called is imported: torch alone takes seconds.
+    for name, (module_name, summary) in COMMANDS.items():
+        words = name.split()
+        if arguments[: len(words)] == words:
+            parser = argparse.ArgumentParser(prog=f"expertd {name}", description=f"{summary.capitalize()}.")
+            module = importlib.import_module(module_name)
+            module.add_arguments(parser)
+            code: int = module.run(parser.parse_args(arguments[len(words) :]))
+            return code
+    return _overview().parse_args(arguments)  # type: ignore[return-value]
+
+
+def _overview() -> argparse.ArgumentParser:
+    """What answers --help, --version and everything that is no command; it always exits."""
+    lines = [f"  {name:14}{summary}" for name, (_, summary) in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="expertd",
+        usage="expertd command [options]",
+        description="Expert-parallel Mixture-of-Experts as a service.",
+        epilog="commands:\n" + "\n".join(lines) + "\n\n'expertd command --help' lists its options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"expertd {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        # Only the command that is called is imported: torch alone takes seconds.
-        if arguments[:1] == [name]:
-            importlib.import_module(module).add_arguments(command)
-    parsed = parser.parse_args(arguments)
-    code: int = importlib.import_module(COMMANDS[parsed.command][0]).run(parsed)
-    return code
+    parser.add_argument("command", choices=list(COMMANDS), help=argparse.SUPPRESS)
+    return parser
 
 
 if __name__ == "__main__":

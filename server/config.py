@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BACKENDS = ("auto", "torch", "cutile")
+PIPELINES = ("fast", "dequant")
 
 
 class InvalidOption(ValueError):
@@ -87,6 +88,14 @@ class ServerConfig:
         metadata=_told("address of the Prometheus endpoint; port 0 picks a free one", Address.parse),
     )
     backend: str = field(default="auto", metadata=_told("compute backend: auto, torch (CPU) or cutile (GPU)"))
+    pipeline: str = field(
+        default="fast",
+        metadata=_told("arithmetic of the cutile backend: fast (FP8) or dequant (BF16, more exact, slower)"),
+    )
+    batch_invariant: bool = field(
+        default=False,
+        metadata=_told("a token's bits never depend on the rest of its batch; the torch backend is always so", bool),
+    )
     threads: int | None = field(
         default=None, metadata=_told("CPU threads of the torch backend (default: all cores)", int)
     )
@@ -106,6 +115,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise InvalidOption(f"--backend is {self.backend!r}; choose from {', '.join(BACKENDS)}")
+        if self.pipeline not in PIPELINES:
+            raise InvalidOption(f"--pipeline is {self.pipeline!r}; choose from {', '.join(PIPELINES)}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise InvalidOption(f"--log-level is {self.log_level!r}; choose from debug, info, warning, error")
         for name in ("threads", "max_tokens_per_request", "drain_seconds"):
@@ -123,6 +134,9 @@ class ServerConfig:
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         for option in dataclasses.fields(cls):
+            if option.metadata["parse"] is bool:
+                parser.add_argument(_flag(option.name), action="store_true", help=option.metadata["help"])
+                continue
             required = option.default is dataclasses.MISSING
             default = "" if required or option.default is None else f" (default: {option.default})"
             parser.add_argument(

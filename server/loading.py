@@ -58,6 +58,9 @@ async def load_layers(
         total / 1e9 / seconds,
         worst,
     )
+    started = time.perf_counter()
+    await device.call(backend.warm_up)
+    log.info("warmed up in %.1f s", time.perf_counter() - started)
 
 
 def _progress_bar() -> Progress:
