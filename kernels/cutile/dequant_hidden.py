@@ -35,6 +35,6 @@ def dequant_hidden(hidden: Tensor, scales: Tensor, tokens: Tensor, out: Tensor) 
     """Write `hidden[tokens[p]].float() * scale of its 1x128 block` to row p of `out`, one block for each row.
 
     `hidden` is [T, H] float8_e4m3fn or its bits (`fp8_operand`), `scales` [T, H/128] float32, `tokens` [P] int32,
-    `out` [P, H] float32 or bfloat16. Rows whose token is negative are left as they are.
+    `out` [P, H] float32, float16 or bfloat16. Rows whose token is negative are left as they are.
     """
     return Launch(dequant_hidden_kernel, (out.shape[0],), (hidden, scales, tokens, out, COLUMNS, BLOCK))

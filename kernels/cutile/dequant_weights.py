@@ -43,7 +43,7 @@ def dequant_weights(weight: Tensor, scales: Tensor, experts: Tensor, out: Tensor
     """Write `weight[experts[s]].float() * scale of its 128x128 block` to `out[s]`, one block for each output row.
 
     `weight` is [E, N, K] float8_e4m3fn or its bits (`fp8_operand`), `scales` [E, N/128, K/128] float32, `experts` [S]
-    int32, `out` [S, N, K] bfloat16 or float32. Slots whose expert is negative are left as they are.
+    int32, `out` [S, N, K] float32, float16 or bfloat16. Slots whose expert is negative are left as they are.
     """
     slots, rows, _ = out.shape
     return Launch(dequant_weights_kernel, (rows, slots), (weight, scales, experts, out, COLUMNS, BLOCK))

@@ -71,7 +71,7 @@ def group_gemm(
 ) -> Launch:
     """Write `a[rows] @ b[slot].T` to `out[rows]` for each of the first `num_tiles` tiles of `tile_m` rows.
 
-    `a` is [R, K] bfloat16, `b` [S, N, K] bfloat16, `out` [R, N] float32 or bfloat16; K is a multiple
+    `a` is [R, K] and `b` [S, N, K], both float16 or both bfloat16, `out` [R, N] float32 or bfloat16; K is a multiple
     of 128. The slot of tile i is `tile_slots[i]`; both that and `num_tiles` [1] are int32 on the device, so that the
     host need not know how many rows each expert has. As many blocks as `processors` multiprocessors run at once take
     tile after tile.

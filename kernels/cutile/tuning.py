@@ -105,8 +105,8 @@ class Tuner:
     def best(self, kernel: str, shape_class: str, candidates: Sequence[T], measure: Callable[[T], float]) -> T:
         """The candidate for which `measure` gives the fewest microseconds, from the table where it is known.
 
-        `measure` raises `WrongResult`, `cuda.tile.TileError` or `RuntimeError` for a candidate that must not be chosen.
-        Without any measurement (no time left, or nothing works) the first candidate is returned, and not recorded.
+        `measure` raises `WrongResult`, `cuda.tile.TileError` or `RuntimeError` for a candidate that must not be chosen;
+        `torch.AcceleratorError` goes through, because after it nothing runs on the device any more. Without any measurement (no time left, or nothing works) the first candidate is returned, and not recorded.
         """
         known = self.table.choices.get(kernel, {}).get(shape_class)
         for candidate in candidates:
@@ -119,6 +119,8 @@ class Tuner:
                 if self._clock() >= self._deadline:
                     raise TimeoutError(BUDGET_SPENT)
                 microseconds = measure(candidate)
+            except torch.AcceleratorError:
+                raise
             except (WrongResult, ct.TileError, RuntimeError, TimeoutError) as error:
                 skipped[json.dumps(encode(candidate))] = f"{type(error).__name__}: {error}".splitlines()[0]
                 self._report(f"{kernel} {shape_class} {candidate}: skipped, {error}")

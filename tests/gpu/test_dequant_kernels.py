@@ -26,7 +26,7 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, POISON, dtype=dtype, device=CUDA)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 128), (5, 7168), (257, 2176)])
 def test_dequant_hidden_is_exact_and_leaves_unused_rows(tokens: int, width: int, dtype: torch.dtype) -> None:
     batch = random_batch(ExpertShape(hidden_size=width), tokens, CUDA)
@@ -39,7 +39,7 @@ def test_dequant_hidden_is_exact_and_leaves_unused_rows(tokens: int, width: int,
     assert out[~used].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(7168, 2048), (2176, 640)])
 def test_dequant_weights_is_exact_and_leaves_unused_slots(hidden: int, intermediate: int, dtype: torch.dtype) -> None:
     weights = random_weights(ExpertShape(4, hidden, intermediate), CUDA)
@@ -72,24 +72,37 @@ def test_dequant_weights_addresses_more_than_two_to_the_31_elements() -> None:
     assert torch.equal(out[0], (weight[-1].float() * 0.5).bfloat16())
 
 
-@pytest.mark.parametrize("width", [512, 2048, 640])
+@pytest.mark.parametrize("width", [128, 2048, 640, 4096])
 def test_silu_and_mul_is_accurate_and_leaves_unused_rows(width: int) -> None:
-    up_gate = torch.randn(9, 2 * width, device=CUDA) * 4
+    up_gate = torch.randn(9, 2 * width, device=CUDA)
+    factors = torch.rand(9, device=CUDA) * 8
     tokens = torch.tensor([0, 1, -1, 2, 3, 4, -1, 5, 6], dtype=torch.int32, device=CUDA)
-    out = poisoned(9, width, dtype=torch.float32)
-    silu_and_mul(up_gate, tokens, out)()
-    up, gate = up_gate.double().chunk(2, dim=1)
+    out, out_factors = poisoned(9, width, dtype=torch.float32), poisoned(9, dtype=torch.float32)
+    silu_and_mul(up_gate, tokens, factors, out, out_factors)()
+    up, gate = (up_gate.double() * factors.unsqueeze(1)).chunk(2, dim=1)
     used = tokens >= 0
-    assert relative_error(out[used], (torch.nn.functional.silu(gate) * up)[used]) < 1e-6
+    values = out[used].double() * out_factors[used].unsqueeze(1)
+    assert relative_error(values, (torch.nn.functional.silu(gate) * up)[used]) < 1e-6
+    assert (out[used].abs().amax(dim=1) == 1).all()
     assert out[~used].isnan().all()
+    assert out_factors[~used].isnan().all()
 
 
 def test_silu_and_mul_of_extreme_gates() -> None:
     gate = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 1e30], device=CUDA).repeat(64)[:128]
     up_gate = torch.cat([torch.ones(128, device=CUDA), gate]).unsqueeze(0)
-    out = poisoned(1, 128, dtype=torch.float32)
-    silu_and_mul(up_gate, torch.zeros(1, dtype=torch.int32, device=CUDA), out)()
-    torch.testing.assert_close(out[0], torch.nn.functional.silu(gate), rtol=1e-5, atol=1e-35)
+    out, out_factors = poisoned(1, 128, dtype=torch.float32), poisoned(1, dtype=torch.float32)
+    one = torch.ones(1, device=CUDA)
+    silu_and_mul(up_gate, torch.zeros(1, dtype=torch.int32, device=CUDA), one, out, out_factors)()
+    torch.testing.assert_close(out[0] * out_factors, torch.nn.functional.silu(gate), rtol=1e-5, atol=1e-5)
+
+
+def test_silu_and_mul_of_zeros() -> None:
+    out, out_factors = poisoned(1, 128, dtype=torch.float16), poisoned(1, dtype=torch.float32)
+    token, one = torch.zeros(1, dtype=torch.int32, device=CUDA), torch.ones(1, device=CUDA)
+    silu_and_mul(torch.zeros(1, 256, device=CUDA), token, one, out, out_factors)()
+    assert not out.any()
+    assert out_factors.isfinite().all()
 
 
 CONFIGS = [(tile_m, config) for tile_m in TILES_M for config in candidates("sm_90", tile_m)]
@@ -100,8 +113,8 @@ CONFIGS = [(tile_m, config) for tile_m in TILES_M for config in candidates("sm_9
 def test_group_gemm_over_ragged_tiles(tile_m: int, config: GroupGemmConfig, out_dtype: torch.dtype) -> None:
     tile_slots = torch.tensor([0, 2, 2, 2, 3, 7, 7], dtype=torch.int32, device=CUDA)
     num_tiles = torch.tensor([6], dtype=torch.int32, device=CUDA)
-    a = torch.randn(7 * tile_m, 640, device=CUDA).bfloat16()
-    b = torch.randn(8, 896, 640, device=CUDA).bfloat16()
+    a = torch.randn(7 * tile_m, 640, device=CUDA).half()
+    b = torch.randn(8, 896, 640, device=CUDA).half()
     out = poisoned(len(a), 896, dtype=out_dtype)
     group_gemm(a, b, tile_slots, num_tiles, out, tile_m, config, 132)()
     for tile, slot in enumerate(tile_slots[:6].tolist()):
@@ -112,8 +125,8 @@ def test_group_gemm_over_ragged_tiles(tile_m: int, config: GroupGemmConfig, out_
 
 
 def test_group_gemm_addresses_more_than_two_to_the_31_elements() -> None:
-    a = torch.randn(64, 8192, device=CUDA).bfloat16()
-    b = torch.zeros(64, 8192, 8192, dtype=torch.bfloat16, device=CUDA)
+    a = torch.randn(64, 8192, device=CUDA).half()
+    b = torch.zeros(64, 8192, 8192, dtype=torch.float16, device=CUDA)
     b[-1].normal_()
     out = poisoned(64, 8192, dtype=torch.float32)
     last, one = (torch.tensor([value], dtype=torch.int32, device=CUDA) for value in (63, 1))
@@ -122,13 +135,14 @@ def test_group_gemm_addresses_more_than_two_to_the_31_elements() -> None:
 
 
 def test_aggregate_sums_in_the_order_of_the_slots() -> None:
-    rows = torch.randn(20, 2176, device=CUDA)
+    rows, factors = torch.randn(20, 2176, device=CUDA), torch.rand(20, device=CUDA)
     positions = torch.randint(-1, 20, (7, 8), dtype=torch.int32, device=CUDA)
     weights = torch.rand(7, 8, device=CUDA)
     weights[positions < 0] = POISON
     out = poisoned(7, 2176, dtype=torch.float32)
-    aggregate(rows, positions, weights, out)()
-    terms = torch.where((positions >= 0)[..., None], rows[positions.clamp(min=0)] * weights[..., None], 0.0)
+    aggregate(rows, factors, positions, weights, out)()
+    scaled = rows * factors.unsqueeze(1)
+    terms = torch.where((positions >= 0)[..., None], scaled[positions.clamp(min=0)] * weights[..., None], 0.0)
     torch.testing.assert_close(out, terms.sum(dim=1), rtol=1e-5, atol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import cuda.tile as ct
@@ -19,14 +20,15 @@ PROCESSES = 2
 TUNED = Path(expertd.kernels.cutile.tuning.__file__).parent / "tuned"
 
 
-def shipped_tables() -> dict[str, Table]:
-    return {gpu: Table.from_json(json.loads((TUNED / name).read_text())) for gpu, name in SHIPPED.items()}
+def shipped_table(gpu: str) -> Table:
+    return Table.from_json(json.loads((TUNED / SHIPPED[gpu]).read_text()))
 
 
-def unique_launches(arch: str, table: Table) -> list[Launch]:
-    """One launch for each kernel, signature and set of hints."""
+@cache
+def unique_launches(arch: str, gpu: str | None = None) -> list[Launch]:
+    """One launch for each kernel, signature and set of hints, in the choices shipped for `gpu` or the default ones."""
     launches = {}
-    for launch in shipped_launches(arch, table):
+    for launch in shipped_launches(arch, Table() if gpu is None else shipped_table(gpu)):
         launches[launch.kernel, signature(launch.kernel, launch.args).symbol] = launch
     return list(launches.values())
 
@@ -37,8 +39,8 @@ def name(launch: Launch) -> str:
 
 
 def build(index: int, arch: str) -> tuple[str, str | None]:
-    """Compile one launch; kernels do not travel between processes, so that each lists them itself."""
-    launch = unique_launches(arch, Table())[index]
+    """Compile one launch; kernels do not travel between processes, so that each has a list of its own."""
+    launch = unique_launches(arch)[index]
     try:
         compile_kernel(launch.kernel, launch.args, arch)
     except ct.TileError as error:
@@ -47,13 +49,13 @@ def build(index: int, arch: str) -> tuple[str, str | None]:
 
 
 def inspect_shipped(index: int, gpu: str, arch: str) -> tuple[str, Resources]:
-    launch = unique_launches(arch, shipped_tables()[gpu])[index]
+    launch = unique_launches(arch, gpu)[index]
     return name(launch), inspect_kernel(launch.kernel, launch.args, arch)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_every_default_configuration_compiles(arch: str) -> None:
-    count = len(unique_launches(arch, Table()))
+    count = len(unique_launches(arch))
     with ProcessPoolExecutor(PROCESSES) as pool:
         results = list(pool.map(build, range(count), [arch] * count))
     assert not {kernel: error for kernel, error in results if error is not None}
@@ -61,7 +63,7 @@ def test_every_default_configuration_compiles(arch: str) -> None:
 
 def test_nothing_shipped_for_the_h200_spills() -> None:
     gpu, arch = "NVIDIA H200", "sm_90"
-    count = len(unique_launches(arch, shipped_tables()[gpu]))
+    count = len(unique_launches(arch, gpu))
     with ProcessPoolExecutor(PROCESSES) as pool:
         results = list(pool.map(inspect_shipped, range(count), [gpu] * count, [arch] * count))
     assert not {kernel: resources for kernel, resources in results if resources.spills}

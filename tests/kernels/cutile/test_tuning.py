@@ -83,11 +83,12 @@ def test_where_nothing_works_the_first_candidate_is_returned_and_nothing_recorde
     assert not tuner.table.choices
 
 
-def test_a_bug_in_the_measurement_is_not_taken_for_a_bad_candidate() -> None:
+@pytest.mark.parametrize("error", [KeyError("no such tensor"), torch.AcceleratorError("an illegal access")])
+def test_a_bug_or_a_lost_device_is_not_taken_for_a_bad_candidate(error: Exception) -> None:
     def measure(candidate: int) -> float:
-        raise KeyError("no such tensor")
+        raise error
 
-    with pytest.raises(KeyError):
+    with pytest.raises(type(error)):
         Tuner(Table(), budget_s=60).best("k", "t1", [1], measure)
 
 
