@@ -1,4 +1,4 @@
-"""`expertd tune`: measure the dequant pipeline's configurations on this machine and keep the best in the cache."""
+"""`expertd tune`: measure both pipelines' configurations on this machine and keep the best in the cache."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from expertd.kernels.backend import TokenBatch
 from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline
+from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
+from expertd.kernels.cutile.fp8 import has_fp8
 from expertd.kernels.cutile.group_gemm import TILES_M, GroupGemmConfig, candidates, group_gemm_kernel
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
 from expertd.kernels.cutile.launch import Gpu, hinted
 from expertd.kernels.cutile.measure import device_time
-from expertd.kernels.cutile.tiles import SHAPE_CLASSES
+from expertd.kernels.cutile.tiles import SHAPE_CLASSES, LayerConfig
+from expertd.kernels.cutile.tiles import candidates as fast_candidates
 from expertd.kernels.cutile.token_sort import sort_rows
 from expertd.kernels.cutile.tuning import (
     DEFAULT_CACHE,
@@ -34,11 +37,15 @@ from expertd.kernels.cutile.tuning import (
 )
 from expertd.kernels.reference import reference_partials, relative_error
 
-ERROR_BOUND = 1e-3
+DEQUANT_ERROR = 1e-3
+FAST_ERROR = 3e-2
+"""Relative errors that a right result stays below."""
 ACTIVE_EXPERTS = (1, 2, 4, 8)
 """Batches on which the threshold for grouped products is measured."""
 THRESHOLDS = (1, 2, 3, 5, 9)
 Product = Literal["up_gate", "down"]
+Pipeline = Literal["fast", "dequant"]
+PIPELINES: tuple[Pipeline, ...] = ("fast", "dequant")
 PRODUCTS: tuple[Product, ...] = ("up_gate", "down")
 
 
@@ -73,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("tuning", total=len(args.tokens))
         tuner = Tuner(table, args.budget, report=progress.console.print)
-        bench = PipelineBench(shape, torch.device("cuda"))
+        bench = TuningBench(shape, torch.device("cuda"))
         for tokens in args.tokens:
             progress.update(task, description=f"{tokens} tokens")
-            tune_dequant(tuner, bench, tokens)
+            tune_layer(tuner, bench, tokens)
             store_table(table, machine, args.cache)
             progress.advance(task)
     if args.export:
@@ -84,7 +91,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def tune_dequant(tuner: Tuner, bench: PipelineBench, tokens: int) -> DequantConfig:
+def tune_layer(tuner: Tuner, bench: TuningBench, tokens: int) -> Pipeline:
+    """Choose the configuration of each pipeline for one shape class, and the faster pipeline."""
+    key = bench.shape.key(tokens)
+    dequant = tune_dequant(tuner, bench, tokens)
+    if not has_fp8(bench.gpu.arch):
+        return "dequant"
+    fast = tuner.best("fast", key, fast_candidates(tokens), partial(bench.fast, tokens))
+    times = {"fast": partial(bench.fast, tokens, fast), "dequant": partial(bench.dequant, tokens, dequant)}
+    return tuner.best("pipeline", key, PIPELINES, lambda name: times[name]())
+
+
+def tune_dequant(tuner: Tuner, bench: TuningBench, tokens: int) -> DequantConfig:
     """Choose each product's configuration for every row tile, then the row tile, then the threshold for grouping."""
     key = bench.shape.key(tokens)
     configs = []
@@ -95,13 +113,13 @@ def tune_dequant(tuner: Tuner, bench: PipelineBench, tokens: int) -> DequantConf
                 for name in PRODUCTS
             )
             configs.append(DequantConfig(tile_m, up_gate, down))
-    fastest = tuner.best("dequant.tiles", key, configs, partial(bench.layer, tokens))
+    fastest = tuner.best("dequant.tiles", key, configs, partial(bench.dequant, tokens))
     thresholds = [replace(fastest, group_from=threshold) for threshold in THRESHOLDS]
     return tuner.best("dequant", key, thresholds, partial(bench.few_experts, tokens))
 
 
-class PipelineBench:
-    """Checks and times the dequant pipeline on random weights of one shape."""
+class TuningBench:
+    """Checks and times the pipelines on random weights of one shape."""
 
     def __init__(self, shape: ExpertShape, device: torch.device) -> None:
         self.gpu = Gpu.of(device)
@@ -127,10 +145,26 @@ class PipelineBench:
         products = [launch for launch in launches if launch.kernel is kernel]
         return device_time(products[PRODUCTS.index(name)])
 
-    def layer(self, tokens: int, config: DequantConfig) -> float:
-        """Microseconds of a layer with uniform routing."""
+    def dequant(self, tokens: int, config: DequantConfig) -> float:
+        """Microseconds of a layer in the dequant pipeline, with uniform routing."""
         batch, _ = self._checked(tokens, config)
         return device_time(lambda: self._pipeline(batch, self._weights, config))
+
+    def fast(self, tokens: int, config: LayerConfig) -> float:
+        """Microseconds of a layer in the fast pipeline, with uniform routing."""
+        batch, reference = self._case(tokens)
+        slots = batch.expert_ids.shape[1]
+        workspace = Workspace.allocate(tokens, slots, self._weights, config.tile_rows, self._device)
+        sums = torch.full_like(reference, torch.nan)
+        launches = layer_launches(batch, self._weights, sums, workspace, config, self.gpu.processors)
+
+        def layer() -> None:
+            for launch in launches:
+                launch()
+
+        layer()
+        _check(sums, reference, FAST_ERROR)
+        return device_time(layer)
 
     def few_experts(self, tokens: int, config: DequantConfig) -> float:
         """Microseconds of one batch for each of `ACTIVE_EXPERTS`, every token going to one of so many experts."""
@@ -144,14 +178,14 @@ class PipelineBench:
             bound = min(active, tokens, self.shape.num_experts)
             ids[:, 0] = torch.arange(tokens, device=self._device) % bound
             batch = replace(batch, expert_ids=ids)
-            self._check(self._pipeline(batch, self._weights, config, bound).sums, self._reference(batch))
+            _check(self._pipeline(batch, self._weights, config, bound).sums, self._reference(batch), DEQUANT_ERROR)
             self._few[case] = device_time(lambda: self._pipeline(batch, self._weights, config, bound))
         return self._few[case]
 
     def _checked(self, tokens: int, config: DequantConfig) -> tuple[TokenBatch, Tensor]:
         """A batch for which `config` was seen to compute the reference."""
         batch, reference = self._case(tokens)
-        self._check(self._pipeline(batch, self._weights, config).sums, reference)
+        _check(self._pipeline(batch, self._weights, config).sums, reference, DEQUANT_ERROR)
         return batch, reference
 
     def _case(self, tokens: int) -> tuple[TokenBatch, Tensor]:
@@ -165,8 +199,8 @@ class PipelineBench:
     def _reference(self, batch: TokenBatch) -> Tensor:
         return reference_partials(batch, self._weights, torch.float32)
 
-    @staticmethod
-    def _check(sums: Tensor, reference: Tensor) -> None:
-        error = relative_error(sums, reference)
-        if not error <= ERROR_BOUND:
-            raise WrongResult(f"the relative error is {error:.2e}, above {ERROR_BOUND}")
+
+def _check(sums: Tensor, reference: Tensor, bound: float) -> None:
+    error = relative_error(sums, reference)
+    if not error <= bound:
+        raise WrongResult(f"the relative error is {error:.2e}, above {bound}")

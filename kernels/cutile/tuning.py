@@ -106,7 +106,8 @@ class Tuner:
         """The candidate for which `measure` gives the fewest microseconds, from the table where it is known.
 
         `measure` raises `WrongResult`, `cuda.tile.TileError` or `RuntimeError` for a candidate that must not be chosen;
-        `torch.AcceleratorError` goes through, because after it nothing runs on the device any more. Without any measurement (no time left, or nothing works) the first candidate is returned, and not recorded.
+        `torch.AcceleratorError` goes through, because after it nothing runs on the device any more. Without any
+        measurement (no time left, or nothing works) the first candidate is returned, and not recorded.
         """
         known = self.table.choices.get(kernel, {}).get(shape_class)
         for candidate in candidates:
