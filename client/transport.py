@@ -171,7 +171,8 @@ class _Stream:
             ended = Unavailable(f"{self._address}: the connection was closed")
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(ended)
+                # One each: an exception that is raised in several places collects all their tracebacks.
+                future.set_exception(type(ended)(*ended.args))
 
 
 def _as_error(address: str, error: grpc.aio.AioRpcError) -> ExpertdError:

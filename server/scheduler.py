@@ -125,6 +125,7 @@ class Scheduler:
 
 
 def _as_fault(error: BaseException) -> ExpertdError:
+    """A new exception for each who waits: one that is raised in several places collects all their tracebacks."""
     if isinstance(error, ExpertdError):
-        return error
+        return type(error)(*error.args)
     return ServerFault(f"the device failed: {type(error).__name__}: {error}")

@@ -160,9 +160,11 @@ async def test_closing_refuses_new_requests_and_answers_accepted_ones(gated: tup
 async def test_a_failing_device_is_answered_to_everyone_who_waits(backend: TorchBackend, complaint: str) -> None:
     async for scheduler in serve(backend):
         tasks = [submit(scheduler, 1, random_batch(4, HIDDEN, EXPERTS, TOP_K, absent=0.0)) for _ in range(3)]
-        for task in tasks:
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        for error in errors:
             with pytest.raises(ServerFault, match=complaint):
-                await task
+                raise error if isinstance(error, Exception) else AssertionError("it was answered")
+        assert len(set(map(id, errors))) == 3, "one exception each"
 
 
 async def test_the_self_check_accepts_good_and_refuses_mutated_weights() -> None:
