@@ -64,7 +64,7 @@ class DequantPipeline:
         better than the number of experts and slots. `Partials.pairs` counts what was computed.
         """
         bounds = (weights.num_experts, batch.expert_ids.numel(), active_experts)
-        active = min(bound for bound in bounds if bound is not None)
+        active = max(1, min(bound for bound in bounds if bound is not None))
         rows = sort_rows(batch.expert_ids, weights.num_experts, active, config.tile_m)
         if active < config.group_from:
             sums = self._individual(batch, rows, weights)

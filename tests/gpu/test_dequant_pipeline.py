@@ -57,6 +57,7 @@ def test_no_expert_and_one_expert(config: DequantConfig) -> None:
     batch = random_batch(shape, 33, CUDA)
     nowhere = with_ids(batch, torch.full_like(batch.expert_ids, -1))
     assert not run(nowhere, weights, config).sums.any()
+    assert not run(nowhere, weights, config, active_experts=0).sums.any()
     one = torch.full_like(batch.expert_ids, -1)
     one[:, 3] = 31
     everyone = with_ids(batch, one)
