@@ -141,13 +141,13 @@ class LayerBench:
             end.record()
             torch.cuda.synchronize()
             spans.append(start.elapsed_time(end) * 1000)
-        return statistics.median(spans[1:])
+        return float(statistics.median(spans[1:]))
 
     def _floor(self, tokens: int, pairs: int, active: int) -> float:
         """Microseconds of the fewest bytes (active weights, FP8 tokens, BF16 sums) or of the FLOPs."""
         matrices = 3 * self._shape.hidden_size * self._shape.intermediate_size
         moved = active * matrices + 3 * tokens * self._shape.hidden_size
-        return max(moved / self._bandwidth, 2 * pairs * matrices / (2 * self._rate)) * 1e6
+        return 1e6 * max(moved / self._bandwidth, 2 * pairs * matrices / (2 * self._rate))
 
 
 def routed(batch: TokenBatch, routing: str, experts: int) -> TokenBatch:

@@ -10,7 +10,7 @@ from torch import Tensor
 from expertd.kernels.cutile.launch import Launch
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
-COLUMNS = 2048
+COLUMNS = 4096
 """Elements of a row that a block sums, in batches that fill the device."""
 SMALL_COLUMNS = 512
 EAGER_TOKENS = 128

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,14 +13,15 @@ from expertd.kernels.config import BLOCK
 from expertd.kernels.cutile.combine import combine
 from expertd.kernels.cutile.count_pairs import TOKENS, count_pairs
 from expertd.kernels.cutile.fp8_gemm import fp8_gemm
+from expertd.kernels.cutile.fp8_gemm_few_rows import fp8_gemm_few_rows
 from expertd.kernels.cutile.gather_rows import gather_rows
 from expertd.kernels.cutile.gemm1_few_rows import gemm1_few_rows
-from expertd.kernels.cutile.gemm2_few_rows import gemm2_few_rows
 from expertd.kernels.cutile.launch import Launch
 from expertd.kernels.cutile.place_pairs import Schedule, place_pairs
 from expertd.kernels.cutile.swiglu_quantize import swiglu_quantize
 from expertd.kernels.cutile.tiles import GemmConfig, LayerConfig, max_row_tiles
 
+SPLIT_BYTES = 64 << 20
 SWIGLU_OCCUPANCY = 16
 """Blocks of `swiglu_quantize` that a multiprocessor runs at once, about."""
 
@@ -34,6 +36,8 @@ class Workspace:
     """[R, H/128] float32."""
     up_gate: Tensor
     """[R, 2I] bfloat16: rows of the first product, where SwiGLU is a kernel of its own."""
+    partial_up_gate: Tensor
+    """[SPLIT_BYTES / 4] float32: the first product in parts of K, for the fewest rows."""
     inner: Tensor
     """[R, I] float8_e4m3fn: what the first product leaves for the second."""
     inner_scales: Tensor
@@ -60,6 +64,7 @@ class Workspace:
             rows=empty(rows, width, dtype=fp8),
             row_scales=empty(rows, width // BLOCK, dtype=f32),
             up_gate=empty(rows, 2 * inner, dtype=torch.bfloat16),
+            partial_up_gate=empty(SPLIT_BYTES // 4, dtype=f32),
             inner=empty(rows, inner, dtype=fp8),
             inner_scales=empty(rows * (inner // 64), dtype=f32),
             outputs=empty(rows, width, dtype=torch.bfloat16),
@@ -87,16 +92,20 @@ def layer_launches(
     tiles = max_row_tiles(tokens, slots, weights.num_experts, config.tile_rows)
     schedule = _first_tokens(workspace.schedule, tokens, slots, tiles)
     rows, row_scales, inner = workspace.rows, workspace.row_scales, workspace.inner
-    quantum = config.gemm1.tile_columns if config.gemm1.few_rows else BLOCK
+    gemm1 = config.gemm1 if rows.shape[1] // BLOCK % config.gemm1.splits == 0 else replace(config.gemm1, splits=1)
+    fused = gemm1.few_rows and gemm1.splits == 1
+    quantum = gemm1.tile_columns if fused else BLOCK
     inner_scales = workspace.inner_scales[: inner.numel() // quantum].view(len(inner), -1)
 
     def blocks(gemm: GemmConfig, columns: int) -> int:
-        needed = tiles * (columns // gemm.tile_columns)
+        needed = tiles * (columns // gemm.tile_columns) * gemm.splits
         return min(needed, processors * gemm.occupancy) if gemm.persistent else needed
 
     def product(a: Tensor, scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, gemm: GemmConfig) -> Launch:
-        kernel = gemm2_few_rows if gemm.few_rows else fp8_gemm
-        return kernel(a, scales, b, b_scales, schedule, out, config.tile_rows, gemm, blocks(gemm, out.shape[1]))
+        grid = blocks(gemm, out.shape[2])
+        if gemm.few_rows:
+            return fp8_gemm_few_rows(a, scales, b, b_scales, schedule, out, config.tile_rows, gemm, grid)
+        return fp8_gemm(a, scales, b, b_scales, schedule, out[0], config.tile_rows, gemm, grid)
 
     launches = [count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []
     launches += [
@@ -104,17 +113,21 @@ def layer_launches(
         gather_rows(batch.hidden, batch.scales, schedule.pair_rows, rows, row_scales),
     ]
     up_gate, up_gate_scales = weights.up_gate, weights.up_gate_scales
-    if config.gemm1.few_rows:
-        first = (up_gate, up_gate_scales, schedule, inner, inner_scales, config.tile_rows, config.gemm1)
-        launches.append(gemm1_few_rows(rows, row_scales, *first, blocks(config.gemm1, inner.shape[1])))
+    if fused:
+        first = (up_gate, up_gate_scales, schedule, inner, inner_scales, config.tile_rows, gemm1)
+        launches.append(gemm1_few_rows(rows, row_scales, *first, blocks(gemm1, inner.shape[1])))
     else:
         swiglu_blocks = min(tiles * config.tile_rows, processors * SWIGLU_OCCUPANCY)
+        products = workspace.up_gate.unsqueeze(0)
+        if gemm1.splits > 1:
+            shape = (gemm1.splits, tiles * config.tile_rows, 2 * inner.shape[1])
+            products = workspace.partial_up_gate[: math.prod(shape)].view(shape)
         launches += [
-            product(rows, row_scales, up_gate, up_gate_scales, workspace.up_gate, config.gemm1),
-            swiglu_quantize(workspace.up_gate, schedule, inner, inner_scales, config.tile_rows, swiglu_blocks),
+            product(rows, row_scales, up_gate, up_gate_scales, products, gemm1),
+            swiglu_quantize(products, schedule, inner, inner_scales, config.tile_rows, swiglu_blocks),
         ]
     launches += [
-        product(inner, inner_scales, weights.down, weights.down_scales, workspace.outputs, config.gemm2),
+        product(inner, inner_scales, weights.down, weights.down_scales, workspace.outputs.unsqueeze(0), config.gemm2),
         combine(workspace.outputs, schedule.pair_rows, batch.weights, sums),
     ]
     return launches

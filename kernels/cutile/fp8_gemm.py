@@ -15,6 +15,14 @@ from expertd.kernels.cutile.tiles import GemmConfig
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
 
 
+def tile_position(tile: int, row_tiles: int, column_tiles: int, group: int) -> tuple[int, int]:
+    """Row and column of a tile in the order in which blocks take them: `group` row tiles of a column, then the next."""
+    first = tile // (group * column_tiles) * group
+    grouped = max(min(row_tiles - first, group), 1)
+    within = tile % (group * column_tiles)
+    return first + within % grouped, within // grouped
+
+
 @ct.kernel
 def fp8_gemm_kernel(
     rows: ct.Array,
@@ -34,13 +42,13 @@ def fp8_gemm_kernel(
     BLOCK: ConstInt,
 ) -> None:
     row_tiles = ct.load(num_tiles, (0,), (1,)).item()
+    i, j = tile_position(ct.bid(0), row_tiles, COLUMN_TILES, GROUP)
+    expert = ct.gather(tile_experts, i).item()
     for tile in range(ct.bid(0), row_tiles * COLUMN_TILES, ct.num_blocks(0)):
-        first = tile // (GROUP * COLUMN_TILES) * GROUP
-        grouped = min(row_tiles - first, GROUP)
-        within = tile % (GROUP * COLUMN_TILES)
-        i = first + within % grouped
-        j = within // grouped
-        expert = ct.load(tile_experts, (i,), (1,)).item()
+        i, j = tile_position(tile, row_tiles, COLUMN_TILES, GROUP)
+        # Asked for now, so that the next tile need not wait for it.
+        next_i, _ = tile_position(tile + ct.num_blocks(0), row_tiles, COLUMN_TILES, GROUP)
+        next_expert = ct.gather(tile_experts, next_i).item()
         # Always so; but told this way the compiler keeps every value of the K loop in registers.
         if expert >= 0:
             zeros = ct.zeros((TILE_ROWS, TILE_COLUMNS), dtype=ct.float32)
@@ -69,7 +77,8 @@ def fp8_gemm_kernel(
                     ).reshape((BLOCK, TILE_COLUMNS))
                     # The tensor cores add up one block; every block is then added in FP32.
                     acc += ct.mma(a, b, zeros, use_fast_acc=True) * (scale * block_scale)
-            ct.store(out, (i, j), acc.astype(out.dtype), check_bounds=False)
+            ct.store(out, (i, j), acc.astype(out.dtype), allow_tma=False, check_bounds=False)
+        expert = next_expert
 
 
 def fp8_gemm(

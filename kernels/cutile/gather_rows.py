@@ -25,15 +25,16 @@ def gather_rows_kernel(
     SCALES: ConstInt,
 ) -> None:
     token = ct.bid(0)
-    targets = ct.load(pair_rows, (token, 0), (1, SLOTS), padding_mode=ct.PaddingMode.ZERO)
-    values = ct.load(hidden, (token, 0), (1, WORDS), padding_mode=ct.PaddingMode.ZERO)
-    value_scales = ct.load(scales, (token, 0), (1, SCALES), padding_mode=ct.PaddingMode.ZERO)
-    for slot in ct.static_iter(range(SLOTS)):
-        if slot < pair_rows.shape[1]:
+    slots = ct.arange(SLOTS, dtype=ct.int32).reshape((1, SLOTS))
+    targets = ct.gather(pair_rows, (token, slots), padding_value=-1)
+    if ct.max(targets) >= 0:
+        values = ct.load(hidden, (token, 0), (1, WORDS), padding_mode=ct.PaddingMode.ZERO, allow_tma=False)
+        value_scales = ct.load(scales, (token, 0), (1, SCALES), padding_mode=ct.PaddingMode.ZERO, allow_tma=False)
+        for slot in ct.static_iter(range(SLOTS)):
             row = ct.extract(targets, (0, slot), (1, 1)).item()
             if row >= 0:
-                ct.store(rows, (row, 0), values)
-                ct.store(row_scales, (row, 0), value_scales)
+                ct.store(rows, (row, 0), values, allow_tma=False)
+                ct.store(row_scales, (row, 0), value_scales, allow_tma=False)
 
 
 def gather_rows(hidden: Tensor, scales: Tensor, pair_rows: Tensor, rows: Tensor, row_scales: Tensor) -> Launch:

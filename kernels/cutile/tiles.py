@@ -26,6 +26,8 @@ class GemmConfig:
     """Blocks of K that one turn of the loop takes: with two, the scaling of one runs beside the product of the next."""
     num_worker_warps: int = 8
     occupancy: int = 1
+    splits: int = 1
+    """Parts of K that blocks of their own compute, where there are too few tiles; few rows and first product only."""
     group: int = 8
     """Row tiles walked before the next column tile, so that one expert's weights stay in L2."""
     persistent: bool = True
@@ -55,8 +57,9 @@ FEW_8 = LayerConfig(
 WIDE = GemmConfig()
 NARROW = GemmConfig(latency=8, unroll=1, occupancy=2)
 FEW = GemmConfig(few_rows=True, latency=8, unroll=1, occupancy=2)
+SPLIT_8 = LayerConfig(8, replace(FEW_8.gemm1, splits=4), FEW_8.gemm2)
 DEFAULTS = {
-    1: FEW_8,
+    1: SPLIT_8,
     8: FEW_8,
     64: LayerConfig(8, FEW_8.gemm1, FEW),
     256: LayerConfig(16, FEW, FEW),

@@ -1,4 +1,4 @@
-"""The second product of the experts for tiles of few rows, transposed: the weights are the left operand."""
+"""`fp8_gemm` for tiles of few rows, transposed: the weights are the left operand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ConstInt = Annotated[int, ct.ConstantAnnotation()]
 
 
 @ct.kernel
-def gemm2_few_rows_kernel(
+def fp8_gemm_few_rows_kernel(
     rows: ct.Array,
     row_scales: ct.Array,
     weights: ct.Array,
@@ -29,17 +29,20 @@ def gemm2_few_rows_kernel(
     COLUMN_TILES: ConstInt,
     STEPS: ConstInt,
     STEP: ConstInt,
+    SPLITS: ConstInt,
     LATENCY: ConstInt,
     BLOCK: ConstInt,
 ) -> None:
-    for tile in range(ct.bid(0), ct.load(num_tiles, (0,), (1,)).item() * COLUMN_TILES, ct.num_blocks(0)):
-        i = tile // COLUMN_TILES
-        j = tile % COLUMN_TILES
+    for tile in range(ct.bid(0), ct.load(num_tiles, (0,), (1,)).item() * COLUMN_TILES * SPLITS, ct.num_blocks(0)):
+        split = tile % SPLITS
+        i = tile // SPLITS // COLUMN_TILES
+        j = tile // SPLITS % COLUMN_TILES
         expert = ct.load(tile_experts, (i,), (1,)).item()
         if expert >= 0:
             zeros = ct.zeros((TILE_COLUMNS, TILE_ROWS), dtype=ct.float32)
             acc = ct.zeros((TILE_COLUMNS, TILE_ROWS), dtype=ct.float32)
-            for k in range(STEPS):
+            for step in range(STEPS // SPLITS):
+                k = split * (STEPS // SPLITS) + step
                 scale = ct.load(
                     row_scales,
                     (k, i),
@@ -62,10 +65,11 @@ def gemm2_few_rows_kernel(
                     weights, (expert, j, k), (1, TILE_COLUMNS, STEP), latency=LATENCY, check_bounds=False
                 ).reshape((TILE_COLUMNS, STEP))
                 acc += ct.mma(w, x, zeros, use_fast_acc=True) * (scale * block_scale)
-            ct.store(out, (i, j), ct.transpose(acc.astype(out.dtype)), check_bounds=False)
+            rows_first = ct.transpose(acc.astype(out.dtype)).reshape((1, TILE_ROWS, TILE_COLUMNS))
+            ct.store(out, (split, i, j), rows_first, check_bounds=False)
 
 
-def gemm2_few_rows(
+def fp8_gemm_few_rows(
     rows: Tensor,
     row_scales: Tensor,
     weights: Tensor,
@@ -76,13 +80,15 @@ def gemm2_few_rows(
     config: GemmConfig,
     blocks: int,
 ) -> Launch:
-    """`fp8_gemm` for tiles of 8 to 64 rows.
+    """`fp8_gemm` for tiles of 8 to 64 rows, K split into as many equal parts as `out` [splits, R, N] has products.
 
-    The same tensors, but `row_scales` is [R, I/q] float32, one scale for each 1 x q block of `rows`; q divides 128.
+    The products of the parts are to be added up; `out` is float32 or bfloat16. The other tensors are those of
+    `fp8_gemm`, but `row_scales` is [R, I/q] float32, one scale for each 1 x q block of `rows`; q divides 128.
     """
-    step = rows.shape[1] // row_scales.shape[1]
-    column_tiles = out.shape[1] // config.tile_columns
-    sizes = (tile_rows, config.tile_columns, column_tiles, row_scales.shape[1], step, config.latency, BLOCK)
+    steps = row_scales.shape[1]
+    splits, _, columns = out.shape
+    shape = (tile_rows, config.tile_columns, columns // config.tile_columns, steps, rows.shape[1] // steps, splits)
+    sizes = (*shape, config.latency, BLOCK)
     arrays = (rows, row_scales, weights, weight_scales, schedule.tile_experts, schedule.num_tiles, out)
-    kernel = hinted(gemm2_few_rows_kernel, config.num_worker_warps, config.occupancy)
+    kernel = hinted(fp8_gemm_few_rows_kernel, config.num_worker_warps, config.occupancy)
     return Launch(kernel, (blocks,), (*arrays, *sizes))
