@@ -1,4 +1,4 @@
-"""Every kernel of the dequant pipeline and of the coordinator once, on shapes small enough for compute-sanitizer.
+"""Every kernel of both pipelines and of the coordinator once, on shapes small enough for compute-sanitizer.
 
 compute-sanitizer --tool memcheck python -m tests.gpu.small_shapes
 compute-sanitizer --tool racecheck python -m tests.gpu.small_shapes
@@ -8,12 +8,15 @@ import torch
 
 from expertd.kernels.config import MoeConfig
 from expertd.kernels.cutile.dequant_pipeline import DequantPipeline, default_config
+from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
 from expertd.kernels.cutile.launch import Gpu
 from expertd.kernels.cutile.registry import coordinator_launches
+from expertd.kernels.cutile.tiles import FEW, FEW_8, SPLIT_8, WIDE, LayerConfig
 from expertd.kernels.reference import reference_partials, relative_error
 
 SHAPE = ExpertShape(5, 384, 128)
+FAST_SHAPE = ExpertShape(5, 512, 256)
 CUDA = torch.device("cuda")
 
 
@@ -27,6 +30,16 @@ def main() -> None:
         print(f"{tokens} tokens: relative error {error:.2e}")
         for launch in coordinator_launches(MoeConfig(), tokens, CUDA):
             launch()
+    fast = ((1, SPLIT_8), (9, FEW_8), (67, LayerConfig(16, FEW, FEW)), (200, LayerConfig(128, WIDE, WIDE)))
+    fast_weights = random_weights(FAST_SHAPE, CUDA)
+    for tokens, choice in fast:
+        batch = random_batch(FAST_SHAPE, tokens, CUDA, model_experts=10, top_k=4)
+        workspace = Workspace.allocate(tokens, 4, fast_weights, choice.tile_rows, CUDA)
+        sums = torch.empty(batch.hidden.shape, device=CUDA)
+        for launch in layer_launches(batch, fast_weights, sums, workspace, choice, gpu.processors):
+            launch()
+        error = relative_error(sums, reference_partials(batch, fast_weights))
+        print(f"fast, {tokens} tokens: relative error {error:.2e}")
     torch.cuda.synchronize()
 
 

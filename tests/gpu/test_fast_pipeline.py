@@ -9,7 +9,7 @@ from torch import Tensor
 from expertd.kernels.backend import LayerWeights, TokenBatch
 from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
-from expertd.kernels.cutile.tiles import FEW, FEW_8, NARROW, WIDE, LayerConfig
+from expertd.kernels.cutile.tiles import FEW, FEW_8, NARROW, SPLIT_8, WIDE, LayerConfig
 from expertd.kernels.reference import reference_partials, relative_error
 from tests.markers import gpu_only
 
@@ -20,6 +20,7 @@ CUDA = torch.device("cuda")
 PROCESSORS = 132
 SHAPES = [ExpertShape(32, 2048, 512), ExpertShape(8, 2176, 640), ExpertShape(64, 256, 128)]
 CONFIGS = {
+    "8 rows, split": SPLIT_8,
     "8 rows": FEW_8,
     "16 rows": LayerConfig(16, FEW, FEW),
     "32 rows then wide": LayerConfig(64, replace(FEW, occupancy=1, latency=2), WIDE),
