@@ -11,7 +11,7 @@ from functools import partial
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from expertd.kernels.backend import Backend
+from expertd.kernels.backend import Backend, LayerWeights
 from expertd.kernels.checkpoint import Checkpoint
 from expertd.server.config import format_ranges
 from expertd.server.device import DeviceOwner
@@ -42,8 +42,18 @@ async def load_layers(
     worst = 0.0
     with _progress_bar() as bar:
         task = bar.add_task("weights", total=total)
-        for layer in shard.layers:
-            weights = await asyncio.to_thread(load_layer, checkpoint, layer, shard.experts, partial(bar.advance, task))
+
+        def read(layer: int) -> asyncio.Future[LayerWeights]:
+            reading = asyncio.to_thread(load_layer, checkpoint, layer, shard.experts, partial(bar.advance, task))
+            return asyncio.ensure_future(reading)
+
+        reading = read(shard.layers[0])
+        for layer, following in zip(shard.layers, (*shard.layers[1:], None), strict=True):
+            weights = await reading
+            if following is not None:
+                # The disk and the device work at once, with two layers in host memory.
+                reading = read(following)
+            bar.update(task, description=f"layer {layer}")
             await device.call(partial(backend.load_layer, layer, weights))
             error = await device.call(partial(self_check, backend, layer, weights))
             worst = max(worst, error)
