@@ -167,8 +167,13 @@ class TuningBench:
         return device_time(layer)
 
     def few_experts(self, tokens: int, config: DequantConfig) -> float:
-        """Microseconds of one batch for each of `ACTIVE_EXPERTS`, every token going to one of so many experts."""
-        return sum(self._few_experts(tokens, config, active) for active in ACTIVE_EXPERTS)
+        """Microseconds of a layer with uniform routing, and of one for each of `ACTIVE_EXPERTS`, all together.
+
+        In the latter every token goes to one of so many experts, and the pipeline is told how many they are.
+        """
+        return self.dequant(tokens, config) + sum(
+            self._few_experts(tokens, config, active) for active in ACTIVE_EXPERTS
+        )
 
     def _few_experts(self, tokens: int, config: DequantConfig, active: int) -> float:
         case = (tokens, active, active < config.group_from)
