@@ -72,6 +72,7 @@ class Workspace:
                 pair_rows=empty(max_tokens, slots, dtype=i32),
                 pairs=empty(experts, dtype=i32),
                 tile_experts=empty(max_row_tiles(max_tokens, slots, experts, 8), dtype=i32),
+                tile_sizes=empty(max_row_tiles(max_tokens, slots, experts, 8), dtype=i32),
                 num_tiles=empty(1, dtype=i32),
                 counts=empty(blocks, 1 << (experts - 1).bit_length(), dtype=i32),
             ),
@@ -139,6 +140,7 @@ def _first_tokens(schedule: Schedule, tokens: int, slots: int, tiles: int) -> Sc
         pair_rows=schedule.pair_rows.view(-1)[: tokens * slots].view(tokens, slots),
         pairs=schedule.pairs,
         tile_experts=schedule.tile_experts[:tiles],
+        tile_sizes=schedule.tile_sizes[:tiles],
         num_tiles=schedule.num_tiles,
         counts=schedule.counts,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from expertd.kernels.backend import LayerWeights, TokenBatch
 from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
-from expertd.kernels.cutile.tiles import FEW, FEW_8, NARROW, SPLIT_8, WIDE, LayerConfig
+from expertd.kernels.cutile.tiles import FEW, FEW_8, HALVES, SPLIT_8, WIDE, LayerConfig
 from expertd.kernels.reference import reference_partials, relative_error
 from tests.markers import gpu_only
 
@@ -24,8 +24,8 @@ CONFIGS = {
     "8 rows": FEW_8,
     "16 rows": LayerConfig(16, FEW, FEW),
     "32 rows then wide": LayerConfig(64, replace(FEW, occupancy=1, latency=2), WIDE),
-    "64 rows": LayerConfig(64, NARROW, NARROW),
-    "128 rows": LayerConfig(128, WIDE, WIDE),
+    "64 rows": LayerConfig(64, WIDE, WIDE),
+    "128 rows": LayerConfig(128, HALVES, HALVES),
 }
 PATHS = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
