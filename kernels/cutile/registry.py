@@ -48,9 +48,7 @@ def dequant_launches(
     return pipeline.grouped(batch, rows, weights, config)[0]
 
 
-def fast_launches(
-    shape: ExpertShape, tokens: int, config: LayerConfig, device: torch.device, gpu: Gpu
-) -> list[Launch]:
+def fast_launches(shape: ExpertShape, tokens: int, config: LayerConfig, device: torch.device, gpu: Gpu) -> list[Launch]:
     """The fast pipeline."""
     weights, batch = random_weights(shape, device), random_batch(shape, tokens, device)
     workspace = Workspace.allocate(tokens, batch.expert_ids.shape[1], weights, config.tile_rows, device)

@@ -176,11 +176,11 @@ class TuningBench:
         )
 
     def _few_experts(self, tokens: int, config: DequantConfig, active: int) -> float:
-        case = (tokens, active, active < config.group_from)
+        bound = min(active, tokens, self.shape.num_experts)
+        case = (tokens, bound, bound < config.group_from)
         if case not in self._few:
             batch, _ = self._case(tokens)
             ids = torch.full_like(batch.expert_ids, -1)
-            bound = min(active, tokens, self.shape.num_experts)
             ids[:, 0] = torch.arange(tokens, device=self._device) % bound
             batch = replace(batch, expert_ids=ids)
             _check(self._pipeline(batch, self._weights, config, bound).sums, self._reference(batch), DEQUANT_ERROR)
