@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,21 @@ async def test_sigterm_while_starting_exits_0(small_model: Path, tmp_path: Path)
     assert await process.wait() == 0, rest.decode()
 
 
+def in_flight(metrics_url: str) -> float:
+    with urllib.request.urlopen(metrics_url) as answer:
+        text = str(answer.read(), "utf-8")
+    return float(text.split("\nexpertd_requests_in_flight ")[1].split("\n")[0])
+
+
 async def test_a_second_signal_ends_at_once(small_model: Path) -> None:
-    async with LocalCluster(small_model, ["0-15"], OPTIONS) as cluster, Coordinator(cluster.addresses) as moe:
+    unsplit = CoordinatorConfig(chunk_bytes=1 << 30)
+    async with LocalCluster(small_model, ["0-15"], OPTIONS) as cluster, Coordinator(cluster.addresses, unsplit) as moe:
         process = cluster.servers[0].process
         hidden, weights = torch.randn(4096, 256), torch.ones(4096, 4)
         ids = torch.arange(4).expand(4096, 4)
         calls = [asyncio.create_task(moe(1, hidden, topk_ids=ids, topk_weights=weights)) for _ in range(15)]
-        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        while await asyncio.to_thread(in_flight, cluster.servers[0].metrics_url) < 5:
+            await asyncio.sleep(0.01)
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         await asyncio.sleep(0.05)
