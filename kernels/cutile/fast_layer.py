@@ -21,6 +21,7 @@ from expertd.kernels.cutile.place_pairs import Schedule, place_pairs
 from expertd.kernels.cutile.swiglu_quantize import swiglu_quantize
 from expertd.kernels.cutile.tiles import GemmConfig, LayerConfig, max_row_tiles
 
+MAX_ELEMENTS = 1 << 31
 SPLIT_BYTES = 64 << 20
 SWIGLU_OCCUPANCY = 16
 """Blocks of `swiglu_quantize` that a multiprocessor runs at once, about."""
@@ -50,10 +51,15 @@ class Workspace:
     def allocate(
         cls, max_tokens: int, slots: int, weights: LayerWeights, tile_rows: int, device: torch.device | str
     ) -> Workspace:
-        """Room for batches of up to `max_tokens` tokens with `slots` ids each, in tiles of up to `tile_rows` rows."""
+        """Room for batches of up to `max_tokens` tokens with `slots` ids each, in tiles of up to `tile_rows` rows.
+
+        Raises `ValueError` where the kernels' 32-bit offsets do not reach that far.
+        """
         experts, width, inner = weights.down.shape
         tiles = max_row_tiles(max_tokens, slots, experts, tile_rows)
         rows = max(tiles * tile_rows, max_tokens * min(slots, experts))
+        if rows * max(width, 2 * inner) >= MAX_ELEMENTS:
+            raise ValueError(f"{max_tokens} tokens of {slots} slots need more rows than 32-bit offsets reach")
         blocks = -(-max_tokens // TOKENS)
         fp8, f32, i32 = torch.float8_e4m3fn, torch.float32, torch.int32
 

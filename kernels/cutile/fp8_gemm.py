@@ -18,7 +18,7 @@ ConstInt = Annotated[int, ct.ConstantAnnotation()]
 def tile_position(tile: int, row_tiles: int, column_tiles: int, group: int) -> tuple[int, int]:
     """Row and column of a tile in the order in which blocks take them: `group` row tiles of a column, then the next."""
     first = tile // (group * column_tiles) * group
-    grouped = max(min(row_tiles - first, group), 1)
+    grouped = min(row_tiles - first, group)
     within = tile % (group * column_tiles)
     return first + within % grouped, within // grouped
 
@@ -95,10 +95,10 @@ def fp8_gemm_kernel(
         expert = ct.load(tile_experts, (i,), (1,)).item()
         size = ct.load(tile_sizes, (i,), (1,)).item()
         sizes = (TILE_COLUMNS, STEPS, UNROLL, LATENCY, BLOCK)
+        # An expert's last tile is often at most half full; 64 rows are the least that the tensor cores take.
         if size > TILE_ROWS // 2 or TILE_ROWS <= 64:
             tile_product(*arrays, i, j, expert, TILE_ROWS, *sizes)
         else:
-            # An expert's last tile, often less than half full.
             tile_product(*arrays, 2 * i, j, expert, TILE_ROWS // 2, *sizes)
 
 
