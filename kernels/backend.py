@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 
+class UnsupportedShape(ValueError):
+    """Weights or a batch that a backend cannot take; the message names the size and the bound."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """FP8 weights of E local experts of one layer, contiguous, each with one FP32 scale per 128x128 block.
@@ -80,7 +84,7 @@ class Backend(Protocol):
         """The hardware that computes, for people to read."""
 
     def load_layer(self, layer: int, weights: LayerWeights) -> None:
-        """Take a layer's weights from host memory."""
+        """Take a layer's weights from host memory. Raises `UnsupportedShape`."""
 
     def warm_up(self) -> None:
         """Do after the last `load_layer` what would make the first batches slow, such as compiling."""
@@ -90,6 +94,9 @@ class Backend(Protocol):
 
     def execute(self, layer: int, batch: TokenBatch) -> Partials:
         """Compute the partial sums of a device batch in FP32."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done everything that it was asked for."""
 
     def copy_out(self, partials: Partials, dtype: torch.dtype) -> Partials:
         """Convert the sums to `dtype` (float32 or bfloat16) and move the partials to host memory."""

@@ -67,6 +67,9 @@ class TorchBackend:
             first += count
         return Partials(sums=sums, pairs=order.counts.to(torch.int32))
 
+    def synchronize(self) -> None:
+        """Nothing to do: every call returns when it is done."""
+
     def copy_out(self, partials: Partials, dtype: torch.dtype) -> Partials:
         return Partials(sums=partials.sums.to(dtype), pairs=partials.pairs)
 

@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from expertd.kernels.backend import Backend
+from expertd.kernels.backend import Backend, UnsupportedShape
 from expertd.kernels.config import MoeConfig
 from expertd.kernels.torch_backend import TorchBackend
 from expertd.server.config import InvalidOption, ServerConfig
@@ -22,12 +22,17 @@ def choose_backend(config: ServerConfig, model: MoeConfig) -> tuple[Backend, str
     if obstacle is not None:
         return TorchBackend(), f"--backend auto: {obstacle}"
     from expertd.kernels.cutile.backend import CutileBackend
+    from expertd.kernels.cutile.tiles import SHAPE_CLASSES
 
-    backend = CutileBackend(
-        "dequant" if config.pipeline == "dequant" else "fast",
-        batch_invariant=config.batch_invariant,
-        max_slots=model.num_experts_per_tok,
-    )
+    try:
+        backend = CutileBackend(
+            config.pipeline,
+            batch_invariant=config.batch_invariant,
+            max_tokens=min(config.max_batch_tokens, SHAPE_CLASSES[-1]),
+            max_slots=model.num_experts_per_tok,
+        )
+    except UnsupportedShape as error:
+        raise InvalidOption(f"--pipeline {config.pipeline} cannot run here: {error}") from None
     return backend, "--backend cutile" if wanted == "cutile" else f"--backend auto: found {backend.device}"
 
 

@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+Pipeline: TypeAlias = Literal["auto", "fast", "dequant"]
 BACKENDS = ("auto", "torch", "cutile")
-PIPELINES = ("fast", "dequant")
+PIPELINES: tuple[Pipeline, ...] = ("auto", "fast", "dequant")
 
 
 class InvalidOption(ValueError):
@@ -88,9 +89,9 @@ class ServerConfig:
         metadata=_told("address of the Prometheus endpoint; port 0 picks a free one", Address.parse),
     )
     backend: str = field(default="auto", metadata=_told("compute backend: auto, torch (CPU) or cutile (GPU)"))
-    pipeline: str = field(
-        default="fast",
-        metadata=_told("arithmetic of the cutile backend: fast (FP8) or dequant (BF16, more exact, slower)"),
+    pipeline: Pipeline = field(
+        default="auto",
+        metadata=_told("arithmetic of the cutile backend: fast (FP8), dequant (FP16, more exact) or auto: the faster"),
     )
     batch_invariant: bool = field(
         default=False,

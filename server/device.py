@@ -75,8 +75,10 @@ def run_batch(
     """
     started = time.perf_counter()
     batch = backend.copy_in(requests)
+    backend.synchronize()
     copied_in = time.perf_counter()
     computed = backend.execute(layer, batch)
+    backend.synchronize()
     finished = time.perf_counter()
     merged = backend.copy_out(computed, reply_dtype)
     pairs = [_count_pairs(request.expert_ids, num_experts) for request in requests]

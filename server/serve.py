@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 
+from expertd.kernels.backend import UnsupportedShape
 from expertd.kernels.checkpoint import CheckpointError
 from expertd.kernels.config import InvalidConfig
 from expertd.server.app import serve
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
             level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
         )
         serve(config)
-    except (InvalidOption, InvalidConfig, CheckpointError) as error:
+    except (InvalidOption, InvalidConfig, CheckpointError, UnsupportedShape) as error:
         print(f"expertd serve: error: {error}", file=sys.stderr)
         return 2
     except SelfCheckFailed as error:

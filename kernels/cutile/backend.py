@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from expertd.kernels.backend import LayerWeights, Partials, TokenBatch
+from expertd.kernels.backend import LayerWeights, Partials, TokenBatch, UnsupportedShape
 from expertd.kernels.config import BLOCK
 from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline
 from expertd.kernels.cutile.dequant_pipeline import default_config as default_dequant_config
@@ -21,11 +21,11 @@ from expertd.kernels.cutile.launch import Gpu
 from expertd.kernels.cutile.quantize import quantize_activations
 from expertd.kernels.cutile.staging import Staging
 from expertd.kernels.cutile.tiles import SHAPE_CLASSES, LayerConfig, default_config, shape_class
-from expertd.kernels.cutile.tuning import DEFAULT_CACHE, Machine, load_table
+from expertd.kernels.cutile.tuning import DEFAULT_CACHE, Machine, Table, load_table
 
 log = logging.getLogger(__name__)
 
-Pipeline = Literal["fast", "dequant"]
+Pipeline = Literal["auto", "fast", "dequant"]
 MAX_TILE_ROWS = 128
 MAX_HIDDEN_SIZE = 8192
 MAX_INTERMEDIATE_SIZE = 4096
@@ -34,24 +34,20 @@ GRAPH_TOKENS = 256
 """Up to this many tokens a batch is padded to its shape class and replayed as a CUDA graph."""
 
 
-class UnsupportedShape(ValueError):
-    """Weights or a batch that the GPU kernels cannot take; the message names the size and the bound."""
-
-
 class CutileBackend:
     """Computes on one GPU. What `execute` returns is overwritten by the next `execute`: call `copy_out` before it.
 
-    `pipeline` is "fast" (FP8 products, relative error below 3e-2) or "dequant" (BF16 products, below 5e-3). With
-    `batch_invariant` a token's bits do not depend on the size of its batch either; they never depend on its order, and
-    the `dequant` pipeline has this property anyway. Batches of more than `max_tokens` tokens are computed in parts.
-    `sums_dtype` is that of the sums on the device: bfloat16 spares a pass over memory where replies have that type.
+    `pipeline` is "fast" (FP8 products, relative error below 3e-2), "dequant" (FP16 products, below 1e-3) or "auto":
+    `choose_pipeline`. A token's bits never depend on the order of its batch; with `batch_invariant` they do not depend
+    on its size either. Batches of more than `max_tokens` tokens are computed in parts. `sums_dtype` is that of the sums
+    on the device: bfloat16 spares a pass over memory where replies have that type.
     """
 
     name = "cutile"
 
     def __init__(
         self,
-        pipeline: Pipeline = "fast",
+        pipeline: Pipeline = "auto",
         *,
         batch_invariant: bool = False,
         max_tokens: int = SHAPE_CLASSES[-1],
@@ -81,6 +77,9 @@ class CutileBackend:
         """Take a layer's weights. Raises `UnsupportedShape`; all layers have one shape."""
         if not self._layers:
             self._shape = _shape_of(weights)
+            if self._pipeline == "auto":
+                self._pipeline = choose_pipeline(self._gpu.arch, self._table, self._shape)
+                log.info("pipeline %s", self._pipeline)
             self._allocate(weights)
         elif _shape_of(weights) != self._shape:
             raise UnsupportedShape(f"layer {layer} has {_shape_of(weights)}, the layers before it {self._shape}")
@@ -112,9 +111,7 @@ class CutileBackend:
         if batch.expert_ids.shape[1] > self._max_slots:
             raise UnsupportedShape(f"{batch.expert_ids.shape[1]} experts a token exceed max_slots {self._max_slots}")
         if self._pipeline == "dequant":
-            key = self._shape.key(batch.num_tokens)
-            config = self._table.get("dequant", key, DequantConfig)
-            return self._dequant(batch, weights, config or default_dequant_config(self._gpu.arch, batch.num_tokens))
+            return self._dequant(batch, weights, self._dequant_config(batch.num_tokens))
         if batch.num_tokens <= min(GRAPH_TOKENS, self._max_tokens):
             return self._replay(layer, batch)
         sums = torch.empty(batch.hidden.shape, dtype=self._sums_dtype, device=self._device)
@@ -124,6 +121,9 @@ class CutileBackend:
             self._launch(weights, _part(batch, first, self._max_tokens), sums[first:])
             pairs += self._workspace.schedule.pairs
         return Partials(sums=sums, pairs=pairs)
+
+    def synchronize(self) -> None:
+        torch.cuda.current_stream(self._device).synchronize()
 
     def copy_out(self, partials: Partials, dtype: torch.dtype) -> Partials:
         return self._staging.copy_out(partials, dtype)
@@ -144,6 +144,13 @@ class CutileBackend:
         if known is None or (self._batch_invariant and known.few_rows):
             return default_config(num_tokens, self._batch_invariant)
         return known
+
+    def _dequant_config(self, num_tokens: int) -> DequantConfig:
+        if self._batch_invariant:
+            # One configuration for every batch: tiles of other sizes may round differently.
+            return default_dequant_config(self._gpu.arch, SHAPE_CLASSES[0])
+        known = self._table.get("dequant", self._shape.key(num_tokens), DequantConfig)
+        return known or default_dequant_config(self._gpu.arch, num_tokens)
 
     def _launch(self, weights: LayerWeights, batch: TokenBatch, sums: Tensor) -> None:
         """Compute `sums[:T]`, and the pairs of each expert in the workspace's schedule."""
@@ -174,6 +181,20 @@ class CutileBackend:
         with torch.cuda.graph(graph):
             self._launch(self._layers[layer], batch, self._graph_sums)
         return graph
+
+
+def choose_pipeline(arch: str, table: Table, shape: ExpertShape) -> Pipeline:
+    """The pipeline that was measured to be faster for the largest shape class that has an entry, or the fast one.
+
+    A GPU without FP8 has the `dequant` pipeline only.
+    """
+    if not has_fp8(arch):
+        return "dequant"
+    for tokens in reversed(SHAPE_CLASSES):
+        measured = table.get("pipeline", shape.key(tokens), str)
+        if measured is not None:
+            return "dequant" if measured == "dequant" else "fast"
+    return "fast"
 
 
 def _part(batch: TokenBatch, first: int, tokens: int) -> TokenBatch:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertd.kernels.backend import LayerWeights, Partials, TokenBatch
-from expertd.kernels.cutile.backend import CutileBackend, Pipeline, UnsupportedShape
+from expertd.kernels.backend import LayerWeights, Partials, TokenBatch, UnsupportedShape
+from expertd.kernels.cutile.backend import CutileBackend, Pipeline
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
 from expertd.kernels.quantize import dequantize_activations, quantize_activations
 from expertd.kernels.reference import reference_partials, relative_error
