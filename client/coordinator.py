@@ -17,6 +17,7 @@ from expertd.client.arguments import as_rows, as_tokens, check_choice
 from expertd.client.dispatch import Dispatch, check_receipt, combine, plan_dispatch
 from expertd.client.gate import Gate
 from expertd.client.ownership import Ownership, resolve_ownership
+from expertd.client.security import ClientSecurity
 from expertd.client.transport import GrpcTransport, Transport
 from expertd.kernels.config import MoeConfig
 from expertd.kernels.quantize import quantize_activations
@@ -45,6 +46,8 @@ class CoordinatorConfig:
     """Connections to each server; chunks go to the one with the least in flight."""
     connect_timeout: float = 10.0
     call_timeout: float = 60.0
+    security: ClientSecurity | None = None
+    """Certificates and token; without it, plaintext."""
 
     def __post_init__(self) -> None:
         if self.hidden_dtype not in HIDDEN_DTYPES:
@@ -104,7 +107,8 @@ class Coordinator:
 
     async def __aenter__(self) -> Self:
         """Connect. Raises `Unavailable`, `ModelMismatch`, or `UnknownExpert` naming the experts without an owner."""
-        self._transports = tuple(GrpcTransport(address, self.config.channels) for address in self._addresses)
+        channels, security = self.config.channels, self.config.security
+        self._transports = tuple(GrpcTransport(address, channels, security) for address in self._addresses)
         try:
             found = (transport.get_shard(self.config.connect_timeout) for transport in self._transports)
             self._shards = tuple(await asyncio.gather(*found))

@@ -9,6 +9,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from expertd.client.security import ClientSecurity
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteCall, ExecuteResult, RawResponse, ShardInfo
 from expertd.proto.errors import DeadlineExceeded, ExpertdError, ServerFault, Unavailable, error_from_status
@@ -40,9 +41,10 @@ class Transport(Protocol):
 class GrpcTransport:
     """A few connections, each with one long-lived bidirectional stream."""
 
-    def __init__(self, address: str, channels: int = 1) -> None:
+    def __init__(self, address: str, channels: int = 1, security: ClientSecurity | None = None) -> None:
         self.address = address
-        self._channels = tuple(_Channel(address) for _ in range(channels))
+        self._security = security or ClientSecurity()
+        self._channels = tuple(_Channel(address, self._security) for _ in range(channels))
 
     async def get_shard(self, timeout: float) -> ShardInfo:
         loop = asyncio.get_running_loop()
@@ -50,7 +52,9 @@ class GrpcTransport:
         while True:
             try:
                 answer = await self._channels[0].get_shard(
-                    codec.ShardRequest(), timeout=max(deadline - loop.time(), 0.001)
+                    codec.ShardRequest(),
+                    timeout=max(deadline - loop.time(), 0.001),
+                    metadata=self._security.metadata(),
                 )
                 return codec.decode_shard(answer)
             except grpc.aio.AioRpcError as error:
@@ -79,9 +83,10 @@ class GrpcTransport:
 class _Channel:
     """One connection; its stream is opened when first needed and again after it ended."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, security: ClientSecurity) -> None:
         self._address = address
-        self._channel = grpc.aio.insecure_channel(
+        self._security = security
+        self._channel = security.open_channel(
             address,
             options=[
                 ("grpc.max_receive_message_length", -1),
@@ -101,7 +106,7 @@ class _Channel:
 
     async def exchange(self, request_id: int, request: bytes) -> RawResponse:
         if self._stream is None or self._stream.ended:
-            self._stream = _Stream(self._execute_stream(), self._address)
+            self._stream = _Stream(self._execute_stream(metadata=self._security.metadata()), self._address)
         self.bytes_in_flight += len(request)
         try:
             return await self._stream.exchange(request_id, request)
