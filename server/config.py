@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+from expertd.proto.loopback import is_loopback
+
+from expertd.kernels.ranges import parse_ranges
 
 Pipeline: TypeAlias = Literal["auto", "fast", "dequant"]
 BACKENDS = ("auto", "torch", "cutile")
@@ -37,33 +40,6 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def parse_ranges(text: str) -> tuple[int, ...]:
-    """Read "0-31,40" as ascending distinct integers."""
-    numbers: set[int] = set()
-    for part in text.split(","):
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
-        if span is None:
-            raise ValueError(f"{part!r} is not a number or a range such as 0-31")
-        low, high = int(span[1]), int(span[2] or span[1])
-        if low > high:
-            raise ValueError(f"range {part!r} runs backwards")
-        if high >= 1 << 20:
-            raise ValueError(f"{high} is out of any model's range")
-        numbers.update(range(low, high + 1))
-    return tuple(sorted(numbers))
-
-
-def format_ranges(numbers: Iterable[int]) -> str:
-    """Write ascending integers the way `parse_ranges` reads them."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
-
-
 def _told(summary: str, parse: Callable[[str], object] = str) -> dict[str, Any]:
     """Metadata of an option: what `--help` says of it, and how its text is read."""
     return {"help": summary, "parse": parse}
@@ -88,6 +64,20 @@ class ServerConfig:
         default=Address("127.0.0.1", 9464),
         metadata=_told("address of the Prometheus endpoint; port 0 picks a free one", Address.parse),
     )
+    tls_cert: Path | None = field(
+        default=None, metadata=_told("PEM file of this server's certificate chain; turns TLS on", Path)
+    )
+    tls_key: Path | None = field(default=None, metadata=_told("PEM file of its private key, not encrypted", Path))
+    tls_client_ca: Path | None = field(
+        default=None, metadata=_told("PEM file of authorities: callers must show a certificate of one of them", Path)
+    )
+    auth_token_file: Path | None = field(
+        default=None, metadata=_told("file of bearer tokens, one a line: callers must send one of them", Path)
+    )
+    insecure: bool = field(
+        default=False, metadata=_told("allow plaintext on --listen addresses that other machines can reach", bool)
+    )
+    max_streams: int = field(default=1024, metadata=_told("calls and streams at once on one connection", int))
     backend: str = field(default="auto", metadata=_told("compute backend: auto, torch (CPU) or cutile (GPU)"))
     pipeline: Pipeline = field(
         default="auto",
@@ -120,7 +110,7 @@ class ServerConfig:
             raise InvalidOption(f"--pipeline is {self.pipeline!r}; choose from {', '.join(PIPELINES)}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise InvalidOption(f"--log-level is {self.log_level!r}; choose from debug, info, warning, error")
-        for name in ("threads", "max_tokens_per_request", "drain_seconds"):
+        for name in ("threads", "max_streams", "max_tokens_per_request", "drain_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InvalidOption(f"{_flag(name)} is {value}; it must be greater than 0")
@@ -131,6 +121,21 @@ class ServerConfig:
                     f"{_flag(name)} is {value}; it must be at least --max-tokens-per-request"
                     f" {self.max_tokens_per_request}"
                 )
+        self._check_security()
+
+    def _check_security(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("key", "cert") if self.tls_cert is None else ("cert", "key")
+            raise InvalidOption(f"--tls-{given} needs --tls-{missing} with it")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise InvalidOption("--tls-client-ca needs --tls-cert and --tls-key with it")
+        if self.tls_cert is not None and self.insecure:
+            raise InvalidOption("--insecure contradicts --tls-cert; give one of them")
+        if self.tls_cert is None and not self.insecure and not is_loopback(self.listen.host):
+            raise InvalidOption(
+                f"--listen {self.listen} is reachable from other machines, and plaintext; give --tls-cert and --tls-key,"
+                " or --insecure in a network that protects traffic itself"
+            )
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:

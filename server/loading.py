@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from expertd.kernels.backend import Backend, LayerWeights
 from expertd.kernels.checkpoint import Checkpoint
-from expertd.server.config import format_ranges
+from expertd.kernels.ranges import format_ranges
 from expertd.server.device import DeviceOwner
 from expertd.server.metrics import Metrics
 from expertd.server.selfcheck import self_check

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from expertd.kernels.backend import TokenBatch
 from expertd.kernels.config import MoeConfig
+from expertd.kernels.ranges import format_ranges
 from expertd.kernels.routing import repeats_expert
 from expertd.proto.codec import ExecuteCall
 from expertd.proto.errors import InvalidBatch, ModelMismatch, StalePlacement, UnknownExpert
-from expertd.server.config import InvalidOption, format_ranges
+from expertd.server.config import InvalidOption
 
 _NOT_OWNED = -2
 

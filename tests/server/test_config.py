@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.server.config import Address, InvalidOption, ServerConfig, format_ranges, parse_ranges
+from expertd.server.config import Address, InvalidOption, ServerConfig
 
 
 def parse(*arguments: str) -> ServerConfig:
@@ -14,24 +14,10 @@ def parse(*arguments: str) -> ServerConfig:
     return ServerConfig.from_arguments(parser.parse_args(["--model", "m", "--experts", "0-31", *arguments]))
 
 
-@pytest.mark.parametrize(
-    ("text", "numbers"),
-    [("5", (5,)), ("0-3", (0, 1, 2, 3)), ("7, 0-2,2", (0, 1, 2, 7)), ("4-4", (4,))],
-)
-def test_ranges_are_read_as_ascending_distinct_numbers(text: str, numbers: tuple[int, ...]) -> None:
-    assert parse_ranges(text) == numbers
-
-
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "0-99999999", "1,,2", "1.5"])
 def test_bad_ranges_are_refused_with_the_option_and_the_text(text: str) -> None:
     with pytest.raises(InvalidOption, match=r"^--layers: "):
         parse(f"--layers={text}")
-
-
-@pytest.mark.parametrize("numbers", [(0,), (0, 1, 2), (0, 2, 4), (1, 2, 3, 7, 9, 10), tuple(range(256))])
-def test_ranges_survive_printing(numbers: tuple[int, ...]) -> None:
-    assert parse_ranges(format_ranges(numbers)) == numbers
-    assert format_ranges(range(32)) == "0-31"
 
 
 @pytest.mark.parametrize("text", ["0.0.0.0:50051", "[::1]:1", "example.org:0"])
