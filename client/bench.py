@@ -23,7 +23,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from expertd.client.cluster import LocalCluster, cache_folder
-from expertd.client.coordinator import Coordinator, CoordinatorConfig, MoeResult
+from expertd.client.config import CoordinatorConfig
+from expertd.client.coordinator import Coordinator, MoeResult
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.client.floors import Exchange, GrpcFloor, memcpy_seconds, raw_socket_seconds, running_echo
 from expertd.proto.codec import StageTimings

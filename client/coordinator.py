@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import time
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from expertd.client.arguments import as_rows, as_tokens, check_choice
-from expertd.client.dispatch import Dispatch, check_receipt, combine, plan_dispatch
-from expertd.client.gate import Gate
-from expertd.client.ownership import Ownership, resolve_ownership
-from expertd.client.security import ClientSecurity
-from expertd.client.transport import GrpcTransport, Transport
+from expertd.client.config import CoordinatorConfig
+from expertd.client.dispatch import combine
+from expertd.client.failover import Answer, LayerCall
+from expertd.client.membership import Membership
+from expertd.client.transport import GrpcTransport
 from expertd.kernels.config import MoeConfig
 from expertd.kernels.quantize import quantize_activations
 from expertd.kernels.routing import route, router_logits
-from expertd.proto.codec import HIDDEN_DTYPES, REPLY_DTYPES, ExecuteCall, ExecuteResult, ShardInfo, StageTimings
+from expertd.proto.codec import StageTimings
 from expertd.proto.errors import InvalidBatch
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CoordinatorConfig:
-    """How a coordinator talks to its servers. Times are in seconds."""
-
-    gates: Mapping[int, Gate] = field(default_factory=dict)
-    """Router by layer, for calls that give hidden states alone and for `router_logits` (whose bias is the gate's)."""
-    hidden_dtype: torch.dtype = torch.float8_e4m3fn
-    """What hidden states are sent as: float8_e4m3fn, or bfloat16 (no quantisation, twice the bytes)."""
-    reply_dtype: torch.dtype = torch.bfloat16
-    """What servers send partial sums as: bfloat16, or float32 (twice the bytes)."""
-    output_dtype: torch.dtype = torch.bfloat16
-    """What calls return; sums are FP32 whatever it is."""
-    chunk_bytes: int = 1 << 20
-    """Batches are split by tokens so that no message exceeds this, and sending, computing and receiving overlap."""
-    channels: int = 2
-    """Connections to each server; chunks go to the one with the least in flight."""
-    connect_timeout: float = 10.0
-    call_timeout: float = 60.0
-    security: ClientSecurity | None = None
-    """Certificates and token; without it, plaintext."""
-
-    def __post_init__(self) -> None:
-        if self.hidden_dtype not in HIDDEN_DTYPES:
-            raise ValueError(f"hidden_dtype is {self.hidden_dtype}; choose from {HIDDEN_DTYPES}")
-        if self.reply_dtype not in REPLY_DTYPES:
-            raise ValueError(f"reply_dtype is {self.reply_dtype}; choose from {REPLY_DTYPES}")
-        if self.chunk_bytes < 1 or self.channels < 1:
-            raise ValueError(f"chunk_bytes is {self.chunk_bytes}, channels {self.channels}; both must be at least 1")
-
-    def chunk_tokens(self, hidden_size: int) -> int:
-        """Tokens of a chunk: as many as keep both the request and the reply within `chunk_bytes`, at least one."""
-        widest = max(self.hidden_dtype.itemsize, self.reply_dtype.itemsize)
-        return max(1, self.chunk_bytes // (hidden_size * widest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +61,20 @@ class Coordinator:
             raise ValueError("servers is empty; give at least one host:port")
         self.config = config or CoordinatorConfig()
         self._addresses = tuple(servers)
-        self._transports: tuple[Transport, ...] = ()
-        self._shards: tuple[ShardInfo, ...] = ()
-        self._ownership: Ownership | None = None
+        self._membership: Membership | None = None
         self._request_ids = itertools.count(1)
 
     async def __aenter__(self) -> Self:
         """Connect. Raises `Unavailable`, `ModelMismatch`, or `UnknownExpert` naming the experts without an owner."""
-        channels, security = self.config.channels, self.config.security
-        self._transports = tuple(GrpcTransport(address, channels, security) for address in self._addresses)
+        membership = Membership(
+            [GrpcTransport(address, self.config.channels, self.config.security) for address in self._addresses]
+        )
         try:
-            found = (transport.get_shard(self.config.connect_timeout) for transport in self._transports)
-            self._shards = tuple(await asyncio.gather(*found))
-            self._ownership = resolve_ownership(self._addresses, self._shards)
+            await membership.connect(self.config.connect_timeout)
         except BaseException:
-            await self.close()
+            await membership.close()
             raise
+        self._membership = membership
         return self
 
     async def __aexit__(
@@ -124,28 +83,29 @@ class Coordinator:
         await self.close()
 
     async def close(self) -> None:
-        await asyncio.gather(*(transport.close() for transport in self._transports))
-        self._transports = ()
-        self._ownership = None
+        membership, self._membership = self._membership, None
+        if membership is not None:
+            await membership.close()
 
     def __repr__(self) -> str:
-        state = "connected" if self._ownership else "not connected"
+        state = "connected" if self._membership else "not connected"
         return f"Coordinator({list(self._addresses)}, {state})"
 
     @property
     def model(self) -> MoeConfig:
         """The model that the servers hold."""
-        return self._connected().config
+        return self._connected().ownership.config
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers that can be called."""
-        return self._connected().layers
+        return self._connected().ownership.layers
 
     @property
     def backends(self) -> frozenset[str]:
-        """Compute backends of the servers."""
-        return frozenset(shard.backend for shard in self._shards)
+        """Compute backends of the servers in use."""
+        members = self._connected().members
+        return frozenset(member.shard.backend for member in members if member.shard is not None)
 
     async def __call__(
         self,
@@ -173,51 +133,22 @@ class Coordinator:
 
         Routing comes from `topk_ids` [..., k] (global ids, any integer dtype, -1 for no expert) with `topk_weights`
         [..., k], or from `router_logits` [..., E] with the layer's gate for its bias, or from the gate alone.
-        Raises `InvalidBatch` for unusable arguments, or what the servers answered.
+        What fails on one server is repeated on others that own the same experts. Raises `InvalidBatch` for unusable
+        arguments, `UnknownExpert` for an unknown layer, or the last error when attempts or time run out.
         """
-        ownership = self._connected()
-        owner = ownership.of_layer(layer)
+        membership = self._connected()
+        membership.ownership.check_layer(layer)
         tokens = as_tokens("hidden", hidden, self.model.hidden_size)
         ids, weights = self._route(layer, tokens, router_logits, topk_ids, topk_weights)
-        sent, scales = self._quantize(tokens)
-        chunk = self.config.chunk_tokens(self.model.hidden_size)
-        limits = [min(chunk, shard.max_tokens_per_request) for shard in self._shards]
-        dispatches = [
-            part for dispatch in plan_dispatch(ids, weights, owner) for part in dispatch.split(limits[dispatch.server])
-        ]
-        answers = await _all_or_error([self._send(layer, sent, scales, dispatch) for dispatch in dispatches])
-        parts = [(dispatch, result) for dispatch, (result, _) in zip(dispatches, answers, strict=True)]
-        sums = combine(len(tokens), tokens.shape[1], parts)
-        reports = self._report(dispatches, answers)
-        return MoeResult(sums.to(self.config.output_dtype).reshape(hidden.shape), reports)
+        call = LayerCall(membership, self.config, self._request_ids, layer, *self._quantize(tokens))
+        answers = await call.run(ids, weights)
+        sums = combine(len(tokens), tokens.shape[1], [(answer.dispatch, answer.result) for answer in answers])
+        return MoeResult(sums.to(self.config.output_dtype).reshape(hidden.shape), _report(answers))
 
-    async def _send(
-        self, layer: int, hidden: Tensor, scales: Tensor | None, dispatch: Dispatch
-    ) -> tuple[ExecuteResult, float]:
-        """One server's part: the checked result and the seconds that it took."""
-        shard, transport = self._shards[dispatch.server], self._transports[dispatch.server]
-        call = ExecuteCall(
-            request_id=next(self._request_ids),
-            model_fingerprint=shard.model_fingerprint,
-            placement_epoch=shard.placement_epoch,
-            layer=layer,
-            hidden=hidden[dispatch.tokens],
-            scales=None if scales is None else scales[dispatch.tokens],
-            expert_ids=dispatch.expert_ids,
-            weights=dispatch.weights,
-            reply_dtype=self.config.reply_dtype,
-            timeout=self.config.call_timeout,
-        )
-        started = time.perf_counter()
-        result = await transport.execute(call)
-        seconds = time.perf_counter() - started
-        check_receipt(dispatch, result.receipt, transport.address)
-        return result, seconds
-
-    def _connected(self) -> Ownership:
-        if self._ownership is None:
+    def _connected(self) -> Membership:
+        if self._membership is None:
             raise RuntimeError("the coordinator is not connected; use it in 'async with Coordinator(...) as moe:'")
-        return self._ownership
+        return self._membership
 
     def _route(
         self, layer: int, tokens: Tensor, logits: Tensor | None, ids: Tensor | None, weights: Tensor | None
@@ -249,29 +180,19 @@ class Coordinator:
             return tokens.to(torch.bfloat16), None
         return quantize_activations(tokens)
 
-    def _report(
-        self, dispatches: Sequence[Dispatch], answers: Sequence[tuple[ExecuteResult, float]]
-    ) -> tuple[ServerReport, ...]:
-        reports = []
-        for server in sorted({dispatch.server for dispatch in dispatches}):
-            mine = [(d, *answer) for d, answer in zip(dispatches, answers, strict=True) if d.server == server]
-            reports.append(
-                ServerReport(
-                    address=self._addresses[server],
-                    tokens=sum(len(dispatch.tokens) for dispatch, _, _ in mine),
-                    pairs=sum(sum(result.receipt.values()) for _, result, _ in mine),
-                    round_trip=max(seconds for _, _, seconds in mine),
-                    timings=max((result.timings for _, result, _ in mine), key=lambda timings: timings.total),
-                )
+
+def _report(answers: Sequence[Answer]) -> tuple[ServerReport, ...]:
+    """The answers by server, in the order in which the servers first occur."""
+    reports = []
+    for address in dict.fromkeys(answer.address for answer in answers):
+        mine = [answer for answer in answers if answer.address == address]
+        reports.append(
+            ServerReport(
+                address=address,
+                tokens=sum(len(answer.dispatch.tokens) for answer in mine),
+                pairs=sum(sum(answer.result.receipt.values()) for answer in mine),
+                round_trip=max(answer.round_trip for answer in mine),
+                timings=max((answer.result.timings for answer in mine), key=lambda timings: timings.total),
             )
-        return tuple(reports)
-
-
-async def _all_or_error(calls: Sequence[Coroutine[None, None, T]]) -> list[T]:
-    """All results, in order; or the first error, with the other calls cancelled."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(call) for call in calls]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+        )
+    return tuple(reports)

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from expertd.client.cluster import LocalCluster, ServerDied, cache_folder, even_shards
-from expertd.client.coordinator import Coordinator, CoordinatorConfig, MoeResult
+from expertd.client.config import CoordinatorConfig
+from expertd.client.coordinator import Coordinator, MoeResult
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.client.gate import Gate, load_gates
 from expertd.client.oracle import TransformersOracle, load_oracle

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expertd.client.ownership import NOBODY, name_experts
 from expertd.proto.codec import ExecuteResult
-from expertd.proto.errors import ServerFault
-
-NOBODY = -1
+from expertd.proto.errors import ServerFault, Unavailable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,9 +45,14 @@ class Dispatch:
 def plan_dispatch(expert_ids: Tensor, weights: Tensor, owner: Tensor) -> list[Dispatch]:
     """Split [T, k] global ids and weights by server; ascending server, each (token, expert) pair in exactly one.
 
-    `owner` is [n_routed_experts] int64: the server that computes each expert.
+    `owner` is [n_routed_experts] int64: the server that computes each expert, or `NOBODY`. Raises `Unavailable`, naming
+    them, for experts that nobody computes now.
     """
-    servers = owner[expert_ids.long()].masked_fill_(expert_ids < 0, NOBODY)
+    servers = owner[expert_ids.long()]
+    orphans = expert_ids[(servers == NOBODY) & (expert_ids >= 0)]
+    if len(orphans):
+        raise Unavailable(f"no server that can be reached owns {name_experts(orphans.unique().tolist())}")
+    servers.masked_fill_(expert_ids < 0, NOBODY)
     dispatches = []
     for server in servers[servers != NOBODY].unique().tolist():
         mine = servers == server

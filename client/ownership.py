@@ -12,58 +12,67 @@ from expertd.kernels.config import MoeConfig
 from expertd.proto.codec import ShardInfo
 from expertd.proto.errors import ModelMismatch, UnknownExpert
 
+NOBODY = -1
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ownership:
-    """Owners of every expert of every layer of one model."""
+    """The servers that own each expert of each layer of one model; several owners of an expert are replicas."""
 
     config: MoeConfig
     model_fingerprint: str
-    owners: Mapping[int, Tensor]
-    """Layer -> [n_routed_experts] int64: the server, by index, that computes each expert."""
+    owned: Mapping[int, Tensor]
+    """Layer -> [servers, n_routed_experts] bool."""
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return tuple(sorted(self.owners))
+        return tuple(sorted(self.owned))
 
-    def of_layer(self, layer: int) -> Tensor:
-        if layer not in self.owners:
+    def check_layer(self, layer: int) -> None:
+        """Raise `UnknownExpert` for a layer that no server has."""
+        if layer not in self.owned:
             raise UnknownExpert(f"layer {layer} is on no server; layers served: {list(self.layers)}")
-        return self.owners[layer]
+
+    def choose(self, layer: int, loads: Sequence[float]) -> Tensor:
+        """[n_routed_experts] int64: for each expert the owner with the least of `loads`, or `NOBODY`."""
+        owned = self.owned[layer]
+        costs = torch.tensor(loads, dtype=torch.float64).unsqueeze(1).where(owned, torch.inf)
+        return costs.argmin(dim=0).where(owned.any(dim=0), NOBODY)
 
 
-def resolve_ownership(servers: Sequence[str], shards: Sequence[ShardInfo]) -> Ownership:
-    """Choose the owner of every expert: the first server that lists it. `servers` are their names, for errors.
+def resolve_ownership(servers: Sequence[str], shards: Sequence[ShardInfo | None]) -> Ownership:
+    """What `servers` (their names, for errors) own; None stands for one that cannot be reached, at least one can.
 
-    Raises `ModelMismatch` when the servers hold different models and `UnknownExpert` when an expert of a layer that
-    any server has is on none.
+    Raises `ModelMismatch` when the servers hold different models.
     """
-    first = shards[0]
-    for name, shard in zip(servers, shards, strict=True):
+    known = [(name, shard) for name, shard in zip(servers, shards, strict=True) if shard is not None]
+    first_name, first = known[0]
+    for name, shard in known:
         if shard.model_fingerprint != first.model_fingerprint:
             raise ModelMismatch(
-                f"{name} holds model {shard.model_fingerprint!r}, but {servers[0]} holds {first.model_fingerprint!r}"
+                f"{name} holds model {shard.model_fingerprint!r}, but {first_name} holds {first.model_fingerprint!r}"
             )
     config = MoeConfig.from_hf(first.config)
-    layers = sorted({layer for shard in shards for layer in shard.layers})
-    owners = {layer: _owners_of(layer, config, shards) for layer in layers}
-    return Ownership(config, first.model_fingerprint, owners)
+    layers = {layer for _, shard in known for layer in shard.layers}
+    owned = {layer: torch.zeros(len(servers), config.n_routed_experts, dtype=torch.bool) for layer in layers}
+    for index, shard in enumerate(shards):
+        for layer in shard.layers if shard is not None else ():
+            owned[layer][index, list(shard.experts)] = True
+    return Ownership(config, first.model_fingerprint, owned)
 
 
-def _owners_of(layer: int, config: MoeConfig, shards: Sequence[ShardInfo]) -> Tensor:
-    owner = torch.full((config.n_routed_experts,), -1, dtype=torch.int64)
-    for index, shard in reversed(list(enumerate(shards))):
-        if layer in shard.layers:
-            owner[list(shard.experts)] = index
-    missing = (owner < 0).nonzero().squeeze(1).tolist()
-    if missing:
-        raise UnknownExpert(
-            f"layer {layer}: no server owns {_name_experts(missing)}; start servers with these --experts"
-        )
-    return owner
+def check_complete(ownership: Ownership) -> None:
+    """Raise `UnknownExpert`, naming the experts, unless every expert of every layer has an owner."""
+    for layer in ownership.layers:
+        missing = (~ownership.owned[layer].any(dim=0)).nonzero().squeeze(1).tolist()
+        if missing:
+            raise UnknownExpert(
+                f"layer {layer}: no server owns {name_experts(missing)}; start servers with these --experts"
+            )
 
 
-def _name_experts(experts: list[int]) -> str:
+def name_experts(experts: Sequence[int]) -> str:
+    """ "expert 7", "experts 7, 8" or "experts 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"."""
     shown = ", ".join(map(str, experts[:8]))
     rest = len(experts) - 8
     return f"expert{'s' if len(experts) > 1 else ''} {shown}" + (f" and {rest} more" if rest > 0 else "")

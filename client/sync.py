@@ -10,7 +10,8 @@ from typing import Self, TypeVar
 
 from torch import Tensor
 
-from expertd.client.coordinator import Coordinator, CoordinatorConfig, MoeResult
+from expertd.client.config import CoordinatorConfig
+from expertd.client.coordinator import Coordinator, MoeResult
 from expertd.kernels.config import MoeConfig
 
 T = TypeVar("T")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.client.coordinator import Coordinator, CoordinatorConfig
+from expertd.client.config import CoordinatorConfig
+from expertd.client.coordinator import Coordinator
 from expertd.client.gate import load_gates
 from expertd.client.sync import SyncCoordinator
 from expertd.client.transport import GrpcTransport

@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertd import __version__
 from expertd.client.cluster import LocalCluster, ServerDied, even_shards
-from expertd.client.coordinator import Coordinator, CoordinatorConfig
+from expertd.client.config import CoordinatorConfig
+from expertd.client.coordinator import Coordinator
 from expertd.client.gate import load_gates
 from expertd.kernels.checkpoint import Checkpoint
 from expertd.kernels.reference import relative_error

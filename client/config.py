@@ -1,0 +1,55 @@
+"""How a coordinator talks to its servers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from expertd.client.gate import Gate
+from expertd.client.security import ClientSecurity
+from expertd.proto.codec import HIDDEN_DTYPES, REPLY_DTYPES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorConfig:
+    """How a coordinator talks to its servers. Times are in seconds."""
+
+    gates: Mapping[int, Gate] = field(default_factory=dict)
+    """Router by layer, for calls that give hidden states alone and for `router_logits` (whose bias is the gate's)."""
+    hidden_dtype: torch.dtype = torch.float8_e4m3fn
+    """What hidden states are sent as: float8_e4m3fn, or bfloat16 (no quantisation, twice the bytes)."""
+    reply_dtype: torch.dtype = torch.bfloat16
+    """What servers send partial sums as: bfloat16, or float32 (twice the bytes)."""
+    output_dtype: torch.dtype = torch.bfloat16
+    """What calls return; sums are FP32 whatever it is."""
+    chunk_bytes: int = 1 << 20
+    """Batches are split by tokens so that no message exceeds this, and sending, computing and receiving overlap."""
+    channels: int = 2
+    """Connections to each server; chunks go to the one with the least in flight."""
+    connect_timeout: float = 10.0
+    call_timeout: float = 60.0
+    """For a whole call, repeated attempts included."""
+    attempt_timeout: float = 20.0
+    """For one attempt on one server, after which another owner of the experts is asked."""
+    max_attempts: int = 4
+    """On servers that cannot be reached, fail or are overloaded."""
+    security: ClientSecurity | None = None
+    """Certificates and token; without it, plaintext."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_dtype not in HIDDEN_DTYPES:
+            raise ValueError(f"hidden_dtype is {self.hidden_dtype}; choose from {HIDDEN_DTYPES}")
+        if self.reply_dtype not in REPLY_DTYPES:
+            raise ValueError(f"reply_dtype is {self.reply_dtype}; choose from {REPLY_DTYPES}")
+        for name in ("connect_timeout", "call_timeout", "attempt_timeout", "max_attempts"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
+        if self.chunk_bytes < 1 or self.channels < 1:
+            raise ValueError(f"chunk_bytes is {self.chunk_bytes}, channels {self.channels}; both must be at least 1")
+
+    def chunk_tokens(self, hidden_size: int) -> int:
+        """Tokens of a chunk: as many as keep both the request and the reply within `chunk_bytes`, at least one."""
+        widest = max(self.hidden_dtype.itemsize, self.reply_dtype.itemsize)
+        return max(1, self.chunk_bytes // (hidden_size * widest))
