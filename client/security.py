@@ -72,17 +72,17 @@ class ClientSecurity:
         authorities = _read("root_ca", self.root_ca)
         try:
             context.load_verify_locations(cadata=authorities.decode(errors="replace"))
-        except ssl.SSLError as error:
-            raise ValueError(f"root_ca {self.root_ca} is not a PEM file of certificates: {error.reason}") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"root_ca {self.root_ca} is not a PEM file of certificates: {error}") from None
         if self.client_cert is None:
             return grpc.ssl_channel_credentials(authorities)
         certificate, key = _read("client_cert", self.client_cert), _read("client_key", self.client_key)
         try:
             context.load_cert_chain(self.client_cert, self.client_key, password="")
-        except ssl.SSLError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"client_cert {self.client_cert} and client_key {self.client_key} are not a PEM certificate with its"
-                f" unencrypted key: {error.reason}"
+                f" unencrypted key: {error}"
             ) from None
         return grpc.ssl_channel_credentials(authorities, key, certificate)
 

@@ -53,6 +53,12 @@ class DeadlineExceeded(ExpertdError):
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+class Unauthenticated(ExpertdError):
+    """The bearer token is missing or is none that the server accepts; nothing was read of the request."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
 class ServerFault(ExpertdError):
     """The server, or its answer, is wrong; nothing of it was used."""
 

@@ -31,6 +31,7 @@ from expertd.server.handlers import ExpertShardHandlers
 from expertd.server.loading import load_layers
 from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
+from expertd.server.security import ServerSecurity
 from expertd.server.shard import Shard
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Server:
         """Opens the checkpoint. Raises `InvalidOption`, `InvalidConfig` or `CheckpointError`."""
         self.config = config
         self.metrics = metrics
+        self.security = ServerSecurity(config)
         self.checkpoint = Checkpoint(config.model)
         self.shard = Shard(
             config=self.checkpoint.config,
@@ -94,7 +96,7 @@ class Server:
             _write_atomically(
                 self.config.ready_file, {"listen": str(self.address), "metrics": str(self.metrics_address)}
             )
-        log.info("serving on %s, metrics on http://%s/metrics", self.address, self.metrics_address)
+        log.info("serving on %s (%s), metrics on http://%s/metrics", self.address, self.security, self.metrics_address)
         self.ready.set()
 
     async def shutdown(self) -> None:
@@ -115,12 +117,14 @@ class Server:
     async def _listen(self) -> None:
         """Answer health checks and scrapes from the start; the other RPCs say that the server is starting."""
         self.grpc_server = grpc.aio.server(
+            interceptors=self.security.interceptors,
             options=[
+                ("grpc.max_concurrent_streams", self.config.max_streams),
                 ("grpc.max_receive_message_length", self.info.max_message_bytes),
                 ("grpc.max_send_message_length", self.info.max_message_bytes),
                 # Without it a second server on the same port would silently share its calls.
                 ("grpc.so_reuseport", 0),
-            ]
+            ],
         )
         self.handlers.register(self.grpc_server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc_server)
@@ -130,7 +134,7 @@ class Server:
         )
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
-            port = self.grpc_server.add_insecure_port(str(self.config.listen))
+            port = self.security.add_port(self.grpc_server, self.config.listen)
         except RuntimeError as error:
             raise InvalidOption(f"--listen {self.config.listen} cannot be bound: {error}") from None
         self.address = dataclasses.replace(self.config.listen, port=port)

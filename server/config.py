@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from expertd.proto.loopback import is_loopback
-
 from expertd.kernels.ranges import parse_ranges
+from expertd.proto.loopback import is_loopback
 
 Pipeline: TypeAlias = Literal["auto", "fast", "dequant"]
 BACKENDS = ("auto", "torch", "cutile")
@@ -133,7 +132,7 @@ class ServerConfig:
             raise InvalidOption("--insecure contradicts --tls-cert; give one of them")
         if self.tls_cert is None and not self.insecure and not is_loopback(self.listen.host):
             raise InvalidOption(
-                f"--listen {self.listen} is reachable from other machines, and plaintext; give --tls-cert and --tls-key,"
+                f"--listen {self.listen} would take plaintext from other machines; give --tls-cert and --tls-key,"
                 " or --insecure in a network that protects traffic itself"
             )
 
