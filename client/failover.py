@@ -14,11 +14,13 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from expertd.client.config import CoordinatorConfig
 from expertd.client.dispatch import Dispatch, check_receipt, plan_dispatch
-from expertd.client.membership import LOST, Membership
+from expertd.client.membership import LOST, Member, Membership
+from expertd.client.ownership import NOBODY
 from expertd.proto.codec import ExecuteCall, ExecuteResult
 from expertd.proto.errors import DeadlineExceeded, ExpertdError, Overloaded, Unavailable
 
@@ -36,6 +38,14 @@ class Answer:
     address: str
     round_trip: float
     """Seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Who failed, and how."""
+
+    member: Member
+    error: ExpertdError
 
 
 class LayerCall:
@@ -63,13 +73,41 @@ class LayerCall:
 
         Raises the last error of a part whose attempts or time ran out.
         """
-        owners = self._membership.owners(self._layer)
-        return await self._send_all(plan_dispatch(ids, weights, owners), attempt=1)
+        whole = Dispatch(NOBODY, torch.arange(len(ids)), ids, weights)
+        return await self._place(whole, attempt=1)
+
+    async def _place(self, work: Dispatch, attempt: int, failed: Failure | None = None) -> list[Answer]:
+        """Send `work` to owners of its experts, waiting a little for owners that are out of use.
+
+        After a failure, the member that failed is asked again only when nobody else owns the experts.
+        """
+        while True:
+            if attempt > 1:
+                await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempt - 2) * random.uniform(0.5, 1.5))
+            owners = self._membership.owners(self._layer, avoid=failed.member if failed else None)
+            try:
+                parts = plan_dispatch(work.expert_ids, work.weights, owners)
+            except Unavailable as nobody:
+                if attempt >= self._config.max_attempts:
+                    cause = f"; last error: {failed.error}" if failed else ""
+                    raise Unavailable(f"layer {self._layer}: {nobody}{cause}") from None
+                attempt += 1
+            else:
+                return await self._send_all([replace(part, tokens=work.tokens[part.tokens]) for part in parts], attempt)
 
     async def _send_all(self, dispatches: Sequence[Dispatch], attempt: int) -> list[Answer]:
         parts = [part for dispatch in dispatches for part in dispatch.split(self._chunk_tokens(dispatch))]
-        answers = await _all_or_error([self._send(part, attempt) for part in parts])
+        # Counted before anything is awaited, so that calls which start together see each other.
+        self._count(parts, 1)
+        try:
+            answers = await _all_or_error([self._send(part, attempt) for part in parts])
+        finally:
+            self._count(parts, -1)
         return list(itertools.chain.from_iterable(answers))
+
+    def _count(self, parts: Sequence[Dispatch], sign: int) -> None:
+        for part in parts:
+            self._membership.members[part.server].outstanding_tokens += sign * len(part.tokens)
 
     def _chunk_tokens(self, dispatch: Dispatch) -> int:
         chunk = self._config.chunk_tokens(self._hidden.shape[1])
@@ -83,25 +121,11 @@ class LayerCall:
             if time.monotonic() >= self._deadline:
                 # The caller's time is up, which says nothing about the server.
                 raise
-            self._membership.report(self._membership.members[dispatch.server], error)
-            return await self._send_elsewhere(dispatch, attempt, error)
-
-    async def _send_elsewhere(self, dispatch: Dispatch, attempt: int, error: ExpertdError) -> list[Answer]:
-        """Repeat a failed part on other owners of its experts, or on the same one when there is no other."""
-        while attempt < self._config.max_attempts:
-            await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-            attempt += 1
-            failed = self._membership.members[dispatch.server]
-            owners = self._membership.owners(self._layer, avoid=failed)
-            try:
-                parts = plan_dispatch(dispatch.expert_ids, dispatch.weights, owners)
-            except Unavailable as nobody:
-                # An owner may be back before the attempts run out.
-                error = Unavailable(f"layer {self._layer}: {nobody}; last error: {error}")
-                continue
-            parts = [replace(part, tokens=dispatch.tokens[part.tokens]) for part in parts]
-            return await self._send_all(parts, attempt)
-        raise error
+            failed = Failure(self._membership.members[dispatch.server], error)
+        self._membership.report(failed.member, failed.error)
+        if attempt >= self._config.max_attempts:
+            raise failed.error
+        return await self._place(dispatch, attempt + 1, failed)
 
     async def _attempt(self, dispatch: Dispatch) -> Answer:
         member = self._membership.members[dispatch.server]
@@ -124,11 +148,7 @@ class LayerCall:
             timeout=timeout,
         )
         started = time.perf_counter()
-        member.outstanding_tokens += len(dispatch.tokens)
-        try:
-            result = await member.transport.execute(call)
-        finally:
-            member.outstanding_tokens -= len(dispatch.tokens)
+        result = await member.transport.execute(call)
         check_receipt(dispatch, result.receipt, address)
         return Answer(dispatch, result, address, time.perf_counter() - started)
 

@@ -26,9 +26,8 @@ ANY_PORT = Address("127.0.0.1", 0)
 @contextlib.asynccontextmanager
 async def running_server(model: Path, experts: range, **options: Any) -> AsyncIterator[Server]:  # noqa: ANN401
     """A server in this process, ready to be called; drained at the end."""
-    config = ServerConfig(
-        model=model, experts=tuple(experts), listen=ANY_PORT, metrics=ANY_PORT, backend="torch", **options
-    )
+    defaults: dict[str, Any] = {"listen": ANY_PORT, "metrics": ANY_PORT, "backend": "torch"}
+    config = ServerConfig(model=model, experts=tuple(experts), **(defaults | options))
     server = Server(config, Metrics(CollectorRegistry()))
     running = asyncio.create_task(server.run())
     ready = asyncio.create_task(server.ready.wait())
