@@ -55,9 +55,9 @@ def resolve_ownership(servers: Sequence[str], shards: Sequence[ShardInfo | None]
     config = MoeConfig.from_hf(first.config)
     layers = {layer for _, shard in known for layer in shard.layers}
     owned = {layer: torch.zeros(len(servers), config.n_routed_experts, dtype=torch.bool) for layer in layers}
-    for index, shard in enumerate(shards):
-        for layer in shard.layers if shard is not None else ():
-            owned[layer][index, list(shard.experts)] = True
+    for index, answer in enumerate(shards):
+        for layer in answer.layers if answer is not None else ():
+            owned[layer][index, list(answer.experts)] = True
     return Ownership(config, first.model_fingerprint, owned)
 
 
