@@ -56,7 +56,9 @@ def resolve_ownership(servers: Sequence[str], shards: Sequence[ShardInfo | None]
     layers = {layer for _, shard in known for layer in shard.layers}
     owned = {layer: torch.zeros(len(servers), config.n_routed_experts, dtype=torch.bool) for layer in layers}
     for index, answer in enumerate(shards):
-        for layer in answer.layers if answer is not None else ():
+        if answer is None:
+            continue
+        for layer in answer.layers:
             owned[layer][index, list(answer.experts)] = True
     return Ownership(config, first.model_fingerprint, owned)
 
