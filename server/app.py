@@ -18,7 +18,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
+from prometheus_client import disable_created_metrics, start_http_server
 
 from expertd import __version__
 from expertd.kernels.checkpoint import Checkpoint
@@ -199,6 +199,9 @@ def serve(config: ServerConfig) -> None:
     """Run one server in this process until it is told to stop."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+
+    # A second series beside every counter and histogram, which says when it began, is more than it is worth.
+    disable_created_metrics()
 
     async def main() -> None:
         await Server(config, Metrics()).run()
