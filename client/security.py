@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from expertd.proto.errors import Unauthenticated
 from expertd.proto.loopback import is_loopback
 
 
@@ -58,12 +59,14 @@ class ClientSecurity:
         return grpc.aio.insecure_channel(address, options=list(options))
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What each call but health checks must carry."""
+        """What each call but health checks must carry. Raises `Unauthenticated` for an unusable token file."""
         token = self.token
         if self.token_file is not None:
-            lines = _read("token_file", self.token_file).decode(errors="replace").split("\n")
-            token = lines[0].strip()
-            _check_token(f"token_file {self.token_file}", token)
+            try:
+                token = _read("token_file", self.token_file).decode(errors="replace").split("\n")[0].strip()
+                _check_token(f"token_file {self.token_file}", token)
+            except ValueError as error:
+                raise Unauthenticated(str(error)) from None
         return () if token is None else (("authorization", f"Bearer {token}"),)
 
     def _credentials(self) -> grpc.ChannelCredentials:
