@@ -201,7 +201,7 @@ def serve(config: ServerConfig) -> None:
         torch.set_num_threads(config.threads)
 
     # A second series beside every counter and histogram, which says when it began, is more than it is worth.
-    disable_created_metrics()
+    disable_created_metrics()  # type: ignore[no-untyped-call]
 
     async def main() -> None:
         await Server(config, Metrics()).run()
