@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from expertd.client.packing import Floats, count_copies
+from expertd.client.packing import POWER, Floats, bin_loads, count_copies, even_out
 from expertd.client.placement import Fleet, InvalidPlan, Placement, place, place_layers
 
 EPLB_LOADS = np.array(
@@ -63,6 +63,17 @@ def test_copies_go_to_the_most_loaded(loads: list[int], spare: int, most: int) -
         open_items = copies < most
         if open_items.any():
             assert weights[item] / (copies[item] - 1) >= (weights / copies)[open_items].max() * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_swaps_keep_every_copy_and_lower_unevenness(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    held = random.random((6, 10)) < 0.4
+    held[0] |= ~held.any(axis=0)
+    loads = random.random((10, 2))
+    evened = even_out(loads, held, np.full(6, 10))
+    assert (evened.sum(axis=0) == held.sum(axis=0)).all()
+    assert (bin_loads(loads, evened) ** POWER).sum() < (bin_loads(loads, held) ** POWER).sum()
 
 
 def eplb_balancedness(layer: int) -> float:
