@@ -93,7 +93,7 @@ class _Channel:
                 ("grpc.max_send_message_length", -1),
                 # A connection of its own: channels to one address would otherwise share one.
                 ("grpc.use_local_subchannel_pool", 1),
-                # A server that returns is found again within a second.
+                # A server that returns is found again soon.
                 ("grpc.initial_reconnect_backoff_ms", 100),
                 ("grpc.min_reconnect_backoff_ms", 100),
                 ("grpc.max_reconnect_backoff_ms", 1000),
