@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from expertd.client.gate import load_gates
 from expertd.kernels.checkpoint import Checkpoint
 from expertd.kernels.quantize import FP8, dequantize_weights
 
@@ -60,14 +61,13 @@ def load_oracle(checkpoint: Checkpoint, layer: int) -> TransformersOracle:
         gate_up[expert, :inner] = read_matrix(checkpoint, f"{name}.gate_proj.weight", inner, hidden)
         gate_up[expert, inner:] = read_matrix(checkpoint, f"{name}.up_proj.weight", inner, hidden)
         down[expert] = read_matrix(checkpoint, f"{name}.down_proj.weight", hidden, inner)
+    gate = load_gates(checkpoint, (layer,))[layer]
     shared, shared_inner = f"{prefix}.shared_experts", inner * config.n_shared_experts
     state = {
         "experts.gate_up_proj": gate_up,
         "experts.down_proj": down,
-        "gate.weight": read_matrix(checkpoint, f"{prefix}.gate.weight", count, hidden),
-        "gate.e_score_correction_bias": checkpoint.read(
-            f"{prefix}.gate.e_score_correction_bias", (count,), torch.float32, torch.bfloat16
-        ).float(),
+        "gate.weight": gate.weight.float(),
+        "gate.e_score_correction_bias": gate.correction_bias,
         "shared_experts.gate_proj.weight": read_matrix(checkpoint, f"{shared}.gate_proj.weight", shared_inner, hidden),
         "shared_experts.up_proj.weight": read_matrix(checkpoint, f"{shared}.up_proj.weight", shared_inner, hidden),
         "shared_experts.down_proj.weight": read_matrix(checkpoint, f"{shared}.down_proj.weight", hidden, shared_inner),

@@ -81,9 +81,6 @@ class Checkpoint:
             )
         return stored
 
-    def has(self, name: str) -> bool:
-        return name in self._files
-
     def read(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
         """Read tensor `name`, which must have `shape` and one of `dtypes`."""
         stored = self.check(name, shape, *dtypes)

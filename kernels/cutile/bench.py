@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from expertd.kernels.backend import LayerWeights, TokenBatch
+from expertd.kernels.config import MoeConfig
 from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline
 from expertd.kernels.cutile.dequant_pipeline import default_config as default_dequant_config
 from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
 from expertd.kernels.cutile.launch import Gpu
+from expertd.kernels.cutile.measure import kernel_times
+from expertd.kernels.cutile.registry import coordinator_launches, dequant_launches, fast_launches
 from expertd.kernels.cutile.tiles import LayerConfig, default_config
 from expertd.kernels.cutile.tuning import Machine, Table, load_table
 from expertd.kernels.reference import reference_partials, relative_error
@@ -53,6 +56,7 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(UNIFORM_TOKENS), help="default: %(default)s")
     parser.add_argument("--no-torch", action="store_true", help="leave out the slow pipeline of plain torch operations")
+    parser.add_argument("--parts", action="store_true", help="time every kernel of both pipelines instead, by name")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -60,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("expertd bench kernels: torch sees no CUDA device", file=sys.stderr)
         return 1
+    if args.parts:
+        print_parts(args.tokens, load_table(Machine.detect()))
+        return 0
     bandwidth, rate = read_bandwidth(), bf16_rate()
     bench = LayerBench(ExpertShape(), load_table(Machine.detect()), bandwidth, rate)
     cases = [("uniform", tokens) for tokens in args.tokens]
@@ -86,6 +93,22 @@ def print_table(rows: Sequence[Row], bandwidth: float, rate: float) -> None:
         numbers = " | ".join(f"{time:.1f}" for time in times)
         counts = f"{row.routing} | {row.tokens} | {row.pairs} | {row.active_experts}"
         print(f"| {counts} | {numbers} | {row.floor / row.fast:.0%} | {row.error:.4f} |")
+
+
+def print_parts(token_counts: Sequence[int], table: Table) -> None:
+    """Microseconds of each kernel with uniform routing, the coordinator's kernels included."""
+    shape, gpu = ExpertShape(), Gpu.of(CUDA)
+    for tokens in token_counts:
+        key = shape.key(tokens)
+        fast = table.get("fast", key, LayerConfig) or default_config(tokens)
+        dequant = table.get("dequant", key, DequantConfig) or default_dequant_config(gpu.arch, tokens)
+        for pipeline, launches in (
+            ("fast", fast_launches(shape, tokens, fast, CUDA, gpu)),
+            ("dequant", dequant_launches(shape, tokens, dequant, CUDA, gpu)),
+            ("coordinator", coordinator_launches(MoeConfig(), tokens, CUDA)),
+        ):
+            for kernel, microseconds in kernel_times(launches).items():
+                print(f"{tokens:6} tokens  {pipeline:12} {kernel:24} {microseconds:9.1f} us")
 
 
 class LayerBench:

@@ -163,14 +163,6 @@ def test_find_says_where_a_tensor_lies_and_what_it_is(folder: Path) -> None:
     assert stored.file.read_bytes()[stored.start : stored.start + stored.num_bytes] == expected
 
 
-def test_has_knows_tensors_without_reading_headers(tmp_path: Path) -> None:
-    folder = _write(tmp_path, {"one.safetensors": {GATE: _tensors()[GATE]}})
-    (folder / "one.safetensors").unlink()
-    with Checkpoint(folder) as checkpoint:
-        assert checkpoint.has(GATE)
-        assert not checkpoint.has(EXPERT)
-
-
 def test_only_the_bytes_asked_for_are_read(folder: Path, reads: Reads) -> None:
     with Checkpoint(folder) as checkpoint:
         stored = checkpoint.find(EXPERT)
