@@ -27,6 +27,7 @@ from expertd.client.config import CoordinatorConfig
 from expertd.client.coordinator import Coordinator, MoeResult
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.client.floors import Exchange, GrpcFloor, memcpy_seconds, raw_socket_seconds, running_echo
+from expertd.client.quantiles import p50_p99
 from expertd.proto.codec import StageTimings
 
 TOKENS = (1, 8, 64, 256, 1024, 4096, 16384)
@@ -181,14 +182,14 @@ async def _repeat(call: Callable[[], Awaitable[None]], callers: int, seconds: fl
 def _summary(
     what: str, tokens: int, callers: int, times: list[float], wall: float, call_bytes: int, stages: dict[str, float]
 ) -> Measurement:
-    ordered = sorted(times)
+    p50, p99 = p50_p99(times)
     return Measurement(
         what=what,
         tokens=tokens,
         callers=callers,
         calls=len(times),
-        p50=statistics.median(ordered),
-        p99=ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+        p50=p50,
+        p99=p99,
         gigabytes_per_second=call_bytes * len(times) / wall / 1e9,
         tokens_per_second=tokens * len(times) / wall,
         stages=stages,

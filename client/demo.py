@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from expertd.client.coordinator import Coordinator, MoeResult
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.client.gate import Gate, load_gates
 from expertd.client.oracle import TransformersOracle, load_oracle
+from expertd.client.quantiles import p50_p99
 from expertd.kernels.checkpoint import Checkpoint, CheckpointError
 from expertd.kernels.config import InvalidConfig
 from expertd.kernels.reference import relative_error
@@ -218,9 +218,8 @@ def _slowest(result: MoeResult, stage: str) -> float:
 
 
 def _quantiles(seconds: Sequence[float]) -> str:
-    ordered = sorted(seconds)
-    p99 = ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]
-    return f"{statistics.median(ordered) * 1e3:.1f} / {p99 * 1e3:.1f}"
+    p50, p99 = p50_p99(seconds)
+    return f"{p50 * 1e3:.1f} / {p99 * 1e3:.1f}"
 
 
 def _spread(counts: list[int]) -> str:
