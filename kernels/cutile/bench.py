@@ -19,7 +19,7 @@ from expertd.kernels.cutile.dequant_pipeline import default_config as default_de
 from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
 from expertd.kernels.cutile.launch import Gpu
-from expertd.kernels.cutile.measure import kernel_times
+from expertd.kernels.cutile.measure import graph_time, kernel_times
 from expertd.kernels.cutile.registry import coordinator_launches, dequant_launches, fast_launches
 from expertd.kernels.cutile.tiles import LayerConfig, default_config
 from expertd.kernels.cutile.tuning import Machine, Table, load_table
@@ -191,22 +191,6 @@ def routed(batch: TokenBatch, routing: str, experts: int) -> TokenBatch:
 def rotated(work: Callable[[LayerWeights], object], layers: Sequence[LayerWeights]) -> float:
     """Median microseconds of `work` for one layer, from replays of a graph that goes through all of them."""
     return graph_time(lambda: [work(weights) for weights in layers]) / len(layers)
-
-
-def graph_time(work: Callable[[], object], repeats: int = 11) -> float:
-    """Median microseconds of replaying `work` as a CUDA graph."""
-    work()  # compiles, and allocates what the libraries keep
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats + 2)]
-    for start, end in spans:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return float(statistics.median(start.elapsed_time(end) for start, end in spans[2:])) * 1000
 
 
 def read_bandwidth() -> float:

@@ -16,14 +16,20 @@ L2_BYTES = 256 << 20
 
 def device_time(work: Callable[[], object], repeats: int = 10) -> float:
     """Median microseconds of `work`, replayed as a CUDA graph with a cold L2 cache. It must not wait for the device."""
+    flushed = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
+    return graph_time(work, repeats, before=flushed.zero_)
+
+
+def graph_time(work: Callable[[], object], repeats: int = 11, before: Callable[[], object] = lambda: None) -> float:
+    """Median microseconds of replaying `work` as a CUDA graph, with `before` called ahead of every replay."""
     work()  # compiles, and allocates what the libraries keep
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    flushed = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
     spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats + 2)]
     for start, end in spans:
-        flushed.zero_()
+        before()
         start.record()
         graph.replay()
         end.record()
