@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Membership:
     async def connect(self, timeout: float) -> None:
         """Ask every server, for at most `timeout` seconds; those that do not answer are probed from then on.
 
-        Raises the first error when no server answers or an expert is left without an owner.
+        Raises the first error when no server answers, and `UnknownExpert` when an expert is left without an owner.
         """
         asked = (member.transport.get_shard(timeout) for member in self.members)
         answers = await asyncio.gather(*asked, return_exceptions=True)
@@ -82,7 +83,8 @@ class Membership:
         try:
             check_complete(ownership)
         except UnknownExpert as missing:
-            raise errors[0] if errors else missing from None
+            unreachable = "".join(f"; {error}" for error in errors)
+            raise UnknownExpert(f"{missing}{unreachable}") from None
         self._ownership = ownership
         for member in self.members:
             if member.shard is None:
@@ -100,7 +102,9 @@ class Membership:
         """[n_routed_experts] int64: the member to ask for each expert, the least busy one; `avoid` only in need."""
         count = len(self.members)
         loads = [
-            member.outstanding_tokens
+            math.inf
+            if member.shard is None
+            else member.outstanding_tokens
             + ((member.index - self._first) % count) / count
             + (AVOIDED if member is avoid else 0.0)
             for member in self.members
@@ -112,15 +116,7 @@ class Membership:
         if isinstance(error, LOST) and member.shard is not None and self.connected:
             log.warning("%s is out of use: %s", member.transport.address, error)
             member.shard = None
-            self._ownership = self._without(member)
             self._start_probe(member)
-
-    def _without(self, member: Member) -> Ownership:
-        ownership = self.ownership
-        owned = {layer: table.clone() for layer, table in ownership.owned.items()}
-        for table in owned.values():
-            table[member.index] = False
-        return Ownership(ownership.config, ownership.model_fingerprint, owned)
 
     def _start_probe(self, member: Member) -> None:
         member.probe = asyncio.create_task(self._probe(member))

@@ -34,10 +34,13 @@ class Ownership:
             raise UnknownExpert(f"layer {layer} is on no server; layers served: {list(self.layers)}")
 
     def choose(self, layer: int, loads: Sequence[float]) -> Tensor:
-        """[n_routed_experts] int64: for each expert the owner with the least of `loads`, or `NOBODY`."""
-        owned = self.owned[layer]
-        costs = torch.tensor(loads, dtype=torch.float64).unsqueeze(1).where(owned, torch.inf)
-        return costs.argmin(dim=0).where(owned.any(dim=0), NOBODY)
+        """[n_routed_experts] int64: for each expert the owner with the least of `loads`, or `NOBODY`.
+
+        Servers with infinite load are never chosen.
+        """
+        costs = torch.tensor(loads, dtype=torch.float64).unsqueeze(1).where(self.owned[layer], torch.inf)
+        least, owner = costs.min(dim=0)
+        return owner.where(least.isfinite(), NOBODY)
 
 
 def resolve_ownership(servers: Sequence[str], shards: Sequence[ShardInfo | None]) -> Ownership:

@@ -200,6 +200,14 @@ async def test_refuses_to_start_when_an_expert_has_no_owner_and_names_it(small_m
                 pass
 
 
+async def test_experts_without_an_owner_are_named_beside_the_server_that_is_out_of_reach(small_model: Path) -> None:
+    async with running_server(small_model, range(15)) as server:
+        both = [str(server.address), "127.0.0.1:1"]
+        with pytest.raises(UnknownExpert, match=r"layer 1: no server owns expert 15; .*; 127\.0\.0\.1:1: "):
+            async with Coordinator(both, CoordinatorConfig(connect_timeout=0.5)):
+                pass
+
+
 async def test_overlapping_servers_count_each_pair_once(small_model: Path) -> None:
     hidden, (ids, weights) = tokens(20), routing(20)
     shards = [range(10), range(6, 16), range(EXPERTS)]
