@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expertd.client.gate import load_gates
 from expertd.kernels.checkpoint import Checkpoint
+from expertd.kernels.config import BLOCK
 from expertd.kernels.quantize import FP8, dequantize_weights
 
 if TYPE_CHECKING:
@@ -81,5 +82,5 @@ def read_matrix(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> T
     weight = checkpoint.read(name, (rows, columns), FP8, torch.bfloat16, torch.float32)
     if weight.dtype != FP8:
         return weight.float()
-    blocks = (-(-rows // 128), -(-columns // 128))
+    blocks = (rows // BLOCK, columns // BLOCK)
     return dequantize_weights(weight, checkpoint.read(f"{name}_scale_inv", blocks, torch.float32))
