@@ -32,13 +32,24 @@ from expertd.proto.errors import ExpertdError
 
 BATCHES = {1: 40, 64: 20, 1024: 8}
 """Tokens of a batch -> timed calls."""
-LAYER_BOUND = 3e-2
-"""Relative error of a layer's output, shared expert included, with FP8 activations."""
-ROUTED_BOUND = 4.5e-2
-"""The same for the routed experts alone. Rounding to FP8 is 2.6e-2 of the input; it reaches the product of gate and up
-twice, independently: sqrt(2) * 2.6e-2 = 3.7e-2, with some spread at one token."""
-EXACT_BOUNDS = {"torch": 1e-5, "cutile": 4e-2}
-"""Relative error of the routed experts with BF16 activations and FP32 replies, by backend: cutile quantises to FP8."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Largest relative errors."""
+
+    layer: float
+    """A layer's output, shared expert included, with FP8 activations."""
+    routed: float
+    """The same for the routed experts alone."""
+    exact: float
+    """The routed experts with BF16 activations and FP32 replies."""
+
+
+BOUNDS = {"torch": Bounds(3e-2, 4.5e-2, 1e-5), "cutile": Bounds(3.6e-2, 5.5e-2, 5.5e-2)}
+"""By backend. Rounding to FP8 is 2.6e-2 of the input; it reaches the product of gate and up twice, independently:
+sqrt(2) * 2.6e-2 = 3.7e-2. The fast pipeline of cutile rounds that product once more, which makes it 4.5e-2, and also
+BF16 activations; some spread at one token comes on top."""
 STAGES = ("queue", "compute", "total")
 AGREEMENT = ("layer", "tokens", "experts", "layer output", "routed alone", "BF16 in, FP32 out")
 LATENCY = ("layer", "tokens", "tokens a server", "queue", "compute", "server", "call")
@@ -55,16 +66,16 @@ class Row:
     layer_error: float
     routed_error: float
     exact_error: float
-    exact_bound: float
+    bounds: Bounds
     same_experts: bool
 
     @property
     def passed(self) -> bool:
         return (
             self.same_experts
-            and self.layer_error <= LAYER_BOUND
-            and self.routed_error <= ROUTED_BOUND
-            and self.exact_error <= self.exact_bound
+            and self.layer_error <= self.bounds.layer
+            and self.routed_error <= self.bounds.routed
+            and self.exact_error <= self.bounds.exact
         )
 
 
@@ -177,7 +188,7 @@ async def _measure_batch(
         layer_error=relative_error(results[-1].output + shared, whole),
         routed_error=relative_error(results[-1].output, whole - shared),
         exact_error=relative_error(exact.output, whole - shared),
-        exact_bound=max(EXACT_BOUNDS[backend] for backend in moe.backends),
+        bounds=max((BOUNDS[backend] for backend in moe.backends), key=lambda bounds: bounds.exact),
         same_experts=torch.equal(ids.sort(dim=-1).values.long(), oracle.route(hidden)),
     )
 
@@ -190,9 +201,9 @@ def _print_tables(rows: list[Row], cluster: LocalCluster, console: Console) -> N
         agreement.add_row(
             *batch,
             "same" if row.same_experts else "[red]DIFFER[/red]",
-            _verdict(row.layer_error, LAYER_BOUND),
-            _verdict(row.routed_error, ROUTED_BOUND),
-            _verdict(row.exact_error, row.exact_bound),
+            _verdict(row.layer_error, row.bounds.layer),
+            _verdict(row.routed_error, row.bounds.routed),
+            _verdict(row.exact_error, row.bounds.exact),
         )
         latency.add_row(
             *batch,

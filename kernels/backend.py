@@ -52,6 +52,8 @@ class TokenBatch:
     """[T, k] int32: local expert index 0..E-1, or -1 for none. An expert occurs at most once in a row."""
     weights: Tensor
     """[T, k] float32: routing weight of each (token, expert) pair; ignored where the id is -1."""
+    reply: Tensor | None = None
+    """[T, H] of the reply's dtype: where the sums are to be written; None for memory of the backend's own."""
 
     @property
     def num_tokens(self) -> int:
@@ -68,11 +70,30 @@ class Partials:
     """[E] int32: (token, expert) pairs computed for each local expert."""
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """One device batch in host memory, with its seconds by stage."""
+
+    sums: tuple[Tensor, ...]
+    """[T, H] for each of the batch's requests, in their order."""
+    pairs: Tensor
+    """[E] int32: (token, expert) pairs computed for each local expert, over all requests."""
+    copy_in: float
+    compute: float
+    copy_out: float
+
+
+class Underway(Protocol):
+    """A batch that the device was told to compute."""
+
+    def result(self) -> Computed:
+        """Wait for the end of the batch. Called once, by any thread; raises what the device met."""
+
+
 class Backend(Protocol):
     """Computes the expert FFNs of the layers that were loaded into it. Called by one thread only.
 
-    A batch goes through `copy_in`, `execute`, `copy_out`; the host tensors handed to `copy_in` must stay unchanged
-    until `copy_out` has returned.
+    The host tensors handed to `submit` must stay unchanged until the batch's `result` has returned.
     """
 
     @property
@@ -83,20 +104,15 @@ class Backend(Protocol):
     def device(self) -> str:
         """The hardware that computes, for people to read."""
 
+    @property
+    def depth(self) -> int:
+        """Batches that may be under way at once, so that the copies of one overlap the computation of another."""
+
     def load_layer(self, layer: int, weights: LayerWeights) -> None:
         """Take a layer's weights from host memory. Raises `UnsupportedShape`."""
 
     def warm_up(self) -> None:
         """Do after the last `load_layer` what would make the first batches slow, such as compiling."""
 
-    def copy_in(self, batches: Sequence[TokenBatch]) -> TokenBatch:
-        """Concatenate host batches of one dtype along T and move them to the device."""
-
-    def execute(self, layer: int, batch: TokenBatch) -> Partials:
-        """Compute the partial sums of a device batch in FP32."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has done everything that it was asked for."""
-
-    def copy_out(self, partials: Partials, dtype: torch.dtype) -> Partials:
-        """Convert the sums to `dtype` (float32 or bfloat16) and move the partials to host memory."""
+    def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> Underway:
+        """Start computing several requests, of one dtype and one number of slots a token, as one batch."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, silu
 
-from expertd.kernels.backend import LayerWeights, Partials, TokenBatch
+from expertd.kernels.backend import Computed, LayerWeights, Partials, TokenBatch
 from expertd.kernels.quantize import dequantize_activations, dequantize_weights
 from expertd.kernels.token_sort import sort_pairs
 
@@ -21,6 +23,7 @@ class TorchBackend:
     """Keeps dequantised FP32 weights (four times the FP8 bytes); batch-invariant, no second quantisation."""
 
     name = "torch"
+    depth = 1
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -38,15 +41,21 @@ class TorchBackend:
     def warm_up(self) -> None:
         """Nothing to do."""
 
-    def copy_in(self, batches: Sequence[TokenBatch]) -> TokenBatch:
-        if len(batches) == 1:
-            return batches[0]
-        scales = [batch.scales for batch in batches if batch.scales is not None]
-        return TokenBatch(
-            hidden=torch.cat([batch.hidden for batch in batches]),
-            scales=torch.cat(scales) if scales else None,
-            expert_ids=torch.cat([batch.expert_ids for batch in batches]),
-            weights=torch.cat([batch.weights for batch in batches]),
+    def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> Finished:
+        started = time.perf_counter()
+        batch = _merge(requests)
+        merged = time.perf_counter()
+        partials = self.execute(layer, batch)
+        computed = time.perf_counter()
+        sums = partials.sums.to(reply_dtype).split([request.num_tokens for request in requests])
+        return Finished(
+            Computed(
+                sums=tuple(map(_replied, requests, sums)),
+                pairs=partials.pairs,
+                copy_in=merged - started,
+                compute=computed - merged,
+                copy_out=time.perf_counter() - computed,
+            )
         )
 
     @torch.inference_mode()
@@ -67,11 +76,33 @@ class TorchBackend:
             first += count
         return Partials(sums=sums, pairs=order.counts.to(torch.int32))
 
-    def synchronize(self) -> None:
-        """Nothing to do: every call returns when it is done."""
 
-    def copy_out(self, partials: Partials, dtype: torch.dtype) -> Partials:
-        return Partials(sums=partials.sums.to(dtype), pairs=partials.pairs)
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A batch that was computed by the time `submit` returned."""
+
+    computed: Computed
+
+    def result(self) -> Computed:
+        return self.computed
+
+
+def _merge(requests: Sequence[TokenBatch]) -> TokenBatch:
+    """One batch with the tokens of all requests, in their order."""
+    if len(requests) == 1:
+        return requests[0]
+    scales = [request.scales for request in requests if request.scales is not None]
+    return TokenBatch(
+        hidden=torch.cat([request.hidden for request in requests]),
+        scales=torch.cat(scales) if scales else None,
+        expert_ids=torch.cat([request.expert_ids for request in requests]),
+        weights=torch.cat([request.weights for request in requests]),
+    )
+
+
+def _replied(request: TokenBatch, sums: Tensor) -> Tensor:
+    """`sums`, in the memory that the request wants them in."""
+    return sums if request.reply is None else request.reply.copy_(sums)
 
 
 def _expert_ffn(hidden: Tensor, up_gate: Tensor, down: Tensor) -> Tensor:

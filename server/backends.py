@@ -22,13 +22,12 @@ def choose_backend(config: ServerConfig, model: MoeConfig) -> tuple[Backend, str
     if obstacle is not None:
         return TorchBackend(), f"--backend auto: {obstacle}"
     from expertd.kernels.cutile.backend import CutileBackend
-    from expertd.kernels.cutile.tiles import SHAPE_CLASSES
 
     try:
         backend = CutileBackend(
             config.pipeline,
             batch_invariant=config.batch_invariant,
-            max_tokens=min(config.max_batch_tokens, SHAPE_CLASSES[-1]),
+            max_batch_tokens=config.max_batch_tokens,
             max_slots=model.num_experts_per_tok,
         )
     except UnsupportedShape as error:

@@ -1,10 +1,9 @@
-"""The device owner: one thread that alone calls the backend, fed from the event loop."""
+"""The device owner: one thread that alone calls the backend, fed from the event loop, and one that waits for it."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -13,47 +12,55 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from expertd.kernels.backend import Backend, Partials, TokenBatch
+from expertd.kernels.backend import Partials, TokenBatch, Underway
 from expertd.proto.errors import ServerFault
 
 T = TypeVar("T")
 
 
 class DeviceOwner:
-    """Runs functions one after another on its own thread and resolves their futures on the event loop."""
+    """Runs functions one after another on its own thread and resolves their futures on the event loop.
+
+    A second thread waits for the batches that the first has started, so that the next one can start meanwhile.
+    """
 
     def __init__(self) -> None:
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="device-owner", daemon=True)
+        self._waits: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_run_all, args=(queue,), name=name, daemon=True)
+            for name, queue in (("device-owner", self._work), ("device-waiter", self._waits))
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """Let the thread end after the work that it already has."""
+        """Let the threads end after the work that they already have."""
+        self._work.put(lambda: self._waits.put(None))
         self._work.put(None)
 
     def call(self, function: Callable[[], T]) -> asyncio.Future[T]:
         """Run `function` on the device thread; its result or exception arrives in the future."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._work.put(lambda: None if future.cancelled() else _settle(future, function))
+        return future
+
+    def run(self, start: Callable[[], Underway], finish: Callable[[Underway], T]) -> asyncio.Future[T]:
+        """Run `start` on the device thread and `finish`, which waits for the device, on the other one."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def work() -> None:
-            if future.cancelled():
-                return
             try:
-                result = function()
+                underway = start()
             except Exception as error:
-                loop.call_soon_threadsafe(_reject, future, error)
+                future.get_loop().call_soon_threadsafe(_reject, future, error)
             else:
-                loop.call_soon_threadsafe(_resolve, future, result)
+                self._waits.put(lambda: _settle(future, lambda: finish(underway)))
 
         self._work.put(work)
         return future
-
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            work()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +73,39 @@ class BatchOutcome:
     copy_out: float
 
 
-def run_batch(
-    backend: Backend, layer: int, requests: Sequence[TokenBatch], num_experts: int, reply_dtype: torch.dtype
-) -> BatchOutcome:
-    """Compute several requests as one device batch. Called on the device thread.
+def collect(layer: int, requests: Sequence[TokenBatch], num_experts: int, underway: Underway) -> BatchOutcome:
+    """Wait for a batch and give each request its part.
 
     Raises `ServerFault` when the pairs that the backend counted are not those that the requests asked for.
     """
-    started = time.perf_counter()
-    batch = backend.copy_in(requests)
-    backend.synchronize()
-    copied_in = time.perf_counter()
-    computed = backend.execute(layer, batch)
-    backend.synchronize()
-    finished = time.perf_counter()
-    merged = backend.copy_out(computed, reply_dtype)
     pairs = [_count_pairs(request.expert_ids, num_experts) for request in requests]
     expected = torch.stack(pairs).sum(dim=0)
-    if not torch.equal(expected, merged.pairs.long()):
-        raise ServerFault(f"layer {layer}: the device computed pairs {merged.pairs.tolist()}, not {expected.tolist()}")
-    sums = torch.split(merged.sums, [request.num_tokens for request in requests])
+    computed = underway.result()
+    if not torch.equal(expected, computed.pairs.long()):
+        raise ServerFault(
+            f"layer {layer}: the device computed pairs {computed.pairs.tolist()}, not {expected.tolist()}"
+        )
     return BatchOutcome(
-        partials=tuple(Partials(*part) for part in zip(sums, pairs, strict=True)),
-        copy_in=copied_in - started,
-        compute=finished - copied_in,
-        copy_out=time.perf_counter() - finished,
+        partials=tuple(Partials(*part) for part in zip(computed.sums, pairs, strict=True)),
+        copy_in=computed.copy_in,
+        compute=computed.compute,
+        copy_out=computed.copy_out,
     )
+
+
+def _run_all(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (work := queue.get()) is not None:
+        work()
+
+
+def _settle(future: asyncio.Future[T], function: Callable[[], T]) -> None:
+    """Run `function` and hand its outcome to the event loop of `future`."""
+    try:
+        result = function()
+    except Exception as error:
+        future.get_loop().call_soon_threadsafe(_reject, future, error)
+    else:
+        future.get_loop().call_soon_threadsafe(_resolve, future, result)
 
 
 def _count_pairs(expert_ids: Tensor, num_experts: int) -> Tensor:

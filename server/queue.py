@@ -19,6 +19,7 @@ class Completed:
 
     partials: Partials
     queue: float
+    """Waiting for the device, and between its stages."""
     copy_in: float
     compute: float
     copy_out: float

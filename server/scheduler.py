@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 import torch
 
 from expertd.kernels.backend import Backend, TokenBatch
 from expertd.proto.errors import DeadlineExceeded, ExpertdError, Overloaded, ServerFault, Unavailable
-from expertd.server.device import BatchOutcome, DeviceOwner, run_batch
+from expertd.server.device import BatchOutcome, DeviceOwner, collect
 from expertd.server.queue import Completed, FairQueue, Job
+
+OVERLAP_TOKENS = 256
+"""A batch smaller than this gains more by growing while another is under way than by overlapping with it."""
 
 
 class Scheduler:
@@ -36,7 +39,7 @@ class Scheduler:
         self._max_queued_tokens = max_queued_tokens
         self._on_batch = on_batch
         self._queue = FairQueue()
-        self._running = False
+        self._under_way: list[int] = []
         self.closed_because: str | None = "the server is starting"
 
     @property
@@ -75,7 +78,7 @@ class Scheduler:
         return await future
 
     def _start_next(self) -> None:
-        while not self._running and self._queue:
+        while self._queue and may_start(self._under_way, self._queue.tokens, self._backend.depth):
             jobs = self._keep_wanted(self._queue.take(self._max_batch_tokens))
             if jobs:
                 self._start(jobs)
@@ -90,21 +93,18 @@ class Scheduler:
         return [job for job in jobs if not job.future.done()]
 
     def _start(self, jobs: list[Job]) -> None:
-        self._running = True
-        self._on_batch(sum(job.batch.num_tokens for job in jobs))
-        work = partial(
-            run_batch,
-            self._backend,
-            jobs[0].layer,
-            [job.batch for job in jobs],
-            self._num_experts,
-            jobs[0].reply_dtype,
-        )
-        self._device.call(work).add_done_callback(partial(self._finish, jobs, time.perf_counter()))
+        requests = [job.batch for job in jobs]
+        tokens = sum(request.num_tokens for request in requests)
+        self._under_way.append(tokens)
+        self._on_batch(tokens)
+        start = partial(self._backend.submit, jobs[0].layer, requests, jobs[0].reply_dtype)
+        finish = partial(collect, jobs[0].layer, requests, self._num_experts)
+        self._device.run(start, finish).add_done_callback(partial(self._finish, jobs, tokens))
 
-    def _finish(self, jobs: list[Job], started: float, outcome: asyncio.Future[BatchOutcome]) -> None:
-        self._running = False
+    def _finish(self, jobs: list[Job], tokens: int, outcome: asyncio.Future[BatchOutcome]) -> None:
+        self._under_way.remove(tokens)
         error = outcome.exception()
+        now = time.perf_counter()
         for position, job in enumerate(jobs):
             if job.future.done():
                 continue
@@ -115,13 +115,24 @@ class Scheduler:
                 job.future.set_result(
                     Completed(
                         partials=result.partials[position],
-                        queue=started - job.arrived,
+                        queue=now - job.arrived - result.copy_in - result.compute - result.copy_out,
                         copy_in=result.copy_in,
                         compute=result.compute,
                         copy_out=result.copy_out,
                     )
                 )
         self._start_next()
+
+
+def may_start(under_way: Sequence[int], waiting_tokens: int, depth: int) -> bool:
+    """Whether the next batch starts now, with batches of these tokens under way and so many tokens waiting.
+
+    Two small batches never overlap: the second waits and grows, which costs the device less than both.
+    """
+    if not under_way:
+        return True
+    overlaps = min(under_way) >= OVERLAP_TOKENS or waiting_tokens >= OVERLAP_TOKENS
+    return len(under_way) < depth and overlaps
 
 
 def _as_fault(error: BaseException) -> ExpertdError:

@@ -27,13 +27,12 @@ def self_check(backend: Backend, layer: int, weights: LayerWeights) -> float:
     hidden, scales = quantize_activations(torch.randn(TOKENS, hidden_size, generator=generator))
     first = layer % weights.num_experts
     second = (layer + weights.num_experts // 2) % weights.num_experts
-    ids = torch.full((TOKENS, 2), -1, dtype=torch.int32)
-    ids[:, 0] = first
-    if first != second:
-        ids[::2, 1] = second
-    batch = TokenBatch(hidden, scales, ids, torch.rand(TOKENS, 2, generator=generator) + 0.5)
-    computed = backend.copy_out(backend.execute(layer, backend.copy_in([batch])), torch.float32)
-    error = relative_error(computed.sums, reference_partials(batch, weights, torch.float32))
+    # One expert a token, which every model allows.
+    ids = torch.full((TOKENS, 1), first, dtype=torch.int32)
+    ids[::2] = second
+    batch = TokenBatch(hidden, scales, ids, torch.rand(TOKENS, 1, generator=generator) + 0.5)
+    computed = backend.submit(layer, [batch], torch.float32).result()
+    error = relative_error(computed.sums[0], reference_partials(batch, weights, torch.float32))
     if not error <= BOUND:
         raise SelfCheckFailed(
             f"self-check of layer {layer} on backend {backend.name} failed: relative error {error:.3g} exceeds {BOUND};"

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from queue import SimpleQueue
 
 import torch
-from torch import Tensor
 
-from expertd.kernels.backend import LayerWeights, Partials, TokenBatch, UnsupportedShape
+from expertd.kernels.backend import LayerWeights, TokenBatch, UnsupportedShape
 from expertd.kernels.config import BLOCK
-from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline
-from expertd.kernels.cutile.dequant_pipeline import default_config as default_dequant_config
-from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
 from expertd.kernels.cutile.fp8 import has_fp8
 from expertd.kernels.cutile.inputs import ExpertShape
 from expertd.kernels.cutile.launch import Gpu
-from expertd.kernels.cutile.quantize import quantize_activations
-from expertd.kernels.cutile.staging import Staging
-from expertd.kernels.cutile.tiles import SHAPE_CLASSES, LayerConfig, default_config, shape_class
-from expertd.kernels.cutile.tuning import DEFAULT_CACHE, Machine, Table, load_table
+from expertd.kernels.cutile.pipeline import DequantLayer, FastLayer, Layer, Pipeline, choose_pipeline
+from expertd.kernels.cutile.staging import (
+    DeviceBatch,
+    Layout,
+    Results,
+    Slot,
+    fill_routing,
+    fill_small,
+    move_batch,
+    move_sums,
+    pinned,
+)
+from expertd.kernels.cutile.tiles import SHAPE_CLASSES, shape_class
+from expertd.kernels.cutile.tuning import DEFAULT_CACHE, Machine, load_table
+from expertd.kernels.quantize import FP8
 
 log = logging.getLogger(__name__)
 
-Pipeline = Literal["auto", "fast", "dequant"]
-MAX_TILE_ROWS = 128
 MAX_HIDDEN_SIZE = 8192
 MAX_INTERMEDIATE_SIZE = 4096
 MAX_EXPERTS = 64
@@ -35,24 +43,25 @@ GRAPH_TOKENS = 256
 
 
 class CutileBackend:
-    """Computes on one GPU. What `execute` returns is overwritten by the next `execute`: call `copy_out` before it.
+    """Computes on one GPU: copies and kernels of successive batches overlap, on three streams.
 
     `pipeline` is "fast" (FP8 products, relative error below 3e-2), "dequant" (FP16 products, below 1e-3) or "auto":
     `choose_pipeline`. A token's bits never depend on the order of its batch; with `batch_invariant` they do not depend
-    on its size either. Batches of more than `max_tokens` tokens are computed in parts. `sums_dtype` is that of the sums
-    on the device: bfloat16 spares a pass over memory where replies have that type.
+    on its size either. Batches of up to `max_batch_tokens` tokens are taken; kernels compute at most `max_tokens` at
+    once, longer batches in parts. Tokens have at most `max_slots` experts.
     """
 
     name = "cutile"
+    depth = 2
 
     def __init__(
         self,
         pipeline: Pipeline = "auto",
         *,
         batch_invariant: bool = False,
+        max_batch_tokens: int = SHAPE_CLASSES[-1],
         max_tokens: int = SHAPE_CLASSES[-1],
         max_slots: int = 8,
-        sums_dtype: torch.dtype = torch.float32,
         device: str = "cuda",
         cache: Path = DEFAULT_CACHE,
     ) -> None:
@@ -62,12 +71,14 @@ class CutileBackend:
             raise UnsupportedShape(f"{self.device} ({self._gpu.arch}) has no FP8: choose the dequant pipeline")
         self._pipeline = pipeline
         self._batch_invariant = batch_invariant
+        self._max_batch_tokens = max_batch_tokens
         self._max_tokens = max_tokens
         self._max_slots = max_slots
-        self._sums_dtype = sums_dtype
         self._table = load_table(Machine.detect(), cache)
         self._layers: dict[int, LayerWeights] = {}
-        self._graphs: dict[tuple[int, int, int, torch.dtype], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, Layout, torch.dtype], torch.cuda.CUDAGraph] = {}
+        self._slots: SimpleQueue[Slot] = SimpleQueue()
+        self._inward, self._outward = (torch.cuda.Stream(self._device) for _ in range(2))
 
     @property
     def device(self) -> str:
@@ -94,115 +105,124 @@ class CutileBackend:
 
     def warm_up(self) -> None:
         """Compile what every shape class needs and capture the graphs of small batches of every layer."""
-        for tokens in SHAPE_CLASSES:
-            for layer in self._layers if tokens <= GRAPH_TOKENS else list(self._layers)[:1]:
-                # Kernels are compiled once for sizes that are multiples of 16 and once for others.
-                for size in {tokens, max(tokens - 1, 1)}:
-                    if size <= self._max_tokens:
-                        self.execute(layer, self._staging.blank(size, self._max_slots))
-        torch.cuda.synchronize(self._device)
-
-    def copy_in(self, batches: Sequence[TokenBatch]) -> TokenBatch:
-        return self._staging.copy_in(batches)
+        first = next(iter(self._layers))
+        for tokens in (tokens for tokens in SHAPE_CLASSES if tokens <= self._max_batch_tokens):
+            for layer in self._layers if tokens <= GRAPH_TOKENS else (first,):
+                for reply_dtype in (torch.bfloat16, torch.float32):
+                    # Kernels are compiled once for sizes that are multiples of 16 and once for others.
+                    for size in {tokens, max(tokens - 1, 1)}:
+                        self.submit(layer, [self._blank(size, FP8)], reply_dtype).result()
+            self.submit(first, [self._blank(tokens, torch.bfloat16)], torch.bfloat16).result()
 
     @torch.inference_mode()
-    def execute(self, layer: int, batch: TokenBatch) -> Partials:
-        weights = self._layers[layer]
-        if batch.expert_ids.shape[1] > self._max_slots:
-            raise UnsupportedShape(f"{batch.expert_ids.shape[1]} experts a token exceed max_slots {self._max_slots}")
-        if self._pipeline == "dequant":
-            return self._dequant(batch, weights, self._dequant_config(batch.num_tokens))
-        if batch.num_tokens <= min(GRAPH_TOKENS, self._max_tokens):
-            return self._replay(layer, batch)
-        sums = torch.empty(batch.hidden.shape, dtype=self._sums_dtype, device=self._device)
-        parts = range(0, batch.num_tokens, self._max_tokens)
-        pairs = torch.zeros(weights.num_experts, dtype=torch.int32, device=self._device)
-        for first in parts:
-            self._launch(weights, _part(batch, first, self._max_tokens), sums[first:])
-            pairs += self._workspace.schedule.pairs
-        return Partials(sums=sums, pairs=pairs)
+    def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> DeviceBatch:
+        tokens, slots = sum(request.num_tokens for request in requests), requests[0].expert_ids.shape[1]
+        if slots > self._max_slots:
+            raise UnsupportedShape(f"{slots} experts a token exceed max_slots {self._max_slots}")
+        if tokens > self._max_batch_tokens:
+            raise UnsupportedShape(f"{tokens} tokens exceed max_batch_tokens {self._max_batch_tokens}")
+        as_graph = tokens <= self._compute.max_graph_tokens
+        layout = Layout(
+            tokens=min(shape_class(tokens), self._compute.max_graph_tokens) if as_graph else tokens,
+            slots=slots,
+            hidden_size=self._shape.hidden_size,
+            dtype=requests[0].hidden.dtype,
+        )
+        begin = self._replay if as_graph else self._stream
+        slot = self._slots.get_nowait()
+        try:
+            return begin(slot, layer, requests, layout, reply_dtype)
+        except BaseException:
+            self._slots.put(slot)
+            raise
 
-    def synchronize(self) -> None:
-        torch.cuda.current_stream(self._device).synchronize()
+    def _replay(
+        self, slot: Slot, layer: int, requests: Sequence[TokenBatch], layout: Layout, reply_dtype: torch.dtype
+    ) -> DeviceBatch:
+        """Compute a small batch, padded to its shape class, as a graph; one copy in, one out, all on one stream."""
+        started, marks = time.perf_counter(), slot.marks
+        tokens = fill_small(requests, slot.host_batch(layout))
+        staged = time.perf_counter() - started
+        used = layout.num_bytes(tokens)
+        marks[0].record()
+        self._small[:used].copy_(slot.host[:used], non_blocking=True)
+        marks[1].record()
+        graph = self._graph(layer, layout, reply_dtype)
+        marks[2].record()
+        graph.replay()
+        marks[3].record()
+        marks[4].record()
+        results = self._small_results.used(tokens, reply_dtype).to_host()
+        marks[5].record()
+        sums = results.sums(reply_dtype).split([request.num_tokens for request in requests])
+        return DeviceBatch(requests, sums, results.pairs, marks, staged, partial(self._slots.put, slot))
 
-    def copy_out(self, partials: Partials, dtype: torch.dtype) -> Partials:
-        return self._staging.copy_out(partials, dtype)
+    def _stream(
+        self, slot: Slot, layer: int, requests: Sequence[TokenBatch], layout: Layout, reply_dtype: torch.dtype
+    ) -> DeviceBatch:
+        """Copy in, compute and copy out on a stream each, to overlap those of the batches before and after."""
+        started, marks = time.perf_counter(), slot.marks
+        kernels = torch.cuda.current_stream(self._device)
+        results = slot.results.used(layout.tokens, reply_dtype)
+        fill_routing(requests, slot.host_batch(layout))
+        staged = time.perf_counter() - started
+        with torch.cuda.stream(self._inward):
+            marks[0].record()
+            batch = move_batch(requests, slot, layout)
+            marks[1].record()
+        kernels.wait_event(marks[1])
+        marks[2].record()
+        self._compute.compute(self._layers[layer], batch, results.sums(reply_dtype), results.pairs)
+        marks[3].record()
+        with torch.cuda.stream(self._outward):
+            self._outward.wait_event(marks[3])
+            marks[4].record()
+            pairs = pinned(results.pairs.shape, torch.int32).copy_(results.pairs, non_blocking=True)
+            sums = move_sums(requests, results.sums(reply_dtype))
+            marks[5].record()
+        return DeviceBatch(requests, sums, pairs, marks, staged, partial(self._slots.put, slot))
+
+    def _graph(self, layer: int, layout: Layout, reply_dtype: torch.dtype) -> torch.cuda.CUDAGraph:
+        """The graph that computes the batch in the small batches' memory, captured when it is first asked for."""
+        key = (layer, layout, reply_dtype)
+        if key not in self._graphs:
+            batch, results = layout.batch(self._small), self._small_results.used(layout.tokens, reply_dtype)
+            work = (self._layers[layer], batch, results.sums(reply_dtype), results.pairs)
+            self._compute.compute(*work)  # compiles: that cannot happen in a capture
+            torch.cuda.synchronize(self._device)
+            self._graphs[key] = torch.cuda.CUDAGraph()
+            # Another thread may be waiting for a batch meanwhile.
+            with torch.cuda.graph(self._graphs[key], capture_error_mode="thread_local"):
+                self._compute.compute(*work)
+        return self._graphs[key]
 
     def _allocate(self, weights: LayerWeights) -> None:
-        self._staging = Staging(self._max_tokens, self._max_slots, self._shape.hidden_size, self._device)
+        experts, width = self._shape.num_experts, self._shape.hidden_size
+        largest = Layout(self._max_batch_tokens, self._max_slots, width, torch.bfloat16)
+        for _ in range(self.depth):
+            self._slots.put(Slot(largest, experts, self._device))
+        small = replace(largest, tokens=GRAPH_TOKENS)
+        self._small = torch.empty(small.num_bytes(small.tokens), dtype=torch.uint8, device=self._device)
+        self._small_results = Results.allocate(small.tokens, experts, width, self._device)
+        common = (weights, self._table, self._gpu, self._device)
         if self._pipeline == "dequant":
-            shape = (self._shape.num_experts, self._shape.hidden_size, self._shape.intermediate_size)
-            self._dequant = DequantPipeline(*shape, self._device, self._gpu)
+            self._compute: Layer = DequantLayer(*common, batch_invariant=self._batch_invariant)
             return
-        self._workspace = Workspace.allocate(self._max_tokens, self._max_slots, weights, MAX_TILE_ROWS, self._device)
-        self._graph_sums = torch.empty(
-            GRAPH_TOKENS, self._shape.hidden_size, dtype=self._sums_dtype, device=self._device
+        self._compute = FastLayer(
+            *common,
+            max_tokens=min(self._max_tokens, self._max_batch_tokens),
+            max_slots=self._max_slots,
+            batch_invariant=self._batch_invariant,
+            max_graph_tokens=GRAPH_TOKENS,
         )
 
-    def _config(self, num_tokens: int) -> LayerConfig:
-        known = self._table.get("fast", self._shape.key(num_tokens), LayerConfig)
-        if known is None or (self._batch_invariant and known.few_rows):
-            return default_config(num_tokens, self._batch_invariant)
-        return known
-
-    def _dequant_config(self, num_tokens: int) -> DequantConfig:
-        if self._batch_invariant:
-            # One configuration for every batch: tiles of other sizes may round differently.
-            return default_dequant_config(self._gpu.arch, SHAPE_CLASSES[0])
-        known = self._table.get("dequant", self._shape.key(num_tokens), DequantConfig)
-        return known or default_dequant_config(self._gpu.arch, num_tokens)
-
-    def _launch(self, weights: LayerWeights, batch: TokenBatch, sums: Tensor) -> None:
-        """Compute `sums[:T]`, and the pairs of each expert in the workspace's schedule."""
-        if batch.scales is None:
-            hidden, scales = self._staging.quantized(batch.num_tokens)
-            quantize_activations(batch.hidden, hidden, scales)()
-            batch = TokenBatch(hidden, scales, batch.expert_ids, batch.weights)
-        config = self._config(batch.num_tokens)
-        for launch in layer_launches(
-            batch, weights, sums[: batch.num_tokens], self._workspace, config, self._gpu.processors
-        ):
-            launch()
-
-    def _replay(self, layer: int, batch: TokenBatch) -> Partials:
-        """Run a small batch as the graph of its shape class, from the buffers that the graph was captured with."""
-        tokens = min(shape_class(batch.num_tokens), self._max_tokens)
-        padded = self._staging.pad(batch, tokens)
-        key = (layer, tokens, batch.expert_ids.shape[1], batch.hidden.dtype)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(layer, padded)
-        self._graphs[key].replay()
-        return Partials(sums=self._graph_sums[: batch.num_tokens], pairs=self._workspace.schedule.pairs)
-
-    def _capture(self, layer: int, batch: TokenBatch) -> torch.cuda.CUDAGraph:
-        self._launch(self._layers[layer], batch, self._graph_sums)  # compiles: that cannot happen in a capture
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._launch(self._layers[layer], batch, self._graph_sums)
-        return graph
-
-
-def choose_pipeline(arch: str, table: Table, shape: ExpertShape) -> Pipeline:
-    """The pipeline that was measured to be faster for the largest shape class that has an entry, or the fast one.
-
-    A GPU without FP8 has the `dequant` pipeline only.
-    """
-    if not has_fp8(arch):
-        return "dequant"
-    for tokens in reversed(SHAPE_CLASSES):
-        measured = table.get("pipeline", shape.key(tokens), str)
-        if measured is not None:
-            return "dequant" if measured == "dequant" else "fast"
-    return "fast"
-
-
-def _part(batch: TokenBatch, first: int, tokens: int) -> TokenBatch:
-    if batch.num_tokens <= tokens:
-        return batch
-    rows = slice(first, first + tokens)
-    scales = None if batch.scales is None else batch.scales[rows]
-    return TokenBatch(batch.hidden[rows], scales, batch.expert_ids[rows], batch.weights[rows])
+    def _blank(self, tokens: int, dtype: torch.dtype) -> TokenBatch:
+        """A batch of zeros whose first token goes to expert 0, for warming up."""
+        width = self._shape.hidden_size
+        ids = torch.full((tokens, self._max_slots), -1, dtype=torch.int32)
+        ids[0, 0] = 0
+        scales = torch.ones(tokens, width // BLOCK) if dtype == FP8 else None
+        return TokenBatch(torch.zeros(tokens, width, dtype=dtype), scales, ids, torch.ones(ids.shape))
 
 
 def _shape_of(weights: LayerWeights) -> ExpertShape:

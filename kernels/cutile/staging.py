@@ -1,109 +1,213 @@
-"""Host and device buffers through which batches reach the GPU and results leave it."""
+"""Memory through which batches reach the GPU and results leave it, reused from batch to batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from expertd.kernels.backend import Partials, TokenBatch
+from expertd.kernels.backend import Computed, TokenBatch
 from expertd.kernels.config import BLOCK
 from expertd.kernels.quantize import FP8
 
+ALIGNMENT = 256
+"""Bytes; the tensor memory accelerator asks for 16 of addresses, the allocator gives as much."""
 
-class Staging:
-    """Fixed device buffers for batches of up to `max_tokens` tokens, at whose addresses CUDA graphs find their input.
 
-    Larger batches get memory of their own. Host memory is pinned, from PyTorch's cache of such memory.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the parts of a batch of T tokens lie in one stretch of memory, so that a single copy can move them all.
+
+    The hidden states are last: a copy that ends after the last token in use moves no more than it must.
     """
 
-    def __init__(self, max_tokens: int, max_slots: int, hidden_size: int, device: torch.device) -> None:
-        self._device = device
-        self._max_tokens = max_tokens
-        self._slots = max_slots
-        self._width = hidden_size
-        self._buffers: dict[tuple[torch.dtype, str], Tensor] = {}
+    tokens: int
+    slots: int
+    hidden_size: int
+    dtype: torch.dtype
+    """Of the hidden states: float8_e4m3fn, which comes with scales, or bfloat16."""
 
-    def copy_in(self, batches: Sequence[TokenBatch]) -> TokenBatch:
-        """Concatenate host batches of one dtype along T on the device."""
-        scales = [batch.scales for batch in batches if batch.scales is not None]
-        return TokenBatch(
-            hidden=self._moved("hidden", [batch.hidden for batch in batches]),
-            scales=self._moved("scales", scales) if scales else None,
-            expert_ids=self._moved("expert_ids", [batch.expert_ids for batch in batches]),
-            weights=self._moved("weights", [batch.weights for batch in batches]),
-        )
+    def batch(self, memory: Tensor) -> TokenBatch:
+        """The batch that lies in `memory` [n] uint8."""
+        parts = {name: self._part(memory, name) for name, _, columns in self._fields if columns}
+        return TokenBatch(parts["hidden"], parts.get("scales"), parts["expert_ids"], parts["weights"])
 
-    def copy_out(self, partials: Partials, dtype: torch.dtype) -> Partials:
-        """The partials in host memory that stays as it is, the sums as `dtype`; waits for the device."""
-        sums = partials.sums.to(dtype)
-        out = Partials(sums=_pinned(sums.shape, dtype), pairs=_pinned(partials.pairs.shape, torch.int32))
-        out.sums.copy_(sums, non_blocking=True)
-        out.pairs.copy_(partials.pairs, non_blocking=True)
-        torch.cuda.current_stream(self._device).synchronize()
-        return out
+    def num_bytes(self, tokens: int) -> int:
+        """Bytes up to the end of the first `tokens` hidden states."""
+        return self._offset("hidden") + tokens * self.hidden_size * self.dtype.itemsize
 
-    def pad(self, batch: TokenBatch, tokens: int) -> TokenBatch:
-        """`batch` in the fixed buffers, made up to `tokens` tokens with ones that have no expert."""
-        padded = self._views(tokens, batch.expert_ids.shape[1], batch.hidden.dtype)
-        count = batch.num_tokens
-        for name in ("hidden", "scales", "expert_ids", "weights"):
-            source, target = getattr(batch, name), getattr(padded, name)
-            if source is not None and source.data_ptr() != target.data_ptr():
-                target[:count].copy_(source)
-        padded.expert_ids[count:] = -1
-        return padded
-
-    def blank(self, tokens: int, slots: int) -> TokenBatch:
-        """A batch of zeros whose first token goes to expert 0, for warming up."""
-        batch = self._views(tokens, slots, FP8)
-        for tensor in (batch.hidden.view(torch.uint8), batch.scales, batch.weights):
-            if tensor is not None:
-                tensor.zero_()
-        batch.expert_ids.fill_(-1)
-        batch.expert_ids[0, 0] = 0
-        return batch
-
-    def quantized(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Buffers for `tokens` tokens in FP8 and their scales, for hidden states that came as bfloat16."""
+    @property
+    def _fields(self) -> tuple[tuple[str, torch.dtype, int], ...]:
         return (
-            self._buffer("quantized", FP8, self._width)[: tokens * self._width].view(tokens, self._width),
-            self._buffer("scales", torch.float32, self._width // BLOCK)[: tokens * self._width // BLOCK].view(
-                tokens, -1
-            ),
+            ("expert_ids", torch.int32, self.slots),
+            ("weights", torch.float32, self.slots),
+            ("scales", torch.float32, self.hidden_size // BLOCK if self.dtype == FP8 else 0),
+            ("hidden", self.dtype, self.hidden_size),
         )
 
-    def _views(self, tokens: int, slots: int, dtype: torch.dtype) -> TokenBatch:
-        def view(name: str, kind: torch.dtype, columns: int) -> Tensor:
-            widest = self._slots if name in ("expert_ids", "weights") else columns
-            return self._buffer(name, kind, widest)[: tokens * columns].view(tokens, columns)
+    def _part(self, memory: Tensor, wanted: str) -> Tensor:
+        start = self._offset(wanted)
+        dtype, columns = next((dtype, columns) for name, dtype, columns in self._fields if name == wanted)
+        return memory[start : start + self.tokens * columns * dtype.itemsize].view(dtype).view(self.tokens, columns)
 
-        return TokenBatch(
-            hidden=view("hidden", dtype, self._width),
-            scales=view("scales", torch.float32, self._width // BLOCK) if dtype == FP8 else None,
-            expert_ids=view("expert_ids", torch.int32, slots),
-            weights=view("weights", torch.float32, slots),
-        )
-
-    def _buffer(self, name: str, dtype: torch.dtype, columns: int) -> Tensor:
-        """The fixed buffer of a name and dtype, [max_tokens * columns], allocated when first needed."""
-        if (dtype, name) not in self._buffers:
-            self._buffers[dtype, name] = torch.empty(self._max_tokens * columns, dtype=dtype, device=self._device)
-        return self._buffers[dtype, name]
-
-    def _moved(self, name: str, parts: list[Tensor]) -> Tensor:
-        tokens, columns = sum(len(part) for part in parts), parts[0].shape[1]
-        dtype = parts[0].dtype
-        widest = self._slots if name in ("expert_ids", "weights") else columns
-        if tokens > self._max_tokens or columns > widest:
-            target = torch.empty(tokens, columns, dtype=dtype, device=self._device)
-        else:
-            target = self._buffer(name, dtype, widest)[: tokens * columns].view(tokens, columns)
-        host = _pinned((tokens, columns), dtype)
-        torch.cat(parts, out=host)
-        return target.copy_(host, non_blocking=True)
+    def _offset(self, wanted: str) -> int:
+        offset = 0
+        for name, dtype, columns in self._fields:
+            if name == wanted:
+                break
+            offset += _aligned(self.tokens * columns * dtype.itemsize)
+        return offset
 
 
-def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Device memory for the counts of pairs and the sums of a batch, in one stretch."""
+
+    memory: Tensor
+    """[n] uint8."""
+    num_experts: int
+    hidden_size: int
+
+    @classmethod
+    def allocate(cls, tokens: int, num_experts: int, hidden_size: int, device: torch.device) -> Results:
+        size = _aligned(4 * num_experts) + tokens * hidden_size * torch.float32.itemsize
+        return cls(torch.empty(size, dtype=torch.uint8, device=device), num_experts, hidden_size)
+
+    def used(self, tokens: int, dtype: torch.dtype) -> Results:
+        """The part of the memory that holds the results of `tokens` tokens as `dtype`."""
+        size = _aligned(4 * self.num_experts) + tokens * self.hidden_size * dtype.itemsize
+        return Results(self.memory[:size], self.num_experts, self.hidden_size)
+
+    def to_host(self) -> Results:
+        """A copy in pinned memory, under way on the current stream."""
+        host = pinned(self.memory.shape, torch.uint8)
+        return Results(host.copy_(self.memory, non_blocking=True), self.num_experts, self.hidden_size)
+
+    @property
+    def pairs(self) -> Tensor:
+        """[E] int32."""
+        return self.memory[: 4 * self.num_experts].view(torch.int32)
+
+    def sums(self, dtype: torch.dtype) -> Tensor:
+        """[T, H] of `dtype`."""
+        return self.memory[_aligned(4 * self.num_experts) :].view(dtype).view(-1, self.hidden_size)
+
+
+class Slot:
+    """What one batch occupies while it is under way."""
+
+    def __init__(self, largest: Layout, num_experts: int, device: torch.device) -> None:
+        size = largest.num_bytes(largest.tokens)
+        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.device = torch.empty(size, dtype=torch.uint8, device=device)
+        self.results = Results.allocate(largest.tokens, num_experts, largest.hidden_size, device)
+        self.marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(6))
+        """Begin and end of copying in, computing and copying out."""
+        self._layout: Layout | None = None
+
+    def host_batch(self, layout: Layout) -> TokenBatch:
+        """The batch in pinned memory; the last one is kept, since its views take longer to make than to fill."""
+        if self._layout != layout:
+            self._layout, self._batch = layout, layout.batch(self.host)
+        return self._batch
+
+
+def fill_small(requests: Sequence[TokenBatch], target: TokenBatch) -> int:
+    """Concatenate requests in `target`, whose other tokens get no expert; how many tokens there are."""
+    tokens = fill_routing(requests, target)
+    torch.cat([request.hidden for request in requests], out=target.hidden[:tokens])
+    target.expert_ids[tokens:] = -1
+    return tokens
+
+
+def fill_routing(requests: Sequence[TokenBatch], target: TokenBatch) -> int:
+    """Concatenate everything but the hidden states; how many tokens there are."""
+    tokens = sum(request.num_tokens for request in requests)
+    torch.cat([request.expert_ids for request in requests], out=target.expert_ids[:tokens])
+    torch.cat([request.weights for request in requests], out=target.weights[:tokens])
+    if target.scales is not None:
+        scales = [request.scales for request in requests if request.scales is not None]
+        torch.cat(scales, out=target.scales[:tokens])
+    return tokens
+
+
+def move_batch(requests: Sequence[TokenBatch], slot: Slot, layout: Layout) -> TokenBatch:
+    """Copy requests, whose routing is in the slot's pinned memory, to the device on the current stream.
+
+    Hidden states go request by request, so that the device reads one while the next is copied to pinned memory, and
+    directly where the device can read the request's own memory.
+    """
+    host, device = slot.host_batch(layout), layout.batch(slot.device)
+    routing = layout.num_bytes(0)
+    slot.device[:routing].copy_(slot.host[:routing], non_blocking=True)
+    first = 0
+    for request in requests:
+        rows = slice(first, first + request.num_tokens)
+        source = request.hidden if reachable(request.hidden) else host.hidden[rows].copy_(request.hidden)
+        device.hidden[rows].copy_(source, non_blocking=True)
+        first += request.num_tokens
+    return device
+
+
+def move_sums(requests: Sequence[TokenBatch], sums: Tensor) -> tuple[Tensor, ...]:
+    """Copy device `sums` [T, H] to pinned memory, or to where requests want them, on the current stream."""
+    rows = torch.split(sums, [request.num_tokens for request in requests])
+    if not any(reachable(request.reply) for request in requests):
+        host = pinned(sums.shape, sums.dtype).copy_(sums, non_blocking=True)
+        return tuple(torch.split(host, [len(part) for part in rows]))
+    targets = [
+        request.reply if request.reply is not None and reachable(request.reply) else pinned(part.shape, part.dtype)
+        for request, part in zip(requests, rows, strict=True)
+    ]
+    return tuple(target.copy_(part, non_blocking=True) for target, part in zip(targets, rows, strict=True))
+
+
+def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Host memory that the GPU copies to by itself, from PyTorch's cache of such memory."""
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+
+
+def reachable(tensor: Tensor | None) -> bool:
+    """Whether the GPU can copy from and to a tensor's memory by itself."""
+    return tensor is not None and (tensor.is_cuda or tensor.is_pinned())
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A batch under way on the GPU."""
+
+    requests: Sequence[TokenBatch]
+    sums: Sequence[Tensor]
+    """[T, H] of each request, in host memory that is written until the last mark."""
+    pairs: Tensor
+    marks: Sequence[torch.cuda.Event]
+    """Begin and end of each of the three stages."""
+    staged: float
+    """Seconds that the host took to put the batch in pinned memory."""
+    release: Callable[[], None]
+
+    def result(self) -> Computed:
+        try:
+            self.marks[-1].synchronize()
+            copied_in, computed, copied_out = (
+                self.marks[begin].elapsed_time(self.marks[begin + 1]) / 1e3 for begin in (0, 2, 4)
+            )
+        finally:
+            self.release()
+        started = time.perf_counter()
+        sums = tuple(map(_delivered, self.requests, self.sums))
+        copied_out += time.perf_counter() - started
+        return Computed(sums, self.pairs, self.staged + copied_in, computed, copied_out)
+
+
+def _delivered(request: TokenBatch, sums: Tensor) -> Tensor:
+    if request.reply is None or request.reply.data_ptr() == sums.data_ptr():
+        return sums
+    return request.reply.copy_(sums)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

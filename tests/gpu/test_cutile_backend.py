@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from expertd.kernels.backend import LayerWeights, Partials, TokenBatch, UnsupportedShape
-from expertd.kernels.cutile.backend import CutileBackend, Pipeline
+from expertd.kernels.cutile.backend import CutileBackend
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
+from expertd.kernels.cutile.pipeline import Pipeline
+from expertd.kernels.cutile.staging import DeviceBatch
 from expertd.kernels.quantize import dequantize_activations, quantize_activations
 from expertd.kernels.reference import reference_partials, relative_error
 from tests.markers import gpu_only
@@ -23,7 +25,13 @@ BOUNDS: dict[Pipeline, float] = {"fast": 3e-2, "dequant": 5e-3}
 def backend(
     tmp_path: Path, pipeline: Pipeline = "fast", *, batch_invariant: bool = False
 ) -> tuple[CutileBackend, LayerWeights]:
-    made = CutileBackend(pipeline, batch_invariant=batch_invariant, max_tokens=512, cache=tmp_path / "tune.json")
+    made = CutileBackend(
+        pipeline,
+        batch_invariant=batch_invariant,
+        max_batch_tokens=2048,
+        max_tokens=512,
+        cache=tmp_path / "tune.json",
+    )
     weights = random_weights(SHAPE, CPU)
     made.load_layer(3, weights)
     return made, weights
@@ -34,7 +42,8 @@ def host_batch(tokens: int) -> TokenBatch:
 
 
 def compute(made: CutileBackend, *batches: TokenBatch) -> Partials:
-    return made.copy_out(made.execute(3, made.copy_in(batches)), torch.float32)
+    computed = made.submit(3, batches, torch.float32).result()
+    return Partials(torch.cat(computed.sums), computed.pairs)
 
 
 @pytest.mark.parametrize("pipeline", BOUNDS)
@@ -87,20 +96,64 @@ def test_batch_invariant(tmp_path: Path) -> None:
         assert torch.equal(compute(made, part).sums, sums[rows])
 
 
-def test_execute_does_not_wait_for_the_device(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pipeline", BOUNDS)
+@pytest.mark.parametrize("reply_dtype", [torch.float32, torch.bfloat16])
+def test_batches_of_all_sizes_under_way_together(tmp_path: Path, pipeline: Pipeline, reply_dtype: torch.dtype) -> None:
+    made, weights = backend(tmp_path, pipeline)
+    under_way: list[tuple[list[TokenBatch], DeviceBatch]] = []
+    done = 0
+    for tokens in (1, 300, 2, 1500, 700, 64, 1, 2, 999, 257) * 3:
+        requests = [host_batch(tokens), host_batch(max(1, tokens // 3))]
+        under_way.append((requests, made.submit(3, requests, reply_dtype)))
+        if len(under_way) == made.depth:
+            check(*under_way.pop(0), weights, BOUNDS[pipeline])
+            done += 1
+    for requests, batch in under_way:
+        check(requests, batch, weights, BOUNDS[pipeline])
+        done += 1
+    assert done == 30
+
+
+def check(requests: list[TokenBatch], batch: DeviceBatch, weights: LayerWeights, bound: float) -> None:
+    computed = batch.result()
+    for request, sums in zip(requests, computed.sums, strict=True):
+        assert relative_error(sums, reference_partials(request, weights)) < bound
+    assert min(computed.copy_in, computed.compute, computed.copy_out) > 0
+
+
+@pytest.mark.parametrize("tokens", [5, 400])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_sums_arrive_where_the_request_wants_them(tmp_path: Path, tokens: int, pinned: bool) -> None:
     made, _ = backend(tmp_path)
-    for tokens in (5, 400):
-        batch = made.copy_in([host_batch(tokens)])
-        made.execute(3, batch)
+    request = host_batch(tokens)
+    expected = compute(made, request).sums
+    reply = torch.full(request.hidden.shape, torch.nan, pin_memory=pinned)
+    hidden = request.hidden.pin_memory() if pinned else request.hidden
+    computed = made.submit(3, [replace(request, hidden=hidden, reply=reply), request], torch.float32).result()
+    assert computed.sums[0].data_ptr() == reply.data_ptr()
+    assert relative_error(reply, expected) < 1e-2
+    assert torch.equal(computed.sums[1], reply), "the same request twice in one batch"
+
+
+def test_submit_neither_waits_for_the_device_nor_allocates_on_it(tmp_path: Path) -> None:
+    made, _ = backend(tmp_path)
+    for tokens in (5, 400, 2000):
+        request = host_batch(tokens)
+        made.submit(3, [request], torch.bfloat16).result()
+        allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
         torch.cuda.set_sync_debug_mode("error")
         try:
-            made.execute(3, batch)
+            batch = made.submit(3, [request], torch.bfloat16)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        batch.result()
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
 
 
 def test_unsupported_shapes_are_named(tmp_path: Path) -> None:
     made, _ = backend(tmp_path)
+    with pytest.raises(UnsupportedShape, match="2049 tokens exceed max_batch_tokens 2048"):
+        compute(made, host_batch(2049))
     with pytest.raises(UnsupportedShape, match="layer 4"):
         made.load_layer(4, random_weights(ExpertShape(4, 1024, 256), CPU))
     with pytest.raises(UnsupportedShape, match="hidden size 8320"):

@@ -74,15 +74,18 @@ def test_the_bits_of_a_token_do_not_depend_on_its_batch(
     assert torch.equal(shuffled, alone)
 
 
-def test_merged_requests_give_the_bits_of_single_ones(backend: TorchBackend) -> None:
-    batches = [random_batch(tokens, HIDDEN, EXPERTS, TOP_K, seed=tokens) for tokens in (3, 1, 30)]
-    merged = backend.execute(LAYER, backend.copy_in(batches)).sums
-    assert torch.equal(merged, torch.cat([backend.execute(LAYER, batch).sums for batch in batches]))
-
-
-def test_copy_out_converts(backend: TorchBackend) -> None:
-    partials = backend.execute(LAYER, random_batch(3, HIDDEN, EXPERTS, TOP_K))
-    assert torch.equal(backend.copy_out(partials, torch.bfloat16).sums, partials.sums.bfloat16())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_requests_get_the_bits_of_single_ones_where_they_want_them(
+    backend: TorchBackend, dtype: torch.dtype
+) -> None:
+    requests = [random_batch(tokens, HIDDEN, EXPERTS, TOP_K, seed=tokens) for tokens in (3, 1, 30)]
+    requests[1] = replace(requests[1], reply=torch.full((1, HIDDEN), torch.nan, dtype=dtype))
+    computed = backend.submit(LAYER, requests, dtype).result()
+    alone = [backend.execute(LAYER, request) for request in requests]
+    for sums, partials in zip(computed.sums, alone, strict=True):
+        assert torch.equal(sums, partials.sums.to(dtype))
+    assert computed.sums[1] is requests[1].reply
+    assert torch.equal(computed.pairs, torch.stack([partials.pairs for partials in alone]).sum(dim=0))
 
 
 def test_sorted_pairs_are_by_expert_then_token() -> None:

@@ -2,19 +2,19 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
-from dataclasses import replace
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import pytest_asyncio
 import torch
 
-from expertd.kernels.backend import LayerWeights, Partials, TokenBatch
-from expertd.kernels.torch_backend import TorchBackend
+from expertd.kernels.backend import Computed, LayerWeights, Partials, TokenBatch
+from expertd.kernels.torch_backend import Finished, TorchBackend
 from expertd.proto.errors import DeadlineExceeded, Overloaded, ServerFault, Unavailable
 from expertd.server.device import DeviceOwner
 from expertd.server.queue import Completed
-from expertd.server.scheduler import Scheduler
+from expertd.server.scheduler import OVERLAP_TOKENS, Scheduler, may_start
 from tests.support import random_batch, random_weights
 
 EXPERTS, HIDDEN, TOP_K = 4, 128, 2
@@ -45,10 +45,35 @@ class BrokenBackend(TorchBackend):
 class MiscountingBackend(TorchBackend):
     """Loses one pair of expert 0."""
 
-    def copy_out(self, partials: Partials, dtype: torch.dtype) -> Partials:
+    def execute(self, layer: int, batch: TokenBatch) -> Partials:
+        partials = super().execute(layer, batch)
         pairs = partials.pairs.clone()
         pairs[0] -= 1
-        return super().copy_out(replace(partials, pairs=pairs), dtype)
+        return replace(partials, pairs=pairs)
+
+
+class OverlappingBackend(TorchBackend):
+    """Lets two batches be under way; a batch ends when the test says so."""
+
+    depth = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[int] = []
+        self.gates = [threading.Event() for _ in range(8)]
+
+    def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> "GatedBatch":
+        self.started.append(sum(request.num_tokens for request in requests))
+        return GatedBatch(super().submit(layer, requests, reply_dtype).computed, self.gates[len(self.started) - 1])
+
+
+@dataclass(frozen=True)
+class GatedBatch(Finished):
+    gate: threading.Event
+
+    def result(self) -> Computed:
+        self.gate.wait(10)
+        return self.computed
 
 
 @pytest_asyncio.fixture
@@ -59,12 +84,16 @@ async def gated() -> AsyncIterator[tuple[GatedBackend, Scheduler]]:
         backend.gate.set()
 
 
-async def serve(backend: TorchBackend) -> AsyncIterator[Scheduler]:
+async def serve(
+    backend: TorchBackend, max_batch_tokens: int = 16, max_queued_tokens: int = 20
+) -> AsyncIterator[Scheduler]:
     for layer in (1, 2):
         backend.load_layer(layer, WEIGHTS)
     device = DeviceOwner()
     device.start()
-    scheduler = Scheduler(backend, device, EXPERTS, max_batch_tokens=16, max_queued_tokens=20)
+    scheduler = Scheduler(
+        backend, device, EXPERTS, max_batch_tokens=max_batch_tokens, max_queued_tokens=max_queued_tokens
+    )
     scheduler.open()
     yield scheduler
     device.stop()
@@ -136,6 +165,39 @@ async def test_cancelled_and_expired_requests_never_reach_the_device(gated: tupl
         await expired
     assert backend.batches == [(1, 1), (2, 4)]
     assert scheduler.queued_tokens == 0
+
+
+async def test_large_batches_overlap_and_small_ones_grow() -> None:
+    backend = OverlappingBackend()
+    large = OVERLAP_TOKENS
+    async for scheduler in serve(backend, max_batch_tokens=large, max_queued_tokens=10 * large):
+        sizes = (large, large, large, 1, 2)
+        tasks = [submit(scheduler, 1, batch(tokens, seed=number)) for number, tokens in enumerate(sizes)]
+        await settle()
+        assert scheduler.queued_tokens == large + 3, "two are under way"
+        for gate in backend.gates:
+            await asyncio.sleep(0.01)
+            gate.set()
+        results = await asyncio.gather(*tasks)
+        assert backend.started == [large, large, large, 3]
+        for number, (tokens, result) in enumerate(zip(sizes, results, strict=True)):
+            assert torch.equal(result.partials.sums, backend.execute(1, batch(tokens, seed=number)).sums)
+
+
+@pytest.mark.parametrize(
+    ("under_way", "waiting", "depth", "expected"),
+    [
+        ([], 1, 1, True),
+        ([1], OVERLAP_TOKENS, 1, False),
+        ([1], OVERLAP_TOKENS - 1, 2, False),
+        ([1], OVERLAP_TOKENS, 2, True),
+        ([OVERLAP_TOKENS], 1, 2, True),
+        ([OVERLAP_TOKENS, 1], OVERLAP_TOKENS, 2, False),
+    ],
+    ids=["idle", "no overlap", "two small ones", "large behind small", "small behind large", "as many as may be"],
+)
+def test_when_the_next_batch_starts(under_way: list[int], waiting: int, depth: int, expected: bool) -> None:
+    assert may_start(under_way, waiting, depth) is expected
 
 
 async def test_closing_refuses_new_requests_and_answers_accepted_ones(gated: tuple[GatedBackend, Scheduler]) -> None:
