@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from expertd.kernels.config import MoeConfig
@@ -34,11 +35,12 @@ def check_choice(ids: Tensor, weights: Tensor, model: MoeConfig) -> None:
         raise InvalidBatch(
             f"topk_ids has {ids.shape[1]} experts a token; the model's top-k is {model.num_experts_per_tok}"
         )
-    if ids.is_floating_point() or (ids < -1).any() or (ids >= model.n_routed_experts).any():
+    values = ids.numpy()
+    if ids.is_floating_point() or values.min() < -1 or values.max() >= model.n_routed_experts:
         raise InvalidBatch(f"topk_ids must be integers from 0 to {model.n_routed_experts - 1}, or -1")
-    repeated = repeats_expert(ids).nonzero()
+    repeated = repeats_expert(values).nonzero()[0]
     if len(repeated):
         token = int(repeated[0])
         raise InvalidBatch(f"topk_ids[{token}] is {ids[token].tolist()}; a token may name an expert at most once")
-    if not weights.isfinite().all():
+    if not np.isfinite(weights.float().numpy()).all():
         raise InvalidBatch("topk_weights holds NaN or infinity; they must be finite")

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from expertd.client.arguments import as_rows, as_tokens, check_choice
+from expertd.client.blocks import in_blocks
 from expertd.client.config import CoordinatorConfig
-from expertd.client.dispatch import combine
+from expertd.client.dispatch import combine_rows
 from expertd.client.failover import Answer, LayerCall
 from expertd.client.membership import Membership
 from expertd.client.transport import GrpcTransport
-from expertd.kernels.config import MoeConfig
-from expertd.kernels.quantize import quantize_activations
+from expertd.kernels.config import BLOCK, MoeConfig
+from expertd.kernels.quantize import FP8, quantize_activations
 from expertd.kernels.routing import route, router_logits
 from expertd.proto.codec import StageTimings
 from expertd.proto.errors import InvalidBatch
@@ -140,10 +141,12 @@ class Coordinator:
         membership.ownership.check_layer(layer)
         tokens = as_tokens("hidden", hidden, self.model.hidden_size)
         ids, weights = self._route(layer, tokens, router_logits, topk_ids, topk_weights)
-        call = LayerCall(membership, self.config, self._request_ids, layer, *self._quantize(tokens))
+        call = LayerCall(membership, self.config, self._request_ids, layer, *await self._quantize(tokens))
         answers = await call.run(ids, weights)
-        sums = combine(len(tokens), tokens.shape[1], [(answer.dispatch, answer.result) for answer in answers])
-        return MoeResult(sums.to(self.config.output_dtype).reshape(hidden.shape), _report(answers))
+        parts = [(answer.dispatch, answer.result) for answer in answers]
+        output = torch.empty(tokens.shape, dtype=self.config.output_dtype)
+        await in_blocks(len(tokens), lambda rows: combine_rows(output, rows, parts))
+        return MoeResult(output.reshape(hidden.shape), _report(answers))
 
     def _connected(self) -> Membership:
         if self._membership is None:
@@ -175,10 +178,17 @@ class Coordinator:
             raise InvalidBatch("router_logits holds NaN or infinity; they must be finite")
         return route(logits, gate.correction_bias, model)
 
-    def _quantize(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    async def _quantize(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.config.hidden_dtype == torch.bfloat16:
             return tokens.to(torch.bfloat16), None
-        return quantize_activations(tokens)
+        quantized = torch.empty(tokens.shape, dtype=FP8)
+        scales = torch.empty(len(tokens), tokens.shape[1] // BLOCK)
+
+        def quantize(rows: slice) -> None:
+            quantized[rows], scales[rows] = quantize_activations(tokens[rows])
+
+        await in_blocks(len(tokens), quantize)
+        return quantized, scales
 
 
 def _report(answers: Sequence[Answer]) -> tuple[ServerReport, ...]:

@@ -1,10 +1,15 @@
-"""Which tokens and expert ids go to which server, and whether what came back covers them: pure functions."""
+"""Which tokens and expert ids go to which server, and whether what came back covers them: pure functions.
+
+NumPy does the small work: torch may spread even that over all cores, which costs more than the work itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,8 +43,8 @@ class Dispatch:
 
     def expected_receipt(self) -> dict[int, int]:
         """(token, expert) pairs by global expert id."""
-        experts, pairs = self.expert_ids[self.expert_ids >= 0].unique(return_counts=True)
-        return dict(zip(experts.tolist(), pairs.tolist(), strict=True))
+        pairs = np.bincount(self.expert_ids.numpy().ravel() + 1)
+        return {expert: count for expert, count in enumerate(pairs[1:].tolist()) if count}
 
 
 def plan_dispatch(expert_ids: Tensor, weights: Tensor, owner: Tensor) -> list[Dispatch]:
@@ -48,22 +53,22 @@ def plan_dispatch(expert_ids: Tensor, weights: Tensor, owner: Tensor) -> list[Di
     `owner` is [n_routed_experts] int64: the server that computes each expert, or `NOBODY`. Raises `Unavailable`, naming
     them, for experts that nobody computes now.
     """
-    servers = owner[expert_ids.long()]
-    orphans = expert_ids[(servers == NOBODY) & (expert_ids >= 0)]
+    ids, slot_weights = expert_ids.numpy(), weights.numpy()
+    servers = np.where(ids >= 0, owner.numpy()[ids], NOBODY)
+    orphans = ids[(servers == NOBODY) & (ids >= 0)]
     if len(orphans):
-        raise Unavailable(f"no server that can be reached owns {name_experts(orphans.unique().tolist())}")
-    servers.masked_fill_(expert_ids < 0, NOBODY)
+        raise Unavailable(f"no server that can be reached owns {name_experts(np.unique(orphans).tolist())}")
     dispatches = []
-    for server in servers[servers != NOBODY].unique().tolist():
+    for server in np.unique(servers[servers != NOBODY]).tolist():
         mine = servers == server
-        tokens = mine.any(dim=1).nonzero().squeeze(1)
+        tokens = mine.any(axis=1).nonzero()[0]
         chosen = mine[tokens]
         dispatches.append(
             Dispatch(
                 server=server,
-                tokens=tokens,
-                expert_ids=expert_ids[tokens].masked_fill(~chosen, -1),
-                weights=weights[tokens].masked_fill(~chosen, 0.0),
+                tokens=torch.from_numpy(tokens),
+                expert_ids=torch.from_numpy(np.where(chosen, ids[tokens], np.int32(-1))),
+                weights=torch.from_numpy(np.where(chosen, slot_weights[tokens], np.float32(0))),
             )
         )
     return dispatches
@@ -83,9 +88,27 @@ def check_receipt(dispatch: Dispatch, receipt: Mapping[int, int], server: str) -
     raise ServerFault(f"{server}: the receipt does not match the request: {listed}")
 
 
-def combine(num_tokens: int, width: int, parts: Sequence[tuple[Dispatch, ExecuteResult]]) -> Tensor:
-    """Add partial sums into [T, H] float32, in the order of `parts`: one order, one result, bit for bit."""
-    sums = torch.zeros(num_tokens, width)
+def take_rows(values: Tensor, tokens: Tensor) -> Tensor:
+    """`values[tokens]` for ascending tokens, without a copy where they are all in a row."""
+    return torch.from_numpy(values.view(torch.uint8).numpy()[_index(tokens.numpy())]).view(values.dtype)
+
+
+def combine_rows(out: Tensor, rows: slice, parts: Sequence[tuple[Dispatch, ExecuteResult]]) -> None:
+    """Write the sums of all `parts` for some rows of `out` [T, H], added in FP32 in the order of `parts`.
+
+    One order makes one result, bit for bit.
+    """
+    sums = torch.zeros(rows.stop - rows.start, out.shape[1])
     for dispatch, result in parts:
-        sums.index_add_(0, dispatch.tokens, result.partials.float())
-    return sums
+        first, end = np.searchsorted(dispatch.tokens.numpy(), (rows.start, rows.stop))
+        if first < end:
+            tokens = dispatch.tokens.numpy()[first:end] - rows.start
+            # The tokens of a part differ from each other, so that each of them is added.
+            sums.numpy()[_index(tokens)] += result.partials[first:end].float().numpy()
+    out[rows] = sums
+
+
+def _index(tokens: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
+    """Ascending row numbers, as a slice where there are no gaps."""
+    first, last = int(tokens[0]), int(tokens[-1])
+    return slice(first, last + 1) if last - first + 1 == len(tokens) else tokens

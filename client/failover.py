@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from expertd.client.config import CoordinatorConfig
-from expertd.client.dispatch import Dispatch, check_receipt, plan_dispatch
+from expertd.client.dispatch import Dispatch, check_receipt, plan_dispatch, take_rows
 from expertd.client.membership import LOST, Member, Membership
 from expertd.client.ownership import NOBODY
 from expertd.proto.codec import ExecuteCall, ExecuteResult
@@ -140,8 +140,8 @@ class LayerCall:
             model_fingerprint=shard.model_fingerprint,
             placement_epoch=shard.placement_epoch,
             layer=self._layer,
-            hidden=self._hidden[dispatch.tokens],
-            scales=None if self._scales is None else self._scales[dispatch.tokens],
+            hidden=take_rows(self._hidden, dispatch.tokens),
+            scales=None if self._scales is None else take_rows(self._scales, dispatch.tokens),
             expert_ids=dispatch.expert_ids,
             weights=dispatch.weights,
             reply_dtype=self._config.reply_dtype,

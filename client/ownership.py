@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +39,8 @@ class Ownership:
 
         Servers with infinite load are never chosen.
         """
-        costs = torch.tensor(loads, dtype=torch.float64).unsqueeze(1).where(self.owned[layer], torch.inf)
-        least, owner = costs.min(dim=0)
-        return owner.where(least.isfinite(), NOBODY)
+        costs = np.where(self.owned[layer].numpy(), np.array(loads)[:, None], np.inf)
+        return torch.from_numpy(np.where(np.isfinite(costs.min(axis=0)), costs.argmin(axis=0), NOBODY))
 
 
 def resolve_ownership(servers: Sequence[str], shards: Sequence[ShardInfo | None]) -> Ownership:

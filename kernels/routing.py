@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,10 +37,11 @@ def route(logits: Tensor, correction_bias: Tensor, config: MoeConfig) -> tuple[T
     return ids.to(torch.int32), weights * config.routed_scaling_factor
 
 
-def repeats_expert(expert_ids: Tensor) -> Tensor:
+def repeats_expert(expert_ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
     """[T] bool: whether a row of [T, k] expert ids (-1 for none) names an expert more than once."""
-    ordered = expert_ids.sort(dim=-1).values
-    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=-1)
+    ordered = np.sort(expert_ids, axis=1)
+    repeated: npt.NDArray[np.bool_] = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+    return repeated
 
 
 def _top(values: Tensor, count: int) -> Tensor:

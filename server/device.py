@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -79,14 +81,16 @@ def collect(layer: int, requests: Sequence[TokenBatch], num_experts: int, underw
     Raises `ServerFault` when the pairs that the backend counted are not those that the requests asked for.
     """
     pairs = [_count_pairs(request.expert_ids, num_experts) for request in requests]
-    expected = torch.stack(pairs).sum(dim=0)
+    expected = np.sum(pairs, axis=0)
     computed = underway.result()
-    if not torch.equal(expected, computed.pairs.long()):
+    if not np.array_equal(expected, computed.pairs.numpy()):
         raise ServerFault(
             f"layer {layer}: the device computed pairs {computed.pairs.tolist()}, not {expected.tolist()}"
         )
     return BatchOutcome(
-        partials=tuple(Partials(*part) for part in zip(computed.sums, pairs, strict=True)),
+        partials=tuple(
+            Partials(sums, torch.from_numpy(counted)) for sums, counted in zip(computed.sums, pairs, strict=True)
+        ),
         copy_in=computed.copy_in,
         compute=computed.compute,
         copy_out=computed.copy_out,
@@ -108,8 +112,8 @@ def _settle(future: asyncio.Future[T], function: Callable[[], T]) -> None:
         future.get_loop().call_soon_threadsafe(_resolve, future, result)
 
 
-def _count_pairs(expert_ids: Tensor, num_experts: int) -> Tensor:
-    return (expert_ids.reshape(-1) + 1).bincount(minlength=num_experts + 1)[1:]
+def _count_pairs(expert_ids: Tensor, num_experts: int) -> npt.NDArray[np.int64]:
+    return np.bincount(expert_ids.numpy().ravel() + 1, minlength=num_experts + 1)[1:]
 
 
 def _resolve(future: asyncio.Future[T], result: T) -> None:

@@ -1,11 +1,17 @@
-"""What this server owns, and whether a call may be computed on it."""
+"""What this server owns, and whether a call may be computed on it.
+
+Checks are NumPy's: torch may spread even work as small as this over all cores, which costs more than the work itself.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -49,10 +55,10 @@ class Shard:
         return dataclasses.asdict(self.config)
 
     @cached_property
-    def _local_ids(self) -> Tensor:
-        """[n_routed_experts + 1] int32: local id of each global id; the last entry answers index -1."""
-        table = torch.full((self.config.n_routed_experts + 1,), _NOT_OWNED, dtype=torch.int32)
-        table[list(self.experts)] = torch.arange(len(self.experts), dtype=torch.int32)
+    def _local_ids(self) -> npt.NDArray[np.int32]:
+        """[n_routed_experts + 1]: local id of each global id; the last entry answers index -1."""
+        table = np.full(self.config.n_routed_experts + 1, _NOT_OWNED, dtype=np.int32)
+        table[list(self.experts)] = np.arange(len(self.experts))
         table[-1] = -1
         return table
 
@@ -76,32 +82,31 @@ class Shard:
             _check_finite("hidden_scales", call.scales)
         return TokenBatch(call.hidden, call.scales, self._localise(call.expert_ids), call.weights)
 
-    def _localise(self, ids: Tensor) -> Tensor:
-        count = self.config.n_routed_experts
-        outside = (ids < -1) | (ids >= count)
-        if outside.any():
-            where, value = _first(outside, ids)
+    def _localise(self, expert_ids: Tensor) -> Tensor:
+        count, ids = self.config.n_routed_experts, expert_ids.numpy()
+        if ids.min() < -1 or ids.max() >= count:
+            where, value = _first((ids < -1) | (ids >= count), ids)
             raise InvalidBatch(f"expert_ids{where} is {value}; it must be -1 or from 0 to {count - 1}")
-        local = self._local_ids[ids.long()]
-        unowned = local == _NOT_OWNED
-        if unowned.any():
-            where, value = _first(unowned, ids)
+        local = self._local_ids[ids]
+        if local.min() == _NOT_OWNED:
+            where, value = _first(local == _NOT_OWNED, ids)
             raise UnknownExpert(f"expert_ids{where} is {value}; this server owns experts {format_ranges(self.experts)}")
         repeated = repeats_expert(ids)
         if repeated.any():
-            token = int(repeated.nonzero()[0])
+            token = int(repeated.nonzero()[0][0])
             raise InvalidBatch(f"expert_ids[{token}] is {ids[token].tolist()}; a token may name an expert at most once")
-        return local
+        return torch.from_numpy(local)
 
 
-def _check_finite(field: str, values: Tensor) -> None:
-    finite = values.isfinite()
+def _check_finite(field: str, tensor: Tensor) -> None:
+    values = tensor.numpy()
+    finite = np.isfinite(values)
     if not finite.all():
         where, value = _first(~finite, values)
         raise InvalidBatch(f"{field}{where} is {value}; it must be finite")
 
 
-def _first(mask: Tensor, values: Tensor) -> tuple[list[int], float]:
+def _first(mask: npt.NDArray[np.bool_], values: npt.NDArray[Any]) -> tuple[list[int], float]:
     """Index and value of the first element that `mask` marks."""
-    where: list[int] = mask.nonzero()[0].tolist()
+    where: list[int] = np.argwhere(mask)[0].tolist()
     return where, values[tuple(where)].item()

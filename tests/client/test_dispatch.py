@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.client.dispatch import Dispatch, check_receipt, combine, plan_dispatch
+from expertd.client.dispatch import Dispatch, check_receipt, combine_rows, plan_dispatch
 from expertd.proto.codec import ExecuteResult, StageTimings
 from expertd.proto.errors import ServerFault
 
@@ -88,7 +88,9 @@ def test_combine_adds_in_float32_where_the_tokens_belong() -> None:
         (one, ExecuteResult(1, torch.ones(2, 4).bfloat16(), {}, StageTimings())),
         (two, ExecuteResult(2, small, {}, StageTimings())),
     ]
-    sums = combine(5, 4, parts)
+    sums = torch.empty(5, 4)
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 5)):
+        combine_rows(sums, rows, parts)
     assert sums.dtype == torch.float32
     expected = torch.zeros(5, 4)
     expected[0], expected[3] = 1.0, 1.0 + 2.0**-12

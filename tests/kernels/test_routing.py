@@ -86,4 +86,4 @@ def test_experts_outside_the_kept_groups_are_never_chosen_even_with_negative_cho
 
 def test_repeated_experts_are_found_and_absent_slots_are_not_repeats() -> None:
     ids = torch.tensor([[1, 2, 3], [-1, -1, 4], [5, 0, 5]], dtype=torch.int32)
-    assert repeats_expert(ids).tolist() == [False, False, True]
+    assert repeats_expert(ids.numpy()).tolist() == [False, False, True]

@@ -1,0 +1,43 @@
+"""Work on the rows of large batches, cut into blocks for several cores."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+
+BLOCK_TOKENS = 128
+"""A block's FP32 values of 4 MB at hidden size 7168 stay in a core's share of the cache."""
+MOST_WORKERS = 8
+
+
+async def in_blocks(num_tokens: int, work: Callable[[slice], None]) -> None:
+    """Call `work` with slices that cover all tokens, side by side on worker threads; a single block at once, here."""
+    blocks = [slice(first, min(first + BLOCK_TOKENS, num_tokens)) for first in range(0, num_tokens, BLOCK_TOKENS)]
+    if len(blocks) == 1:
+        work(blocks[0])
+        return
+    loop = asyncio.get_running_loop()
+    await asyncio.gather(*(loop.run_in_executor(_workers(), work, block) for block in blocks))
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    cores = len(os.sched_getaffinity(0))
+    return ThreadPoolExecutor(min(MOST_WORKERS, cores), "expertd-block", initializer=compute_alone)
+
+
+def compute_alone() -> None:
+    """Let torch compute what the calling thread asks for on that thread alone: the blocks fill the cores already."""
+    others = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # This has also set the number for threads that did not use torch yet. One of those can put it back without
+    # changing it here.
+    restoring = threading.Thread(target=torch.set_num_threads, args=(others,))
+    restoring.start()
+    restoring.join()
