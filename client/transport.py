@@ -74,7 +74,7 @@ class GrpcTransport:
         try:
             return codec.decode_result(response, tokens, width, call.reply_dtype)
         except ExpertdError as error:
-            raise type(error)(f"{self.address}: {error}") from None
+            raise error.again(f"{self.address}: ") from None
 
     async def close(self) -> None:
         await asyncio.gather(*(channel.close() for channel in self._channels))
@@ -180,8 +180,7 @@ class _Stream:
             ended = Unavailable(f"{self._address}: the connection was closed")
         for future in self._waiting.values():
             if not future.done():
-                # One each: an exception that is raised in several places collects all their tracebacks.
-                future.set_exception(type(ended)(*ended.args))
+                future.set_exception(ended.again())
 
 
 def _as_error(address: str, error: grpc.aio.AioRpcError) -> ExpertdError:

@@ -57,6 +57,11 @@ class TokenBatch:
     def num_tokens(self) -> int:
         return self.hidden.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.hidden, self.scales, self.expert_ids, self.weights)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Partials:

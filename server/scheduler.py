@@ -10,7 +10,8 @@ from functools import partial
 import torch
 
 from expertd.kernels.backend import Backend, TokenBatch
-from expertd.proto.errors import DeadlineExceeded, ExpertdError, Overloaded, ServerFault, Unavailable
+from expertd.proto.errors import DeadlineExceeded, ExpertdError, ServerFault, Unavailable
+from expertd.server.admission import Admission
 from expertd.server.device import BatchOutcome, DeviceOwner, run_batch
 from expertd.server.queue import Completed, FairQueue, Job
 
@@ -26,16 +27,20 @@ class Scheduler:
         *,
         max_batch_tokens: int,
         max_queued_tokens: int,
+        max_queued_bytes: int,
         on_batch: Callable[[int], None] = lambda tokens: None,
+        on_fault: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        """`on_batch` is told the tokens of every device batch."""
+        """`on_batch` is told the tokens of every device batch, `on_fault` what the backend raised unexpectedly."""
         self._backend = backend
         self._device = device
         self._num_experts = num_experts
         self._max_batch_tokens = max_batch_tokens
-        self._max_queued_tokens = max_queued_tokens
         self._on_batch = on_batch
+        self._on_fault = on_fault
         self._queue = FairQueue()
+        self._admission = Admission(self._queue, max_queued_tokens, max_queued_bytes)
+        self._unanswered: set[asyncio.Future[Completed]] = set()
         self._running = False
         self.closed_because: str | None = "the server is starting"
 
@@ -50,9 +55,20 @@ class Scheduler:
         """Refuse new requests with `Unavailable`; those already accepted are still answered."""
         self.closed_because = reason
 
+    def abandon(self, reason: str) -> None:
+        """Answer everyone who waits, and refuse new requests, with `Unavailable`."""
+        self.close(reason)
+        for future in self._unanswered:
+            _reject(future, Unavailable(reason))
+
     def check_open(self) -> None:
         if self.closed_because is not None:
             raise Unavailable(self.closed_because)
+
+    def check_room(self, tokens: int, num_bytes: int) -> None:
+        """Raise `Unavailable`, or `Overloaded` when a request of this size would be refused now."""
+        self.check_open()
+        self._admission.check(tokens, num_bytes)
 
     async def execute(
         self, caller: Hashable, layer: int, batch: TokenBatch, reply_dtype: torch.dtype, timeout: float | None
@@ -61,15 +77,12 @@ class Scheduler:
 
         Raises `Unavailable`, `Overloaded`, `DeadlineExceeded` (after waiting `timeout` seconds) or `ServerFault`.
         """
-        self.check_open()
-        if self.queued_tokens + batch.num_tokens > self._max_queued_tokens:
-            raise Overloaded(
-                f"{self.queued_tokens} tokens are queued and num_tokens is {batch.num_tokens}; "
-                f"at most {self._max_queued_tokens} may wait: retry later or use another replica"
-            )
+        self.check_room(batch.num_tokens, batch.num_bytes)
         now = time.perf_counter()
         expires = None if timeout is None else now + timeout
         future: asyncio.Future[Completed] = asyncio.get_running_loop().create_future()
+        self._unanswered.add(future)
+        future.add_done_callback(self._unanswered.discard)
         self._queue.put(Job(caller, layer, batch, reply_dtype, now, expires, future))
         self._start_next()
         return await future
@@ -105,6 +118,10 @@ class Scheduler:
     def _finish(self, jobs: list[Job], started: float, outcome: asyncio.Future[BatchOutcome]) -> None:
         self._running = False
         error = outcome.exception()
+        if error is None:
+            self._admission.computed(sum(job.batch.num_tokens for job in jobs), time.perf_counter() - started)
+        elif not isinstance(error, ExpertdError):
+            self._on_fault(error)
         for position, job in enumerate(jobs):
             if job.future.done():
                 continue
@@ -125,7 +142,12 @@ class Scheduler:
 
 
 def _as_fault(error: BaseException) -> ExpertdError:
-    """A new exception for each who waits: one that is raised in several places collects all their tracebacks."""
+    """What one of those who wait is told."""
     if isinstance(error, ExpertdError):
-        return type(error)(*error.args)
+        return error.again()
     return ServerFault(f"the device failed: {type(error).__name__}: {error}")
+
+
+def _reject(future: asyncio.Future[Completed], error: ExpertdError) -> None:
+    if not future.done():
+        future.set_exception(error)
