@@ -40,6 +40,8 @@ from expertd.server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 HEALTH_NAMES = ("", codec.SERVICE)
+NOTICE_SECONDS = 0.25
+"""Between the end of health and the end of connections, for callers that watch the one to leave the other."""
 
 
 class Server:
@@ -115,12 +117,18 @@ class Server:
         self.ready.set()
 
     async def shutdown(self) -> None:
-        """Turn unhealthy, answer what is in flight, stop."""
+        """Turn unhealthy, say GOAWAY, answer what is in flight, stop."""
         log.info("draining for at most %g s", self.config.drain_seconds)
         self.scheduler.close("the server is draining; use another replica")
         await self._set_serving(False)
+        # Calls that are on their way yet are refused by a status; after the GOAWAY gRPC would only cut them off.
+        await asyncio.sleep(NOTICE_SECONDS)
         self.handlers.stop_reading()
-        await self.grpc_server.stop(self.config.drain_seconds)
+        going_away = asyncio.ensure_future(self.grpc_server.stop(self.config.drain_seconds))
+        await self.handlers.answered(self.config.drain_seconds)
+        # What is left are watchers of health, who need not leave when they are told.
+        await self.grpc_server.stop(None)
+        await going_away
         self.device.stop()
         await asyncio.to_thread(self._metrics_server.shutdown)
         self._metrics_server.server_close()
@@ -137,6 +145,8 @@ class Server:
                 ("grpc.max_concurrent_streams", self.config.max_streams),
                 ("grpc.max_receive_message_length", self.info.max_message_bytes),
                 ("grpc.max_send_message_length", self.info.max_message_bytes),
+                # Clients find out in seconds that a server is cut off; a ping costs nothing.
+                ("grpc.http2.min_ping_interval_without_data_ms", 1000),
                 # Without it a second server on the same port would silently share its calls.
                 ("grpc.so_reuseport", 0),
             ],

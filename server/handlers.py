@@ -25,7 +25,7 @@ MAX_UNREAD_BYTES = 64 << 20
 
 
 class ExpertShardHandlers:
-    """One server's RPCs. They hold no state of their own but the streams that are open."""
+    """One server's RPCs. They hold no state of their own but the calls and streams that are open."""
 
     def __init__(self, shard: Shard, info: ShardInfo, scheduler: Scheduler, metrics: Metrics) -> None:
         self._shard = shard
@@ -33,6 +33,7 @@ class ExpertShardHandlers:
         self._scheduler = scheduler
         self._metrics = metrics
         self._readers: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
 
     def register(self, server: grpc.aio.Server) -> None:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -49,6 +50,17 @@ class ExpertShardHandlers:
         for reader in self._readers:
             reader.cancel()
 
+    async def answered(self, timeout: float) -> None:
+        """Wait until all calls and streams have ended and their answers are sent, for at most `timeout` seconds."""
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=timeout)
+
+    def _track(self) -> None:
+        call = asyncio.current_task()
+        if call is not None:
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+
     async def get_shard(self, request: codec.ShardRequest, context: Context) -> codec.ShardResponse:
         try:
             self._scheduler.check_open()
@@ -57,12 +69,14 @@ class ExpertShardHandlers:
         return codec.encode_shard(self._info)
 
     async def execute(self, data: bytes, context: Context) -> bytes:
+        self._track()
         try:
             return await self._answer(codec.parse_request(data), context.peer(), context.time_remaining())
         except ExpertdError as error:
             await context.abort(error.code, str(error), _pushback(error))
 
     async def execute_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        self._track()
         outbox = _Outbox(context)
 
         async def respond(data: bytes) -> None:
