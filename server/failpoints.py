@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
 import signal
@@ -28,6 +29,7 @@ from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
 from expertd.server.shard import Shard
 
+log = logging.getLogger(__name__)
 VARIABLE = "EXPERTD_FAILPOINTS"
 FOREVER = 1e9
 SECONDS = {
@@ -68,7 +70,10 @@ class Failpoints:
         return ", ".join(f"{kind}={point.probability:g}:{point.seconds:g}" for kind, point in self._points.items())
 
     def strikes(self, kind: str) -> bool:
-        return kind in self._points and self._points[kind].strikes()
+        struck = kind in self._points and self._points[kind].strikes()
+        if struck:
+            log.warning("failpoint %s strikes", kind)
+        return struck
 
     def seconds(self, kind: str) -> float:
         return self._points[kind].seconds
