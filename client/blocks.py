@@ -29,12 +29,16 @@ async def in_blocks(num_tokens: int, work: Callable[[slice], None]) -> None:
 @cache
 def _workers() -> ThreadPoolExecutor:
     cores = len(os.sched_getaffinity(0))
-    return ThreadPoolExecutor(min(MOST_WORKERS, cores), "expertd-block", initializer=compute_alone)
+    return ThreadPoolExecutor(
+        min(MOST_WORKERS, cores), "expertd-block", initializer=compute_alone, initargs=(torch.get_num_threads(),)
+    )
 
 
-def compute_alone() -> None:
-    """Let torch compute what the calling thread asks for on that thread alone: the blocks fill the cores already."""
-    others = torch.get_num_threads()
+def compute_alone(others: int) -> None:
+    """Let torch compute what the calling thread asks for on that thread alone: the blocks fill the cores already.
+
+    New threads go on starting with `others`.
+    """
     torch.set_num_threads(1)
     # This has also set the number for threads that did not use torch yet. One of those can put it back without
     # changing it here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -35,6 +36,20 @@ class CoordinatorConfig:
     """For one attempt on one server, after which another owner of the experts is asked."""
     max_attempts: int = 4
     """On servers that cannot be reached, fail or are overloaded."""
+    retry_ratio: float = 0.2
+    """Repeated attempts for each first one, in the long run: when everything fails, load does not multiply."""
+    retry_burst: int = 256
+    """Repeated attempts at once, such as for all that one dead server leaves unanswered."""
+    hedge_quantile: float | None = None
+    """Ask another owner as well when an answer takes longer than this share of the newest ones, such as 0.99; the
+    first answer counts. None: never."""
+    owner_timeout: float = 1.0
+    """How long calls wait for experts whose last owner has just been lost."""
+    on_missing: Literal["error", "renormalize"] = "error"
+    """When nobody can compute an expert: raise, or leave it out and scale up the token's other weights accordingly;
+    the result then says how many tokens that befell."""
+    locality: str = ""
+    """Where this coordinator is: servers that were started with the same --locality are preferred. Empty: no matter."""
     security: ClientSecurity | None = None
     """Certificates and token; without it, plaintext."""
 
@@ -43,6 +58,13 @@ class CoordinatorConfig:
             raise ValueError(f"hidden_dtype is {self.hidden_dtype}; choose from {HIDDEN_DTYPES}")
         if self.reply_dtype not in REPLY_DTYPES:
             raise ValueError(f"reply_dtype is {self.reply_dtype}; choose from {REPLY_DTYPES}")
+        if self.on_missing not in ("error", "renormalize"):
+            raise ValueError(f"on_missing is {self.on_missing!r}; choose from error, renormalize")
+        if self.hedge_quantile is not None and not 0.5 <= self.hedge_quantile < 1.0:
+            raise ValueError(f"hedge_quantile is {self.hedge_quantile}; it must be from 0.5 to below 1")
+        for name in ("retry_ratio", "retry_burst", "owner_timeout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("connect_timeout", "call_timeout", "attempt_timeout", "max_attempts"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")

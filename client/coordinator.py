@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,15 +14,19 @@ from torch import Tensor
 from expertd.client.arguments import as_rows, as_tokens, check_choice
 from expertd.client.blocks import in_blocks
 from expertd.client.config import CoordinatorConfig
-from expertd.client.dispatch import combine_rows
-from expertd.client.failover import Answer, LayerCall
+from expertd.client.discovery import Discovery, as_discovery
+from expertd.client.dispatch import Dispatch, combine_rows, renormalize
+from expertd.client.failover import Answer, Caller, Effort, LayerCall
 from expertd.client.membership import Membership
+from expertd.client.ownership import name_experts
 from expertd.client.transport import GrpcTransport
 from expertd.kernels.config import BLOCK, MoeConfig
 from expertd.kernels.quantize import FP8, quantize_activations
 from expertd.kernels.routing import route, router_logits
 from expertd.proto.codec import StageTimings
 from expertd.proto.errors import InvalidBatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,11 @@ class MoeResult:
     output: Tensor
     """[..., H] of the coordinator's output dtype: sum over each token's experts of weight * expert(hidden)."""
     servers: tuple[ServerReport, ...]
+    effort: Effort
+    degraded_tokens: int = 0
+    """Tokens that lack experts because nobody computed them; 0 unless `on_missing` is "renormalize"."""
+    missing_experts: tuple[int, ...] = ()
+    """Global ids of the experts that they lack."""
 
 
 class Coordinator:
@@ -56,26 +65,27 @@ class Coordinator:
     Every (token, expert) pair is in the result exactly once, or the call raises an `ExpertdError`.
     """
 
-    def __init__(self, servers: Sequence[str], config: CoordinatorConfig | None = None) -> None:
-        """`servers` are `host:port` addresses that together own every expert."""
-        if not servers:
-            raise ValueError("servers is empty; give at least one host:port")
+    def __init__(self, servers: Sequence[str] | Discovery, config: CoordinatorConfig | None = None) -> None:
+        """`servers` are `host:port` addresses that together own every expert, or what finds them."""
         self.config = config or CoordinatorConfig()
-        self._addresses = tuple(servers)
-        self._membership: Membership | None = None
-        self._request_ids = itertools.count(1)
+        self._discovery = as_discovery(servers)
+        self._caller: Caller | None = None
 
     async def __aenter__(self) -> Self:
         """Connect. Raises `Unavailable`, `ModelMismatch`, or `UnknownExpert` naming the experts without an owner."""
+        config = self.config
         membership = Membership(
-            [GrpcTransport(address, self.config.channels, self.config.security) for address in self._addresses]
+            self._discovery,
+            lambda address: GrpcTransport(address, config.channels, config.security),
+            config.locality,
+            complete=config.on_missing == "error",
         )
         try:
             await membership.connect(self.config.connect_timeout)
         except BaseException:
             await membership.close()
             raise
-        self._membership = membership
+        self._caller = Caller(membership, config)
         return self
 
     async def __aexit__(
@@ -84,29 +94,29 @@ class Coordinator:
         await self.close()
 
     async def close(self) -> None:
-        membership, self._membership = self._membership, None
-        if membership is not None:
-            await membership.close()
+        caller, self._caller = self._caller, None
+        if caller is not None:
+            await caller.membership.close()
 
     def __repr__(self) -> str:
-        state = "connected" if self._membership else "not connected"
-        return f"Coordinator({list(self._addresses)}, {state})"
+        state = "connected" if self._caller else "not connected"
+        return f"Coordinator({self._discovery}, {state})"
 
     @property
     def model(self) -> MoeConfig:
         """The model that the servers hold."""
-        return self._connected().ownership.config
+        return self._connected().membership.ownership.config
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers that can be called."""
-        return self._connected().ownership.layers
+        return self._connected().membership.ownership.layers
 
     @property
     def backends(self) -> frozenset[str]:
         """Compute backends of the servers in use."""
-        members = self._connected().members
-        return frozenset(member.shard.backend for member in members if member.shard is not None)
+        members = self._connected().membership.members.values()
+        return frozenset(member.shard.backend for member in members if member.shard is not None and member.in_use)
 
     async def __call__(
         self,
@@ -137,21 +147,26 @@ class Coordinator:
         What fails on one server is repeated on others that own the same experts. Raises `InvalidBatch` for unusable
         arguments, `UnknownExpert` for an unknown layer, or the last error when attempts or time run out.
         """
-        membership = self._connected()
-        membership.ownership.check_layer(layer)
+        caller = self._connected()
+        caller.membership.ownership.check_layer(layer)
         tokens = as_tokens("hidden", hidden, self.model.hidden_size)
         ids, weights = self._route(layer, tokens, router_logits, topk_ids, topk_weights)
-        call = LayerCall(membership, self.config, self._request_ids, layer, *await self._quantize(tokens))
+        call = LayerCall(caller, layer, *await self._quantize(tokens))
         answers = await call.run(ids, weights)
         parts = [(answer.dispatch, answer.result) for answer in answers]
-        output = torch.empty(tokens.shape, dtype=self.config.output_dtype)
-        await in_blocks(len(tokens), lambda rows: combine_rows(output, rows, parts))
-        return MoeResult(output.reshape(hidden.shape), _report(answers))
+        sums = torch.empty(tokens.shape, dtype=torch.float32 if call.missing else self.config.output_dtype)
+        await in_blocks(len(tokens), lambda rows: combine_rows(sums, rows, parts))
+        degraded = renormalize(sums, ids, weights, call.missing) if call.missing else 0
+        lost = _experts(call.missing)
+        if degraded:
+            log.warning("layer %d: %d of %d tokens lack %s", layer, degraded, len(tokens), name_experts(lost))
+        output = sums.to(self.config.output_dtype).reshape(hidden.shape)
+        return MoeResult(output, _report(answers), call.effort, degraded, lost)
 
-    def _connected(self) -> Membership:
-        if self._membership is None:
+    def _connected(self) -> Caller:
+        if self._caller is None:
             raise RuntimeError("the coordinator is not connected; use it in 'async with Coordinator(...) as moe:'")
-        return self._membership
+        return self._caller
 
     def _route(
         self, layer: int, tokens: Tensor, logits: Tensor | None, ids: Tensor | None, weights: Tensor | None
@@ -189,6 +204,11 @@ class Coordinator:
 
         await in_blocks(len(tokens), quantize)
         return quantized, scales
+
+
+def _experts(parts: Sequence[Dispatch]) -> tuple[int, ...]:
+    """Global ids, ascending."""
+    return tuple(sorted({expert for part in parts for expert in part.expected_receipt()}))
 
 
 def _report(answers: Sequence[Answer]) -> tuple[ServerReport, ...]:

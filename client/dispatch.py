@@ -6,7 +6,7 @@ NumPy does the small work: torch may spread even that over all cores, which cost
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,39 @@ def plan_dispatch(expert_ids: Tensor, weights: Tensor, owner: Tensor) -> list[Di
             )
         )
     return dispatches
+
+
+def leave_out(work: Dispatch, owner: Tensor) -> tuple[Dispatch, Dispatch]:
+    """`work` without the experts that nobody computes, and those alone; `owner` as for `plan_dispatch`."""
+    wanted = work.expert_ids >= 0
+    orphaned = (owner[work.expert_ids.long()] == NOBODY) & wanted
+
+    def only(slots: Tensor) -> Dispatch:
+        return replace(
+            work,
+            expert_ids=work.expert_ids.masked_fill(~slots, -1),
+            weights=work.weights.masked_fill(~slots, 0.0),
+        )
+
+    return only(wanted & ~orphaned), only(orphaned)
+
+
+def renormalize(sums: Tensor, ids: Tensor, weights: Tensor, missing: Sequence[Dispatch]) -> int:
+    """Scale rows of `sums` [T, H] as if the weights of the experts that were computed added up to those of all.
+
+    `ids` and `weights` [T, k] are the whole call's. A token that lost all its experts keeps zeros. The number of tokens
+    that lost an expert.
+    """
+    lost = torch.zeros(len(ids))
+    affected = torch.zeros(len(ids), dtype=torch.bool)
+    for part in missing:
+        lost.index_add_(0, part.tokens, part.weights.sum(dim=1))
+        affected[part.tokens[(part.expert_ids >= 0).any(dim=1)]] = True
+    total = weights.masked_fill(ids < 0, 0.0).sum(dim=1)
+    kept = total - lost
+    factor = torch.where(affected & (kept > 0), total / kept, 1.0)
+    sums *= factor.unsqueeze(1)
+    return int(affected.sum())
 
 
 def check_receipt(dispatch: Dispatch, receipt: Mapping[int, int], server: str) -> None:

@@ -1,4 +1,4 @@
-"""The servers of a coordinator: which are alive, what they own now, and how busy they are."""
+"""The servers of a coordinator: which there are, which are alive, what they own now, and how busy they are."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from expertd.client.ownership import Ownership, check_complete, resolve_ownership
+from expertd.client.discovery import Discovery
+from expertd.client.ownership import NOBODY, Ownership, check_complete, resolve_ownership
 from expertd.client.transport import Transport
-from expertd.kernels.config import InvalidConfig
 from expertd.proto.codec import ShardInfo
 from expertd.proto.errors import (
     DeadlineExceeded,
@@ -28,9 +30,13 @@ from expertd.proto.errors import (
 log = logging.getLogger(__name__)
 PROBE_SECONDS = 0.25
 """Between two looks at a server that failed."""
+LONGEST_PAUSE = 2.0
+"""Seconds before a look at a server that answers its probes and fails its calls."""
 PROBE_TIMEOUT = 2.0
 AVOIDED = 1e12
 """Load in tokens that stands for 'only if nobody else has the expert'."""
+ELSEWHERE = 4096
+"""Load in tokens that being in another locality is like: so much more must be outstanding here before one is asked."""
 LOST = (Unavailable, DeadlineExceeded, ServerFault, StalePlacement, UnknownExpert, ModelMismatch)
 """Errors after which a server is not used until it has answered a probe."""
 
@@ -39,22 +45,43 @@ LOST = (Unavailable, DeadlineExceeded, ServerFault, StalePlacement, UnknownExper
 class Member:
     """One server."""
 
-    index: int
+    number: int
+    """Never given to another one."""
     transport: Transport
     shard: ShardInfo | None = None
-    """What it owns; None while it is out of use."""
+    """What it owned when it was asked last."""
+    in_use: bool = False
+    why_not: ExpertdError | None = None
+    """Why it went out of use."""
     outstanding_tokens: int = 0
-    probe: asyncio.Task[None] | None = None
+    busy_until: float = 0.0
+    """On the monotonic clock: when a server that was full wants to be asked again."""
+    failures: int = 0
+    """Losses in a row, without an answered call in between."""
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    follower: asyncio.Task[None] | None = None
 
 
 class Membership:
-    """Finds out what servers own, takes those that fail out of use and probes them until they return."""
+    """Finds out which servers there are and what they own, takes those that fail out of use until they answer again."""
 
-    def __init__(self, transports: Sequence[Transport]) -> None:
-        self.members = tuple(Member(index, transport) for index, transport in enumerate(transports))
+    def __init__(
+        self, discovery: Discovery, open_transport: Callable[[str], Transport], locality: str, *, complete: bool
+    ) -> None:
+        """With `complete`, connecting fails unless every expert has an owner."""
+        self.members: dict[int, Member] = {}
+        self._discovery = discovery
+        self._open_transport = open_transport
+        self._locality = locality
+        self._complete = complete
+        self._rows: tuple[Member, ...] = ()
         self._ownership: Ownership | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._next_number = 0
+        self._last_loss = -math.inf
+        self._changed = asyncio.Event()
         # Coordinators that start together must not all prefer the same one of two idle replicas.
-        self._first = random.randrange(len(self.members))
+        self._first = random.random()
 
     @property
     def ownership(self) -> Ownership:
@@ -63,80 +90,181 @@ class Membership:
             raise RuntimeError("the coordinator is not connected; use it in 'async with Coordinator(...) as moe:'")
         return self._ownership
 
-    @property
-    def connected(self) -> bool:
-        return self._ownership is not None
-
     async def connect(self, timeout: float) -> None:
         """Ask every server, for at most `timeout` seconds; those that do not answer are probed from then on.
 
-        Raises the first error when no server answers, and `UnknownExpert` when an expert is left without an owner.
+        Raises `Unavailable` when no server is found, the first error when none answers, and `UnknownExpert` when an
+        expert is left without an owner.
         """
-        asked = (member.transport.get_shard(timeout) for member in self.members)
+        try:
+            found = await self._discovery.addresses()
+        except (OSError, ValueError) as error:
+            raise Unavailable(f"no server found: {error}") from error
+        members = [self._add(address) for address in found]
+        asked = (member.transport.get_shard(timeout) for member in members)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         errors = [answer for answer in answers if isinstance(answer, BaseException)]
-        for member, answer in zip(self.members, answers, strict=True):
-            member.shard = None if isinstance(answer, BaseException) else answer
+        for member, answer in zip(members, answers, strict=True):
+            if isinstance(answer, ExpertdError):
+                member.why_not = answer
+            elif not isinstance(answer, BaseException):
+                member.shard, member.in_use = answer, True
         if len(errors) == len(answers):
             raise errors[0]
-        ownership = self._resolve()
+        self._resolve()
         try:
-            check_complete(ownership)
+            if self._complete:
+                check_complete(self.ownership)
         except UnknownExpert as missing:
             unreachable = "".join(f"; {error}" for error in errors)
             raise UnknownExpert(f"{missing}{unreachable}") from None
-        self._ownership = ownership
-        for member in self.members:
-            if member.shard is None:
-                self._start_probe(member)
+        for member in members:
+            self._follow(member)
+        if math.isfinite(self._discovery.seconds):
+            self._start(self._discover())
 
     async def close(self) -> None:
         self._ownership = None
-        probes = [member.probe for member in self.members if member.probe is not None]
-        for probe in probes:
-            probe.cancel()
-        await asyncio.gather(*probes, return_exceptions=True)
-        await asyncio.gather(*(member.transport.close() for member in self.members))
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(member.transport.close() for member in self.members.values()))
 
     def owners(self, layer: int, avoid: Member | None = None) -> Tensor:
-        """[n_routed_experts] int64: the member to ask for each expert, the least busy one; `avoid` only in need."""
-        count = len(self.members)
+        """[n_routed_experts] int64: number of the member to ask for each expert, or `NOBODY`.
+
+        It is the least busy one, of this coordinator's locality where there is a choice; `avoid` only in need.
+        """
+        now = time.monotonic()
         loads = [
-            math.inf
-            if member.shard is None
-            else member.outstanding_tokens
-            + ((member.index - self._first) % count) / count
-            + (AVOIDED if member is avoid else 0.0)
-            for member in self.members
+            self._load(member, row, now) + (AVOIDED if member is avoid else 0.0)
+            for row, member in enumerate(self._rows)
         ]
-        return self.ownership.choose(layer, loads)
+        numbers = torch.tensor([*(member.number for member in self._rows), NOBODY])
+        return numbers[self.ownership.choose(layer, loads)]
 
     def report(self, member: Member, error: ExpertdError) -> None:
         """Tell that a call to `member` failed; it is taken out of use unless it is only busy."""
-        if isinstance(error, LOST) and member.shard is not None and self.connected:
+        if error.retry_after is not None:
+            member.busy_until = time.monotonic() + error.retry_after
+        if isinstance(error, LOST) and member.in_use and self._ownership is not None:
             log.warning("%s is out of use: %s", member.transport.address, error)
-            member.shard = None
-            self._start_probe(member)
+            member.in_use, member.why_not = False, error
+            member.failures += 1
+            member.lost.set()
+            self._last_loss = time.monotonic()
 
-    def _start_probe(self, member: Member) -> None:
-        member.probe = asyncio.create_task(self._probe(member))
+    def out_of_use(self) -> str:
+        """The servers out of use and why, for an error message; empty when there are none."""
+        reasons = [str(member.why_not) for member in self.members.values() if not member.in_use and member.why_not]
+        return f"; out of use: {', '.join(reasons[:4])}" if reasons else ""
 
-    async def _probe(self, member: Member) -> None:
-        """Ask until the server answers with a shard of this model, then use it again, with what it owns by then."""
+    async def wait_for_change(self, patience: float) -> bool:
+        """Wait until a server comes into use, if one went out of use less than `patience` seconds ago.
+
+        Whether one did: False says that there is nothing to wait for, or that the time is over.
+        """
+        try:
+            async with asyncio.timeout(self._last_loss + patience - time.monotonic()):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _load(self, member: Member, row: int, now: float) -> float:
+        if member.shard is None or not member.in_use:
+            return math.inf
+        load = member.outstanding_tokens + (row / len(self._rows) + self._first) % 1.0
+        if self._locality and member.shard.locality != self._locality:
+            load += ELSEWHERE
+        return load + (AVOIDED if member.busy_until > now else 0.0)
+
+    def _add(self, address: str) -> Member:
+        member = Member(self._next_number, self._open_transport(address))
+        self._next_number += 1
+        self.members[member.number] = member
+        return member
+
+    def _follow(self, member: Member) -> None:
+        member.follower = self._start(self._keep(member))
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _discover(self) -> None:
+        """Look for servers that came or went, for ever."""
         while True:
+            await asyncio.sleep(self._discovery.seconds)
+            try:
+                found = await self._discovery.addresses()
+            except (OSError, ValueError) as error:
+                log.warning("the servers stay as they are: %s", error)
+                continue
+            known = {member.transport.address: member for member in self.members.values()}
+            for address in found:
+                if address not in known:
+                    log.warning("%s joins", address)
+                    self._follow(self._add(address))
+            for address in known.keys() - set(found):
+                log.warning("%s leaves", address)
+                self._start(self._retire(known[address]))
+
+    async def _retire(self, member: Member) -> None:
+        """Ask `member` no more, and part with it when it has answered."""
+        del self.members[member.number]
+        if member.follower is not None:
+            member.follower.cancel()
+        member.in_use = False
+        self._resolve()
+        try:
+            while member.outstanding_tokens:
+                await asyncio.sleep(PROBE_SECONDS)
+        finally:
+            await member.transport.close()
+
+    async def _keep(self, member: Member) -> None:
+        """Bring `member` into use and watch it until it is lost, again and again."""
+        while True:
+            if not member.in_use:
+                await self._admit(member)
+            member.lost.clear()
+            watching = asyncio.ensure_future(member.transport.until_not_serving())
+            lost = asyncio.ensure_future(member.lost.wait())
+            try:
+                await asyncio.wait((watching, lost), return_when=asyncio.FIRST_COMPLETED)
+                if watching.done():
+                    self.report(member, watching.result())
+            finally:
+                watching.cancel()
+                lost.cancel()
+
+    async def _admit(self, member: Member) -> None:
+        """Ask until the server answers with a shard of this model, then use it with what it owns by then."""
+        pause = 0.0 if member.failures < 2 else min(PROBE_SECONDS * 2.0 ** (member.failures - 2), LONGEST_PAUSE)
+        while True:
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            pause = PROBE_SECONDS
             try:
                 shard = await member.transport.get_shard(PROBE_TIMEOUT)
                 if shard.model_fingerprint != self.ownership.model_fingerprint:
                     raise ModelMismatch(f"it holds another model, {shard.model_fingerprint!r}")
-                member.shard = shard
-                self._ownership = self._resolve()
-            except (ExpertdError, InvalidConfig) as error:
+            except ExpertdError as error:
                 log.debug("%s is still out of use: %s", member.transport.address, error)
-                await asyncio.sleep(PROBE_SECONDS * random.uniform(0.5, 1.5))
-            else:
-                log.warning("%s is back in use", member.transport.address)
-                return
+                continue
+            log.warning("%s is in use", member.transport.address)
+            member.shard, member.in_use = shard, True
+            self._resolve()
+            self._changed.set()
+            self._changed = asyncio.Event()
+            return
 
-    def _resolve(self) -> Ownership:
-        names = [member.transport.address for member in self.members]
-        return resolve_ownership(names, [member.shard for member in self.members])
+    def _resolve(self) -> None:
+        known = [(member, member.shard) for member in self.members.values() if member.shard is not None]
+        # When all servers were replaced at once, what the former ones owned remains known until a new one has answered.
+        if known:
+            self._rows = tuple(member for member, _ in known)
+            self._ownership = resolve_ownership([(member.transport.address, shard) for member, shard in known])

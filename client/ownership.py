@@ -43,26 +43,23 @@ class Ownership:
         return torch.from_numpy(np.where(np.isfinite(costs.min(axis=0)), costs.argmin(axis=0), NOBODY))
 
 
-def resolve_ownership(servers: Sequence[str], shards: Sequence[ShardInfo | None]) -> Ownership:
-    """What `servers` (their names, for errors) own; None stands for one that cannot be reached, at least one can.
+def resolve_ownership(servers: Sequence[tuple[str, ShardInfo]]) -> Ownership:
+    """What `servers`, at least one, own; their names are for errors.
 
     Raises `ModelMismatch` when the servers hold different models.
     """
-    known = [(name, shard) for name, shard in zip(servers, shards, strict=True) if shard is not None]
-    first_name, first = known[0]
-    for name, shard in known:
+    first_name, first = servers[0]
+    for name, shard in servers:
         if shard.model_fingerprint != first.model_fingerprint:
             raise ModelMismatch(
                 f"{name} holds model {shard.model_fingerprint!r}, but {first_name} holds {first.model_fingerprint!r}"
             )
     config = MoeConfig.from_hf(first.config)
-    layers = {layer for _, shard in known for layer in shard.layers}
+    layers = {layer for _, shard in servers for layer in shard.layers}
     owned = {layer: torch.zeros(len(servers), config.n_routed_experts, dtype=torch.bool) for layer in layers}
-    for index, answer in enumerate(shards):
-        if answer is None:
-            continue
-        for layer in answer.layers:
-            owned[layer][index, list(answer.experts)] = True
+    for index, (_, shard) in enumerate(servers):
+        for layer in shard.layers:
+            owned[layer][index, list(shard.experts)] = True
     return Ownership(config, first.model_fingerprint, owned)
 
 

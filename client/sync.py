@@ -12,6 +12,7 @@ from torch import Tensor
 
 from expertd.client.config import CoordinatorConfig
 from expertd.client.coordinator import Coordinator, MoeResult
+from expertd.client.discovery import Discovery
 from expertd.kernels.config import MoeConfig
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ class SyncCoordinator:
     Its event loop runs on a thread of its own.
     """
 
-    def __init__(self, servers: Sequence[str], config: CoordinatorConfig | None = None) -> None:
+    def __init__(self, servers: Sequence[str] | Discovery, config: CoordinatorConfig | None = None) -> None:
         self._coordinator = Coordinator(servers, config)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="expertd-coordinator", daemon=True)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2
 
 from expertd.client.security import ClientSecurity
 from expertd.proto import codec
@@ -16,6 +17,8 @@ from expertd.proto.errors import DeadlineExceeded, ExpertdError, ServerFault, Un
 
 StreamCall = grpc.aio.StreamStreamCall[bytes, bytes]
 RETRY_SECONDS = 0.1
+KEEPALIVE_MS = 3000
+"""Without traffic a server is asked for a sign of life, and given as long to answer."""
 
 
 class Transport(Protocol):
@@ -33,6 +36,9 @@ class Transport(Protocol):
 
         Raises the server's `ExpertdError`, or `DeadlineExceeded` after `call.timeout` seconds.
         """
+
+    async def until_not_serving(self) -> Unavailable:
+        """Wait until the server says that it does not serve any more, or the connection to it is lost."""
 
     async def close(self) -> None:
         """Give up the connection; calls in flight fail with `Unavailable`."""
@@ -74,7 +80,23 @@ class GrpcTransport:
         try:
             return codec.decode_result(response, tokens, width, call.reply_dtype)
         except ExpertdError as error:
-            raise type(error)(f"{self.address}: {error}") from None
+            raise error.again(f"{self.address}: ") from None
+
+    async def until_not_serving(self) -> Unavailable:
+        request = health_pb2.HealthCheckRequest(service=codec.SERVICE)
+        watch = self._channels[0].watch_health(request)
+        try:
+            async for answer in watch:
+                if answer.status != health_pb2.HealthCheckResponse.SERVING:
+                    break
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                # Another implementation of the contract: its calls have to tell.
+                await asyncio.Event().wait()
+            return Unavailable(f"{self.address}: the connection was lost: {error.details()}")
+        finally:
+            watch.cancel()
+        return Unavailable(f"{self.address}: its health is not SERVING")
 
     async def close(self) -> None:
         await asyncio.gather(*(channel.close() for channel in self._channels))
@@ -96,11 +118,20 @@ class _Channel:
                 # A server that returns is found again soon.
                 ("grpc.initial_reconnect_backoff_ms", 100),
                 ("grpc.min_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),
+                ("grpc.max_reconnect_backoff_ms", 500),
+                # A server that is cut off or frozen closes no connection: ask it for signs of life.
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+                ("grpc.http2.max_pings_without_data", 0),
             ],
         )
         self.get_shard = self._channel.unary_unary(
             f"/{codec.SERVICE}/GetShard", codec.ShardRequest.SerializeToString, codec.ShardResponse.FromString
+        )
+        self.watch_health = self._channel.unary_stream(
+            "/grpc.health.v1.Health/Watch",
+            health_pb2.HealthCheckRequest.SerializeToString,
+            health_pb2.HealthCheckResponse.FromString,
         )
         self._execute_stream: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(
             f"/{codec.SERVICE}/ExecuteStream"
@@ -180,9 +211,11 @@ class _Stream:
             ended = Unavailable(f"{self._address}: the connection was closed")
         for future in self._waiting.values():
             if not future.done():
-                # One each: an exception that is raised in several places collects all their tracebacks.
-                future.set_exception(type(ended)(*ended.args))
+                future.set_exception(ended.again())
 
 
 def _as_error(address: str, error: grpc.aio.AioRpcError) -> ExpertdError:
+    if error.code() == grpc.StatusCode.CANCELLED:
+        # Not by this side: a server that ends cuts off what arrives too late for an answer.
+        return Unavailable(f"{address}: cut off by the server: {error.details()}")
     return error_from_status(error.code(), f"{address}: {error.details()}")

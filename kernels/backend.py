@@ -59,6 +59,11 @@ class TokenBatch:
     def num_tokens(self) -> int:
         return self.hidden.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.hidden, self.scales, self.expert_ids, self.weights)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Partials:
@@ -116,3 +121,6 @@ class Backend(Protocol):
 
     def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> Underway:
         """Start computing several requests, of one dtype and one number of slots a token, as one batch."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done everything that it was asked for; raises what it met. Called by any thread."""

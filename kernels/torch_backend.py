@@ -58,6 +58,9 @@ class TorchBackend:
             )
         )
 
+    def synchronize(self) -> None:
+        """Nothing to do: a batch is computed when `submit` returns."""
+
     @torch.inference_mode()
     def execute(self, layer: int, batch: TokenBatch) -> Partials:
         up_gate, down = self._layers[layer]

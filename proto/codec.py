@@ -5,11 +5,13 @@ Decoded tensors share the message's memory and are read-only.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from crc32c import crc32c
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
@@ -20,6 +22,8 @@ from expertd.proto.errors import ExpertdError, InvalidBatch, ServerFault, error_
 ShardRequest = pb.GetShardRequest
 ShardResponse = pb.GetShardResponse
 EMPTY = memoryview(b"")
+PUSHBACK = "grpc-retry-pushback-ms"
+"""Trailing metadata of a refused unary call: milliseconds until the server expects to have room."""
 SERVICE = pb.DESCRIPTOR.services_by_name["ExpertShard"].full_name
 BLOCK = 128
 ENVELOPE_BYTES = 64 * 1024
@@ -101,10 +105,12 @@ class ShardInfo:
     max_tokens_per_request: int
     max_message_bytes: int
     max_queued_tokens: int
+    max_queued_bytes: int
     backend: str
     device: str
     backend_reason: str
     version: str
+    locality: str
 
 
 _REQUEST_FIELDS: wire.Schema = {
@@ -130,6 +136,7 @@ _RESPONSE_FIELDS: wire.Schema = {
     5: ("receipt_experts", wire.REPEATED),
     6: ("receipt_pairs", wire.REPEATED),
     7: ("timings", wire.BYTES),
+    8: ("checksum", wire.FIXED32),
 }
 _TIMING_FIELDS = dict(enumerate(StageTimings.__dataclass_fields__, 1))
 
@@ -152,6 +159,10 @@ class RawRequest:
     weights: memoryview = EMPTY
     timeout_us: int = 0
 
+    @property
+    def num_tensor_bytes(self) -> int:
+        return len(self.hidden) + len(self.hidden_scales) + len(self.expert_ids) + len(self.weights)
+
 
 @dataclass(frozen=True, slots=True)
 class RawResponse:
@@ -162,6 +173,7 @@ class RawResponse:
     partials_dtype: int = 0
     partials: memoryview = EMPTY
     timings: memoryview = EMPTY
+    checksum: memoryview = EMPTY
     receipt_experts: Sequence[int] = ()
     receipt_pairs: Sequence[int] = ()
 
@@ -249,6 +261,8 @@ def encode_result(result: ExecuteResult) -> bytes:
             wire.varint(7 << 3 | wire.BYTES),
             wire.varint(len(timings)),
             timings,
+            wire.varint(8 << 3 | wire.FIXED32),
+            _checksum(result.request_id, partials),
         )
     )
 
@@ -256,11 +270,14 @@ def encode_result(result: ExecuteResult) -> bytes:
 def encode_error(request_id: int, error: ExpertdError) -> bytes:
     """The ExecuteResponse that refuses request `request_id` of a stream."""
     code: int = error.code.value[0]
-    refusal = pb.ExecuteResponse(request_id=request_id, error=pb.Error(code=code, message=str(error)))
+    delay = 0 if error.retry_after is None else whole_milliseconds(error.retry_after)
+    refusal = pb.ExecuteResponse(
+        request_id=request_id, error=pb.Error(code=code, message=str(error), retry_after_ms=delay)
+    )
     return refusal.SerializeToString()
 
 
-def parse_response(data: bytes) -> RawResponse:
+def parse_response(data: bytes | bytearray) -> RawResponse:
     """Read a serialized ExecuteResponse; bytes that are none raise `ServerFault`."""
     try:
         return RawResponse(**wire.read_known(memoryview(data), _RESPONSE_FIELDS))  # type: ignore[arg-type]
@@ -275,6 +292,8 @@ def decode_result(message: RawResponse, tokens: int, width: int, dtype: torch.dt
     """
     if message.error is not None:
         raise _read_error(message.error)
+    if message.checksum != _checksum(message.request_id, message.partials):
+        raise ServerFault("the response was altered on its way: its checksum does not match its partials")
     try:
         _check_dtype("partials_dtype", message.partials_dtype, (dtype,))
         partials = _from_bytes("partials", message.partials, dtype, (tokens, width))
@@ -298,11 +317,13 @@ def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
             max_tokens_per_request=shard.max_tokens_per_request,
             max_message_bytes=shard.max_message_bytes,
             max_queued_tokens=shard.max_queued_tokens,
+            max_queued_bytes=shard.max_queued_bytes,
         ),
         backend=shard.backend,
         device=shard.device,
         backend_reason=shard.backend_reason,
         version=shard.version,
+        locality=shard.locality,
     )
     for name, value in shard.config.items():
         setattr(response.config, name, value)
@@ -320,10 +341,12 @@ def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
         max_tokens_per_request=message.limits.max_tokens_per_request,
         max_message_bytes=message.limits.max_message_bytes,
         max_queued_tokens=message.limits.max_queued_tokens,
+        max_queued_bytes=message.limits.max_queued_bytes,
         backend=message.backend,
         device=message.device,
         backend_reason=message.backend_reason,
         version=message.version,
+        locality=message.locality,
     )
 
 
@@ -334,12 +357,21 @@ def message_bytes(tokens: int, hidden_size: int, top_k: int) -> int:
     return max(request, response) + ENVELOPE_BYTES
 
 
+def whole_milliseconds(seconds: float) -> int:
+    """Rounded up, so that no delay becomes none."""
+    return math.ceil(seconds * 1e3)
+
+
 def _read_error(message: memoryview) -> ExpertdError:
     try:
         error = pb.Error.FromString(bytes(message))
     except DecodeError as malformed:
         return ServerFault(f"malformed response: {malformed}")
-    return error_from_status(error.code, error.message)
+    return error_from_status(error.code, error.message, error.retry_after_ms / 1e3 or None)
+
+
+def _checksum(request_id: int, partials: memoryview) -> bytes:
+    return crc32c(partials, crc32c(request_id.to_bytes(8, "little"))).to_bytes(4, "little")
 
 
 def _read_timings(message: memoryview) -> StageTimings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import grpc
 
 
@@ -9,6 +11,15 @@ class ExpertdError(Exception):
     """Base of the errors that cross the wire; `code` is the gRPC status that carries it."""
 
     code = grpc.StatusCode.UNKNOWN
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        """`retry_after`: seconds after which the server that refused expects to accept, where it can tell."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def again(self, prefix: str = "") -> Self:
+        """A new exception that says the same: one that is raised in several places collects all their tracebacks."""
+        return type(self)(f"{prefix}{self}", retry_after=self.retry_after)
 
 
 class InvalidBatch(ExpertdError):
@@ -69,8 +80,8 @@ _BY_CODE: dict[grpc.StatusCode, type[ExpertdError]] = {kind.code: kind for kind 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def error_from_status(code: grpc.StatusCode | int, message: str) -> ExpertdError:
+def error_from_status(code: grpc.StatusCode | int, message: str, retry_after: float | None = None) -> ExpertdError:
     """The exception that a gRPC status stands for; statuses outside the contract become `ServerFault`."""
     status = _CODES.get(code, grpc.StatusCode.UNKNOWN) if isinstance(code, int) else code
     kind = _BY_CODE.get(status)
-    return kind(message) if kind else ServerFault(f"{status.name}: {message}")
+    return kind(message, retry_after=retry_after) if kind else ServerFault(f"{status.name}: {message}")

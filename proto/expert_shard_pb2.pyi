@@ -23,7 +23,7 @@ class GetShardRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetShardResponse(_message.Message):
-    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version")
+    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version", "locality")
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class GetShardResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     BACKEND_REASON_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    LOCALITY_FIELD_NUMBER: _ClassVar[int]
     model_fingerprint: str
     placement_epoch: int
     config: ModelConfig
@@ -50,7 +51,8 @@ class GetShardResponse(_message.Message):
     device: str
     backend_reason: str
     version: str
-    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    locality: str
+    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ...) -> None: ...
 
 class ModelConfig(_message.Message):
     __slots__ = ("model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "num_hidden_layers", "first_k_dense_replace", "moe_layer_freq")
@@ -81,14 +83,16 @@ class ModelConfig(_message.Message):
     def __init__(self, model_type: _Optional[str] = ..., hidden_size: _Optional[int] = ..., moe_intermediate_size: _Optional[int] = ..., n_routed_experts: _Optional[int] = ..., num_experts_per_tok: _Optional[int] = ..., n_group: _Optional[int] = ..., topk_group: _Optional[int] = ..., routed_scaling_factor: _Optional[float] = ..., norm_topk_prob: _Optional[bool] = ..., num_hidden_layers: _Optional[int] = ..., first_k_dense_replace: _Optional[int] = ..., moe_layer_freq: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_tokens_per_request", "max_message_bytes", "max_queued_tokens")
+    __slots__ = ("max_tokens_per_request", "max_message_bytes", "max_queued_tokens", "max_queued_bytes")
     MAX_TOKENS_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_tokens_per_request: int
     max_message_bytes: int
     max_queued_tokens: int
-    def __init__(self, max_tokens_per_request: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ...) -> None: ...
+    max_queued_bytes: int
+    def __init__(self, max_tokens_per_request: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., max_queued_bytes: _Optional[int] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
     __slots__ = ("request_id", "model_fingerprint", "placement_epoch", "layer", "num_tokens", "top_k", "hidden_dtype", "reply_dtype", "hidden", "hidden_scales", "expert_ids", "weights", "timeout_us")
@@ -121,7 +125,7 @@ class ExecuteRequest(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., top_k: _Optional[int] = ..., hidden_dtype: _Optional[_Union[DType, str]] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., hidden: _Optional[bytes] = ..., hidden_scales: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
-    __slots__ = ("request_id", "error", "partials_dtype", "partials", "receipt_experts", "receipt_pairs", "timings")
+    __slots__ = ("request_id", "error", "partials_dtype", "partials", "receipt_experts", "receipt_pairs", "timings", "checksum")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PARTIALS_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +133,7 @@ class ExecuteResponse(_message.Message):
     RECEIPT_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_PAIRS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     error: Error
     partials_dtype: DType
@@ -136,15 +141,18 @@ class ExecuteResponse(_message.Message):
     receipt_experts: _containers.RepeatedScalarFieldContainer[int]
     receipt_pairs: _containers.RepeatedScalarFieldContainer[int]
     timings: Timings
-    def __init__(self, request_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., partials_dtype: _Optional[_Union[DType, str]] = ..., partials: _Optional[bytes] = ..., receipt_experts: _Optional[_Iterable[int]] = ..., receipt_pairs: _Optional[_Iterable[int]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    checksum: int
+    def __init__(self, request_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., partials_dtype: _Optional[_Union[DType, str]] = ..., partials: _Optional[bytes] = ..., receipt_experts: _Optional[_Iterable[int]] = ..., receipt_pairs: _Optional[_Iterable[int]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("code", "message")
+    __slots__ = ("code", "message", "retry_after_ms")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     code: int
     message: str
-    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    retry_after_ms: int
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("decode_ns", "queue_ns", "copy_in_ns", "compute_ns", "copy_out_ns")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import grpc.aio
 import torch
@@ -21,21 +22,26 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import disable_created_metrics, start_http_server
 
 from expertd import __version__
+from expertd.kernels.backend import Backend
 from expertd.kernels.checkpoint import Checkpoint
 from expertd.proto import codec
 from expertd.proto.codec import ShardInfo
 from expertd.server.backends import choose_backend
 from expertd.server.config import Address, InvalidOption, ServerConfig
 from expertd.server.device import DeviceOwner
+from expertd.server.failpoints import FaultyBackend, FaultyHandlers, failpoints_from_environment
 from expertd.server.handlers import ExpertShardHandlers
 from expertd.server.loading import load_layers
 from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
 from expertd.server.security import ServerSecurity
 from expertd.server.shard import Shard
+from expertd.server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 HEALTH_NAMES = ("", codec.SERVICE)
+NOTICE_SECONDS = 0.25
+"""Between the end of health and the end of connections, for callers that watch the one to leave the other."""
 
 
 class Server:
@@ -55,6 +61,9 @@ class Server:
             experts=config.experts,
         )
         self.backend, self.backend_reason = choose_backend(config, self.checkpoint.config)
+        self.failpoints = failpoints_from_environment()
+        if self.failpoints is not None:
+            self.backend = cast(Backend, FaultyBackend(self.backend, self.failpoints))
         self.device = DeviceOwner()
         self.scheduler = Scheduler(
             self.backend,
@@ -62,11 +71,17 @@ class Server:
             len(config.experts),
             max_batch_tokens=config.max_batch_tokens,
             max_queued_tokens=config.max_queued_tokens,
+            max_queued_bytes=config.max_queued_bytes,
             on_batch=self.metrics.batch_tokens.observe,
+            on_fault=lambda error: self.watchdog.suspect(error),
         )
+        self.watchdog = Watchdog(self.backend, self.device, self.scheduler, config.device_timeout, self._set_serving)
         self.metrics.queue_tokens.set_function(lambda: self.scheduler.queued_tokens)
         self.info = self._describe()
-        self.handlers = ExpertShardHandlers(self.shard, self.info, self.scheduler, self.metrics)
+        if self.failpoints is None:
+            self.handlers = ExpertShardHandlers(self.shard, self.info, self.scheduler, self.metrics)
+        else:
+            self.handlers = FaultyHandlers(self.shard, self.info, self.scheduler, self.metrics, self.failpoints)
         self.health = health.HealthServicer()
         self.address: Address = config.listen
         self.metrics_address: Address = config.metrics
@@ -78,7 +93,7 @@ class Server:
         await self._listen()
         try:
             await self._until_stopped(self.startup())
-            await self._stopping.wait()
+            await self._until_stopped(self.watchdog.run())
         finally:
             await self.shutdown()
 
@@ -88,10 +103,12 @@ class Server:
 
     async def startup(self) -> None:
         """Load and check the weights, then turn healthy."""
+        if self.failpoints is not None:
+            log.warning("failpoints are on, for tests only: %s", self.failpoints)
         log.info("backend %s on %s (%s)", self.backend.name, self.backend.device, self.backend_reason)
         await load_layers(self.checkpoint, self.shard, self.backend, self.device, self.metrics)
         self.scheduler.open()
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._set_serving(True)
         if self.config.ready_file is not None:
             _write_atomically(
                 self.config.ready_file, {"listen": str(self.address), "metrics": str(self.metrics_address)}
@@ -100,12 +117,18 @@ class Server:
         self.ready.set()
 
     async def shutdown(self) -> None:
-        """Turn unhealthy, answer what is in flight, stop."""
+        """Turn unhealthy, say GOAWAY, answer what is in flight, stop."""
         log.info("draining for at most %g s", self.config.drain_seconds)
         self.scheduler.close("the server is draining; use another replica")
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._set_serving(False)
+        # Calls that are on their way yet are refused by a status; after the GOAWAY gRPC would only cut them off.
+        await asyncio.sleep(NOTICE_SECONDS)
         self.handlers.stop_reading()
-        await self.grpc_server.stop(self.config.drain_seconds)
+        going_away = asyncio.ensure_future(self.grpc_server.stop(self.config.drain_seconds))
+        await self.handlers.answered(self.config.drain_seconds)
+        # What is left are watchers of health, who need not leave when they are told.
+        await self.grpc_server.stop(None)
+        await going_away
         self.device.stop()
         await asyncio.to_thread(self._metrics_server.shutdown)
         self._metrics_server.server_close()
@@ -122,6 +145,8 @@ class Server:
                 ("grpc.max_concurrent_streams", self.config.max_streams),
                 ("grpc.max_receive_message_length", self.info.max_message_bytes),
                 ("grpc.max_send_message_length", self.info.max_message_bytes),
+                # Clients find out in seconds that a server is cut off; a ping costs nothing.
+                ("grpc.http2.min_ping_interval_without_data_ms", 1000),
                 # Without it a second server on the same port would silently share its calls.
                 ("grpc.so_reuseport", 0),
             ],
@@ -132,7 +157,7 @@ class Server:
             (codec.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
             self.grpc_server,
         )
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._set_serving(False)
         try:
             port = self.security.add_port(self.grpc_server, self.config.listen)
         except RuntimeError as error:
@@ -149,16 +174,16 @@ class Server:
         self.device.start()
         await self.grpc_server.start()
 
-    async def _until_stopped(self, startup: Coroutine[None, None, None]) -> None:
-        """Run `startup` unless the server is stopped first."""
-        starting = asyncio.ensure_future(startup)
+    async def _until_stopped(self, work: Coroutine[None, None, None]) -> None:
+        """Run `work` until it ends or the server is stopped."""
+        working = asyncio.ensure_future(work)
         stopping = asyncio.ensure_future(self._stopping.wait())
-        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        if starting.done():
-            starting.result()
+        if working.done():
+            working.result()
         else:
-            starting.cancel()
+            working.cancel()
 
     def _describe(self) -> ShardInfo:
         model = self.shard.config
@@ -173,10 +198,12 @@ class Server:
                 self.config.max_tokens_per_request, model.hidden_size, model.num_experts_per_tok
             ),
             max_queued_tokens=self.config.max_queued_tokens,
+            max_queued_bytes=self.config.max_queued_bytes,
             backend=self.backend.name,
             device=self.backend.device,
             backend_reason=self.backend_reason,
             version=__version__,
+            locality=self.config.locality,
         )
 
     def _install_signal_handlers(self) -> None:
@@ -190,9 +217,10 @@ class Server:
             os._exit(128 + number)
         self.stop()
 
-    async def _set_health(self, status: int) -> None:
+    async def _set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
         for name in HEALTH_NAMES:
-            await self.health.set(name, status)
+            await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
 
 def serve(config: ServerConfig) -> None:

@@ -94,6 +94,18 @@ class ServerConfig:
     max_queued_tokens: int = field(
         default=65536, metadata=_told("tokens that may wait before requests are refused", int)
     )
+    max_queued_bytes: int = field(
+        default=1 << 30, metadata=_told("bytes of tensors that may wait before requests are refused", int)
+    )
+    device_timeout: float = field(
+        default=30.0,
+        metadata=_told(
+            "seconds without a sign of the device after which requests are refused, twice that: exit", float
+        ),
+    )
+    locality: str = field(
+        default="", metadata=_told("where this server is, such as a zone; coordinators prefer servers of their own")
+    )
     drain_seconds: float = field(
         default=30.0, metadata=_told("longest wait for requests in flight on SIGTERM, in seconds", float)
     )
@@ -109,7 +121,7 @@ class ServerConfig:
             raise InvalidOption(f"--pipeline is {self.pipeline!r}; choose from {', '.join(PIPELINES)}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise InvalidOption(f"--log-level is {self.log_level!r}; choose from debug, info, warning, error")
-        for name in ("threads", "max_streams", "max_tokens_per_request", "drain_seconds"):
+        for name in ("threads", "max_streams", "max_tokens_per_request", "drain_seconds", "device_timeout"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InvalidOption(f"{_flag(name)} is {value}; it must be greater than 0")

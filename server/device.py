@@ -17,6 +17,7 @@ from torch import Tensor
 from expertd.kernels.backend import Partials, TokenBatch, Underway
 from expertd.proto.errors import ServerFault
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -49,7 +50,7 @@ class DeviceOwner:
         self._work.put(lambda: None if future.cancelled() else _settle(future, function))
         return future
 
-    def run(self, start: Callable[[], Underway], finish: Callable[[Underway], T]) -> asyncio.Future[T]:
+    def run(self, start: Callable[[], S], finish: Callable[[S], T]) -> asyncio.Future[T]:
         """Run `start` on the device thread and `finish`, which waits for the device, on the other one."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -13,16 +14,18 @@ import grpc.aio
 
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteResult, RawRequest, ShardInfo, StageTimings
-from expertd.proto.errors import ExpertdError, ServerFault
+from expertd.proto.errors import ExpertdError, Overloaded, ServerFault
 from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
 from expertd.server.shard import Shard
 
 log = logging.getLogger(__name__)
+MAX_UNREAD_BYTES = 64 << 20
+"""Of responses that one stream's caller has not read, before no more requests are read from it."""
 
 
 class ExpertShardHandlers:
-    """One server's RPCs. They hold no state of their own but the streams that are open."""
+    """One server's RPCs. They hold no state of their own but the calls and streams that are open."""
 
     def __init__(self, shard: Shard, info: ShardInfo, scheduler: Scheduler, metrics: Metrics) -> None:
         self._shard = shard
@@ -30,6 +33,7 @@ class ExpertShardHandlers:
         self._scheduler = scheduler
         self._metrics = metrics
         self._readers: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
 
     def register(self, server: grpc.aio.Server) -> None:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -46,6 +50,17 @@ class ExpertShardHandlers:
         for reader in self._readers:
             reader.cancel()
 
+    async def answered(self, timeout: float) -> None:
+        """Wait until all calls and streams have ended and their answers are sent, for at most `timeout` seconds."""
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=timeout)
+
+    def _track(self) -> None:
+        call = asyncio.current_task()
+        if call is not None:
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+
     async def get_shard(self, request: codec.ShardRequest, context: Context) -> codec.ShardResponse:
         try:
             self._scheduler.check_open()
@@ -54,13 +69,15 @@ class ExpertShardHandlers:
         return codec.encode_shard(self._info)
 
     async def execute(self, data: bytes, context: Context) -> bytes:
+        self._track()
         try:
             return await self._answer(codec.parse_request(data), context.peer(), context.time_remaining())
         except ExpertdError as error:
-            await context.abort(error.code, str(error))
+            await context.abort(error.code, str(error), _pushback(error))
 
     async def execute_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        writing = asyncio.Lock()
+        self._track()
+        outbox = _Outbox(context)
 
         async def respond(data: bytes) -> None:
             request_id = 0
@@ -70,12 +87,12 @@ class ExpertShardHandlers:
                 response = await self._answer(request, context.peer(), None)
             except ExpertdError as error:
                 response = codec.encode_error(request_id, error)
-            async with writing:
-                await context.write(response)
+            await outbox.write(response)
 
         async def read() -> None:
             async for data in requests:
                 answers.create_task(respond(data))
+                await outbox.room()
 
         async with asyncio.TaskGroup() as answers:
             reader = answers.create_task(read())
@@ -84,11 +101,14 @@ class ExpertShardHandlers:
 
     async def _answer(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
         """Compute one request; every outcome is counted."""
+        arrived = time.perf_counter()
         with self._metrics.in_flight.track_inprogress():
             try:
                 return await self._compute(request, caller, time_remaining)
             except ExpertdError as error:
                 self._metrics.requests.labels(error.code.name.lower()).inc()
+                if isinstance(error, Overloaded):
+                    self._metrics.refusal.observe(time.perf_counter() - arrived)
                 raise
             except asyncio.CancelledError:
                 self._metrics.requests.labels("cancelled").inc()
@@ -100,7 +120,8 @@ class ExpertShardHandlers:
 
     async def _compute(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
         arrived = time.perf_counter()
-        self._scheduler.check_open()
+        # Before anything is read of the tensors: a server with too much to do has no time for what it will refuse.
+        self._scheduler.check_room(min(request.num_tokens, self._info.max_tokens_per_request), request.num_tensor_bytes)
         config = self._shard.config
         call = codec.decode_call(
             request, config.hidden_size, config.num_experts_per_tok, self._info.max_tokens_per_request
@@ -117,6 +138,45 @@ class ExpertShardHandlers:
         encoded = time.perf_counter()
         self._metrics.observe_answer(batch.num_tokens, sum(pairs), timings, encoded - computed, encoded - arrived)
         return response
+
+
+class _Outbox:
+    """Writes the responses of one stream, one at a time, and says when enough of them wait for a slow reader."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._writing = asyncio.Lock()
+        self._waiting_bytes = 0
+        self._room = asyncio.Event()
+        self._room.set()
+
+    async def write(self, response: bytes) -> None:
+        self._count(len(response))
+        try:
+            # A caller that is gone takes its stream with it: there is nobody to answer.
+            with contextlib.suppress(grpc.aio.InternalError):
+                async with self._writing:
+                    await self._context.write(response)
+        finally:
+            self._count(-len(response))
+
+    async def room(self) -> None:
+        """Wait until another request may be read; the caller's own sending then comes to a halt, too."""
+        await self._room.wait()
+
+    def _count(self, added: int) -> None:
+        self._waiting_bytes += added
+        if self._waiting_bytes < MAX_UNREAD_BYTES:
+            self._room.set()
+        else:
+            self._room.clear()
+
+
+def _pushback(error: ExpertdError) -> tuple[tuple[str, str], ...]:
+    """gRPC's own way to say when to come back."""
+    if error.retry_after is None:
+        return ()
+    return ((codec.PUSHBACK, str(codec.whole_milliseconds(error.retry_after))),)
 
 
 Context = grpc.aio.ServicerContext[object, object]

@@ -31,6 +31,12 @@ class Metrics:
             buckets=LATENCY_BUCKETS,
             registry=registry,
         )
+        self.refusal = Histogram(
+            "expertd_refusal_duration_seconds",
+            "Seconds from a request's arrival to its RESOURCE_EXHAUSTED.",
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
         self.tokens = Counter("expertd_tokens", "Tokens of answered requests.", registry=registry)
         self.pairs = Counter("expertd_pairs", "(token, expert) pairs of answered requests.", registry=registry)
         self.batch_tokens = Histogram(

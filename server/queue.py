@@ -55,6 +55,7 @@ class FairQueue:
     def __init__(self) -> None:
         self._waiting: dict[Hashable, dict[Kind, deque[Job]]] = {}
         self.tokens = 0
+        self.num_bytes = 0
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -62,6 +63,7 @@ class FairQueue:
     def put(self, job: Job) -> None:
         self._waiting.setdefault(job.caller, {}).setdefault(job.kind, deque()).append(job)
         self.tokens += job.batch.num_tokens
+        self.num_bytes += job.batch.num_bytes
 
     def take(self, max_tokens: int) -> list[Job]:
         """Remove a batch: the job that waits longest of the caller whose turn it is, and from all callers in turn
@@ -87,6 +89,7 @@ class FairQueue:
         if caller in self._waiting:
             self._waiting[caller] = self._waiting.pop(caller)
         self.tokens -= max_tokens - room
+        self.num_bytes -= sum(job.batch.num_bytes for job in taken)
         return taken
 
     def _forget(self, caller: Hashable, kind: Kind) -> None:

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 
 from expertd.kernels.backend import Backend, TokenBatch
-from expertd.proto.errors import DeadlineExceeded, ExpertdError, Overloaded, ServerFault, Unavailable
+from expertd.proto.errors import DeadlineExceeded, ExpertdError, ServerFault, Unavailable
+from expertd.server.admission import Admission
 from expertd.server.device import BatchOutcome, DeviceOwner, collect
 from expertd.server.queue import Completed, FairQueue, Job
 
@@ -29,16 +30,20 @@ class Scheduler:
         *,
         max_batch_tokens: int,
         max_queued_tokens: int,
+        max_queued_bytes: int,
         on_batch: Callable[[int], None] = lambda tokens: None,
+        on_fault: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        """`on_batch` is told the tokens of every device batch."""
+        """`on_batch` is told the tokens of every device batch, `on_fault` what the backend raised unexpectedly."""
         self._backend = backend
         self._device = device
         self._num_experts = num_experts
         self._max_batch_tokens = max_batch_tokens
-        self._max_queued_tokens = max_queued_tokens
         self._on_batch = on_batch
+        self._on_fault = on_fault
         self._queue = FairQueue()
+        self._admission = Admission(self._queue, max_queued_tokens, max_queued_bytes)
+        self._unanswered: set[asyncio.Future[Completed]] = set()
         self._under_way: list[int] = []
         self.closed_because: str | None = "the server is starting"
 
@@ -53,9 +58,20 @@ class Scheduler:
         """Refuse new requests with `Unavailable`; those already accepted are still answered."""
         self.closed_because = reason
 
+    def abandon(self, reason: str) -> None:
+        """Answer everyone who waits, and refuse new requests, with `Unavailable`."""
+        self.close(reason)
+        for future in self._unanswered:
+            _reject(future, Unavailable(reason))
+
     def check_open(self) -> None:
         if self.closed_because is not None:
             raise Unavailable(self.closed_because)
+
+    def check_room(self, tokens: int, num_bytes: int) -> None:
+        """Raise `Unavailable`, or `Overloaded` when a request of this size would be refused now."""
+        self.check_open()
+        self._admission.check(tokens, num_bytes)
 
     async def execute(
         self, caller: Hashable, layer: int, batch: TokenBatch, reply_dtype: torch.dtype, timeout: float | None
@@ -64,15 +80,12 @@ class Scheduler:
 
         Raises `Unavailable`, `Overloaded`, `DeadlineExceeded` (after waiting `timeout` seconds) or `ServerFault`.
         """
-        self.check_open()
-        if self.queued_tokens + batch.num_tokens > self._max_queued_tokens:
-            raise Overloaded(
-                f"{self.queued_tokens} tokens are queued and num_tokens is {batch.num_tokens}; "
-                f"at most {self._max_queued_tokens} may wait: retry later or use another replica"
-            )
+        self.check_room(batch.num_tokens, batch.num_bytes)
         now = time.perf_counter()
         expires = None if timeout is None else now + timeout
         future: asyncio.Future[Completed] = asyncio.get_running_loop().create_future()
+        self._unanswered.add(future)
+        future.add_done_callback(self._unanswered.discard)
         self._queue.put(Job(caller, layer, batch, reply_dtype, now, expires, future))
         self._start_next()
         return await future
@@ -99,12 +112,16 @@ class Scheduler:
         self._on_batch(tokens)
         start = partial(self._backend.submit, jobs[0].layer, requests, jobs[0].reply_dtype)
         finish = partial(collect, jobs[0].layer, requests, self._num_experts)
-        self._device.run(start, finish).add_done_callback(partial(self._finish, jobs, tokens))
+        self._device.run(start, finish).add_done_callback(partial(self._finish, jobs, tokens, time.perf_counter()))
 
-    def _finish(self, jobs: list[Job], tokens: int, outcome: asyncio.Future[BatchOutcome]) -> None:
+    def _finish(self, jobs: list[Job], tokens: int, started: float, outcome: asyncio.Future[BatchOutcome]) -> None:
         self._under_way.remove(tokens)
         error = outcome.exception()
         now = time.perf_counter()
+        if error is None:
+            self._admission.computed(tokens, now - started)
+        elif not isinstance(error, ExpertdError):
+            self._on_fault(error)
         for position, job in enumerate(jobs):
             if job.future.done():
                 continue
@@ -136,7 +153,12 @@ def may_start(under_way: Sequence[int], waiting_tokens: int, depth: int) -> bool
 
 
 def _as_fault(error: BaseException) -> ExpertdError:
-    """A new exception for each who waits: one that is raised in several places collects all their tracebacks."""
+    """What one of those who wait is told."""
     if isinstance(error, ExpertdError):
-        return type(error)(*error.args)
+        return error.again()
     return ServerFault(f"the device failed: {type(error).__name__}: {error}")
+
+
+def _reject(future: asyncio.Future[Completed], error: ExpertdError) -> None:
+    if not future.done():
+        future.set_exception(error)

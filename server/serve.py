@@ -12,6 +12,7 @@ from expertd.kernels.config import InvalidConfig
 from expertd.server.app import serve
 from expertd.server.config import InvalidOption, ServerConfig
 from expertd.server.selfcheck import SelfCheckFailed
+from expertd.server.watchdog import DeviceLost
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 after a drained stop, 2 for options or a checkpoint that cannot be used, 1 for a failed self-check."""
+    """0 after a drained stop, 2 for options or a checkpoint that cannot be used, 1 for a device that failed."""
     try:
         config = ServerConfig.from_arguments(arguments)
         logging.basicConfig(
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (InvalidOption, InvalidConfig, CheckpointError, UnsupportedShape) as error:
         print(f"expertd serve: error: {error}", file=sys.stderr)
         return 2
-    except SelfCheckFailed as error:
+    except (SelfCheckFailed, DeviceLost) as error:
         print(f"expertd serve: error: {error}", file=sys.stderr)
         return 1
     return 0

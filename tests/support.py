@@ -15,7 +15,7 @@ from expertd.kernels.backend import LayerWeights, TokenBatch
 from expertd.kernels.quantize import quantize_activations, quantize_weights
 from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
-from expertd.proto.codec import ExecuteCall
+from expertd.proto.codec import ExecuteCall, ShardInfo
 from expertd.server.app import Server
 from expertd.server.config import Address, ServerConfig
 from expertd.server.metrics import Metrics
@@ -83,18 +83,19 @@ def random_batch(tokens: int, hidden: int, experts: int, top_k: int, seed: int =
     return TokenBatch(values, scales, ids, torch.rand(tokens, top_k, generator=generator) + 0.1)
 
 
-def request_for(server: Server, batch: TokenBatch, **changes: Any) -> pb.ExecuteRequest:  # noqa: ANN401
+def request_for(server: Server | ShardInfo, batch: TokenBatch, **changes: Any) -> pb.ExecuteRequest:  # noqa: ANN401
     """The message of `call_for`, in the generated class."""
     return pb.ExecuteRequest.FromString(codec.encode_call(call_for(server, batch, **changes)))
 
 
-def call_for(server: Server, batch: TokenBatch, **changes: Any) -> ExecuteCall:  # noqa: ANN401
-    """A call that `server` accepts, for `batch` with global expert ids."""
+def call_for(server: Server | ShardInfo, batch: TokenBatch, **changes: Any) -> ExecuteCall:  # noqa: ANN401
+    """A call that `server`, or the one that said this of itself, accepts, for `batch` with global expert ids."""
+    shard = server.info if isinstance(server, Server) else server
     fields: dict[str, Any] = {
         "request_id": 7,
-        "model_fingerprint": server.shard.model_fingerprint,
-        "placement_epoch": server.shard.placement_epoch,
-        "layer": server.shard.layers[0],
+        "model_fingerprint": shard.model_fingerprint,
+        "placement_epoch": shard.placement_epoch,
+        "layer": shard.layers[0],
         "hidden": batch.hidden,
         "scales": batch.scales,
         "expert_ids": batch.expert_ids,

@@ -136,6 +136,9 @@ class CutileBackend:
             self._slots.put(slot)
             raise
 
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self._device)
+
     def _replay(
         self, slot: Slot, layer: int, requests: Sequence[TokenBatch], layout: Layout, reply_dtype: torch.dtype
     ) -> DeviceBatch:

@@ -36,7 +36,7 @@ def test_computing_alone_changes_no_other_thread() -> None:
     counts: dict[str, int] = {}
 
     def worker() -> None:
-        compute_alone()
+        compute_alone(before)
         counts["worker"] = torch.get_num_threads()
 
     def another() -> None:

@@ -112,7 +112,9 @@ def test_a_shard_survives_the_wire() -> None:
         "first_k_dense_replace": 3,
         "moe_layer_freq": 1,
     }
-    shard = ShardInfo("abc", 17, config, (3, 4), tuple(range(32)), 4096, 1 << 20, 65536, "torch", "cpu", "auto", "1.0")
+    shard = ShardInfo(
+        "abc", 17, config, (3, 4), tuple(range(32)), 4096, 1 << 20, 65536, 1 << 30, "torch", "cpu", "auto", "1", "z"
+    )
     assert codec.decode_shard(codec.ShardResponse.FromString(codec.encode_shard(shard).SerializeToString())) == shard
 
 

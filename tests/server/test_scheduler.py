@@ -18,6 +18,7 @@ from expertd.server.scheduler import OVERLAP_TOKENS, Scheduler, may_start
 from tests.support import random_batch, random_weights
 
 EXPERTS, HIDDEN, TOP_K = 4, 128, 2
+MAX_BYTES = 1 << 20
 WEIGHTS = random_weights(EXPERTS, HIDDEN, 128)
 
 
@@ -92,7 +93,12 @@ async def serve(
     device = DeviceOwner()
     device.start()
     scheduler = Scheduler(
-        backend, device, EXPERTS, max_batch_tokens=max_batch_tokens, max_queued_tokens=max_queued_tokens
+        backend,
+        device,
+        EXPERTS,
+        max_batch_tokens=max_batch_tokens,
+        max_queued_tokens=max_queued_tokens,
+        max_queued_bytes=MAX_BYTES,
     )
     scheduler.open()
     yield scheduler
@@ -148,6 +154,46 @@ async def test_a_full_queue_refuses_with_its_numbers_and_accepts_again_later(
     backend.gate.set()
     await asyncio.gather(running, queued, fits)
     await submit(scheduler, 1, batch(16))
+
+
+async def test_a_full_queue_says_when_to_come_back_once_it_knows_the_devices_pace(
+    gated: tuple[GatedBackend, Scheduler],
+) -> None:
+    backend, scheduler = gated
+    backend.gate.set()
+
+    async def refusal() -> Overloaded:
+        with pytest.raises(Overloaded) as caught:
+            scheduler.check_room(21, 1)
+        return caught.value
+
+    assert (await refusal()).retry_after is None
+    await submit(scheduler, 1, batch(16))
+    known = (await refusal()).retry_after
+    assert known is not None
+    assert 0.001 <= known <= 5.0
+    backend.gate.clear()
+    waiting = [submit(scheduler, 1, batch(16)), submit(scheduler, 1, batch(16))]
+    await settle()
+    fuller = (await refusal()).retry_after
+    assert fuller is not None
+    assert fuller >= known
+    backend.gate.set()
+    await asyncio.gather(*waiting)
+
+
+async def test_bytes_that_wait_are_bounded_too(gated: tuple[GatedBackend, Scheduler]) -> None:
+    backend, scheduler = gated
+    running, queued = submit(scheduler, 1, batch(1)), submit(scheduler, 1, batch(4))
+    await settle()
+    waiting = batch(4).num_bytes
+    assert waiting == 4 * (HIDDEN + 4 * HIDDEN // 128 + 8 * TOP_K)
+    scheduler.check_room(1, MAX_BYTES - waiting)
+    with pytest.raises(Overloaded, match=f"{waiting} bytes are queued and the request's tensors have .* at most"):
+        scheduler.check_room(1, MAX_BYTES - waiting + 1)
+    backend.gate.set()
+    await asyncio.gather(running, queued)
+    scheduler.check_room(1, MAX_BYTES)
 
 
 async def test_cancelled_and_expired_requests_never_reach_the_device(gated: tuple[GatedBackend, Scheduler]) -> None:

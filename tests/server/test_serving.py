@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from expertd import __version__
 from expertd.kernels.reference import relative_error
 from expertd.proto import codec
+from expertd.server import handlers
 from expertd.server.app import Server
 from expertd.server.config import InvalidOption, ServerConfig
 from expertd.server.metrics import Metrics
@@ -101,6 +102,63 @@ async def test_stream_answers_carry_their_request_ids_and_right_results(small_mo
         for answer in answers:
             assert answer.partials == alone[answer.request_id].partials
             assert answer.timings.compute_ns > 0
+
+
+async def test_refusals_for_overload_say_when_to_come_back_and_cost_no_time(small_model: Path) -> None:
+    options = {"max_tokens_per_request": 64, "max_batch_tokens": 64, "max_queued_tokens": 64}
+    async with running_server(small_model, ALL, **options) as server, open_channel(server) as channel:
+        execute, request = execute_method(channel), request_for(server, random_batch(64, 256, 16, 4))
+        await execute(request)
+        refused = []
+        for answer in await asyncio.gather(*(execute(request) for _ in range(20)), return_exceptions=True):
+            if isinstance(answer, grpc.aio.AioRpcError):
+                assert answer.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+                refused.append(int(dict(answer.trailing_metadata())["grpc-retry-pushback-ms"]))
+        assert refused
+        assert all(1 <= delay <= 5000 for delay in refused)
+        stream = stream_method(channel)()
+        for number in range(20):
+            await stream.write(request_for(server, random_batch(64, 256, 16, 4), request_id=number))
+        await stream.done_writing()
+        errors = [answer.error async for answer in stream if answer.HasField("error")]
+        assert errors
+        assert all(1 <= error.retry_after_ms <= 5000 for error in errors)
+        samples = await scrape(server)
+        assert samples["expertd_refusal_duration_seconds_count"] == len(refused) + len(errors)
+
+
+async def test_a_caller_who_does_not_read_is_not_read_from(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handlers, "MAX_UNREAD_BYTES", 1 << 20)
+    count, tokens = 300, 100
+    async with running_server(small_model, ALL) as server, open_channel(server) as channel:
+        stream = stream_method(channel)()
+        request = request_for(server, random_batch(tokens, 256, 16, 4))
+
+        written = 0
+
+        def computed() -> float:
+            return server.metrics.registry.get_sample_value("expertd_tokens_total") or 0.0
+
+        async def write() -> None:
+            nonlocal written
+            for written in range(count):
+                request.request_id = written
+                await stream.write(request)
+                # Not faster than it computes: what it has read already it must answer.
+                while reading_nothing.is_set() and computed() < (written - 5) * tokens:
+                    await asyncio.sleep(0.001)
+            await stream.done_writing()
+
+        reading_nothing = asyncio.Event()
+        reading_nothing.set()
+        writing, before = asyncio.create_task(write()), -1.0
+        while computed() > before:
+            before = computed()
+            await asyncio.sleep(1.0)
+        assert written < count - 1
+        reading_nothing.clear()
+        assert {answer.request_id async for answer in stream} == set(range(count))
+        await writing
 
 
 async def test_bfloat16_replies_are_the_rounded_float32_ones(small_model: Path) -> None:

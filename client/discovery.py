@@ -1,0 +1,80 @@
+"""Where a coordinator's servers are: a list, a DNS name with many addresses, or a file that is watched."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class Discovery(Protocol):
+    """Looked at when a coordinator connects and from time to time from then on; servers may come and go."""
+
+    @property
+    def seconds(self) -> float:
+        """Between two looks."""
+
+    async def addresses(self) -> tuple[str, ...]:
+        """The servers of now, as `host:port`. Raises `OSError` or `ValueError`; the former servers then remain."""
+
+
+@dataclass(frozen=True, slots=True)
+class StaticServers:
+    """A list that never changes."""
+
+    servers: tuple[str, ...]
+    seconds: float = math.inf
+
+    def __repr__(self) -> str:
+        return repr(list(self.servers))
+
+    async def addresses(self) -> tuple[str, ...]:
+        return self.servers
+
+
+@dataclass(frozen=True, slots=True)
+class DnsServers:
+    """Every address of a name, such as a headless Kubernetes service. With TLS, `ClientSecurity.server_name` is the
+    name in the servers' certificates: they are dialled by address."""
+
+    host: str
+    port: int
+    seconds: float = 5.0
+
+    async def addresses(self) -> tuple[str, ...]:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        hosts = sorted({str(address[0]) for *_, address in found})
+        return tuple(f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in hosts)
+
+
+@dataclass(frozen=True, slots=True)
+class FileServers:
+    """One `host:port` a line; what follows a # is a remark. Replace the file as a whole (write another, rename it)."""
+
+    path: Path
+    seconds: float = 1.0
+
+    async def addresses(self) -> tuple[str, ...]:
+        lines = (line.partition("#")[0].strip() for line in self.path.read_text().splitlines())
+        servers = tuple(dict.fromkeys(line for line in lines if line))
+        if not servers:
+            raise ValueError(f"{self.path} names no server; write one host:port a line")
+        for server in servers:
+            host, _, port = server.rpartition(":")
+            if not (host and port.isdecimal()):
+                raise ValueError(f"{self.path} has {server!r}, which is not host:port")
+        return servers
+
+
+def as_discovery(servers: Sequence[str] | Discovery) -> Discovery:
+    """A list of addresses, or what finds them. Raises `ValueError` for an empty list."""
+    if not isinstance(servers, Sequence):
+        return servers
+    if isinstance(servers, str) or not servers:
+        raise ValueError(f"servers is {servers!r}; give a list with at least one host:port")
+    return StaticServers(tuple(dict.fromkeys(servers)))
