@@ -39,6 +39,7 @@ def compute_alone(others: int) -> None:
 
     New threads go on starting with `others`.
     """
+    torch.get_num_threads()  # the first call in a thread sets its number, over what was set before
     torch.set_num_threads(1)
     # This has also set the number for threads that did not use torch yet. One of those can put it back without
     # changing it here.
