@@ -16,14 +16,19 @@ BLOCK_TOKENS = 128
 MOST_WORKERS = 8
 
 
-async def in_blocks(num_tokens: int, work: Callable[[slice], None]) -> None:
-    """Call `work` with slices that cover all tokens, side by side on worker threads; a single block at once, here."""
-    blocks = [slice(first, min(first + BLOCK_TOKENS, num_tokens)) for first in range(0, num_tokens, BLOCK_TOKENS)]
-    if len(blocks) == 1:
-        work(blocks[0])
-        return
+def start_blocks(num_tokens: int, work: Callable[[slice], None]) -> list[asyncio.Future[None]]:
+    """Call `work` with slices of `BLOCK_TOKENS` tokens on worker threads; the i-th future is done when the i-th block is.
+
+    A single block is worked on at once, in the calling thread.
+    """
     loop = asyncio.get_running_loop()
-    await asyncio.gather(*(loop.run_in_executor(_workers(), work, block) for block in blocks))
+    blocks = [slice(first, min(first + BLOCK_TOKENS, num_tokens)) for first in range(0, num_tokens, BLOCK_TOKENS)]
+    if len(blocks) > 1:
+        return [loop.run_in_executor(_workers(), work, block) for block in blocks]
+    work(blocks[0])
+    done: asyncio.Future[None] = loop.create_future()
+    done.set_result(None)
+    return [done]
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +12,17 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from expertd.client.activations import Activations
 from expertd.client.arguments import as_rows, as_tokens, check_choice
-from expertd.client.blocks import in_blocks
+from expertd.client.blocks import BLOCK_TOKENS, start_blocks
 from expertd.client.config import CoordinatorConfig
 from expertd.client.discovery import Discovery, as_discovery
-from expertd.client.dispatch import Dispatch, combine_rows, renormalize
+from expertd.client.dispatch import Dispatch, combine, contributions, renormalize
 from expertd.client.failover import Answer, Caller, Effort, LayerCall
 from expertd.client.membership import Membership
 from expertd.client.ownership import name_experts
 from expertd.client.transport import GrpcTransport
-from expertd.kernels.config import BLOCK, MoeConfig
-from expertd.kernels.quantize import FP8, quantize_activations
+from expertd.kernels.config import MoeConfig
 from expertd.kernels.routing import route, router_logits
 from expertd.proto.codec import StageTimings
 from expertd.proto.errors import InvalidBatch
@@ -151,11 +152,12 @@ class Coordinator:
         caller.membership.ownership.check_layer(layer)
         tokens = as_tokens("hidden", hidden, self.model.hidden_size)
         ids, weights = self._route(layer, tokens, router_logits, topk_ids, topk_weights)
-        call = LayerCall(caller, layer, *await self._quantize(tokens))
+        call = LayerCall(caller, layer, Activations(tokens, self.config.hidden_dtype))
         answers = await call.run(ids, weights)
-        parts = [(answer.dispatch, answer.result) for answer in answers]
         sums = torch.empty(tokens.shape, dtype=torch.float32 if call.missing else self.config.output_dtype)
-        await in_blocks(len(tokens), lambda rows: combine_rows(sums, rows, parts))
+        blocks = contributions([(answer.dispatch, answer.result) for answer in answers], len(tokens), BLOCK_TOKENS)
+        work = start_blocks(len(tokens), lambda rows: combine(sums[rows], blocks[rows.start // BLOCK_TOKENS]))
+        await asyncio.gather(*work)
         degraded = renormalize(sums, ids, weights, call.missing) if call.missing else 0
         lost = _experts(call.missing)
         if degraded:
@@ -192,18 +194,6 @@ class Coordinator:
         if not logits.isfinite().all():
             raise InvalidBatch("router_logits holds NaN or infinity; they must be finite")
         return route(logits, gate.correction_bias, model)
-
-    async def _quantize(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.config.hidden_dtype == torch.bfloat16:
-            return tokens.to(torch.bfloat16), None
-        quantized = torch.empty(tokens.shape, dtype=FP8)
-        scales = torch.empty(len(tokens), tokens.shape[1] // BLOCK)
-
-        def quantize(rows: slice) -> None:
-            quantized[rows], scales[rows] = quantize_activations(tokens[rows])
-
-        await in_blocks(len(tokens), quantize)
-        return quantized, scales
 
 
 def _experts(parts: Sequence[Dispatch]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,15 @@ class Dispatch:
         """(token, expert) pairs by global expert id."""
         pairs = np.bincount(self.expert_ids.numpy().ravel() + 1)
         return {expert: count for expert, count in enumerate(pairs[1:].tolist()) if count}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contribution:
+    """Partial sums of some rows of a block of tokens."""
+
+    rows: slice | npt.NDArray[np.int64]
+    sums: Tensor
+    """[n, H]."""
 
 
 def plan_dispatch(expert_ids: Tensor, weights: Tensor, owner: Tensor) -> list[Dispatch]:
@@ -126,19 +136,32 @@ def take_rows(values: Tensor, tokens: Tensor) -> Tensor:
     return torch.from_numpy(values.view(torch.uint8).numpy()[_index(tokens.numpy())]).view(values.dtype)
 
 
-def combine_rows(out: Tensor, rows: slice, parts: Sequence[tuple[Dispatch, ExecuteResult]]) -> None:
-    """Write the sums of all `parts` for some rows of `out` [T, H], added in FP32 in the order of `parts`.
-
-    One order makes one result, bit for bit.
-    """
-    sums = torch.zeros(rows.stop - rows.start, out.shape[1])
+def contributions(
+    parts: Sequence[tuple[Dispatch, ExecuteResult]], num_tokens: int, block_tokens: int
+) -> list[list[Contribution]]:
+    """What `parts` give to each block of `block_tokens` tokens, in the order of `parts`."""
+    blocks: list[list[Contribution]] = [[] for _ in range(0, num_tokens, block_tokens)]
     for dispatch, result in parts:
-        first, end = np.searchsorted(dispatch.tokens.numpy(), (rows.start, rows.stop))
-        if first < end:
-            tokens = dispatch.tokens.numpy()[first:end] - rows.start
-            # The tokens of a part differ from each other, so that each of them is added.
-            sums.numpy()[_index(tokens)] += result.partials[first:end].float().numpy()
-    out[rows] = sums
+        tokens = dispatch.tokens.numpy()
+        first, last = tokens[0] // block_tokens, tokens[-1] // block_tokens
+        edges = np.searchsorted(tokens, np.arange(first, last + 2) * block_tokens)
+        for block, (begin, end) in enumerate(pairwise(edges.tolist()), first):
+            if begin < end:
+                rows = _index(tokens[begin:end] - block * block_tokens)
+                blocks[block].append(Contribution(rows, result.partials[begin:end]))
+    return blocks
+
+
+def combine(out: Tensor, contributions: Sequence[Contribution]) -> None:
+    """Write the sums of all `contributions` to `out` [T, H], added in FP32 in their order: one order, one result."""
+    if len(contributions) == 1 and len(contributions[0].sums) == len(out):
+        out.copy_(contributions[0].sums)
+        return
+    total = torch.zeros(out.shape)
+    for part in contributions:
+        # The tokens of a part differ from each other, so that each of them is added.
+        total.numpy()[part.rows] += part.sums.float().numpy()
+    out.copy_(total)
 
 
 def _index(tokens: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:

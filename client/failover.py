@@ -17,9 +17,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from expertd.client.activations import Activations
 from expertd.client.budget import RetryBudget
 from expertd.client.config import CoordinatorConfig
-from expertd.client.dispatch import Dispatch, check_receipt, leave_out, plan_dispatch, take_rows
+from expertd.client.dispatch import Dispatch, check_receipt, leave_out, plan_dispatch
 from expertd.client.hedging import Lateness
 from expertd.client.membership import LOST, Member, Membership
 from expertd.client.ownership import NOBODY
@@ -75,15 +76,14 @@ class Caller:
 
 
 class LayerCall:
-    """The tokens of one call of `layer`, as they are sent: [T, H] FP8 with scales or bfloat16."""
+    """One call of `layer`."""
 
-    def __init__(self, caller: Caller, layer: int, hidden: Tensor, scales: Tensor | None) -> None:
+    def __init__(self, caller: Caller, layer: int, activations: Activations) -> None:
         self._caller = caller
         self._membership = caller.membership
         self._config = caller.config
         self._layer = layer
-        self._hidden = hidden
-        self._scales = scales
+        self._activations = activations
         self._deadline = time.monotonic() + caller.config.call_timeout
         self.effort = Effort()
         self.missing: list[Dispatch] = []
@@ -131,7 +131,7 @@ class LayerCall:
         return parts
 
     def _chunk_tokens(self, member: Member) -> int:
-        chunk = self._config.chunk_tokens(self._hidden.shape[1])
+        chunk = self._config.chunk_tokens(self._activations.width)
         return min(chunk, member.shard.max_tokens_per_request) if member.shard else chunk
 
     async def _send_all(self, parts: Sequence[Part], attempt: int) -> list[Answer]:
@@ -210,13 +210,14 @@ class LayerCall:
             raise Unavailable(f"{address}: out of use since another call failed")
         if timeout <= 0:
             raise DeadlineExceeded(f"{address}: not answered within call_timeout {self._config.call_timeout} s")
+        hidden, scales = await self._activations.take(dispatch.tokens)
         call = ExecuteCall(
             request_id=next(self._caller.request_ids),
             model_fingerprint=shard.model_fingerprint,
             placement_epoch=shard.placement_epoch,
             layer=self._layer,
-            hidden=take_rows(self._hidden, dispatch.tokens),
-            scales=None if self._scales is None else take_rows(self._scales, dispatch.tokens),
+            hidden=hidden,
+            scales=scales,
             expert_ids=dispatch.expert_ids,
             weights=dispatch.weights,
             reply_dtype=self._config.reply_dtype,

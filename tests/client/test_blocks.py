@@ -1,11 +1,12 @@
 """Blocks of rows on worker threads."""
 
+import asyncio
 import threading
 
 import pytest
 import torch
 
-from expertd.client.blocks import BLOCK_TOKENS, compute_alone, in_blocks
+from expertd.client.blocks import BLOCK_TOKENS, compute_alone, start_blocks
 
 
 @pytest.mark.parametrize("tokens", [1, BLOCK_TOKENS, BLOCK_TOKENS + 1, 5 * BLOCK_TOKENS - 1])
@@ -17,7 +18,7 @@ async def test_blocks_cover_every_token_once(tokens: int) -> None:
         seen[rows] += 1
         threads.add(threading.current_thread() is threading.main_thread())
 
-    await in_blocks(tokens, work)
+    await asyncio.gather(*start_blocks(tokens, work))
     assert (seen == 1).all()
     assert threads == {tokens <= BLOCK_TOKENS}, "one block needs no other thread"
 
@@ -28,7 +29,7 @@ async def test_an_error_in_a_block_reaches_the_caller() -> None:
             raise ValueError("the second block")
 
     with pytest.raises(ValueError, match="the second block"):
-        await in_blocks(BLOCK_TOKENS + 1, work)
+        await asyncio.gather(*start_blocks(BLOCK_TOKENS + 1, work))
 
 
 def test_computing_alone_changes_no_other_thread() -> None:

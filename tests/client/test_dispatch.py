@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.client.dispatch import Dispatch, check_receipt, combine_rows, plan_dispatch
+from expertd.client.dispatch import Dispatch, check_receipt, combine, contributions, plan_dispatch
 from expertd.proto.codec import ExecuteResult, StageTimings
 from expertd.proto.errors import ServerFault
 
@@ -89,8 +89,8 @@ def test_combine_adds_in_float32_where_the_tokens_belong() -> None:
         (two, ExecuteResult(2, small, {}, StageTimings())),
     ]
     sums = torch.empty(5, 4)
-    for rows in (slice(0, 2), slice(2, 3), slice(3, 5)):
-        combine_rows(sums, rows, parts)
+    for block, rows in enumerate((slice(0, 2), slice(2, 4), slice(4, 5))):
+        combine(sums[rows], contributions(parts, 5, block_tokens=2)[block])
     assert sums.dtype == torch.float32
     expected = torch.zeros(5, 4)
     expected[0], expected[3] = 1.0, 1.0 + 2.0**-12
