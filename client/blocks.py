@@ -17,7 +17,7 @@ MOST_WORKERS = 8
 
 
 def start_blocks(num_tokens: int, work: Callable[[slice], None]) -> list[asyncio.Future[None]]:
-    """Call `work` with slices of `BLOCK_TOKENS` tokens on worker threads; the i-th future is done when the i-th block is.
+    """Call `work` with slices of `BLOCK_TOKENS` tokens on worker threads; each has a future, in order.
 
     A single block is worked on at once, in the calling thread.
     """
