@@ -18,20 +18,23 @@ class Gate:
     weight: Tensor
     """[E, H] bfloat16 or float32."""
     correction_bias: Tensor
-    """[E] float32: added to the scores for the choice of experts only."""
+    """[E] float32: added to the scores for the choice of experts only; zeros where the model has none."""
 
 
 def load_gates(checkpoint: Checkpoint, layers: Iterable[int]) -> dict[int, Gate]:
     """Read the gates of `layers`. Raises `CheckpointError`."""
+    family = checkpoint.config.family
     experts, width = checkpoint.config.n_routed_experts, checkpoint.config.hidden_size
+
+    def bias(layer: int) -> Tensor:
+        if not family.has_correction_bias:
+            return torch.zeros(experts)
+        return checkpoint.read(family.correction_bias(layer), (experts,), torch.float32, torch.bfloat16).float()
+
     return {
         layer: Gate(
-            weight=checkpoint.read(
-                f"model.layers.{layer}.mlp.gate.weight", (experts, width), torch.bfloat16, torch.float32
-            ),
-            correction_bias=checkpoint.read(
-                f"model.layers.{layer}.mlp.gate.e_score_correction_bias", (experts,), torch.float32, torch.bfloat16
-            ).float(),
+            weight=checkpoint.read(family.gate_weight(layer), (experts, width), torch.bfloat16, torch.float32),
+            correction_bias=bias(layer),
         )
         for layer in layers
     }

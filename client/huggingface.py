@@ -1,4 +1,4 @@
-"""The Hugging Face plug-in: transformers' DeepSeek-V3 models with their routed experts on expertd servers."""
+"""The Hugging Face plug-in: transformers' Mixture-of-Experts models with their routed experts on expertd servers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from expertd.client.sync import SyncCoordinator
 from expertd.proto.errors import ModelMismatch
 
 try:
-    from transformers import DeepseekV3Config
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3Model
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer, Glm4MoeModel
+    from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralModel
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeModel
     from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 except ImportError as error:
     raise ImportError(f"{error}; expertd.client.huggingface needs: pip install 'expertd[huggingface]'") from error
@@ -28,7 +30,10 @@ except ImportError as error:
 NAME = "expertd"
 """What `experts_implementation` is set to."""
 INTERFACES: tuple[Any, ...] = (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS)
-SHAPE = ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
+MODELS: tuple[Any, ...] = (DeepseekV3Model, Glm4MoeModel, MixtralModel, Qwen3MoeModel)
+"""transformers' models that know their layers; what wraps them, such as `...ForCausalLM`, comes along."""
+LAYERS: tuple[Any, ...] = (DeepseekV3DecoderLayer, Glm4MoeDecoderLayer, MixtralDecoderLayer, Qwen3MoeDecoderLayer)
+SHAPE = ("model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
 """Fields in which a model and its servers must agree."""
 
 
@@ -39,11 +44,11 @@ def register(servers: Sequence[str], config: CoordinatorConfig | None = None) ->
             model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="expertd")
             model.generate(...)
 
-    A model loaded like this (any DeepSeek-V3 `...For...` class, `from_pretrained` or `from_config`) has no expert
-    weights: `from_pretrained` neither reads nor allocates them, `from_config` allocates them and lets them go. It
-    cannot be switched back to local experts, and what it saves lacks them; load it again for that. A model that was
-    already there, switched with `model.set_experts_implementation("expertd")`, keeps its weights, unused, and so does
-    a bare `AutoModel`.
+    A model loaded like this (any `...For...` class of DeepSeek-V3, GLM-4.5-MoE, Mixtral or Qwen3-MoE, with
+    `from_pretrained` or `from_config`) has no expert weights: `from_pretrained` neither reads nor allocates them,
+    `from_config` allocates them and lets them go. It cannot be switched back to local experts, and what it saves lacks
+    them; load it again for that. A model that was already there, switched with
+    `model.set_experts_implementation("expertd")`, keeps its weights, unused, and so does a bare `AutoModel`.
 
     The same arguments again return the same registration; others raise `RuntimeError` until `unregister()` or the end
     of the `with` block. `config.output_dtype` does not matter: results have the dtype of the model's hidden states.
@@ -58,7 +63,7 @@ def register(servers: Sequence[str], config: CoordinatorConfig | None = None) ->
     experts = RemoteExperts(servers, config)
     for interface in INTERFACES:
         interface[NAME] = experts
-    register_patch_mapping({DeepseekV3Model.__name__: DeepseekV3ModelWithoutExperts})
+    register_patch_mapping({model.__name__: _without_experts(model) for model in MODELS})
     return experts
 
 
@@ -67,7 +72,7 @@ def unregister() -> None:
     experts = _registered()
     if experts is None:
         return
-    unregister_patch_mapping([DeepseekV3Model.__name__])
+    unregister_patch_mapping([model.__name__ for model in MODELS])
     for interface in INTERFACES:
         del interface[NAME]
     experts.close()
@@ -120,41 +125,47 @@ class RemoteExperts:
         transformers tells an experts module neither its layer nor its parent, and models may be older than this
         registration: so the layers are looked up among the live objects, once a model.
         """
-        for layer in [found for found in gc.get_objects() if issubclass(type(found), DeepseekV3DecoderLayer)]:
+        for layer in [found for found in gc.get_objects() if issubclass(type(found), LAYERS)]:
             owned = getattr(layer.mlp, "experts", None)
             if owned is not None:
                 self._layers[owned] = layer.self_attn.layer_idx
         if experts not in self._layers:
+            supported = " or ".join(layer.__name__ for layer in LAYERS)
             raise RuntimeError(
-                f"this {type(experts).__name__} is in no DeepseekV3DecoderLayer; remote experts run in DeepSeek-V3"
-                ' models only: call model.set_experts_implementation("eager") for others'
+                f"this {type(experts).__name__} is in no {supported}; remote experts run in these only:"
+                ' call model.set_experts_implementation("eager") for others'
             )
         self._check(experts.config)
         return self._layers[experts]
 
-    def _check(self, config: DeepseekV3Config) -> None:
+    def _check(self, config: Any) -> None:  # noqa: ANN401
         for field in SHAPE:
-            here, there = getattr(config, field), getattr(self._moe.model, field)
+            name, there = self._moe.model.family.spell(field), getattr(self._moe.model, field)
+            here = getattr(config, name, None)
             if here != there:
                 raise ModelMismatch(
-                    f"{field} is {here} in this model and {there} on {', '.join(self.servers)};"
+                    f"{name} is {here} in this model and {there} on {', '.join(self.servers)};"
                     " register servers of the same checkpoint"
                 )
 
 
-class DeepseekV3ModelWithoutExperts(DeepseekV3Model):  # type: ignore[no-untyped-call]
-    """transformers' model, without expert weights when its experts are to run on expertd servers."""
+def _without_experts(model: Any) -> type:  # noqa: ANN401
+    """transformers' class `model`, without expert weights when its experts are to run on expertd servers."""
 
-    def __init__(self, config: DeepseekV3Config) -> None:
-        super().__init__(config)
+    def build(self: Any, config: Any) -> None:  # noqa: ANN401
+        model.__init__(self, config)
         if config._experts_implementation == NAME:
             _remove_experts(self)
 
+    return type(f"{model.__name__}WithoutExperts", (model,), {"__init__": build, "__module__": __name__})
+
 
 def _remove_experts(model: Any) -> None:  # noqa: ANN401
-    """Leave no expert weights in a `DeepseekV3Model` under construction, and let none be loaded."""
-    for layer in model.layers[model.config.first_k_dense_replace :]:
-        experts = layer.mlp.experts
+    """Leave no expert weights in a model under construction, and let none be loaded."""
+    for layer in model.layers:
+        experts = getattr(layer.mlp, "experts", None)
+        if experts is None:
+            continue
         for name, _ in list(experts.named_parameters(recurse=False)):
             delattr(experts, name)
         # There is nothing to initialise.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertd.client.gate import load_gates
 from expertd.kernels.checkpoint import Checkpoint
-from expertd.kernels.config import BLOCK
+from expertd.kernels.config import BLOCK, InvalidConfig
 from expertd.kernels.quantize import FP8, dequantize_weights
 
 if TYPE_CHECKING:
@@ -45,7 +45,15 @@ class TransformersOracle:
 
 
 def load_oracle(checkpoint: Checkpoint, layer: int) -> TransformersOracle:
-    """Build the oracle of `layer`, in 4 bytes of memory a parameter. Raises `CheckpointError`."""
+    """Build the oracle of `layer`, in 4 bytes of memory a parameter.
+
+    Raises `CheckpointError`, or `InvalidConfig` for another family than DeepSeek-V3.
+    """
+    if checkpoint.config.model_type != "deepseek_v3":
+        raise InvalidConfig(
+            f"model_type {checkpoint.config.model_type!r} cannot be compared with DeepseekV3MoE;"
+            " serve the model and use 'expertd verify'"
+        )
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 

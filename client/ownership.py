@@ -54,7 +54,7 @@ def resolve_ownership(servers: Sequence[tuple[str, ShardInfo]]) -> Ownership:
             raise ModelMismatch(
                 f"{name} holds model {shard.model_fingerprint!r}, but {first_name} holds {first.model_fingerprint!r}"
             )
-    config = MoeConfig.from_hf(first.config)
+    config = MoeConfig(**first.config)  # type: ignore[arg-type]
     layers = {layer for _, shard in servers for layer in shard.layers}
     owned = {layer: torch.zeros(len(servers), config.n_routed_experts, dtype=torch.bool) for layer in layers}
     for index, (_, shard) in enumerate(servers):

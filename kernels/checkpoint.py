@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
 FINGERPRINT_SAMPLE_BYTES = 4096
-_MOE_TENSOR = re.compile(r"model\.layers\.\d+\.mlp\.(experts\.\d+|gate)\.")
+_MOE_TENSOR = re.compile(r"model\.layers\.\d+\.(mlp|block_sparse_moe)\.(experts\.\d+|gate)\.")
 _DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
@@ -120,7 +120,7 @@ class Checkpoint:
         for name in sorted(filter(_MOE_TENSOR.match, self._files)):
             stored = self.find(name)
             digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
-            if name.endswith(".mlp.gate.weight"):
+            if name.endswith(".gate.weight"):
                 length = min(FINGERPRINT_SAMPLE_BYTES, stored.num_bytes)
                 digest.update(os.pread(self._descriptor(stored.file), length, stored.start))
         return digest.hexdigest()

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertd.kernels.families import FAMILIES, Family
+
 BLOCK = 128
 """Elements along one side of a quantisation block: 128x128 for weights, 1x128 for activations."""
-
-SUPPORTED_MODEL_TYPES = ("deepseek_v3",)
 
 
 class InvalidConfig(ValueError):
@@ -21,7 +21,7 @@ class InvalidConfig(ValueError):
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """Counts and sizes of one model, under the names that Hugging Face configurations give them.
+    """Counts and sizes of one model, under the names that DeepSeek-V3's config.json gives them.
 
     Defaults are DeepSeek-V3's. Sizes are in elements. Raises `InvalidConfig` for a model that expertd cannot run.
     """
@@ -38,19 +38,18 @@ class MoeConfig:
     num_hidden_layers: int = 61
     first_k_dense_replace: int = 3
     moe_layer_freq: int = 1
+    dense_layers: tuple[int, ...] = ()
+    """Layers that are dense although those rules make them Mixtures of Experts."""
 
     def __post_init__(self) -> None:
-        if self.model_type not in SUPPORTED_MODEL_TYPES:
-            raise InvalidConfig(
-                f"model_type {self.model_type!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
-            )
+        spell = self.family.spell
         for field in ("hidden_size", "moe_intermediate_size"):
             size = getattr(self, field)
             if size <= 0 or size % BLOCK:
-                raise InvalidConfig(f"{field} is {size}; it must be a positive multiple of {BLOCK}")
+                raise InvalidConfig(f"{spell(field)} is {size}; it must be a positive multiple of {BLOCK}")
         for field, low in _LEAST.items():
             if getattr(self, field) < low:
-                raise InvalidConfig(f"{field} is {getattr(self, field)}; it must be at least {low}")
+                raise InvalidConfig(f"{spell(field)} is {getattr(self, field)}; it must be at least {low}")
         if not 0 < self.routed_scaling_factor < math.inf:
             raise InvalidConfig(
                 f"routed_scaling_factor is {self.routed_scaling_factor}; it must be positive and finite"
@@ -66,6 +65,10 @@ class MoeConfig:
             )
 
     @property
+    def family(self) -> Family:
+        return _family(self.model_type)
+
+    @property
     def experts_per_group(self) -> int:
         return self.n_routed_experts // self.n_group
 
@@ -75,7 +78,7 @@ class MoeConfig:
         return tuple(
             layer
             for layer in range(self.first_k_dense_replace, self.num_hidden_layers)
-            if layer % self.moe_layer_freq == 0
+            if layer % self.moe_layer_freq == 0 and layer not in self.dense_layers
         )
 
     @classmethod
@@ -97,15 +100,20 @@ class MoeConfig:
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> MoeConfig:
         """Build from the fields of a Hugging Face configuration, ignoring those that experts do not depend on."""
-        _refuse_unsupported(fields)
-        missing = [name for name in _REQUIRED if fields.get(name) is None]
-        if missing:
-            raise InvalidConfig(f"missing field {missing[0]!r}")
-        values = {name: fields[name] for name in _TYPES if fields.get(name) is not None}
-        for name, value in values.items():
-            if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and _TYPES[name] is not bool):
-                raise InvalidConfig(f"{name} is {value!r}; it must be {_describe(_TYPES[name])}")
-        return cls(**values | {"routed_scaling_factor": float(values["routed_scaling_factor"])})
+        family = _family(fields.get("model_type"))
+        _refuse_unsupported(fields, family)
+        values = dict(family.decided)
+        for name, kind in _TYPES.items():
+            if name in values:
+                continue
+            spelling = next((one for one in family.spellings.get(name, (name,)) if fields.get(one) is not None), None)
+            if spelling is not None:
+                values[name] = _typed(spelling, fields[spelling], kind)
+            elif name in _REQUIRED:
+                raise InvalidConfig(f"missing field {family.spell(name)!r}")
+        factor = float(values.pop("routed_scaling_factor"))
+        dense = _dense_layers(fields, values["num_hidden_layers"])
+        return cls(**values, routed_scaling_factor=factor, dense_layers=dense)
 
 
 _LEAST = {
@@ -128,14 +136,35 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 _REQUIRED = tuple(name for name in _TYPES if name != "moe_layer_freq")
 
 
-def _describe(kind: type | tuple[type, ...]) -> str:
-    return "a number" if isinstance(kind, tuple) else f"of type {kind.__name__}"
+def _family(model_type: object) -> Family:
+    if model_type is None:
+        raise InvalidConfig("missing field 'model_type'")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise InvalidConfig(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return family
 
 
-def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
+def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:  # noqa: ANN401
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        expected = "a number" if isinstance(kind, tuple) else f"of type {kind.__name__}"
+        raise InvalidConfig(f"{name} is {value!r}; it must be {expected}")
+    return value
+
+
+def _dense_layers(fields: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Layers that `mlp_only_layers` names or `decoder_sparse_step` passes over (Qwen3-MoE)."""
+    step = _typed("decoder_sparse_step", fields.get("decoder_sparse_step", 1), int)
+    if step < 1:
+        raise InvalidConfig(f"decoder_sparse_step is {step}; it must be at least 1")
+    named = _typed("mlp_only_layers", fields.get("mlp_only_layers") or [], list)
+    return tuple(layer for layer in range(layers) if layer in named or (layer + 1) % step)
+
+
+def _refuse_unsupported(fields: Mapping[str, Any], family: Family) -> None:
     """Refuse fields that would silently change the computation."""
     accepted: dict[str, tuple[object, ...]] = {
-        "scoring_func": (None, "sigmoid"),
+        "scoring_func": (None, family.scoring_func),
         "topk_method": (None, "noaux_tc"),
         "hidden_act": (None, "silu"),
     }

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 routing without auxiliary loss: which experts a token goes to, and with which weights."""
+"""Routing: which experts a token goes to, and with which weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ def router_logits(hidden: Tensor, gate_weight: Tensor) -> Tensor:
 def route(logits: Tensor, correction_bias: Tensor, config: MoeConfig) -> tuple[Tensor, Tensor]:
     """Choose experts by group-limited top-k (DeepSeek-V3 report, section 2.1.2 with node-limited routing).
 
+    With softmax scores, one group and no bias it is the plain top-k of Qwen3-MoE and Mixtral.
+
     `logits` is [T, E] float32, `correction_bias` [E] float32, over all E experts of the model. Returns global expert
     ids [T, k] int32 in descending order of choice score, ties toward the lower id, and their weights [T, k] float32.
     """
-    scores = logits.float().sigmoid()
+    scores = logits.float().softmax(dim=-1) if config.family.scoring_func == "softmax" else logits.float().sigmoid()
     choice = scores + correction_bias.float()
     grouped = choice.unflatten(-1, (config.n_group, config.experts_per_group))
     group_scores = grouped.topk(min(2, config.experts_per_group), dim=-1).values.sum(dim=-1)

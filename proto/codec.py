@@ -98,8 +98,8 @@ class ShardInfo:
 
     model_fingerprint: str
     placement_epoch: int
-    config: Mapping[str, int | float | bool | str]
-    """Fields of the model's config.json."""
+    config: Mapping[str, int | float | bool | str | tuple[int, ...]]
+    """The fields of `MoeConfig`."""
     layers: tuple[int, ...]
     experts: tuple[int, ...]
     max_tokens_per_request: int
@@ -305,9 +305,10 @@ def decode_result(message: RawResponse, tokens: int, width: int, dtype: torch.dt
 
 
 def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
-    response = pb.GetShardResponse(
+    return pb.GetShardResponse(
         model_fingerprint=shard.model_fingerprint,
         placement_epoch=shard.placement_epoch,
+        config=pb.ModelConfig(**shard.config),  # type: ignore[arg-type]
         layers=shard.layers,
         experts=shard.experts,
         weight_dtype=pb.DTYPE_FLOAT8_E4M3FN,
@@ -325,9 +326,6 @@ def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
         version=shard.version,
         locality=shard.locality,
     )
-    for name, value in shard.config.items():
-        setattr(response.config, name, value)
-    return response
 
 
 def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
@@ -335,7 +333,8 @@ def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
     return ShardInfo(
         model_fingerprint=message.model_fingerprint,
         placement_epoch=message.placement_epoch,
-        config={name: getattr(message.config, name) for name in fields},
+        config={name: getattr(message.config, name) for name in fields}
+        | {"dense_layers": tuple(message.config.dense_layers)},
         layers=tuple(message.layers),
         experts=tuple(message.experts),
         max_tokens_per_request=message.limits.max_tokens_per_request,

@@ -55,7 +55,7 @@ class GetShardResponse(_message.Message):
     def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ...) -> None: ...
 
 class ModelConfig(_message.Message):
-    __slots__ = ("model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "num_hidden_layers", "first_k_dense_replace", "moe_layer_freq")
+    __slots__ = ("model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "num_hidden_layers", "first_k_dense_replace", "moe_layer_freq", "dense_layers")
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     MOE_INTERMEDIATE_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class ModelConfig(_message.Message):
     NUM_HIDDEN_LAYERS_FIELD_NUMBER: _ClassVar[int]
     FIRST_K_DENSE_REPLACE_FIELD_NUMBER: _ClassVar[int]
     MOE_LAYER_FREQ_FIELD_NUMBER: _ClassVar[int]
+    DENSE_LAYERS_FIELD_NUMBER: _ClassVar[int]
     model_type: str
     hidden_size: int
     moe_intermediate_size: int
@@ -80,7 +81,8 @@ class ModelConfig(_message.Message):
     num_hidden_layers: int
     first_k_dense_replace: int
     moe_layer_freq: int
-    def __init__(self, model_type: _Optional[str] = ..., hidden_size: _Optional[int] = ..., moe_intermediate_size: _Optional[int] = ..., n_routed_experts: _Optional[int] = ..., num_experts_per_tok: _Optional[int] = ..., n_group: _Optional[int] = ..., topk_group: _Optional[int] = ..., routed_scaling_factor: _Optional[float] = ..., norm_topk_prob: _Optional[bool] = ..., num_hidden_layers: _Optional[int] = ..., first_k_dense_replace: _Optional[int] = ..., moe_layer_freq: _Optional[int] = ...) -> None: ...
+    dense_layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model_type: _Optional[str] = ..., hidden_size: _Optional[int] = ..., moe_intermediate_size: _Optional[int] = ..., n_routed_experts: _Optional[int] = ..., num_experts_per_tok: _Optional[int] = ..., n_group: _Optional[int] = ..., topk_group: _Optional[int] = ..., routed_scaling_factor: _Optional[float] = ..., norm_topk_prob: _Optional[bool] = ..., num_hidden_layers: _Optional[int] = ..., first_k_dense_replace: _Optional[int] = ..., moe_layer_freq: _Optional[int] = ..., dense_layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_tokens_per_request", "max_message_bytes", "max_queued_tokens", "max_queued_bytes")

@@ -14,11 +14,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from expertd.kernels.backend import Backend, LayerWeights
 from expertd.kernels.checkpoint import Checkpoint
 from expertd.kernels.ranges import format_ranges
+from expertd.kernels.weights import layer_bytes, load_layer
 from expertd.server.device import DeviceOwner
 from expertd.server.metrics import Metrics
 from expertd.server.selfcheck import self_check
 from expertd.server.shard import Shard
-from expertd.server.weights import layer_bytes, load_layer
 
 log = logging.getLogger(__name__)
 

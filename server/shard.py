@@ -50,8 +50,8 @@ class Shard:
             )
 
     @property
-    def config_fields(self) -> dict[str, int | float | bool | str]:
-        """The model's configuration under the names of config.json."""
+    def config_fields(self) -> dict[str, int | float | bool | str | tuple[int, ...]]:
+        """The fields of the model's `MoeConfig`."""
         return dataclasses.asdict(self.config)
 
     @cached_property

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
+from tests.families import CONFIGS, FamilyFolders, write_family
 
 SMALL = DemoModel(
     hidden_size=256, moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2
@@ -15,3 +16,9 @@ SMALL = DemoModel(
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 experts, top 4 of 2 of 4 groups, H 256, I 128, MoE layers 1 and 2, FP8."""
     return write_demo_checkpoint(tmp_path_factory.mktemp("models"), SMALL)
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FamilyFolders:
+    """A small model of each family beside DeepSeek-V3: 16 experts, H 256, I 128."""
+    return write_family(tmp_path_factory.mktemp("family"), request.param)

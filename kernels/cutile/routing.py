@@ -8,6 +8,7 @@ from typing import Annotated
 import cuda.tile as ct
 from torch import Tensor
 
+from expertd.kernels.backend import UnsupportedShape
 from expertd.kernels.config import MoeConfig
 from expertd.kernels.cutile.launch import Launch
 
@@ -74,8 +75,13 @@ def route(logits: Tensor, correction_bias: Tensor, ids: Tensor, weights: Tensor,
     """Route [T, E] float32 `logits` with the [E] float32 bias; write [T, k] int32 `ids` and float32 `weights`.
 
     The choices are those of `expertd.kernels.routing.route` on the same device: descending by score, ties toward the
-    lower id.
+    lower id. Raises `UnsupportedShape` for a model that does not score by sigmoid.
     """
+    if config.family.scoring_func != "sigmoid":
+        raise UnsupportedShape(
+            f"{config.model_type} scores by {config.family.scoring_func}, and this kernel by sigmoid;"
+            " use expertd.kernels.routing.route"
+        )
     sizes = (config.n_group, config.topk_group, config.experts_per_group, config.num_experts_per_tok)
     padded = (_power_of_2(config.n_group), _power_of_2(config.experts_per_group), _power_of_2(sizes[3]))
     scaling = (config.norm_topk_prob, float(config.routed_scaling_factor))

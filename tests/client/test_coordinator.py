@@ -21,6 +21,7 @@ from expertd.kernels.checkpoint import Checkpoint
 from expertd.kernels.quantize import quantize_activations
 from expertd.kernels.reference import reference_partials, relative_error
 from expertd.kernels.routing import route, router_logits
+from expertd.kernels.weights import load_layer
 from expertd.proto.codec import ExecuteCall, ExecuteResult
 from expertd.proto.errors import (
     DeadlineExceeded,
@@ -32,7 +33,6 @@ from expertd.proto.errors import (
     UnknownExpert,
 )
 from expertd.server.app import Server
-from expertd.server.weights import load_layer
 from tests.support import running_server
 
 LAYER, HIDDEN, EXPERTS, TOP_K = 1, 256, 16, 4

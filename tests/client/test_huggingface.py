@@ -1,9 +1,8 @@
 """DeepSeek-V3 models of transformers with their experts on servers in this process, against local experts."""
 
-import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config, FineGrainedFP8Config
+from transformers import DeepseekV3Config, FineGrainedFP8Config
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 from transformers.monkey_patching import get_patch_mapping
@@ -23,13 +22,22 @@ from expertd.client.huggingface import NAME, RemoteExperts, register, unregister
 from expertd.kernels.quantize import dequantize_weights
 from expertd.kernels.reference import relative_error
 from expertd.proto.errors import ModelMismatch
+from tests.generation import (
+    NEW_TOKENS,
+    AutoModel,
+    Model,
+    experts_of,
+    generate,
+    in_thread,
+    load,
+    logits,
+    prompts,
+    round_inputs,
+)
 from tests.support import running_server
 
 EXACT = CoordinatorConfig(hidden_dtype=torch.bfloat16, reply_dtype=torch.float32)
-NEW_TOKENS = 64
-# transformers annotates these too loosely to be checked.
-Model = Any
-AutoModel: Any = AutoModelForCausalLM
+# transformers annotates it too loosely to be checked.
 Experts: Any = DeepseekV3Experts
 
 
@@ -59,56 +67,11 @@ def float_model(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def load(folder: Path, experts: str, **options: Any) -> Model:  # noqa: ANN401
-    return AutoModel.from_pretrained(folder, experts_implementation=experts, **options).eval()
-
-
 def load_fp8(folder: Path, experts: str) -> Model:
     """From FP8 blocks on disk. On the CPU transformers computes with the linears dequantised to BF16."""
     model = load(folder, experts, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.bfloat16)
     # FP32 arithmetic, so that what differs is the experts.
     return model.float()
-
-
-def prompts(count: int = 3, length: int = 9, seed: int = 6) -> Tensor:
-    return torch.randint(0, 1024, (count, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def generate(model: Model, ids: Tensor) -> Tensor:
-    tokens: Tensor = model.generate(
-        ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-    )
-    return tokens
-
-
-@torch.inference_mode()
-def logits(model: Model, ids: Tensor) -> Tensor:
-    result: Tensor = model(ids).logits
-    return result
-
-
-async def in_thread(call: Callable[[], None]) -> None:
-    """Run beside the servers, whose event loop is this thread's."""
-    await asyncio.to_thread(call)
-
-
-def experts_of(model: Model) -> list[torch.nn.Module]:
-    return [layer.mlp.experts for layer in model.model.layers[1:]]
-
-
-def round_inputs(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
-    """Let the local experts of `model` see hidden states as they are sent, in BF16: all else stays FP32.
-
-    Without it a token whose router is nearly undecided may choose another expert in the next layer.
-    """
-
-    def rounded(self: torch.nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        output: Tensor = Experts.forward.__wrapped__(self, hidden.bfloat16().float(), ids, weights)
-        return output
-
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "rounded", rounded)
-    model.set_experts_implementation("rounded")
 
 
 async def test_tokens_and_logits_are_those_of_local_experts(
@@ -229,7 +192,10 @@ async def test_what_cannot_run_says_why(servers: list[str], float_model: Path) -
                 model(prompts())
             config = DeepseekV3Config.from_pretrained(float_model)
             config._experts_implementation = NAME
-            with pytest.raises(RuntimeError, match="in no DeepseekV3DecoderLayer"), torch.no_grad():
+            with (
+                pytest.raises(RuntimeError, match="in no DeepseekV3DecoderLayer or Glm4MoeDecoderLayer"),
+                torch.no_grad(),
+            ):
                 Experts(config)(torch.zeros(1, 256), torch.zeros(1, 4).long(), torch.ones(1, 4))
             config.moe_intermediate_size = 64
             other = AutoModel.from_config(config, experts_implementation=NAME)

@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, Glm4MoeConfig, MixtralConfig
 
 from expertd.kernels.config import InvalidConfig, MoeConfig
 
@@ -126,8 +126,8 @@ def test_moe_layers_follow_the_dense_ones_at_their_frequency(
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": (
-        {"model_type": "mixtral"},
-        "model_type 'mixtral' is not supported; supported: deepseek_v3",
+        {"model_type": "gpt_oss"},
+        "model_type 'gpt_oss' is not supported; supported: deepseek_v3, glm4_moe, qwen3_moe, mixtral",
     ),
     "softmax scores": ({"scoring_func": "softmax"}, "scoring_func is 'softmax'; supported: 'sigmoid'"),
     "another choice": ({"topk_method": "greedy"}, "topk_method is 'greedy'; supported: 'noaux_tc'"),
@@ -173,7 +173,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"routed_scaling_factor": True},
         "routed_scaling_factor is True; it must be a number",
     ),
-    "a number for the type": ({"model_type": 3}, "model_type is 3; it must be of type str"),
+    "a number for the type": (
+        {"model_type": 3},
+        "model_type 3 is not supported; supported: deepseek_v3, glm4_moe, qwen3_moe, mixtral",
+    ),
 }
 
 
@@ -248,3 +251,82 @@ def test_a_file_that_is_not_json_is_named(tmp_path: Path, content: str) -> None:
     with pytest.raises(InvalidConfig) as refusal:
         MoeConfig.from_json(path)
     assert str(refusal.value).startswith(f"{path} is not valid JSON: ")
+
+
+QWEN3_MOE: dict[str, Any] = {
+    # From the config.json of Qwen/Qwen3-30B-A3B.
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+}
+
+
+def test_qwen3_moe_is_read() -> None:
+    expected = MoeConfig(
+        model_type="qwen3_moe",
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        n_routed_experts=128,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.0,
+        num_hidden_layers=48,
+        first_k_dense_replace=0,
+    )
+    assert MoeConfig.from_hf(QWEN3_MOE) == expected
+    renamed = {("num_local_experts" if name == "num_experts" else name): value for name, value in QWEN3_MOE.items()}
+    assert MoeConfig.from_hf(renamed) == expected
+    assert expected.moe_layers == tuple(range(48))
+    assert expected.family.expert_weight(3, 7, "up_proj") == "model.layers.3.mlp.experts.7.up_proj.weight"
+
+
+def test_dense_layers_of_qwen3_moe_are_those_named_and_those_passed_over() -> None:
+    config = MoeConfig.from_hf(
+        QWEN3_MOE | {"num_hidden_layers": 8, "decoder_sparse_step": 2, "mlp_only_layers": [3, 99]}
+    )
+    assert config.moe_layers == (1, 5, 7)
+
+
+def test_mixtral_is_read() -> None:
+    config = MoeConfig.from_hf(MixtralConfig().to_dict())
+    assert (config.moe_intermediate_size, config.n_routed_experts, config.num_experts_per_tok) == (14336, 8, 2)
+    assert (config.norm_topk_prob, config.moe_layers) == (True, tuple(range(32)))
+    assert [config.family.expert_weight(0, 1, f"{name}_proj").split(".")[-2] for name in ("gate", "down", "up")] == [
+        *("w1", "w2", "w3")
+    ]
+
+
+def test_glm_4_5_air_is_read() -> None:
+    config = MoeConfig.from_hf(Glm4MoeConfig(first_k_dense_replace=1, routed_scaling_factor=1.0).to_dict())
+    assert (config.hidden_size, config.moe_intermediate_size, config.n_routed_experts) == (4096, 1408, 128)
+    assert (config.n_group, config.moe_layers) == (1, tuple(range(1, 46)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (QWEN3_MOE | {"num_experts": None}, "missing field 'num_experts'"),
+        (QWEN3_MOE | {"num_experts": "8"}, "num_experts is '8'; it must be of type int"),
+        (QWEN3_MOE | {"num_experts": 0}, "num_experts is 0; it must be at least 1"),
+        (QWEN3_MOE | {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; supported: 'softmax'"),
+        (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; it must be at least 1"),
+        (QWEN3_MOE | {"mlp_only_layers": 3}, "mlp_only_layers is 3; it must be of type list"),
+        (
+            MixtralConfig(intermediate_size=200).to_dict(),
+            "intermediate_size is 200; it must be a positive multiple of 128",
+        ),
+    ],
+)
+def test_refusals_speak_as_the_familys_configuration_does(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidConfig) as refusal:
+        MoeConfig.from_hf(fields)
+    assert str(refusal.value) == message

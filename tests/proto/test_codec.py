@@ -1,12 +1,13 @@
 """Tensors to messages and back."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import grpc
 import pytest
 import torch
 
+from expertd.kernels.config import MoeConfig
 from expertd.proto import codec, errors
 from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo, StageTimings
 from expertd.proto.errors import ExpertdError, InvalidBatch, Overloaded, ServerFault, error_from_status
@@ -98,20 +99,7 @@ def test_bytes_that_are_no_message_are_refused() -> None:
 
 
 def test_a_shard_survives_the_wire() -> None:
-    config: dict[str, int | float | bool | str] = {
-        "model_type": "deepseek_v3",
-        "hidden_size": 7168,
-        "moe_intermediate_size": 2048,
-        "n_routed_experts": 256,
-        "num_experts_per_tok": 8,
-        "n_group": 8,
-        "topk_group": 4,
-        "routed_scaling_factor": 2.5,
-        "norm_topk_prob": True,
-        "num_hidden_layers": 61,
-        "first_k_dense_replace": 3,
-        "moe_layer_freq": 1,
-    }
+    config = asdict(MoeConfig(dense_layers=(5, 7)))
     shard = ShardInfo(
         "abc", 17, config, (3, 4), tuple(range(32)), 4096, 1 << 20, 65536, 1 << 30, "torch", "cpu", "auto", "1", "z"
     )

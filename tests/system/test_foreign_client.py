@@ -23,7 +23,7 @@ from expertd.kernels.backend import LayerWeights, TokenBatch
 from expertd.kernels.checkpoint import Checkpoint
 from expertd.kernels.quantize import quantize_activations
 from expertd.kernels.reference import reference_partials, relative_error
-from expertd.server.weights import load_layer
+from expertd.kernels.weights import load_layer
 
 CLIENT = Path(__file__).parents[2] / "client" / "examples" / "node"
 MODEL = DemoModel(

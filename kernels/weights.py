@@ -25,7 +25,7 @@ def layer_bytes(checkpoint: Checkpoint, layer: int, experts: Sequence[int]) -> i
         stored.num_bytes
         for expert in experts
         for name, rows, columns in _projections(checkpoint.config)
-        for stored in _find(checkpoint, _name(layer, expert, name), rows, columns)
+        for stored in _find(checkpoint, checkpoint.config.family.expert_weight(layer, expert, name), rows, columns)
     )
 
 
@@ -52,7 +52,8 @@ def load_layer(checkpoint: Checkpoint, layer: int, experts: Sequence[int], on_by
             "down_proj": (weights.down[local], weights.down_scales[local]),
         }
         for projection, rows, columns in _projections(config):
-            found = _find(checkpoint, _name(layer, experts[local], projection), rows, columns)
+            name = config.family.expert_weight(layer, experts[local], projection)
+            found = _find(checkpoint, name, rows, columns)
             _load(checkpoint, found, *targets[projection])
             on_bytes(sum(stored.num_bytes for stored in found))
 
@@ -68,16 +69,13 @@ def _projections(config: MoeConfig) -> tuple[tuple[str, int, int], ...]:
     return (("up_proj", inner, hidden), ("gate_proj", inner, hidden), ("down_proj", hidden, inner))
 
 
-def _name(layer: int, expert: int, projection: str) -> str:
-    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
-
-
 def _find(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> tuple[StoredTensor, ...]:
     """The stored weight, followed by its stored scales when it is FP8."""
     weight = checkpoint.check(name, (rows, columns), FP8, torch.bfloat16)
     if weight.dtype == "BF16":
         return (weight,)
-    return (weight, checkpoint.check(f"{name}_scale_inv", (rows // BLOCK, columns // BLOCK), torch.float32))
+    blocks = (rows // BLOCK, columns // BLOCK)
+    return (weight, checkpoint.check(f"{name}_scale_inv", blocks, torch.float32, torch.bfloat16))
 
 
 def _load(checkpoint: Checkpoint, found: tuple[StoredTensor, ...], weight: Tensor, scales: Tensor) -> None:
@@ -95,7 +93,7 @@ def _load(checkpoint: Checkpoint, found: tuple[StoredTensor, ...], weight: Tenso
     codes = weight.view(torch.uint8).numpy()
     if codes.max() == 0xFF or codes.view("int8").max() == 0x7F:
         raise CheckpointError(f"{found[0].file}: tensor {found[0].name}: expected finite values, found NaN")
-    checkpoint.read_into(found[1], scales)
+    scales.copy_(checkpoint.read(found[1].name, found[1].shape, torch.float32, torch.bfloat16))
     if not (scales.isfinite().all() and (scales >= 0).all()):
         bad = scales[~(scales.isfinite() & (scales >= 0))][0].item()
         raise CheckpointError(f"{found[1].file}: tensor {found[1].name}: expected finite scales >= 0, found {bad}")

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.kernels.backend import LayerWeights
 from expertd.kernels.checkpoint import INDEX, Checkpoint, CheckpointError
 from expertd.kernels.quantize import FP8, quantize_weights
-from expertd.server.weights import layer_bytes, load_layer
+from expertd.kernels.weights import layer_bytes, load_layer
 
 QUANTIZED = DemoModel(
     hidden_size=256, moe_intermediate_size=128, n_routed_experts=12, num_experts_per_tok=2, n_group=2, topk_group=1
@@ -297,3 +298,16 @@ def test_a_truncated_file_is_refused(quantized: Path) -> None:
     message = _refusal(quantized, 1)
     assert message.startswith(f"{file}: truncated: tensor ")
     assert message.endswith(f": expected {size} bytes in the file, found {size - 1000}")
+
+
+def test_scales_in_bf16_are_taken(quantized: Path) -> None:
+    name = f"{_name(1, 3, 'down_proj')}_scale_inv"
+    file = _file(quantized, name)
+    tensors = {
+        one: _official(quantized, one)
+        for one in json.loads((quantized / INDEX).read_text())["weight_map"]
+        if _file(quantized, one) == file
+    }
+    tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert torch.equal(_load(quantized, 1).down_scales[0], tensors[name].float())

@@ -1,0 +1,63 @@
+"""Running transformers' models with their experts here or on servers, for comparisons."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+NEW_TOKENS = 64
+# transformers annotates these too loosely to be checked.
+Model = Any
+AutoModel: Any = AutoModelForCausalLM
+
+
+def load(folder: Path, experts: str, **options: Any) -> Model:  # noqa: ANN401
+    return AutoModel.from_pretrained(folder, experts_implementation=experts, **options).eval()
+
+
+def prompts(count: int = 3, length: int = 9, seed: int = 6) -> Tensor:
+    return torch.randint(0, 1024, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def generate(model: Model, ids: Tensor) -> Tensor:
+    tokens: Tensor = model.generate(
+        ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+    )
+    return tokens
+
+
+@torch.inference_mode()
+def logits(model: Model, ids: Tensor) -> Tensor:
+    result: Tensor = model(ids).logits
+    return result
+
+
+async def in_thread(call: Callable[[], None]) -> None:
+    """Run beside the servers, whose event loop is this thread's."""
+    await asyncio.to_thread(call)
+
+
+def experts_of(model: Model) -> list[torch.nn.Module]:
+    """The experts of each layer that has any."""
+    return [layer.mlp.experts for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+
+
+def round_inputs(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    """Let the local experts of `model` see hidden states as they are sent, in BF16: all else stays FP32.
+
+    Without it a token whose router is nearly undecided may choose another expert in the next layer.
+    """
+
+    def rounded(self: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # noqa: ANN401
+        output: Tensor = type(self).forward.__wrapped__(self, hidden.bfloat16().float(), ids, weights)
+        return output
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "rounded", rounded)
+    model.set_experts_implementation("rounded")
