@@ -11,8 +11,8 @@ from torch import Tensor
 
 from expertd.client.gate import load_gates
 from expertd.kernels.checkpoint import Checkpoint
-from expertd.kernels.config import BLOCK, InvalidConfig
-from expertd.kernels.quantize import FP8, dequantize_weights
+from expertd.kernels.config import InvalidConfig
+from expertd.kernels.weights import read_matrix
 
 if TYPE_CHECKING:
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
@@ -83,12 +83,3 @@ def load_oracle(checkpoint: Checkpoint, layer: int) -> TransformersOracle:
     }
     module.load_state_dict(state, assign=True)
     return TransformersOracle(module.eval())
-
-
-def read_matrix(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> Tensor:
-    """A weight [rows, columns] as float32, dequantised when it is stored in FP8."""
-    weight = checkpoint.read(name, (rows, columns), FP8, torch.bfloat16, torch.float32)
-    if weight.dtype != FP8:
-        return weight.float()
-    blocks = (rows // BLOCK, columns // BLOCK)
-    return dequantize_weights(weight, checkpoint.read(f"{name}_scale_inv", blocks, torch.float32))

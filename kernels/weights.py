@@ -1,9 +1,10 @@
-"""Loading one layer's experts from a checkpoint into host memory, as the backends take them."""
+"""Loading experts from a checkpoint into host memory: a layer's as backends take them, or one's as plain numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,12 +12,24 @@ from torch import Tensor
 from expertd.kernels.backend import LayerWeights
 from expertd.kernels.checkpoint import Checkpoint, CheckpointError, StoredTensor
 from expertd.kernels.config import BLOCK, MoeConfig
-from expertd.kernels.quantize import FP8, quantize_weights
+from expertd.kernels.quantize import FP8, dequantize_weights, quantize_weights
 
 READERS = 4
 """Threads that read and quantise at once; a read releases the interpreter lock."""
 
 OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMatrices:
+    """One expert's weights as plain numbers, FP32."""
+
+    up: Tensor
+    """[I, H]."""
+    gate: Tensor
+    """[I, H]."""
+    down: Tensor
+    """[H, I]."""
 
 
 def layer_bytes(checkpoint: Checkpoint, layer: int, experts: Sequence[int]) -> int:
@@ -61,6 +74,33 @@ def load_layer(checkpoint: Checkpoint, layer: int, experts: Sequence[int], on_by
         for _ in readers.map(load_expert, range(len(experts))):
             pass
     return weights
+
+
+def read_expert(checkpoint: Checkpoint, layer: int, expert: int) -> ExpertMatrices:
+    """The values that a server holds for an expert: those of the FP8 blocks, to which BF16 weights are rounded.
+
+    Shares nothing with `load_layer` but the names, so that one may check the other. Raises `CheckpointError`.
+    """
+
+    def read(projection: str, rows: int, columns: int) -> Tensor:
+        name = checkpoint.config.family.expert_weight(layer, expert, projection)
+        matrix = read_matrix(checkpoint, name, rows, columns)
+        if checkpoint.find(name).dtype == "F8_E4M3":
+            return matrix
+        return dequantize_weights(*quantize_weights(matrix))
+
+    up, gate, down = (read(*projection) for projection in _projections(checkpoint.config))
+    return ExpertMatrices(up, gate, down)
+
+
+def read_matrix(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> Tensor:
+    """A weight [rows, columns] as float32, dequantised when it is stored in FP8. Raises `CheckpointError`."""
+    weight = checkpoint.read(name, (rows, columns), FP8, torch.bfloat16, torch.float32)
+    if weight.dtype != FP8:
+        return weight.float()
+    blocks = (rows // BLOCK, columns // BLOCK)
+    scales = checkpoint.read(f"{name}_scale_inv", blocks, torch.float32, torch.bfloat16)
+    return dequantize_weights(weight, scales.float())
 
 
 def _projections(config: MoeConfig) -> tuple[tuple[str, int, int], ...]:

@@ -21,6 +21,8 @@ from expertd.proto.errors import ExpertdError, InvalidBatch, ServerFault, error_
 
 ShardRequest = pb.GetShardRequest
 ShardResponse = pb.GetShardResponse
+VerifyRequest = pb.VerifyShardRequest
+VerifyResponse = pb.VerifyShardResponse
 EMPTY = memoryview(b"")
 PUSHBACK = "grpc-retry-pushback-ms"
 """Trailing metadata of a refused unary call: milliseconds until the server expects to have room."""
@@ -347,6 +349,12 @@ def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
         version=message.version,
         locality=message.locality,
     )
+
+
+def decode_report(message: pb.VerifyShardResponse) -> dict[str, int | float | str | None]:
+    """The fields of a report; `expert` is None when it is absent."""
+    fields = {field.name: getattr(message, field.name) for field in pb.VerifyShardResponse.DESCRIPTOR.fields}
+    return fields | {"expert": message.expert if message.HasField("expert") else None}
 
 
 def message_bytes(tokens: int, hidden_size: int, top_k: int) -> int:

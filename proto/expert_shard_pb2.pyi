@@ -169,3 +169,33 @@ class Timings(_message.Message):
     compute_ns: int
     copy_out_ns: int
     def __init__(self, decode_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., copy_in_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., copy_out_ns: _Optional[int] = ...) -> None: ...
+
+class VerifyShardRequest(_message.Message):
+    __slots__ = ("layers", "experts", "seed")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    seed: int
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class VerifyShardResponse(_message.Message):
+    __slots__ = ("layer", "expert", "tokens", "relative_error", "cosine", "gain", "block_gain", "block")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_ERROR_FIELD_NUMBER: _ClassVar[int]
+    COSINE_FIELD_NUMBER: _ClassVar[int]
+    GAIN_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_GAIN_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert: int
+    tokens: int
+    relative_error: float
+    cosine: float
+    gain: float
+    block_gain: float
+    block: str
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., tokens: _Optional[int] = ..., relative_error: _Optional[float] = ..., cosine: _Optional[float] = ..., gain: _Optional[float] = ..., block_gain: _Optional[float] = ..., block: _Optional[str] = ...) -> None: ...

@@ -36,6 +36,7 @@ from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
 from expertd.server.security import ServerSecurity
 from expertd.server.shard import Shard
+from expertd.server.verifier import Verifier
 from expertd.server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -78,10 +79,12 @@ class Server:
         self.watchdog = Watchdog(self.backend, self.device, self.scheduler, config.device_timeout, self._set_serving)
         self.metrics.queue_tokens.set_function(lambda: self.scheduler.queued_tokens)
         self.info = self._describe()
+        verifier = Verifier(self.checkpoint, self.shard, self.scheduler, config.max_tokens_per_request)
+        parts = (self.shard, self.info, self.scheduler, verifier, self.metrics)
         if self.failpoints is None:
-            self.handlers = ExpertShardHandlers(self.shard, self.info, self.scheduler, self.metrics)
+            self.handlers = ExpertShardHandlers(*parts)
         else:
-            self.handlers = FaultyHandlers(self.shard, self.info, self.scheduler, self.metrics, self.failpoints)
+            self.handlers = FaultyHandlers(*parts, self.failpoints)
         self.health = health.HealthServicer()
         self.address: Address = config.listen
         self.metrics_address: Address = config.metrics

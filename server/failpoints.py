@@ -30,6 +30,7 @@ from expertd.server.handlers import ExpertShardHandlers
 from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
 from expertd.server.shard import Shard
+from expertd.server.verifier import Verifier
 
 log = logging.getLogger(__name__)
 VARIABLE = "EXPERTD_FAILPOINTS"
@@ -157,9 +158,15 @@ class FaultyHandlers(ExpertShardHandlers):
     """RPCs on whose answers faults strike."""
 
     def __init__(
-        self, shard: Shard, info: ShardInfo, scheduler: Scheduler, metrics: Metrics, failpoints: Failpoints
+        self,
+        shard: Shard,
+        info: ShardInfo,
+        scheduler: Scheduler,
+        verifier: Verifier,
+        metrics: Metrics,
+        failpoints: Failpoints,
     ) -> None:
-        super().__init__(shard, info, scheduler, metrics)
+        super().__init__(shard, info, scheduler, verifier, metrics)
         self._failpoints = failpoints
 
     async def _answer(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:

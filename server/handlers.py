@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from expertd.proto.errors import ExpertdError, Overloaded, ServerFault
 from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
 from expertd.server.shard import Shard
+from expertd.server.verifier import Verifier
 
 log = logging.getLogger(__name__)
 MAX_UNREAD_BYTES = 64 << 20
@@ -27,10 +29,13 @@ MAX_UNREAD_BYTES = 64 << 20
 class ExpertShardHandlers:
     """One server's RPCs. They hold no state of their own but the calls and streams that are open."""
 
-    def __init__(self, shard: Shard, info: ShardInfo, scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(
+        self, shard: Shard, info: ShardInfo, scheduler: Scheduler, verifier: Verifier, metrics: Metrics
+    ) -> None:
         self._shard = shard
         self._info = info
         self._scheduler = scheduler
+        self._verifier = verifier
         self._metrics = metrics
         self._readers: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
@@ -42,6 +47,9 @@ class ExpertShardHandlers:
             ),
             "Execute": grpc.unary_unary_rpc_method_handler(self.execute),
             "ExecuteStream": grpc.stream_stream_rpc_method_handler(self.execute_stream),
+            "VerifyShard": grpc.unary_stream_rpc_method_handler(
+                self.verify_shard, codec.VerifyRequest.FromString, codec.VerifyResponse.SerializeToString
+            ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(codec.SERVICE, methods),))
 
@@ -98,6 +106,17 @@ class ExpertShardHandlers:
             reader = answers.create_task(read())
             self._readers.add(reader)
             reader.add_done_callback(self._readers.discard)
+
+    async def verify_shard(self, request: codec.VerifyRequest, context: Context) -> None:
+        self._track()
+        try:
+            async with contextlib.aclosing(
+                self._verifier.run(request.layers, request.experts, request.seed)
+            ) as reports:
+                async for agreement in reports:
+                    await context.write(codec.VerifyResponse(**dataclasses.asdict(agreement)))
+        except ExpertdError as error:
+            await context.abort(error.code, str(error))
 
     async def _answer(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
         """Compute one request; every outcome is counted."""
