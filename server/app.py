@@ -35,6 +35,7 @@ from expertd.server.loading import load_layers
 from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
 from expertd.server.security import ServerSecurity
+from expertd.server.shadow import ShadowCheck
 from expertd.server.shard import Shard
 from expertd.server.verifier import Verifier
 from expertd.server.watchdog import Watchdog
@@ -80,7 +81,8 @@ class Server:
         self.metrics.queue_tokens.set_function(lambda: self.scheduler.queued_tokens)
         self.info = self._describe()
         verifier = Verifier(self.checkpoint, self.shard, self.scheduler, config.max_tokens_per_request)
-        parts = (self.shard, self.info, self.scheduler, verifier, self.metrics)
+        self.shadow = self._shadow_check()
+        parts = (self.shard, self.info, self.scheduler, verifier, self.shadow, self.metrics)
         if self.failpoints is None:
             self.handlers = ExpertShardHandlers(*parts)
         else:
@@ -133,6 +135,8 @@ class Server:
         await self.grpc_server.stop(None)
         await going_away
         self.device.stop()
+        if self.shadow is not None:
+            await asyncio.to_thread(self.shadow.stop)
         await asyncio.to_thread(self._metrics_server.shutdown)
         self._metrics_server.server_close()
         self.checkpoint.close()
@@ -175,6 +179,8 @@ class Server:
         self.metrics_address = dataclasses.replace(self.config.metrics, port=self._metrics_server.server_port)
         self.metrics.describe(self.backend.name, self.backend.device, self.shard.model_fingerprint)
         self.device.start()
+        if self.shadow is not None:
+            self.shadow.start()
         await self.grpc_server.start()
 
     async def _until_stopped(self, work: Coroutine[None, None, None]) -> None:
@@ -187,6 +193,12 @@ class Server:
             working.result()
         else:
             working.cancel()
+
+    def _shadow_check(self) -> ShadowCheck | None:
+        if self.config.shadow_check_rate == 0:
+            return None
+        rate, registry = self.config.shadow_check_rate, self.metrics.registry
+        return ShadowCheck(self.checkpoint, self.shard, self.backend.name, rate, registry)
 
     def _describe(self) -> ShardInfo:
         model = self.shard.config

@@ -106,6 +106,10 @@ class ServerConfig:
     locality: str = field(
         default="", metadata=_told("where this server is, such as a zone; coordinators prefer servers of their own")
     )
+    shadow_check_rate: float = field(
+        default=0.0,
+        metadata=_told("share of requests of which one token is computed again from the checkpoint, on the CPU", float),
+    )
     drain_seconds: float = field(
         default=30.0, metadata=_told("longest wait for requests in flight on SIGTERM, in seconds", float)
     )
@@ -132,6 +136,8 @@ class ServerConfig:
                     f"{_flag(name)} is {value}; it must be at least --max-tokens-per-request"
                     f" {self.max_tokens_per_request}"
                 )
+        if not 0 <= self.shadow_check_rate <= 1:
+            raise InvalidOption(f"--shadow-check-rate is {self.shadow_check_rate}; it must be from 0 to 1")
         self._check_security()
 
     def _check_security(self) -> None:

@@ -29,6 +29,7 @@ from expertd.server.config import InvalidOption
 from expertd.server.handlers import ExpertShardHandlers
 from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
+from expertd.server.shadow import ShadowCheck
 from expertd.server.shard import Shard
 from expertd.server.verifier import Verifier
 
@@ -163,10 +164,11 @@ class FaultyHandlers(ExpertShardHandlers):
         info: ShardInfo,
         scheduler: Scheduler,
         verifier: Verifier,
+        shadow: ShadowCheck | None,
         metrics: Metrics,
         failpoints: Failpoints,
     ) -> None:
-        super().__init__(shard, info, scheduler, verifier, metrics)
+        super().__init__(shard, info, scheduler, verifier, shadow, metrics)
         self._failpoints = failpoints
 
     async def _answer(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:

@@ -18,6 +18,7 @@ from expertd.proto.codec import ExecuteResult, RawRequest, ShardInfo, StageTimin
 from expertd.proto.errors import ExpertdError, Overloaded, ServerFault
 from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
+from expertd.server.shadow import ShadowCheck
 from expertd.server.shard import Shard
 from expertd.server.verifier import Verifier
 
@@ -30,12 +31,19 @@ class ExpertShardHandlers:
     """One server's RPCs. They hold no state of their own but the calls and streams that are open."""
 
     def __init__(
-        self, shard: Shard, info: ShardInfo, scheduler: Scheduler, verifier: Verifier, metrics: Metrics
+        self,
+        shard: Shard,
+        info: ShardInfo,
+        scheduler: Scheduler,
+        verifier: Verifier,
+        shadow: ShadowCheck | None,
+        metrics: Metrics,
     ) -> None:
         self._shard = shard
         self._info = info
         self._scheduler = scheduler
         self._verifier = verifier
+        self._shadow = shadow
         self._metrics = metrics
         self._readers: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
@@ -154,6 +162,8 @@ class ExpertShardHandlers:
         pairs = done.partials.pairs.tolist()
         receipt = {expert: count for expert, count in zip(self._shard.experts, pairs, strict=True) if count}
         response = codec.encode_result(ExecuteResult(call.request_id, done.partials.sums, receipt, timings))
+        if self._shadow is not None:
+            self._shadow.offer(call.layer, batch, done.partials.sums)
         encoded = time.perf_counter()
         self._metrics.observe_answer(batch.num_tokens, sum(pairs), timings, encoded - computed, encoded - arrived)
         return response

@@ -11,7 +11,9 @@ from expertd.client.config import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.gate import load_gates
 from expertd.client.huggingface import NAME, register, unregister
+from expertd.client.oracle import load_oracle
 from expertd.kernels.checkpoint import Checkpoint
+from expertd.kernels.config import InvalidConfig
 from expertd.kernels.reference import relative_error
 from expertd.kernels.weights import load_layer
 from expertd.proto.errors import ModelMismatch
@@ -122,3 +124,11 @@ async def test_a_model_of_another_family_is_refused(servers: list[str], family: 
                 logits(model, prompts())
 
     await in_thread(check)
+
+
+def test_the_demo_refuses_what_it_cannot_compare_and_names_what_can(family: FamilyFolders) -> None:
+    with (
+        Checkpoint(family.plain) as checkpoint,
+        pytest.raises(InvalidConfig, match="cannot be compared with DeepseekV3MoE; .* use 'expertd verify'"),
+    ):
+        load_oracle(checkpoint, checkpoint.config.moe_layers[0])
