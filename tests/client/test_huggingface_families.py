@@ -129,6 +129,6 @@ async def test_a_model_of_another_family_is_refused(servers: list[str], family: 
 def test_the_demo_refuses_what_it_cannot_compare_and_names_what_can(family: FamilyFolders) -> None:
     with (
         Checkpoint(family.plain) as checkpoint,
-        pytest.raises(InvalidConfig, match="cannot be compared with DeepseekV3MoE; .* use 'expertd verify'"),
+        pytest.raises(InvalidConfig, match=r"cannot be compared with DeepseekV3MoE; .* use 'expertd verify'"),
     ):
         load_oracle(checkpoint, checkpoint.config.moe_layers[0])
