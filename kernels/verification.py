@@ -34,19 +34,22 @@ async def verify(
     on threads. Raises `CheckpointError`, or what `compute` raises.
     """
 
+    config = checkpoint.config
+
     async def computed(layer: int, batch: TokenBatch) -> Tensor:
         return torch.cat([await compute(layer, part) for part in _split(batch, max_tokens)])
 
+    # A coroutine's own steps must be short: it may share its event loop with requests.
     for layer in layers:
-        mixed = layer_batch(checkpoint.config, layer, experts, seed)
+        mixed = await asyncio.to_thread(layer_batch, config, layer, experts, seed)
         expected = torch.zeros(mixed.hidden.shape)
         for expert in experts:
-            batch = expert_batch(checkpoint.config, layer, expert, seed)
-            out = await computed(layer, batch)
+            batch = await asyncio.to_thread(expert_batch, config, layer, expert, seed)
             matrices = await asyncio.to_thread(read_expert, checkpoint, layer, expert)
+            out = await computed(layer, batch)
             yield await asyncio.to_thread(compare_expert, layer, expert, out, batch, matrices)
             expected += await asyncio.to_thread(expert_reference, mixed, expert, matrices)
-        yield compare_layer(layer, await computed(layer, mixed), expected)
+        yield await asyncio.to_thread(compare_layer, layer, await computed(layer, mixed), expected)
 
 
 def _split(batch: TokenBatch, max_tokens: int) -> list[TokenBatch]:
