@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 import torch
+from transformers import AutoConfig, FineGrainedFP8Config
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from expertd.client.config import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
@@ -81,6 +83,20 @@ async def test_expert_weights_are_neither_read_nor_kept(
             )
         logger.removeHandler(caplog.handler)
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+    await in_thread(check)
+
+
+async def test_fp8_linears_do_not_bring_the_expert_weights_back(servers: list[str], family: FamilyFolders) -> None:
+    def check() -> None:
+        config = AutoConfig.from_pretrained(family.plain)
+        with register(servers), torch.device("meta"):
+            model = AutoModel.from_config(config, experts_implementation=NAME)
+            quantizer = FineGrainedFP8HfQuantizer(FineGrainedFP8Config(), pre_quantized=True)
+            quantizer._process_model_before_weight_loading(model)
+        names = [name for name, _ in model.named_parameters()]
+        assert any("self_attn.q_proj.weight_scale_inv" in name for name in names)
+        assert not any(".experts." in name for name in names)
 
     await in_thread(check)
 
