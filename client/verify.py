@@ -43,13 +43,13 @@ class Scope:
     experts: tuple[int, ...] | None
     seed: int
 
-    def of(self, shard: ShardInfo) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def of(self, address: str, shard: ShardInfo) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Layers and experts, of those that the server owns. Raises `UnknownExpert` when none are left."""
         layers = tuple(layer for layer in shard.layers if self.layers is None or layer in self.layers)
         experts = tuple(expert for expert in shard.experts if self.experts is None or expert in self.experts)
         if not (layers and experts):
             raise UnknownExpert(
-                f"the server owns layers {format_ranges(shard.layers)} and experts {format_ranges(shard.experts)};"
+                f"{address} owns layers {format_ranges(shard.layers)} and experts {format_ranges(shard.experts)};"
                 " none of them was asked for"
             )
         return layers, experts
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 when all is within its bounds, 1 when something is not, 2 when it could not be found out."""
+    """0 when all is within its bounds, 1 when something is not, 2 when it could not be found out, 130 after Ctrl-C."""
     try:
         security = ClientSecurity(
             root_ca=arguments.tls_ca,
@@ -83,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         scope = Scope(arguments.layers, arguments.experts, arguments.seed)
         reports = asyncio.run(_verify_all(arguments.servers, arguments.model, scope, security))
+    except KeyboardInterrupt:
+        return 130
     except (CheckpointError, ExpertdError, InvalidConfig, OSError, ValueError) as error:
         print(f"expertd verify: error: {error}", file=sys.stderr)
         return 2
@@ -110,7 +112,7 @@ async def _verify_server(
     transport = GrpcTransport(address, security=security)
     try:
         shard = await transport.get_shard(CONNECT_SECONDS)
-        layers, experts = scope.of(shard)
+        layers, experts = scope.of(address, shard)
         if checkpoint is None:
             agreements = ask_server(address, layers, experts, scope.seed, security)
         else:

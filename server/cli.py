@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, (module_name, summary) in COMMANDS.items():
         words = name.split()
         if arguments[: len(words)] == words:
-            parser = argparse.ArgumentParser(prog=f"expertd {name}", description=f"{summary.capitalize()}.")
+            parser = argparse.ArgumentParser(prog=f"expertd {name}", description=f"{summary[0].upper()}{summary[1:]}.")
             module = importlib.import_module(module_name)
             module.add_arguments(parser)
             code: int = module.run(parser.parse_args(arguments[len(words) :]))
