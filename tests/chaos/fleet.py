@@ -31,6 +31,7 @@ class ServerProcess:
     process: ForkServerProcess
     experts: str
     address: str
+    metrics_url: str
     log: Path
 
     def signal(self, number: signal.Signals) -> None:
@@ -99,7 +100,8 @@ class Fleet:
             if not process.is_alive() or time.monotonic() > deadline:
                 raise TimeoutError(f"server {number} is not ready: {log.read_text(errors='replace')[-2000:]}")
             await asyncio.sleep(0.005)
-        return ServerProcess(process, experts, json.loads(ready.read_text())["listen"], log)
+        bound = json.loads(ready.read_text())
+        return ServerProcess(process, experts, bound["listen"], f"http://{bound['metrics']}/metrics", log)
 
     async def restart(self, server: ServerProcess, faults: str = "", options: Sequence[str] = ()) -> ServerProcess:
         """Another server in the place of one that has ended."""
