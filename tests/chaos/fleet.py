@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,6 +109,14 @@ class Fleet:
         return await self.start(server.experts, address=server.address, faults=faults, options=options)
 
 
+def _end_with_the_tests() -> None:
+    """However they end."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
 def _serve(arguments: list[str], faults: str, log: Path) -> None:
     """The life of the forked process."""
     from expertd.server import cli
@@ -116,4 +125,5 @@ def _serve(arguments: list[str], faults: str, log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ[VARIABLE] = faults
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     sys.exit(cli.main(arguments))

@@ -207,6 +207,7 @@ class CheckedLoad:
 
 
 async def _main(arguments: argparse.Namespace) -> int:
+    torch.set_num_threads(1)
     load = CheckedLoad(arguments.servers, arguments.model, callers=arguments.callers, seed=arguments.seed)
     async with load:
         await asyncio.sleep(arguments.seconds)
