@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format proto clean
+.PHONY: demo test chaos check format proto clean
 
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
 
 test: check  ## everything that CI runs
 	$(BIN)/pytest
+
+chaos: $(STAMP)  ## faults, kills, restarts, overload, soak and fuzz at full length: about two hours
+	EXPERTD_CHAOS=full $(BIN)/pytest -s tests/chaos
 
 check: $(STAMP)  ## style, types, and that the generated code matches the .proto
 	$(BIN)/ruff format --check .

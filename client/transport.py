@@ -56,13 +56,17 @@ class GrpcTransport:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while True:
+            timeout = max(deadline - loop.time(), 0.001)
+            metadata = self._security.metadata()
             try:
-                answer = await self._channels[0].get_shard(
-                    codec.ShardRequest(),
-                    timeout=max(deadline - loop.time(), 0.001),
-                    metadata=self._security.metadata(),
+                # On every connection: one that is not back yet would fail the first call that is sent on it.
+                answers = await asyncio.gather(
+                    *(
+                        channel.get_shard(codec.ShardRequest(), timeout=timeout, metadata=metadata)
+                        for channel in self._channels
+                    )
                 )
-                return codec.decode_shard(answer)
+                return codec.decode_shard(answers[0])
             except grpc.aio.AioRpcError as error:
                 reason = _as_error(self.address, error)
             if not isinstance(reason, Unavailable) or loop.time() + RETRY_SECONDS >= deadline:

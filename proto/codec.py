@@ -306,6 +306,15 @@ def decode_result(message: RawResponse, tokens: int, width: int, dtype: torch.dt
     return ExecuteResult(message.request_id, partials, receipt, timings)
 
 
+def check_shard_request(data: bytes) -> None:
+    """Raise `InvalidBatch` for bytes that are no GetShardRequest."""
+    try:
+        ShardRequest.FromString(data)
+    except DecodeError as error:
+        name = ShardRequest.DESCRIPTOR.full_name
+        raise InvalidBatch(f"the {len(data)} bytes received are no {name}: {error}") from None
+
+
 def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
     return pb.GetShardResponse(
         model_fingerprint=shard.model_fingerprint,

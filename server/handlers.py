@@ -50,9 +50,7 @@ class ExpertShardHandlers:
 
     def register(self, server: grpc.aio.Server) -> None:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "GetShard": grpc.unary_unary_rpc_method_handler(
-                self.get_shard, codec.ShardRequest.FromString, codec.ShardResponse.SerializeToString
-            ),
+            "GetShard": grpc.unary_unary_rpc_method_handler(self.get_shard),
             "Execute": grpc.unary_unary_rpc_method_handler(self.execute),
             "ExecuteStream": grpc.stream_stream_rpc_method_handler(self.execute_stream),
             "VerifyShard": grpc.unary_stream_rpc_method_handler(
@@ -77,12 +75,13 @@ class ExpertShardHandlers:
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
 
-    async def get_shard(self, request: codec.ShardRequest, context: Context) -> codec.ShardResponse:
+    async def get_shard(self, data: bytes, context: Context) -> bytes:
         try:
+            codec.check_shard_request(data)
             self._scheduler.check_open()
         except ExpertdError as error:
             await context.abort(error.code, str(error))
-        return codec.encode_shard(self._info)
+        return codec.encode_shard(self._info).SerializeToString()
 
     async def execute(self, data: bytes, context: Context) -> bytes:
         self._track()

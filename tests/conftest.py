@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
 from tests.families import CONFIGS, FamilyFolders, write_family
+
+# Threads that wait for each other by spinning take the processor from the servers under test.
+torch.set_num_threads(1)
 
 SMALL = DemoModel(
     hidden_size=256, moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2

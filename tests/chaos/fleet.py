@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class ServerProcess:
     process: ForkServerProcess
     experts: str
     address: str
+    metrics_url: str
     log: Path
 
     def signal(self, number: signal.Signals) -> None:
@@ -99,11 +101,20 @@ class Fleet:
             if not process.is_alive() or time.monotonic() > deadline:
                 raise TimeoutError(f"server {number} is not ready: {log.read_text(errors='replace')[-2000:]}")
             await asyncio.sleep(0.005)
-        return ServerProcess(process, experts, json.loads(ready.read_text())["listen"], log)
+        bound = json.loads(ready.read_text())
+        return ServerProcess(process, experts, bound["listen"], f"http://{bound['metrics']}/metrics", log)
 
     async def restart(self, server: ServerProcess, faults: str = "", options: Sequence[str] = ()) -> ServerProcess:
         """Another server in the place of one that has ended."""
         return await self.start(server.experts, address=server.address, faults=faults, options=options)
+
+
+def _end_with_the_tests() -> None:
+    """However they end."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
 
 
 def _serve(arguments: list[str], faults: str, log: Path) -> None:
@@ -114,4 +125,5 @@ def _serve(arguments: list[str], faults: str, log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ[VARIABLE] = faults
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     sys.exit(cli.main(arguments))

@@ -43,7 +43,8 @@ CONFIG = CoordinatorConfig(
     output_dtype=torch.float32,
     connect_timeout=10.0,
     call_timeout=15.0,
-    attempt_timeout=2.0,
+    attempt_timeout=3.0,
+    owner_timeout=5.0,
     max_attempts=6,
 )
 
@@ -86,6 +87,8 @@ class Report:
     right: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     """Calls that ended in an error of the project, by its kind: allowed, where a test does not say otherwise."""
+    messages: list[str] = field(default_factory=list)
+    """Of those errors."""
     violations: list[str] = field(default_factory=list)
     """Wrong, hanging and unexplained calls: never allowed."""
     retries: int = 0
@@ -182,6 +185,7 @@ class CheckedLoad:
                 )
         except ExpertdError as error:
             report.errors[type(error).__name__] += 1
+            report.messages.append(f"{time.monotonic() - started:.2f} s: {error}")
             # A call that fails at once is no load.
             await asyncio.sleep(0.01)
         except TimeoutError:
@@ -203,10 +207,8 @@ class CheckedLoad:
 
 
 async def _main(arguments: argparse.Namespace) -> int:
-    config = replace(CONFIG, on_missing="error")
-    load = CheckedLoad(
-        arguments.servers, arguments.model, callers=arguments.callers, seed=arguments.seed, config=config
-    )
+    torch.set_num_threads(1)
+    load = CheckedLoad(arguments.servers, arguments.model, callers=arguments.callers, seed=arguments.seed)
     async with load:
         await asyncio.sleep(arguments.seconds)
     print(load.report.line(arguments.name))

@@ -18,5 +18,7 @@ def scaled(full: T, short: T) -> T:
 def hold(report: Report, name: str, least_calls: int) -> None:
     """Print the summary of a run, and fail unless it ran and nothing was violated."""
     print(f"\n{report.line(name)}")
+    for message in report.messages[:5]:
+        print(f"  error after {message}")
     assert report.violations == [], f"{len(report.violations)} violations: {report.violations[:5]}"
     assert report.right >= least_calls, f"{report.right} calls were answered; with fewer than {least_calls} nothing ran"

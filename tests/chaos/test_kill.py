@@ -14,11 +14,13 @@ from expertd.kernels.reference import relative_error
 from expertd.proto.errors import ExpertdError, Unavailable
 from tests.chaos.fleet import Fleet
 from tests.chaos.load import CONFIG, CheckedLoad, make_cases
-from tests.chaos.scale import hold, scaled
+from tests.chaos.scale import FULL, hold, scaled
 
 KILLS = scaled(100, 4)
 LOSSES = scaled(20, 2)
 CALLS = 20
+MOST_SECONDS = 1.0 if FULL else 5.0
+"""Of 99 in 100 calls; the short version runs on machines that do other things, too."""
 
 
 async def test_killing_one_of_two_replicas_costs_no_call(small_model: Path, tmp_path: Path) -> None:
@@ -37,7 +39,7 @@ async def test_killing_one_of_two_replicas_costs_no_call(small_model: Path, tmp_
         hold(load.report, f"kill -9, {KILLS} times", KILLS * 2 * CALLS)
         assert load.report.failed == 0
         assert load.report.retries > 0
-        assert quantile(load.report.seconds, 0.99) <= 1.0
+        assert quantile(load.report.seconds, 0.99) <= MOST_SECONDS
 
 
 async def test_the_only_owner_is_missed_by_name_and_used_again_within_two_seconds(

@@ -15,6 +15,7 @@ import torch
 from expertd.client.budget import RetryBudget
 from expertd.client.config import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
+from expertd.client.failover import Effort
 from expertd.client.hedging import Lateness
 from expertd.client.sync import SyncCoordinator
 from expertd.kernels.reference import relative_error
@@ -146,6 +147,21 @@ async def test_retries_stop_when_the_budget_is_used_up(small_model: Path, monkey
             with pytest.raises(Overloaded):
                 await call(moe)
     assert attempts == 10 + 5
+
+
+async def test_a_server_that_drains_is_left_before_it_refuses_anything(small_model: Path) -> None:
+    ids, weights = routing(20)
+    async with (
+        running_server(small_model, ALL, locality="here") as draining,
+        running_server(small_model, ALL) as other,
+        Coordinator(addresses([draining, other]), replace(QUICK, locality="here")) as moe,
+    ):
+        await call(moe)
+        assert computed_tokens(draining) == 20
+        await stop(draining)
+        result = await moe.execute(LAYER, tokens(20), topk_ids=ids, topk_weights=weights)
+        assert result.effort == Effort()
+        assert computed_tokens(other) == 20
 
 
 async def test_a_full_server_is_asked_again_when_it_wants_to_be(

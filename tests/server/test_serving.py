@@ -24,6 +24,8 @@ from expertd.server.metrics import Metrics
 from tests.support import execute_method, open_channel, random_batch, request_for, running_server, stream_method
 
 ALL = range(16)
+SETTINGS, GOAWAY = 4, 7
+"""Types of HTTP/2 frames."""
 
 
 async def scrape(server: Server) -> dict[str, float]:
@@ -199,6 +201,50 @@ async def test_drain_turns_unhealthy_answers_what_is_in_flight_and_ends_streams(
         assert all(len(answer.partials) == 2000 * 256 * 4 for answer in answers)
         assert await stream.code() == grpc.StatusCode.OK
     assert not ready_file.exists()
+
+
+async def test_drain_says_goaway_after_health_has_turned(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server, open_channel(server) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        reader, writer = await asyncio.open_connection(server.address.host, server.address.port)
+        # HTTP/2 by hand: the client's preface and empty settings.
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]))
+        goaway = asyncio.create_task(frame_of(reader, GOAWAY))
+        server.stop()
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert not goaway.done()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await execute_method(channel)(request_for(server, random_batch(1, 256, 16, 4)))
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        watch.cancel()
+        await asyncio.wait_for(goaway, 10)
+        writer.close()
+
+
+async def frame_of(reader: asyncio.StreamReader, kind: int) -> bytes:
+    """The payload of the next HTTP/2 frame of `kind`."""
+    while True:
+        header = await reader.readexactly(9)
+        payload = await reader.readexactly(int.from_bytes(header[:3]))
+        if header[3] == kind:
+            return payload
+
+
+async def test_watchers_of_health_do_not_hold_up_the_drain(small_model: Path) -> None:
+    loop = asyncio.get_running_loop()
+    async with running_server(small_model, ALL, drain_seconds=60.0) as server, open_channel(server) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        started = loop.time()
+        server.stop()
+        while (await watch.read()).status != health_pb2.HealthCheckResponse.NOT_SERVING:
+            pass
+        with pytest.raises(grpc.aio.AioRpcError):
+            await watch.read()
+        assert loop.time() - started < 30
 
 
 @pytest.mark.parametrize(
