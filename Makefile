@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format proto clean
+.PHONY: demo test check format proto docs clean
 
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
@@ -29,6 +29,10 @@ proto: $(STAMP)  ## regenerate proto/expert_shard_pb2.py and .pyi
 	  expertd/proto/expert_shard.proto
 	$(if $(CHECK),@for f in expert_shard_pb2.py expert_shard_pb2.pyi; do cmp proto/$$f $(OUT)/expertd/proto/$$f \
 	  || { echo "proto/$$f is out of date: run 'make proto' and commit the result"; exit 1; }; done)
+
+docs: $(STAMP)  ## regenerate docs/configuration.md, docs/performance.md and its plot
+	$(BIN)/python -m docs.generate.configuration
+	$(BIN)/python -m docs.generate.performance
 
 $(STAMP): pyproject.toml
 	@echo "setting up $(VENV) (about two minutes the first time)"

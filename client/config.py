@@ -30,6 +30,7 @@ class CoordinatorConfig:
     channels: int = 2
     """Connections to each server; chunks go to the one with the least in flight."""
     connect_timeout: float = 10.0
+    """For the first answers of all servers, together."""
     call_timeout: float = 60.0
     """For a whole call, repeated attempts included."""
     attempt_timeout: float = 20.0
