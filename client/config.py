@@ -15,7 +15,7 @@ from expertd.proto.codec import HIDDEN_DTYPES, REPLY_DTYPES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorConfig:
-    """How a coordinator talks to its servers. Times are in seconds."""
+    """How a coordinator talks to its servers; docs/configuration.md describes the fields. Times are in seconds."""
 
     gates: Mapping[int, Gate] = field(default_factory=dict)
     """Router by layer, for calls that give hidden states alone and for `router_logits` (whose bias is the gate's)."""

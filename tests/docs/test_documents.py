@@ -21,7 +21,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from expertd.client.cluster import LocalCluster
+from expertd.client.cluster import LocalCluster, LocalServer
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
 from tests.docs.fences import DOCUMENTS, ROOT, UNTIL_STOPPED, Fence
 
@@ -40,18 +40,18 @@ RUN = [document for document in DOCUMENTS if any(fence.runs_here for fence in Fe
 
 @dataclass(frozen=True)
 class Cluster:
-    """Two servers that together own all experts, which the documents call node0:50051 and node1:50051."""
+    """Two servers that together own all experts, which the documents call node0 and node1."""
 
     model: Path
-    addresses: list[str]
+    servers: list[LocalServer]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     model = write_demo_checkpoint(tmp_path_factory.mktemp("models"), MODEL)
     options = ["--backend", "torch", "--threads", "1"]
-    async with LocalCluster(model, ["0-127", "128-255"], options) as servers:
-        yield Cluster(model, servers.addresses)
+    async with LocalCluster(model, ["0-127", "128-255"], options) as started:
+        yield Cluster(model, started.servers)
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ class Reader:
         self._log = self.clone.parent / "server.log"
         port, metrics = free_ports(2)
         self.replacements = {
-            "node0:50051": self.cluster.addresses[0],
-            "node1:50051": self.cluster.addresses[1],
+            **{f"node{index}:50051": server.address for index, server in enumerate(self.cluster.servers)},
+            **{f"http://node{index}:9464/metrics": one.metrics_url for index, one in enumerate(self.cluster.servers)},
             "/models/DeepSeek-V3": str(self.cluster.model),
             "50051": str(port),
             "9464": str(metrics),
@@ -99,9 +99,9 @@ class Reader:
         }
 
     async def follow(self, fence: Fence) -> None:
-        code = fence.code
-        for written, real in self.replacements.items():
-            code = code.replace(written, real)
+        # In one pass: nothing that is put in may be taken for something written.
+        written = "|".join(map(re.escape, self.replacements))
+        code = re.sub(written, lambda found: self.replacements[found[0]], fence.code)
         if fence.language == "python":
             await self._run_python(code)
         elif fence.mark == UNTIL_STOPPED:
