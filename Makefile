@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test chaos check format proto clean
+.PHONY: demo test chaos check format proto released docs clean
 
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
@@ -15,11 +15,14 @@ test: check  ## everything that CI runs
 chaos: $(STAMP)  ## faults, kills, restarts, overload, soak and fuzz at full length: about two hours
 	EXPERTD_CHAOS=full $(BIN)/pytest -s tests/chaos
 
-check: $(STAMP)  ## style, types, and that the generated code matches the .proto
+check: $(STAMP)  ## style, types, that the generated code matches the .proto, and that no released caller is broken
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) --no-print-directory proto OUT=$$(mktemp -d) CHECK=1
+	$(BIN)/buf lint proto
+	$(BIN)/buf format --diff --exit-code proto
+	$(BIN)/buf breaking proto --against $(RELEASED)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
@@ -32,6 +35,14 @@ proto: $(STAMP)  ## regenerate proto/expert_shard_pb2.py and .pyi
 	  expertd/proto/expert_shard.proto
 	$(if $(CHECK),@for f in expert_shard_pb2.py expert_shard_pb2.pyi; do cmp proto/$$f $(OUT)/expertd/proto/$$f \
 	  || { echo "proto/$$f is out of date: run 'make proto' and commit the result"; exit 1; }; done)
+
+RELEASED := proto/released.txtpb
+released: $(STAMP)  ## with every release: the contract that later ones must not break
+	$(BIN)/buf build proto --exclude-source-info -o $(RELEASED)
+
+docs: $(STAMP)  ## regenerate docs/configuration.md, docs/performance.md and its plot
+	$(BIN)/python -m docs.generate.configuration
+	$(BIN)/python -m docs.generate.performance
 
 $(STAMP): pyproject.toml
 	@echo "setting up $(VENV) (about two minutes the first time)"

@@ -12,6 +12,7 @@ from expertd.proto.errors import InvalidBatch
 
 def as_tokens(name: str, values: Tensor, width: int) -> Tensor:
     """View [..., width] as [T, width] with T >= 1."""
+    _check_tensor(name, values)
     if not values.is_floating_point() or values.ndim < 1 or values.shape[-1] != width or values.numel() == 0:
         raise InvalidBatch(
             f"{name} is {values.dtype} {list(values.shape)};"
@@ -22,6 +23,7 @@ def as_tokens(name: str, values: Tensor, width: int) -> Tensor:
 
 def as_rows(name: str, values: Tensor, rows: int) -> Tensor:
     """View [..., k] as [rows, k]."""
+    _check_tensor(name, values)
     if values.ndim < 1 or values.shape[-1] == 0 or values.numel() != rows * values.shape[-1]:
         raise InvalidBatch(f"{name} is {list(values.shape)}; it must have one row for each of {rows} tokens")
     return values.detach().reshape(rows, -1)
@@ -44,3 +46,10 @@ def check_choice(ids: Tensor, weights: Tensor, model: MoeConfig) -> None:
         raise InvalidBatch(f"topk_ids[{token}] is {ids[token].tolist()}; a token may name an expert at most once")
     if not np.isfinite(weights.float().numpy()).all():
         raise InvalidBatch("topk_weights holds NaN or infinity; they must be finite")
+
+
+def _check_tensor(name: str, values: object) -> None:
+    if not isinstance(values, Tensor):
+        raise InvalidBatch(
+            f"{name} has type {type(values).__name__}; give a torch tensor, such as torch.as_tensor({name})"
+        )

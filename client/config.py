@@ -15,7 +15,7 @@ from expertd.proto.codec import HIDDEN_DTYPES, REPLY_DTYPES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorConfig:
-    """How a coordinator talks to its servers. Times are in seconds."""
+    """How a coordinator talks to its servers; docs/configuration.md describes the fields. Times are in seconds."""
 
     gates: Mapping[int, Gate] = field(default_factory=dict)
     """Router by layer, for calls that give hidden states alone and for `router_logits` (whose bias is the gate's)."""
@@ -30,6 +30,7 @@ class CoordinatorConfig:
     channels: int = 2
     """Connections to each server; chunks go to the one with the least in flight."""
     connect_timeout: float = 10.0
+    """For the first answers of all servers, together."""
     call_timeout: float = 60.0
     """For a whole call, repeated attempts included."""
     attempt_timeout: float = 20.0

@@ -56,6 +56,11 @@ class MoeResult:
     missing_experts: tuple[int, ...] = ()
     """Global ids of the experts that they lack."""
 
+    def __repr__(self) -> str:
+        servers = ", ".join(f"{server.address} {server.round_trip * 1e3:.1f} ms" for server in self.servers)
+        degraded = f"; {self.degraded_tokens} tokens lack experts" if self.degraded_tokens else ""
+        return f"MoeResult(output {list(self.output.shape)} {self.output.dtype}; {servers}{degraded})"
+
 
 class Coordinator:
     """Runs the routed experts of a Mixture-of-Experts model on expertd servers.
@@ -72,8 +77,13 @@ class Coordinator:
         self._discovery = as_discovery(servers)
         self._caller: Caller | None = None
 
-    async def __aenter__(self) -> Self:
-        """Connect. Raises `Unavailable`, `ModelMismatch`, or `UnknownExpert` naming the experts without an owner."""
+    async def connect(self) -> Self:
+        """Connect, for callers without an `async with` block; `close()` is then theirs. Connected already: do nothing.
+
+        Raises `Unavailable`, `ModelMismatch`, or `UnknownExpert` naming the experts without an owner.
+        """
+        if self._caller is not None:
+            return self
         config = self.config
         membership = Membership(
             self._discovery,
@@ -89,15 +99,19 @@ class Coordinator:
         self._caller = Caller(membership, config)
         return self
 
+    async def close(self) -> None:
+        """Disconnect; calls in flight fail. It can be connected again."""
+        caller, self._caller = self._caller, None
+        if caller is not None:
+            await caller.membership.close()
+
+    async def __aenter__(self) -> Self:
+        return await self.connect()
+
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-    async def close(self) -> None:
-        caller, self._caller = self._caller, None
-        if caller is not None:
-            await caller.membership.close()
 
     def __repr__(self) -> str:
         state = "connected" if self._caller else "not connected"
@@ -167,7 +181,9 @@ class Coordinator:
 
     def _connected(self) -> Caller:
         if self._caller is None:
-            raise RuntimeError("the coordinator is not connected; use it in 'async with Coordinator(...) as moe:'")
+            raise RuntimeError(
+                "the coordinator is not connected; use it in 'async with Coordinator(...) as moe:', or connect() first"
+            )
         return self._caller
 
     def _route(

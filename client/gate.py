@@ -20,6 +20,10 @@ class Gate:
     correction_bias: Tensor
     """[E] float32: added to the scores for the choice of experts only; zeros where the model has none."""
 
+    def __repr__(self) -> str:
+        experts, width = self.weight.shape
+        return f"Gate({experts} experts, hidden size {width})"
+
 
 def load_gates(checkpoint: Checkpoint, layers: Iterable[int]) -> dict[int, Gate]:
     """Read the gates of `layers`. Raises `CheckpointError`."""

@@ -85,11 +85,10 @@ class RemoteExperts:
         self.servers = tuple(servers)
         self.config = config
         self._layers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        self._moe = SyncCoordinator(self.servers, config)
-        self._moe.__enter__()
+        self._moe = SyncCoordinator(self.servers, config).connect()
 
     def close(self) -> None:
-        self._moe.__exit__(None, None, None)
+        self._moe.close()
 
     def __enter__(self) -> Self:
         return self

@@ -24,28 +24,43 @@ class SyncCoordinator:
         with SyncCoordinator(["host1:50051", "host2:50051"]) as moe:
             y = moe(layer, hidden, topk_ids=ids, topk_weights=weights)
 
-    Its event loop runs on a thread of its own.
+    Its event loop runs on a thread of its own, so it works where a loop is running already, as in notebooks:
+    `moe = SyncCoordinator(servers).connect()` in one cell, calls in others, `moe.close()` in the last.
     """
 
     def __init__(self, servers: Sequence[str] | Discovery, config: CoordinatorConfig | None = None) -> None:
+        """`servers` are `host:port` addresses that together own every expert, or what finds them."""
         self._coordinator = Coordinator(servers, config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def connect(self) -> Self:
+        """See `Coordinator.connect`."""
+        if self._loop is not None:
+            return self
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="expertd-coordinator", daemon=True)
-
-    def __enter__(self) -> Self:
         self._thread.start()
         try:
-            self._wait(self._coordinator.__aenter__())
+            self._wait(self._coordinator.connect())
         except BaseException:
             self._stop()
             raise
         return self
 
+    def close(self) -> None:
+        """See `Coordinator.close`."""
+        if self._loop is not None:
+            self._wait(self._coordinator.close())
+            self._stop()
+
+    def __enter__(self) -> Self:
+        return self.connect()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._wait(self._coordinator.close())
-        self._stop()
+        self.close()
 
     def __repr__(self) -> str:
         return f"Sync{self._coordinator!r}"
@@ -59,6 +74,11 @@ class SyncCoordinator:
     def layers(self) -> tuple[int, ...]:
         """Layers that can be called."""
         return self._coordinator.layers
+
+    @property
+    def backends(self) -> frozenset[str]:
+        """Compute backends of the servers in use."""
+        return self._coordinator.backends
 
     def __call__(
         self,
@@ -86,6 +106,11 @@ class SyncCoordinator:
         return self._wait(call)
 
     def _wait(self, call: Coroutine[None, None, T]) -> T:
+        if self._loop is None:
+            call.close()
+            raise RuntimeError(
+                "the coordinator is not connected; use it in 'with SyncCoordinator(...) as moe:', or connect() first"
+            )
         future = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             return future.result()
@@ -95,6 +120,9 @@ class SyncCoordinator:
             raise
 
     def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        loop, thread = self._loop, self._thread
+        self._loop = self._thread = None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()

@@ -59,6 +59,9 @@ class Checkpoint:
         self._headers: dict[str, dict[str, StoredTensor]] = {}
         self._descriptors: dict[Path, int] = {}
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.folder)!r})"
+
     def __enter__(self) -> Checkpoint:
         return self
 
@@ -66,6 +69,7 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
+        """Close the files; later reads open them again."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 

@@ -128,12 +128,12 @@ class ServerConfig:
         for name in ("threads", "max_streams", "max_tokens_per_request", "drain_seconds", "device_timeout"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise InvalidOption(f"{_flag(name)} is {value}; it must be greater than 0")
+                raise InvalidOption(f"{flag(name)} is {value}; it must be greater than 0")
         for name in ("max_batch_tokens", "max_queued_tokens"):
             value = getattr(self, name)
             if value < self.max_tokens_per_request:
                 raise InvalidOption(
-                    f"{_flag(name)} is {value}; it must be at least --max-tokens-per-request"
+                    f"{flag(name)} is {value}; it must be at least --max-tokens-per-request"
                     f" {self.max_tokens_per_request}"
                 )
         if not 0 <= self.shadow_check_rate <= 1:
@@ -158,12 +158,12 @@ class ServerConfig:
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         for option in dataclasses.fields(cls):
             if option.metadata["parse"] is bool:
-                parser.add_argument(_flag(option.name), action="store_true", help=option.metadata["help"])
+                parser.add_argument(flag(option.name), action="store_true", help=option.metadata["help"])
                 continue
             required = option.default is dataclasses.MISSING
             default = "" if required or option.default is None else f" (default: {option.default})"
             parser.add_argument(
-                _flag(option.name),
+                flag(option.name),
                 required=required,
                 metavar=option.name.rpartition("_")[2].upper(),
                 help=option.metadata["help"] + default,
@@ -178,9 +178,10 @@ class ServerConfig:
                 try:
                     values[option.name] = option.metadata["parse"](text)
                 except ValueError as error:
-                    raise InvalidOption(f"{_flag(option.name)}: {error}") from None
+                    raise InvalidOption(f"{flag(option.name)}: {error}") from None
         return cls(**values)
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The option that sets field `name`."""
     return "--" + name.replace("_", "-")

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,9 @@ def call_for(server: Server | ShardInfo, batch: TokenBatch, **changes: Any) -> E
         "reply_dtype": torch.float32,
     }
     return ExecuteCall(**(fields | changes))
+
+
+def forked_processes(count: int) -> ProcessPoolExecutor:
+    """Processes that leave alone what they inherit: gRPC objects of earlier tests cannot be finalised there."""
+    gc.collect()
+    return ProcessPoolExecutor(count, initializer=gc.freeze)

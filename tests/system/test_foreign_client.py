@@ -1,13 +1,15 @@
-"""A client in another language, written from the .proto alone, gets the oracle's answers."""
+"""Clients in other languages, written from the .proto alone, get the oracle's answers."""
 
 import asyncio
 import base64
 import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,10 @@ from expertd.kernels.quantize import quantize_activations
 from expertd.kernels.reference import reference_partials, relative_error
 from expertd.kernels.weights import load_layer
 
-CLIENT = Path(__file__).parents[2] / "client" / "examples" / "node"
+ROOT = Path(__file__).parents[2]
+NODE = ROOT / "client" / "examples" / "node"
+CPP = ROOT / "client" / "examples" / "cpp"
+CPP_PACKAGES = "cmake g++ libgrpc++-dev pkg-config protobuf-compiler-grpc"
 MODEL = DemoModel(
     hidden_size=256,
     moe_intermediate_size=128,
@@ -74,7 +79,15 @@ class Outcome:
     """By RPC and hidden dtype; empty without an output file."""
 
 
-def _program(name: str) -> str:
+@dataclass(frozen=True)
+class Program:
+    """How to start a client; all of them take the same arguments and files."""
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+
+
+def _node_program(name: str) -> str:
     """Where Node.js has `name`; without it CI fails and other machines skip."""
     found = shutil.which(name)
     if found is None:
@@ -85,7 +98,9 @@ def _program(name: str) -> str:
     return found
 
 
-async def _run(command: Sequence[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str]:
+async def _run(
+    command: Sequence[str], folder: Path, environment: dict[str, str], timeout: float = 120
+) -> tuple[int, str, str]:
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=folder,
@@ -95,7 +110,7 @@ async def _run(command: Sequence[str], folder: Path, environment: dict[str, str]
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        stdout, stderr = await asyncio.wait_for(process.communicate(), 120)
+        stdout, stderr = await asyncio.wait_for(process.communicate(), timeout)
     except BaseException:
         process.kill()
         await process.wait()
@@ -104,21 +119,48 @@ async def _run(command: Sequence[str], folder: Path, environment: dict[str, str]
     return process.returncode, stdout.decode(), stderr.decode()
 
 
-async def _installed_packages() -> Path:
-    """The client's node_modules, installed once for every content of its package.json."""
-    manifest = (CLIENT / "package.json").read_bytes()
-    final = cache_folder() / "node-client" / hashlib.sha256(manifest).hexdigest()[:16]
+async def _node_client() -> Program:
+    """client.js; its node_modules are installed once for every content of its package.json."""
+    node, npm = _node_program("node"), _node_program("npm")
+    manifest = (NODE / "package.json").read_bytes()
+
+    async def install(staged: Path) -> None:
+        (staged / "package.json").write_bytes(manifest)
+        code, _, stderr = await _run([npm, "install", "--no-audit", "--no-fund"], staged, {}, timeout=600)
+        assert code == 0, f"npm install failed: {stderr}"
+
+    packages = await _made_once("node-client", manifest, install) / "node_modules"
+    return Program((node, str(NODE / "client.js")), {"NODE_PATH": str(packages), "NO_COLOR": "1"})
+
+
+async def _cpp_client() -> Program:
+    """client.cc, built once for every content of its sources."""
+    tools = ("cmake", "c++", "pkg-config", "protoc", "grpc_cpp_plugin")
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing or subprocess.run(["pkg-config", "--exists", "grpc++", "protobuf"], check=False).returncode:
+        pytest.skip(f"needs gRPC for C++: on Debian, apt-get install {CPP_PACKAGES}")
+    sources = (CPP / "CMakeLists.txt", CPP / "client.cc", ROOT / "proto" / "expert_shard.proto")
+
+    async def build(staged: Path) -> None:
+        for command in (["cmake", "-S", str(CPP), "-B", "."], ["cmake", "--build", "."]):
+            code, stdout, stderr = await _run(command, staged, {}, timeout=600)
+            assert code == 0, f"{' '.join(command)} failed: {stdout}{stderr}"
+
+    folder = await _made_once("cpp-client", b"".join(source.read_bytes() for source in sources), build)
+    return Program((str(folder / "client"),), {})
+
+
+async def _made_once(kind: str, sources: bytes, make: Callable[[Path], Awaitable[None]]) -> Path:
+    """A folder in the cache that `make` filled, for every content of `sources`."""
+    final = cache_folder() / kind / hashlib.sha256(sources).hexdigest()[:16]
     if not final.exists():
-        npm = _program("npm")
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent) as partial:
             staged = Path(partial) / "client"
             staged.mkdir()
-            (staged / "package.json").write_bytes(manifest)
-            code, _, stderr = await _run([npm, "install", "--no-audit", "--no-fund"], staged, {})
-            assert code == 0, f"npm install failed: {stderr}"
+            await make(staged)
             _move_into_place(staged, final)
-    return final / "node_modules"
+    return final
 
 
 def _move_into_place(staged: Path, final: Path) -> None:
@@ -142,11 +184,11 @@ def weights(checkpoint: Path) -> LayerWeights:
 
 
 class Client:
-    """client.js, pointed at one server."""
+    """A client, pointed at one server."""
 
-    def __init__(self, node: str, packages: Path, address: str, folder: Path) -> None:
-        self._command = [node, str(CLIENT / "client.js"), address]
-        self._packages = packages
+    def __init__(self, program: Program, address: str, folder: Path) -> None:
+        self._program = program
+        self._address = address
         self._folder = folder
 
     async def demonstrate(self) -> Outcome:
@@ -159,23 +201,27 @@ class Client:
     async def _run(self, options: Sequence[str]) -> Outcome:
         output = self._folder / "output.json"
         output.unlink(missing_ok=True)
-        code, stdout, stderr = await _run(
-            [*self._command, *options], self._folder, {"NODE_PATH": str(self._packages), "NO_COLOR": "1"}
-        )
+        command = [*self._program.command, self._address, *options]
+        code, stdout, stderr = await _run(command, self._folder, self._program.environment)
         results = json.loads(output.read_text())["results"] if output.exists() else []
         return Outcome(code, stdout, stderr, {(result["rpc"], result["hidden_dtype"]): result for result in results})
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def address(checkpoint: Path) -> AsyncIterator[str]:
-    _program("node")
     async with LocalCluster(checkpoint, [f"{OWNED[0]}-{OWNED[-1]}"], ["--backend", "torch"]) as cluster:
         yield cluster.addresses[0]
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[_node_client, _cpp_client], ids=["node", "cpp"])
+async def program(request: pytest.FixtureRequest) -> Program:
+    client: Program = await request.param()
+    return client
+
+
 @pytest.fixture
-async def client(address: str, tmp_path: Path) -> Client:
-    return Client(_program("node"), await _installed_packages(), address, tmp_path)
+def client(program: Program, address: str, tmp_path: Path) -> Client:
+    return Client(program, address, tmp_path)
 
 
 def _batch(tokens: int = TOKENS) -> Batch:
@@ -266,11 +312,12 @@ async def test_the_stream_carries_several_requests(client: Client) -> None:
 async def test_without_files_it_shows_the_server_and_computes_noise(client: Client) -> None:
     outcome = await client.demonstrate()
     assert outcome.code == 0, outcome.stderr
-    assert "model_type: 'deepseek_v3'" in outcome.stdout
+    assert re.search(r"""model_type: ['"]deepseek_v3['"]""", outcome.stdout)
     for rpc in RPCS:
         for hidden_dtype in (FP8, BF16):
             assert f"{rpc} {hidden_dtype}: norms" in outcome.stdout
-    assert outcome.stdout.count('pairs by expert {"8":5,"9":5,"10":5,"11":5}') == 4
+    pairs = re.findall(r"pairs by expert (.*)", outcome.stdout)
+    assert [json.loads(counts) for counts in pairs] == [{"8": 5, "9": 5, "10": 5, "11": 5}] * 4
 
 
 def _bad_tokens() -> dict[str, tuple[Batch, str]]:
@@ -333,8 +380,7 @@ async def test_hidden_states_of_another_size_are_refused_by_name(client: Client)
         )
 
 
-async def test_no_server_is_said_so(tmp_path: Path) -> None:
-    client = Client(_program("node"), await _installed_packages(), "127.0.0.1:1", tmp_path)
-    outcome = await client.demonstrate()
+async def test_no_server_is_said_so(program: Program, tmp_path: Path) -> None:
+    outcome = await Client(program, "127.0.0.1:1", tmp_path).demonstrate()
     assert outcome.code == 1
     assert outcome.stderr.startswith("UNAVAILABLE: ")

@@ -1,7 +1,6 @@
 """Every kernel in every shipped configuration compiles without a GPU, and spills no registers on the H200."""
 
 import json
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from expertd.kernels.cutile.inspect import Resources, compile_kernel, inspect_ke
 from expertd.kernels.cutile.launch import Launch
 from expertd.kernels.cutile.registry import shipped_launches
 from expertd.kernels.cutile.tuning import SHIPPED, Table
+from tests.support import forked_processes
 
 PROCESSES = 2
 TUNED = Path(expertd.kernels.cutile.tuning.__file__).parent / "tuned"
@@ -56,7 +56,7 @@ def inspect_shipped(index: int, gpu: str, arch: str) -> tuple[str, Resources]:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_every_default_configuration_compiles(arch: str) -> None:
     count = len(unique_launches(arch))
-    with ProcessPoolExecutor(PROCESSES) as pool:
+    with forked_processes(PROCESSES) as pool:
         results = list(pool.map(build, range(count), [arch] * count))
     assert not {kernel: error for kernel, error in results if error is not None}
 
@@ -64,7 +64,7 @@ def test_every_default_configuration_compiles(arch: str) -> None:
 def test_nothing_shipped_for_the_h200_spills() -> None:
     gpu, arch = "NVIDIA H200", "sm_90"
     count = len(unique_launches(arch, gpu))
-    with ProcessPoolExecutor(PROCESSES) as pool:
+    with forked_processes(PROCESSES) as pool:
         results = list(pool.map(inspect_shipped, range(count), [gpu] * count, [arch] * count))
     assert not {kernel: resources for kernel, resources in results if resources.spills}
     products = [resources for kernel, resources in results if "gemm" in kernel]

@@ -1,10 +1,9 @@
-from concurrent.futures import ProcessPoolExecutor
-
 import pytest
 import torch
 
 from expertd.kernels.cutile.group_gemm import TILES_M, GroupGemmConfig, candidates, group_gemm
 from expertd.kernels.cutile.inspect import Resources, inspect_kernel
+from tests.support import forked_processes
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 CASES = [(arch, tile_m, config) for arch in ARCHS for tile_m in TILES_M for config in candidates(arch, tile_m)]
@@ -21,7 +20,7 @@ def resources(arch: str, tile_m: int, config: GroupGemmConfig) -> Resources:
 
 
 def test_no_candidate_spills_and_hopper_keeps_products_in_flight() -> None:
-    with ProcessPoolExecutor(2) as pool:
+    with forked_processes(2) as pool:
         results = dict(zip(CASES, pool.map(resources, *zip(*CASES, strict=True)), strict=True))
     assert not {case: used for case, used in results.items() if used.spills}
     assert all(used.matrix for used in results.values())
