@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from expertd.client.gate import Gate
+from expertd.client.metrics import CoordinatorMetrics
 from expertd.client.security import ClientSecurity
 from expertd.proto.codec import HIDDEN_DTYPES, REPLY_DTYPES
 
@@ -52,6 +53,8 @@ class CoordinatorConfig:
     """Where this coordinator is: servers that were started with the same --locality are preferred. Empty: no matter."""
     security: ClientSecurity | None = None
     """Certificates and token; without it, plaintext."""
+    metrics: CoordinatorMetrics = field(default_factory=CoordinatorMetrics, compare=False, repr=False)
+    """What is counted; give one with a registry to export it."""
 
     def __post_init__(self) -> None:
         if self.hidden_dtype not in HIDDEN_DTYPES:

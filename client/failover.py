@@ -94,7 +94,10 @@ class LayerCall:
 
         Raises the last error of a part whose attempts or time ran out, unless what is missing may be left out.
         """
-        return await self._place(Dispatch(NOBODY, torch.arange(len(ids)), ids, weights), attempt=1)
+        try:
+            return await self._place(Dispatch(NOBODY, torch.arange(len(ids)), ids, weights), attempt=1)
+        finally:
+            self._config.metrics.spent(self.effort.retries, self.effort.failovers, self.effort.hedges)
 
     async def _place(self, work: Dispatch, attempt: int, failed: Failure | None = None) -> list[Answer]:
         """Send `work` to owners of its experts, waiting a little for owners that are out of use.
@@ -137,6 +140,7 @@ class LayerCall:
     async def _send_all(self, parts: Sequence[Part], attempt: int) -> list[Answer]:
         if attempt == 1:
             self._caller.budget.earn(len(parts))
+            self._config.metrics.fan_out(len({member.number for member, _ in parts}))
         # Counted before anything is awaited, so that calls which start together see each other.
         _count(parts, 1)
         try:
