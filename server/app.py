@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import disable_created_metrics, start_http_server
 
 from expertd import __version__
-from expertd.kernels.backend import Backend
+from expertd.kernels.backend import Backend, DeviceMemory
 from expertd.kernels.checkpoint import Checkpoint
 from expertd.proto import codec
 from expertd.proto.codec import ShardInfo
@@ -31,15 +31,23 @@ from expertd.server.config import Address, InvalidOption, ServerConfig
 from expertd.server.device import DeviceOwner
 from expertd.server.failpoints import FaultyBackend, FaultyHandlers, failpoints_from_environment
 from expertd.server.handlers import ExpertShardHandlers
+from expertd.server.journal import Journal
 from expertd.server.loading import load_layers
+from expertd.server.loads import ExpertLoads
 from expertd.server.metrics import Metrics
+from expertd.server.pages import Pages
+from expertd.server.rpc_counter import RpcCounter
 from expertd.server.scheduler import Scheduler
 from expertd.server.security import ServerSecurity
 from expertd.server.shard import Shard
+from expertd.server.status import Status
 from expertd.server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 HEALTH_NAMES = ("", codec.SERVICE)
+SERVICES = (codec.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+MEMORY_SECONDS = 5.0
+"""Between two looks at the GPU's memory."""
 NOTICE_SECONDS = 0.25
 """Between the end of health and the end of connections, for callers that watch the one to leave the other."""
 
@@ -72,21 +80,23 @@ class Server:
             max_batch_tokens=config.max_batch_tokens,
             max_queued_tokens=config.max_queued_tokens,
             max_queued_bytes=config.max_queued_bytes,
-            on_batch=self.metrics.batch_tokens.observe,
+            on_batch=self.metrics.observe_batch,
             on_fault=lambda error: self.watchdog.suspect(error),
         )
         self.watchdog = Watchdog(self.backend, self.device, self.scheduler, config.device_timeout, self._set_serving)
-        self.metrics.queue_tokens.set_function(lambda: self.scheduler.queued_tokens)
         self.info = self._describe()
+        self.loads = ExpertLoads(self.shard.layers, self.shard.experts)
+        self.journal = Journal(self.metrics, self.loads)
         if self.failpoints is None:
-            self.handlers = ExpertShardHandlers(self.shard, self.info, self.scheduler, self.metrics)
+            self.handlers = ExpertShardHandlers(self.shard, self.info, self.scheduler, self.journal)
         else:
-            self.handlers = FaultyHandlers(self.shard, self.info, self.scheduler, self.metrics, self.failpoints)
+            self.handlers = FaultyHandlers(self.shard, self.info, self.scheduler, self.journal, self.failpoints)
         self.health = health.HealthServicer()
         self.address: Address = config.listen
         self.metrics_address: Address = config.metrics
         self.ready = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         self._install_signal_handlers()
@@ -107,6 +117,9 @@ class Server:
             log.warning("failpoints are on, for tests only: %s", self.failpoints)
         log.info("backend %s on %s (%s)", self.backend.name, self.backend.device, self.backend_reason)
         await load_layers(self.checkpoint, self.shard, self.backend, self.device, self.metrics)
+        memory = await self.device.call(self.backend.memory)
+        if memory is not None:
+            self._watching = asyncio.create_task(self._watch_memory(memory))
         self.scheduler.open()
         await self._set_serving(True)
         if self.config.ready_file is not None:
@@ -129,6 +142,8 @@ class Server:
         # What is left are watchers of health, who need not leave when they are told.
         await self.grpc_server.stop(None)
         await going_away
+        if self._watching is not None:
+            self._watching.cancel()
         self.device.stop()
         await asyncio.to_thread(self._metrics_server.shutdown)
         self._metrics_server.server_close()
@@ -140,7 +155,7 @@ class Server:
     async def _listen(self) -> None:
         """Answer health checks and scrapes from the start; the other RPCs say that the server is starting."""
         self.grpc_server = grpc.aio.server(
-            interceptors=self.security.interceptors,
+            interceptors=[RpcCounter(self.metrics, SERVICES), *self.security.interceptors],
             options=[
                 ("grpc.max_concurrent_streams", self.config.max_streams),
                 ("grpc.max_receive_message_length", self.info.max_message_bytes),
@@ -153,10 +168,7 @@ class Server:
         )
         self.handlers.register(self.grpc_server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc_server)
-        reflection.enable_server_reflection(
-            (codec.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
-            self.grpc_server,
-        )
+        reflection.enable_server_reflection(SERVICES, self.grpc_server)
         await self._set_serving(False)
         try:
             port = self.security.add_port(self.grpc_server, self.config.listen)
@@ -170,9 +182,30 @@ class Server:
         except OSError as error:
             raise InvalidOption(f"--metrics {self.config.metrics} cannot be bound: {error}") from None
         self.metrics_address = dataclasses.replace(self.config.metrics, port=self._metrics_server.server_port)
-        self.metrics.describe(self.backend.name, self.backend.device, self.shard.model_fingerprint)
+        self._metrics_server.set_app(Pages(self._observe(), self.metrics.application(), asyncio.get_running_loop()))
         self.device.start()
         await self.grpc_server.start()
+
+    def _observe(self) -> Status:
+        """Export what this server is and does."""
+        scheduler = self.scheduler
+        self.metrics.describe(self.info)
+        self.metrics.watch_loads(self.loads, self.config.per_expert_metrics)
+        self.metrics.watch(
+            queue_tokens=lambda: scheduler.queued_tokens,
+            queue_capacity=self.config.max_queued_tokens,
+            in_flight=lambda: self.journal.in_flight,
+            ready=lambda: scheduler.closed_because is None,
+        )
+        return Status(
+            config=self.config,
+            info=self.info,
+            address=str(self.address),
+            journal=self.journal,
+            loads=self.loads,
+            queued_tokens=lambda: scheduler.queued_tokens,
+            closed_because=lambda: scheduler.closed_because,
+        )
 
     async def _until_stopped(self, work: Coroutine[None, None, None]) -> None:
         """Run `work` until it ends or the server is stopped."""
@@ -184,6 +217,15 @@ class Server:
             working.result()
         else:
             working.cancel()
+
+    async def _watch_memory(self, memory: DeviceMemory) -> None:
+        """On the device thread, which alone calls the backend."""
+        tell = self.metrics.watch_device()
+        found: DeviceMemory | None = memory
+        while found is not None:
+            tell(found)
+            await asyncio.sleep(MEMORY_SECONDS)
+            found = await self.device.call(self.backend.memory)
 
     def _describe(self) -> ShardInfo:
         model = self.shard.config

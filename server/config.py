@@ -112,6 +112,9 @@ class ServerConfig:
     ready_file: Path | None = field(
         default=None, metadata=_told("file to write when serving: JSON with the bound addresses", Path)
     )
+    per_expert_metrics: bool = field(
+        default=False, metadata=_told("export the pairs of every expert of every layer, for 'expertd plan'", bool)
+    )
     log_level: str = field(default="info", metadata=_told("debug, info, warning or error"))
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from expertd.proto import codec, wire
 from expertd.proto.codec import RawRequest, ShardInfo
 from expertd.server.config import InvalidOption
 from expertd.server.handlers import ExpertShardHandlers
-from expertd.server.metrics import Metrics
+from expertd.server.journal import Journal
 from expertd.server.scheduler import Scheduler
 from expertd.server.shard import Shard
 
@@ -157,9 +157,9 @@ class FaultyHandlers(ExpertShardHandlers):
     """RPCs on whose answers faults strike."""
 
     def __init__(
-        self, shard: Shard, info: ShardInfo, scheduler: Scheduler, metrics: Metrics, failpoints: Failpoints
+        self, shard: Shard, info: ShardInfo, scheduler: Scheduler, journal: Journal, failpoints: Failpoints
     ) -> None:
-        super().__init__(shard, info, scheduler, metrics)
+        super().__init__(shard, info, scheduler, journal)
         self._failpoints = failpoints
 
     async def _answer(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:

@@ -14,8 +14,8 @@ import grpc.aio
 
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteResult, RawRequest, ShardInfo, StageTimings
-from expertd.proto.errors import ExpertdError, Overloaded, ServerFault
-from expertd.server.metrics import Metrics
+from expertd.proto.errors import ExpertdError, ServerFault
+from expertd.server.journal import Journal
 from expertd.server.scheduler import Scheduler
 from expertd.server.shard import Shard
 
@@ -27,11 +27,11 @@ MAX_UNREAD_BYTES = 64 << 20
 class ExpertShardHandlers:
     """One server's RPCs. They hold no state of their own but the calls and streams that are open."""
 
-    def __init__(self, shard: Shard, info: ShardInfo, scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(self, shard: Shard, info: ShardInfo, scheduler: Scheduler, journal: Journal) -> None:
         self._shard = shard
         self._info = info
         self._scheduler = scheduler
-        self._metrics = metrics
+        self._journal = journal
         self._readers: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
 
@@ -100,22 +100,14 @@ class ExpertShardHandlers:
             reader.add_done_callback(self._readers.discard)
 
     async def _answer(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
-        """Compute one request; every outcome is counted."""
-        arrived = time.perf_counter()
-        with self._metrics.in_flight.track_inprogress():
+        """Compute one request; every outcome is recorded."""
+        with self._journal.request(request, caller):
             try:
                 return await self._compute(request, caller, time_remaining)
-            except ExpertdError as error:
-                self._metrics.requests.labels(error.code.name.lower()).inc()
-                if isinstance(error, Overloaded):
-                    self._metrics.refusal.observe(time.perf_counter() - arrived)
-                raise
-            except asyncio.CancelledError:
-                self._metrics.requests.labels("cancelled").inc()
+            except ExpertdError:
                 raise
             except Exception as error:
                 log.exception("request %d failed", request.request_id)
-                self._metrics.requests.labels("internal").inc()
                 raise ServerFault(f"{type(error).__name__}: {error}") from error
 
     async def _compute(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
@@ -136,7 +128,7 @@ class ExpertShardHandlers:
         receipt = {expert: count for expert, count in zip(self._shard.experts, pairs, strict=True) if count}
         response = codec.encode_result(ExecuteResult(call.request_id, done.partials.sums, receipt, timings))
         encoded = time.perf_counter()
-        self._metrics.observe_answer(batch.num_tokens, sum(pairs), timings, encoded - computed, encoded - arrived)
+        self._journal.answered(call, caller, pairs, timings, encoded - computed, encoded - arrived)
         return response
 
 
