@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from expertd.proto.errors import OUTCOMES
+
 CALL_BUCKETS = (*(mantissa * 10.0**decade for decade in range(-4, 1) for mantissa in (1.0, 2.5, 5.0)), 10.0, 60.0)
 """Seconds, from 100 us to a minute."""
 SERVER_BUCKETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0)
@@ -22,7 +24,9 @@ class CoordinatorMetrics:
             ["outcome"],
             registry=registry,
         )
-        self._calls.labels("ok")
+        # Exported before their first event: without a zero to begin with, nobody sees the first one.
+        for outcome in OUTCOMES:
+            self._calls.labels(outcome)
         self._seconds = Histogram(
             "expertd_coordinator_call_duration_seconds",
             "Seconds of each answered call, from its arguments to its output.",

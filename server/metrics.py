@@ -16,6 +16,7 @@ from prometheus_client.registry import REGISTRY, Collector
 from expertd.kernels.backend import DeviceMemory
 from expertd.kernels.ranges import format_ranges
 from expertd.proto.codec import ShardInfo, StageTimings
+from expertd.proto.errors import OUTCOMES
 from expertd.server.loads import ExpertLoads
 
 LATENCY_BUCKETS = (*(mantissa * 10.0**decade for decade in range(-5, 1) for mantissa in (1.0, 2.5, 5.0)), 10.0)
@@ -33,8 +34,9 @@ class Metrics:
         self._requests = Counter(
             "expertd_requests", "Requests by outcome: ok, or the gRPC status.", ["outcome"], registry=registry
         )
-        # What alerts divide by is exported before its first event.
-        self._requests.labels("ok")
+        # Exported before their first event: without a zero to begin with, nobody sees the first one.
+        for outcome in OUTCOMES:
+            self._requests.labels(outcome)
         stage_seconds = Histogram(
             "expertd_stage_duration_seconds",
             "Seconds that a request spent in each stage; total is from its arrival to its encoded answer.",

@@ -1,7 +1,6 @@
 """Every series: documented, clean, bounded, and saying what happened."""
 
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +19,7 @@ from expertd.kernels.torch_backend import TorchBackend
 from expertd.proto import codec
 from expertd.server.loads import HALF_LIFE, ExpertLoads
 from expertd.server.metrics import Metrics
+from tests.programs import find_program
 from tests.support import execute_method, open_channel, random_batch, request_for, running_server, stream_method
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -60,9 +60,7 @@ async def test_every_series_is_documented_and_every_documented_one_exists(
 
 
 async def test_promtool_finds_nothing_to_say(small_model: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    promtool = find_program("promtool", package="prometheus")
     coordinator = CollectorRegistry()
     CoordinatorMetrics(coordinator)
     async with running_server(small_model, ALL, per_expert_metrics=True) as server, open_channel(server) as channel:
