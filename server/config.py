@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from expertd.kernels.ranges import parse_ranges
 from expertd.proto.loopback import is_loopback
+from expertd.server.logs import LOG_FORMATS
 
 Pipeline: TypeAlias = Literal["auto", "fast", "dequant"]
 BACKENDS = ("auto", "torch", "cutile")
@@ -115,7 +116,10 @@ class ServerConfig:
     per_expert_metrics: bool = field(
         default=False, metadata=_told("export the pairs of every expert of every layer, for 'expertd plan'", bool)
     )
-    log_level: str = field(default="info", metadata=_told("debug, info, warning or error"))
+    log_level: str = field(
+        default="info", metadata=_told("debug (with a line for every request), info, warning or error")
+    )
+    log_format: str = field(default="text", metadata=_told("text, or json: one object a line"))
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -124,6 +128,8 @@ class ServerConfig:
             raise InvalidOption(f"--pipeline is {self.pipeline!r}; choose from {', '.join(PIPELINES)}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise InvalidOption(f"--log-level is {self.log_level!r}; choose from debug, info, warning, error")
+        if self.log_format not in LOG_FORMATS:
+            raise InvalidOption(f"--log-format is {self.log_format!r}; choose from {', '.join(LOG_FORMATS)}")
         for name in ("threads", "max_streams", "max_tokens_per_request", "drain_seconds", "device_timeout"):
             value = getattr(self, name)
             if value is not None and value <= 0:
