@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("expertd.client.demo", "run eight servers and a coordinator here and compare with transformers"),
     "bench serve": ("expertd.client.bench", "measure a server beside the floors of the same bytes"),
     "bench kernels": ("expertd.kernels.cutile.bench", "measure the GPU kernels beside the floors of this GPU"),
+    "top": ("expertd.client.top", "watch running servers in the terminal"),
     "plan": ("expertd.client.plan", "plan which server holds which experts, from recorded loads"),
     "tune": ("expertd.kernels.cutile.tune", "measure kernel configurations on this GPU and keep the best"),
 }
