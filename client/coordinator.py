@@ -23,6 +23,7 @@ from expertd.client.dispatch import Dispatch, combine, contributions, renormaliz
 from expertd.client.failover import Answer, Caller, Effort, LayerCall
 from expertd.client.membership import Membership
 from expertd.client.ownership import name_experts
+from expertd.client.tracing import call_span
 from expertd.client.transport import GrpcTransport
 from expertd.kernels.config import MoeConfig
 from expertd.kernels.routing import route, router_logits
@@ -152,7 +153,8 @@ class Coordinator:
         """
         metrics, started = self.config.metrics, time.perf_counter()
         try:
-            result = await self._execute(layer, hidden, router_logits, topk_ids, topk_weights)
+            with call_span(self.config.tracer, layer):
+                result = await self._execute(layer, hidden, router_logits, topk_ids, topk_weights)
         except ExpertdError as error:
             metrics.failed(error.code.name.lower())
             raise

@@ -24,6 +24,7 @@ from expertd.client.dispatch import Dispatch, check_receipt, leave_out, plan_dis
 from expertd.client.hedging import Lateness
 from expertd.client.membership import LOST, Member, Membership
 from expertd.client.ownership import NOBODY
+from expertd.client.tracing import attempt_span
 from expertd.proto.codec import ExecuteCall, ExecuteResult
 from expertd.proto.errors import DeadlineExceeded, ExpertdError, Overloaded, Unavailable
 
@@ -215,22 +216,24 @@ class LayerCall:
         if timeout <= 0:
             raise DeadlineExceeded(f"{address}: not answered within call_timeout {self._config.call_timeout} s")
         hidden, scales = await self._activations.take(dispatch.tokens)
-        call = ExecuteCall(
-            request_id=next(self._caller.request_ids),
-            model_fingerprint=shard.model_fingerprint,
-            placement_epoch=shard.placement_epoch,
-            layer=self._layer,
-            hidden=hidden,
-            scales=scales,
-            expert_ids=dispatch.expert_ids,
-            weights=dispatch.weights,
-            reply_dtype=self._config.reply_dtype,
-            timeout=timeout,
-        )
-        started = time.perf_counter()
-        result = await member.transport.execute(call)
-        seconds = time.perf_counter() - started
-        check_receipt(dispatch, result.receipt, address)
+        with attempt_span(self._config.tracer, address, len(dispatch.tokens)) as traceparent:
+            call = ExecuteCall(
+                request_id=next(self._caller.request_ids),
+                model_fingerprint=shard.model_fingerprint,
+                placement_epoch=shard.placement_epoch,
+                layer=self._layer,
+                hidden=hidden,
+                scales=scales,
+                expert_ids=dispatch.expert_ids,
+                weights=dispatch.weights,
+                reply_dtype=self._config.reply_dtype,
+                timeout=timeout,
+                traceparent=traceparent,
+            )
+            started = time.perf_counter()
+            result = await member.transport.execute(call)
+            seconds = time.perf_counter() - started
+            check_receipt(dispatch, result.receipt, address)
         member.failures = 0
         if self._caller.lateness is not None:
             self._caller.lateness.answered(seconds)

@@ -41,6 +41,7 @@ from expertd.server.scheduler import Scheduler
 from expertd.server.security import ServerSecurity
 from expertd.server.shard import Shard
 from expertd.server.status import Status
+from expertd.server.tracing import RequestTracer, make_provider
 from expertd.server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ NOTICE_SECONDS = 0.25
 class Server:
     """One expertd server. `await run()` returns once a signal or `stop()` has ended it and it has drained."""
 
-    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(self, config: ServerConfig, metrics: Metrics, tracer: RequestTracer | None = None) -> None:
         """Opens the checkpoint. Raises `InvalidOption`, `InvalidConfig` or `CheckpointError`."""
         self.config = config
         self.metrics = metrics
@@ -86,7 +87,7 @@ class Server:
         self.watchdog = Watchdog(self.backend, self.device, self.scheduler, config.device_timeout, self._set_serving)
         self.info = self._describe()
         self.loads = ExpertLoads(self.shard.layers, self.shard.experts)
-        self.journal = Journal(self.metrics, self.loads)
+        self.journal = Journal(self.metrics, self.loads, tracer)
         if self.failpoints is None:
             self.handlers = ExpertShardHandlers(self.shard, self.info, self.scheduler, self.journal)
         else:
@@ -273,12 +274,19 @@ def serve(config: ServerConfig) -> None:
     # A second series beside every counter and histogram, which says when it began, is more than it is worth.
     disable_created_metrics()  # type: ignore[no-untyped-call]
 
+    provider = make_provider(config)
+    tracer = None if provider is None else RequestTracer(provider)
+
     async def main() -> None:
-        await Server(config, Metrics()).run()
+        await Server(config, Metrics(), tracer).run()
 
     import uvloop
 
-    uvloop.run(main())
+    try:
+        uvloop.run(main())
+    finally:
+        if provider is not None:
+            provider.shutdown()
 
 
 def _write_atomically(path: Path, content: dict[str, str]) -> None:

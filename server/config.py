@@ -116,6 +116,13 @@ class ServerConfig:
     per_expert_metrics: bool = field(
         default=False, metadata=_told("export the pairs of every expert of every layer, for 'expertd plan'", bool)
     )
+    trace_endpoint: str | None = field(
+        default=None,
+        metadata=_told(
+            "OTLP endpoint (gRPC), such as http://collector:4317, for spans of the requests that callers trace;"
+            " needs expertd[otel]"
+        ),
+    )
     log_level: str = field(
         default="info", metadata=_told("debug (with a line for every request), info, warning or error")
     )

@@ -71,7 +71,8 @@ class ExpertShardHandlers:
     async def execute(self, data: bytes, context: Context) -> bytes:
         self._track()
         try:
-            return await self._answer(codec.parse_request(data), context.peer(), context.time_remaining())
+            request = self._journal.adopt(codec.parse_request(data), context.invocation_metadata() or ())
+            return await self._answer(request, context.peer(), context.time_remaining())
         except ExpertdError as error:
             await context.abort(error.code, str(error), _pushback(error))
 

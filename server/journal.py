@@ -1,4 +1,4 @@
-"""What this server did, told by the handlers once: for Prometheus, the log and the status page."""
+"""What this server did, told by the handlers once: for Prometheus, the log, traces and the status page."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from expertd.proto.codec import ExecuteCall, RawRequest, StageTimings
 from expertd.proto.errors import ExpertdError, Overloaded
 from expertd.server.loads import ExpertLoads
 from expertd.server.metrics import Metrics
+from expertd.server.tracing import RequestTracer
 
 log = logging.getLogger(__name__)
 REMEMBERED_ANSWERS = 1000
@@ -46,9 +47,10 @@ class Journal:
     """Counts every request and remembers the latest. Written on the event loop; `answers` and `errors` may be copied
     by other threads."""
 
-    def __init__(self, metrics: Metrics, loads: ExpertLoads) -> None:
+    def __init__(self, metrics: Metrics, loads: ExpertLoads, tracer: RequestTracer | None = None) -> None:
         self._metrics = metrics
         self._loads = loads
+        self._tracer = tracer
         self.answers: deque[Answered] = deque(maxlen=REMEMBERED_ANSWERS)
         self.outcomes: Counter[str] = Counter()
         self.in_flight = 0
@@ -72,6 +74,13 @@ class Journal:
         finally:
             self.in_flight -= 1
 
+    def adopt(self, request: RawRequest, metadata: Iterable[tuple[str, str | bytes]]) -> RawRequest:
+        """`request` with the caller's span from the metadata of a call, where spans are made and it names none."""
+        if self._tracer is None or request.traceparent:
+            return request
+        given = [value for key, value in metadata if key == "traceparent" and isinstance(value, str)]
+        return replace(request, traceparent=memoryview(given[0].encode())) if given else request
+
     def answered(
         self,
         call: ExecuteCall,
@@ -89,14 +98,18 @@ class Journal:
         self.outcomes["ok"] += 1
         self._loads.add(call.layer, pairs, time.monotonic())
         self.answers.append(Answered(time.time(), tokens, seconds))
-        if log.isEnabledFor(logging.DEBUG):
-            fields = {"outcome": "ok", "request_id": call.request_id, "caller": caller, "layer": call.layer}
-            log.debug("request answered", extra=fields | {"tokens": tokens, "pairs": sum(pairs), "seconds": total})
+        fields: dict[str, str | int] = {"request_id": call.request_id, "caller": caller, "layer": call.layer}
+        fields |= {"tokens": tokens, "pairs": sum(pairs), "outcome": "ok"}
+        log.debug("request answered", extra={**fields, "seconds": total})
+        if self._tracer is not None and call.traceparent:
+            self._tracer.answered(call.traceparent, fields, seconds)
 
     def _refused(self, request: RawRequest, caller: str, outcome: str, message: str) -> None:
         self._metrics.count_request(outcome)
         self.outcomes[outcome] += 1
         self.errors.append(Refused(time.time(), outcome, caller, message))
-        if log.isEnabledFor(logging.DEBUG):
-            fields = {"outcome": outcome, "request_id": request.request_id, "caller": caller, "layer": request.layer}
-            log.debug("request refused: %s", message, extra=fields)
+        fields: dict[str, str | int] = {"request_id": request.request_id, "caller": caller, "layer": request.layer}
+        fields["outcome"] = outcome
+        log.debug("request refused: %s", message, extra=fields)
+        if self._tracer is not None and request.traceparent:
+            self._tracer.refused(str(request.traceparent, "ascii", "replace"), fields, message)
