@@ -111,7 +111,9 @@ async def test_a_failed_attempt_and_a_refused_request_say_so(small_model: Path, 
         assert "the server is draining" in str(span.status.description)
 
 
-async def test_unary_calls_carry_the_context_in_their_metadata(small_model: Path, recorder: Recorder) -> None:
+async def test_unary_calls_carry_the_context_in_their_metadata_and_nonsense_is_none(
+    small_model: Path, recorder: Recorder
+) -> None:
     async with (
         running_server(small_model, range(16), tracer=recorder.servers) as server,
         open_channel(server) as channel,
@@ -119,6 +121,9 @@ async def test_unary_calls_carry_the_context_in_their_metadata(small_model: Path
         request = request_for(server, random_batch(3, 256, 16, 4))
         for metadata in (None, UNSAMPLED, (("traceparent", "nonsense"),)):
             await execute_method(channel)(request, metadata=metadata)
+        request.traceparent = "\u00ff" * 1000
+        await execute_method(channel)(request)
+        request.traceparent = ""
         await execute_method(channel)(request, metadata=TRACED)
     (span,) = recorder.spans("expertd.request")
     assert span.context is not None
