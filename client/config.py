@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from expertd.client.gate import Gate
+from expertd.client.metrics import CoordinatorMetrics
 from expertd.client.security import ClientSecurity
 from expertd.proto.codec import HIDDEN_DTYPES, REPLY_DTYPES
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +57,10 @@ class CoordinatorConfig:
     """Where this coordinator is: servers that were started with the same --locality are preferred. Empty: no matter."""
     security: ClientSecurity | None = None
     """Certificates and token; without it, plaintext."""
+    metrics: CoordinatorMetrics = field(default_factory=CoordinatorMetrics, compare=False, repr=False)
+    """What is counted; give one with a registry to export it."""
+    tracer: Tracer | None = field(default=None, compare=False, repr=False)
+    """Of OpenTelemetry, to trace calls with; servers add their spans to those that are sampled."""
 
     def __post_init__(self) -> None:
         if self.hidden_dtype not in HIDDEN_DTYPES:

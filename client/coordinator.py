@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,11 +23,12 @@ from expertd.client.dispatch import Dispatch, combine, contributions, renormaliz
 from expertd.client.failover import Answer, Caller, Effort, LayerCall
 from expertd.client.membership import Membership
 from expertd.client.ownership import name_experts
+from expertd.client.tracing import call_span
 from expertd.client.transport import GrpcTransport
 from expertd.kernels.config import MoeConfig
 from expertd.kernels.routing import route, router_logits
 from expertd.proto.codec import StageTimings
-from expertd.proto.errors import InvalidBatch
+from expertd.proto.errors import ExpertdError, InvalidBatch
 
 log = logging.getLogger(__name__)
 
@@ -162,10 +165,31 @@ class Coordinator:
         What fails on one server is repeated on others that own the same experts. Raises `InvalidBatch` for unusable
         arguments, `UnknownExpert` for an unknown layer, or the last error when attempts or time run out.
         """
+        metrics, started = self.config.metrics, time.perf_counter()
+        try:
+            with call_span(self.config.tracer, layer):
+                result = await self._execute(layer, hidden, router_logits, topk_ids, topk_weights)
+        except ExpertdError as error:
+            metrics.failed(error.code.name.lower())
+            raise
+        except asyncio.CancelledError:
+            metrics.failed("cancelled")
+            raise
+        metrics.answered(math.prod(hidden.shape[:-1]), result.degraded_tokens, time.perf_counter() - started)
+        return result
+
+    async def _execute(
+        self,
+        layer: int,
+        hidden: Tensor,
+        logits: Tensor | None,
+        topk_ids: Tensor | None,
+        topk_weights: Tensor | None,
+    ) -> MoeResult:
         caller = self._connected()
         caller.membership.ownership.check_layer(layer)
         tokens = as_tokens("hidden", hidden, self.model.hidden_size)
-        ids, weights = self._route(layer, tokens, router_logits, topk_ids, topk_weights)
+        ids, weights = self._route(layer, tokens, logits, topk_ids, topk_weights)
         call = LayerCall(caller, layer, Activations(tokens, self.config.hidden_dtype))
         answers = await call.run(ids, weights)
         sums = torch.empty(tokens.shape, dtype=torch.float32 if call.missing else self.config.output_dtype)

@@ -24,6 +24,7 @@ from expertd.client.dispatch import Dispatch, check_receipt, leave_out, plan_dis
 from expertd.client.hedging import Lateness
 from expertd.client.membership import LOST, Member, Membership
 from expertd.client.ownership import NOBODY
+from expertd.client.tracing import attempt_span
 from expertd.proto.codec import ExecuteCall, ExecuteResult
 from expertd.proto.errors import DeadlineExceeded, ExpertdError, Overloaded, Unavailable
 
@@ -94,7 +95,10 @@ class LayerCall:
 
         Raises the last error of a part whose attempts or time ran out, unless what is missing may be left out.
         """
-        return await self._place(Dispatch(NOBODY, torch.arange(len(ids)), ids, weights), attempt=1)
+        try:
+            return await self._place(Dispatch(NOBODY, torch.arange(len(ids)), ids, weights), attempt=1)
+        finally:
+            self._config.metrics.spent(self.effort.retries, self.effort.failovers, self.effort.hedges)
 
     async def _place(self, work: Dispatch, attempt: int, failed: Failure | None = None) -> list[Answer]:
         """Send `work` to owners of its experts, waiting a little for owners that are out of use.
@@ -137,6 +141,7 @@ class LayerCall:
     async def _send_all(self, parts: Sequence[Part], attempt: int) -> list[Answer]:
         if attempt == 1:
             self._caller.budget.earn(len(parts))
+            self._config.metrics.fan_out(len({member.number for member, _ in parts}))
         # Counted before anything is awaited, so that calls which start together see each other.
         _count(parts, 1)
         try:
@@ -211,22 +216,24 @@ class LayerCall:
         if timeout <= 0:
             raise DeadlineExceeded(f"{address}: not answered within call_timeout {self._config.call_timeout} s")
         hidden, scales = await self._activations.take(dispatch.tokens)
-        call = ExecuteCall(
-            request_id=next(self._caller.request_ids),
-            model_fingerprint=shard.model_fingerprint,
-            placement_epoch=shard.placement_epoch,
-            layer=self._layer,
-            hidden=hidden,
-            scales=scales,
-            expert_ids=dispatch.expert_ids,
-            weights=dispatch.weights,
-            reply_dtype=self._config.reply_dtype,
-            timeout=timeout,
-        )
-        started = time.perf_counter()
-        result = await member.transport.execute(call)
-        seconds = time.perf_counter() - started
-        check_receipt(dispatch, result.receipt, address)
+        with attempt_span(self._config.tracer, address, len(dispatch.tokens)) as traceparent:
+            call = ExecuteCall(
+                request_id=next(self._caller.request_ids),
+                model_fingerprint=shard.model_fingerprint,
+                placement_epoch=shard.placement_epoch,
+                layer=self._layer,
+                hidden=hidden,
+                scales=scales,
+                expert_ids=dispatch.expert_ids,
+                weights=dispatch.weights,
+                reply_dtype=self._config.reply_dtype,
+                timeout=timeout,
+                traceparent=traceparent,
+            )
+            started = time.perf_counter()
+            result = await member.transport.execute(call)
+            seconds = time.perf_counter() - started
+            check_receipt(dispatch, result.receipt, address)
         member.failures = 0
         if self._caller.lateness is not None:
             self._caller.lateness.answered(seconds)

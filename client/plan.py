@@ -15,6 +15,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from expertd.client.loads import parse_json, read_loads
 from expertd.client.packing import Floats
 from expertd.client.placement import Fleet, InvalidPlan, Placement, place
 from expertd.client.simulate import Simulation, plot, simulate
@@ -27,8 +28,10 @@ SHOWN_SERVERS = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loads",
-        type=Path,
-        help='JSON: tokens that each expert got, by layer, such as {"3": [812, 40, ...], "4": ...}',
+        nargs="+",
+        metavar="FILE_OR_URL",
+        help='tokens that each expert got: JSON by layer, such as {"3": [812, 40, ...], "4": ...}, or the /metrics of'
+        " servers that run with --per-expert-metrics, added up",
     )
     parser.add_argument(
         "--fleet",
@@ -63,22 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_loads(file: Path) -> tuple[tuple[int, ...], Floats]:
-    """Layers, ascending, and loads [layers, experts] float64 of a JSON object of lists. Raises `InvalidPlan`."""
-    fields = _read_json(file)
-    if not (isinstance(fields, dict) and fields and all(key.isdecimal() for key in fields)):
-        raise InvalidPlan(f'{file} must hold a JSON object from layers to lists, such as {{"3": [812, 40]}}')
-    layers = tuple(sorted(int(key) for key in fields))
-    rows = [fields[str(layer)] for layer in layers if str(layer) in fields]
-    numeric = all(isinstance(row, list) and all(type(load) in (int, float) for load in row) for row in rows)
-    if len(rows) < len(fields) or not numeric or len({len(row) for row in rows}) != 1:
-        raise InvalidPlan(f"{file} must hold one list of numbers for each layer, all with one number for every expert")
-    return layers, np.array(rows, np.float64)
-
-
 def read_fleet(file: Path) -> Fleet:
     """A fleet from a JSON list of servers. Raises `InvalidPlan`."""
-    fields = _read_json(file)
+    fields = parse_json(file, file.read_text(errors="replace"))
     if not (isinstance(fields, list) and fields):
         raise InvalidPlan(f"{file} must hold a JSON list of servers")
     for index, server in enumerate(fields):
@@ -162,10 +152,3 @@ def _simulate(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.plot is not None:
         plot(simulations, arguments.plot)
         console.print(f"plot in {arguments.plot}")
-
-
-def _read_json(file: Path) -> Any:  # noqa: ANN401
-    try:
-        return json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InvalidPlan(f"{file} is not valid JSON: {error}") from None

@@ -95,6 +95,18 @@ class Underway(Protocol):
         """Wait for the end of the batch. Called once, by any thread; raises what the device met."""
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of a GPU's memory."""
+
+    size: int
+    free: int
+    allocated: int
+    """Held by tensors of this process."""
+    reserved: int
+    """Held by this process for tensors, those that exist included."""
+
+
 class Backend(Protocol):
     """Computes the expert FFNs of the layers that were loaded into it. Called by one thread only.
 
@@ -124,3 +136,6 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Wait until the device has done everything that it was asked for; raises what it met. Called by any thread."""
+
+    def memory(self) -> DeviceMemory | None:
+        """The memory of the device; None for a CPU, whose memory the operating system accounts for."""

@@ -41,6 +41,9 @@ class TorchBackend:
     def warm_up(self) -> None:
         """Nothing to do."""
 
+    def memory(self) -> None:
+        """A CPU has none of its own."""
+
     def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> Finished:
         started = time.perf_counter()
         batch = _merge(requests)

@@ -65,6 +65,8 @@ class ExecuteCall:
     reply_dtype: torch.dtype
     timeout: float | None = None
     """Seconds after which the server need not compute it any more."""
+    traceparent: str = ""
+    """The caller's span (W3C Trace Context); empty when the call is not traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ _REQUEST_FIELDS: wire.Schema = {
     11: ("expert_ids", wire.BYTES),
     12: ("weights", wire.BYTES),
     13: ("timeout_us", wire.VARINT),
+    15: ("traceparent", wire.BYTES),
 }
 _RESPONSE_FIELDS: wire.Schema = {
     1: ("request_id", wire.VARINT),
@@ -160,6 +163,7 @@ class RawRequest:
     expert_ids: memoryview = EMPTY
     weights: memoryview = EMPTY
     timeout_us: int = 0
+    traceparent: memoryview = EMPTY
 
     @property
     def num_tensor_bytes(self) -> int:
@@ -208,6 +212,8 @@ def encode_call(call: ExecuteCall) -> bytes:
             wire.bytes_header(12, len(weights)),
             weights,
             wire.varint_field(13, timeout_us),
+            wire.bytes_header(15, len(call.traceparent)),
+            call.traceparent.encode("ascii"),
         )
     )
 
@@ -244,6 +250,7 @@ def decode_call(message: RawRequest, width: int, max_top_k: int, max_tokens: int
         weights=_from_bytes("weights", message.weights, torch.float32, (tokens, top_k)),
         reply_dtype=_check_dtype("reply_dtype", message.reply_dtype, REPLY_DTYPES),
         timeout=message.timeout_us / 1e6 if message.timeout_us else None,
+        traceparent=str(message.traceparent, "ascii", "replace"),
     )
 
 

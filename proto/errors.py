@@ -76,6 +76,8 @@ class ServerFault(ExpertdError):
     code = grpc.StatusCode.INTERNAL
 
 
+OUTCOMES = ("ok", "cancelled", *(kind.code.name.lower() for kind in ExpertdError.__subclasses__()))
+"""What can become of a request, as metrics name it."""
 _BY_CODE: dict[grpc.StatusCode, type[ExpertdError]] = {kind.code: kind for kind in ExpertdError.__subclasses__()}
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 

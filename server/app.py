@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import disable_created_metrics, start_http_server
 
 from expertd import __version__
-from expertd.kernels.backend import Backend
+from expertd.kernels.backend import Backend, DeviceMemory
 from expertd.kernels.checkpoint import Checkpoint
 from expertd.proto import codec
 from expertd.proto.codec import ShardInfo
@@ -31,17 +31,26 @@ from expertd.server.config import Address, InvalidOption, ServerConfig
 from expertd.server.device import DeviceOwner
 from expertd.server.failpoints import FaultyBackend, FaultyHandlers, failpoints_from_environment
 from expertd.server.handlers import ExpertShardHandlers
+from expertd.server.journal import Journal
 from expertd.server.loading import load_layers
+from expertd.server.loads import ExpertLoads
 from expertd.server.metrics import Metrics
+from expertd.server.pages import Pages
+from expertd.server.rpc_counter import RpcCounter
 from expertd.server.scheduler import Scheduler
 from expertd.server.security import ServerSecurity
 from expertd.server.shadow import ShadowCheck
 from expertd.server.shard import Shard
+from expertd.server.status import Status
+from expertd.server.tracing import RequestTracer, make_provider
 from expertd.server.verifier import Verifier
 from expertd.server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 HEALTH_NAMES = ("", codec.SERVICE)
+SERVICES = (codec.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+MEMORY_SECONDS = 5.0
+"""Between two looks at the GPU's memory."""
 NOTICE_SECONDS = 0.25
 """Between the end of health and the end of connections, for callers that watch the one to leave the other."""
 
@@ -49,7 +58,7 @@ NOTICE_SECONDS = 0.25
 class Server:
     """One expertd server. `await run()` returns once a signal or `stop()` has ended it and it has drained."""
 
-    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(self, config: ServerConfig, metrics: Metrics, tracer: RequestTracer | None = None) -> None:
         """Opens the checkpoint. Raises `InvalidOption`, `InvalidConfig` or `CheckpointError`."""
         self.config = config
         self.metrics = metrics
@@ -74,15 +83,16 @@ class Server:
             max_batch_tokens=config.max_batch_tokens,
             max_queued_tokens=config.max_queued_tokens,
             max_queued_bytes=config.max_queued_bytes,
-            on_batch=self.metrics.batch_tokens.observe,
+            on_batch=self.metrics.observe_batch,
             on_fault=lambda error: self.watchdog.suspect(error),
         )
         self.watchdog = Watchdog(self.backend, self.device, self.scheduler, config.device_timeout, self._set_serving)
-        self.metrics.queue_tokens.set_function(lambda: self.scheduler.queued_tokens)
         self.info = self._describe()
+        self.loads = ExpertLoads(self.shard.layers, self.shard.experts)
+        self.journal = Journal(self.metrics, self.loads, tracer)
         verifier = Verifier(self.checkpoint, self.shard, self.scheduler, config.max_tokens_per_request)
         self.shadow = self._shadow_check()
-        parts = (self.shard, self.info, self.scheduler, verifier, self.shadow, self.metrics)
+        parts = (self.shard, self.info, self.scheduler, verifier, self.shadow, self.journal)
         if self.failpoints is None:
             self.handlers = ExpertShardHandlers(*parts)
         else:
@@ -92,6 +102,7 @@ class Server:
         self.metrics_address: Address = config.metrics
         self.ready = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         self._install_signal_handlers()
@@ -112,6 +123,9 @@ class Server:
             log.warning("failpoints are on, for tests only: %s", self.failpoints)
         log.info("backend %s on %s (%s)", self.backend.name, self.backend.device, self.backend_reason)
         await load_layers(self.checkpoint, self.shard, self.backend, self.device, self.metrics)
+        memory = await self.device.call(self.backend.memory)
+        if memory is not None:
+            self._watching = asyncio.create_task(self._watch_memory(memory))
         self.scheduler.open()
         await self._set_serving(True)
         if self.config.ready_file is not None:
@@ -134,6 +148,8 @@ class Server:
         # What is left are watchers of health, who need not leave when they are told.
         await self.grpc_server.stop(None)
         await going_away
+        if self._watching is not None:
+            self._watching.cancel()
         self.device.stop()
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.stop)
@@ -147,7 +163,7 @@ class Server:
     async def _listen(self) -> None:
         """Answer health checks and scrapes from the start; the other RPCs say that the server is starting."""
         self.grpc_server = grpc.aio.server(
-            interceptors=self.security.interceptors,
+            interceptors=[RpcCounter(self.metrics, SERVICES), *self.security.interceptors],
             options=[
                 ("grpc.max_concurrent_streams", self.config.max_streams),
                 ("grpc.max_receive_message_length", self.info.max_message_bytes),
@@ -160,10 +176,7 @@ class Server:
         )
         self.handlers.register(self.grpc_server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc_server)
-        reflection.enable_server_reflection(
-            (codec.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
-            self.grpc_server,
-        )
+        reflection.enable_server_reflection(SERVICES, self.grpc_server)
         await self._set_serving(False)
         try:
             port = self.security.add_port(self.grpc_server, self.config.listen)
@@ -177,11 +190,32 @@ class Server:
         except OSError as error:
             raise InvalidOption(f"--metrics {self.config.metrics} cannot be bound: {error}") from None
         self.metrics_address = dataclasses.replace(self.config.metrics, port=self._metrics_server.server_port)
-        self.metrics.describe(self.backend.name, self.backend.device, self.shard.model_fingerprint)
+        self._metrics_server.set_app(Pages(self._observe(), self.metrics.application(), asyncio.get_running_loop()))
         self.device.start()
         if self.shadow is not None:
             self.shadow.start()
         await self.grpc_server.start()
+
+    def _observe(self) -> Status:
+        """Export what this server is and does."""
+        scheduler = self.scheduler
+        self.metrics.describe(self.info)
+        self.metrics.watch_loads(self.loads, self.config.per_expert_metrics)
+        self.metrics.watch(
+            queue_tokens=lambda: scheduler.queued_tokens,
+            queue_capacity=self.config.max_queued_tokens,
+            in_flight=lambda: self.journal.in_flight,
+            ready=lambda: scheduler.closed_because is None,
+        )
+        return Status(
+            config=self.config,
+            info=self.info,
+            address=str(self.address),
+            journal=self.journal,
+            loads=self.loads,
+            queued_tokens=lambda: scheduler.queued_tokens,
+            closed_because=lambda: scheduler.closed_because,
+        )
 
     async def _until_stopped(self, work: Coroutine[None, None, None]) -> None:
         """Run `work` until it ends or the server is stopped."""
@@ -199,6 +233,15 @@ class Server:
             return None
         rate, registry = self.config.shadow_check_rate, self.metrics.registry
         return ShadowCheck(self.checkpoint, self.shard, self.backend.name, rate, registry)
+
+    async def _watch_memory(self, memory: DeviceMemory) -> None:
+        """On the device thread, which alone calls the backend."""
+        tell = self.metrics.watch_device()
+        found: DeviceMemory | None = memory
+        while found is not None:
+            tell(found)
+            await asyncio.sleep(MEMORY_SECONDS)
+            found = await self.device.call(self.backend.memory)
 
     def _describe(self) -> ShardInfo:
         model = self.shard.config
@@ -246,12 +289,19 @@ def serve(config: ServerConfig) -> None:
     # A second series beside every counter and histogram, which says when it began, is more than it is worth.
     disable_created_metrics()  # type: ignore[no-untyped-call]
 
+    provider = make_provider(config)
+    tracer = None if provider is None else RequestTracer(provider)
+
     async def main() -> None:
-        await Server(config, Metrics()).run()
+        await Server(config, Metrics(), tracer).run()
 
     import uvloop
 
-    uvloop.run(main())
+    try:
+        uvloop.run(main())
+    finally:
+        if provider is not None:
+            provider.shutdown()
 
 
 def _write_atomically(path: Path, content: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "bench serve": ("expertd.client.bench", "measure a server beside the floors of the same bytes"),
     "bench kernels": ("expertd.kernels.cutile.bench", "measure the GPU kernels beside the floors of this GPU"),
     "verify": ("expertd.client.verify", "compare running servers with an FP32 reference from the checkpoint"),
+    "top": ("expertd.client.top", "watch running servers in the terminal"),
     "plan": ("expertd.client.plan", "plan which server holds which experts, from recorded loads"),
     "tune": ("expertd.kernels.cutile.tune", "measure kernel configurations on this GPU and keep the best"),
 }

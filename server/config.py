@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from expertd.kernels.ranges import parse_ranges
 from expertd.proto.loopback import is_loopback
+from expertd.server.logs import LOG_FORMATS
 
 Pipeline: TypeAlias = Literal["auto", "fast", "dequant"]
 BACKENDS = ("auto", "torch", "cutile")
@@ -116,7 +117,20 @@ class ServerConfig:
     ready_file: Path | None = field(
         default=None, metadata=_told("file to write when serving: JSON with the bound addresses", Path)
     )
-    log_level: str = field(default="info", metadata=_told("debug, info, warning or error"))
+    per_expert_metrics: bool = field(
+        default=False, metadata=_told("export the pairs of every expert of every layer, for 'expertd plan'", bool)
+    )
+    trace_endpoint: str | None = field(
+        default=None,
+        metadata=_told(
+            "OTLP endpoint (gRPC), such as http://collector:4317, for spans of the requests that callers trace;"
+            " needs expertd[otel]"
+        ),
+    )
+    log_level: str = field(
+        default="info", metadata=_told("debug (with a line for every request), info, warning or error")
+    )
+    log_format: str = field(default="text", metadata=_told("text, or json: one object a line"))
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -125,6 +139,8 @@ class ServerConfig:
             raise InvalidOption(f"--pipeline is {self.pipeline!r}; choose from {', '.join(PIPELINES)}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise InvalidOption(f"--log-level is {self.log_level!r}; choose from debug, info, warning, error")
+        if self.log_format not in LOG_FORMATS:
+            raise InvalidOption(f"--log-format is {self.log_format!r}; choose from {', '.join(LOG_FORMATS)}")
         for name in ("threads", "max_streams", "max_tokens_per_request", "drain_seconds", "device_timeout"):
             value = getattr(self, name)
             if value is not None and value <= 0:

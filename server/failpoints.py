@@ -27,7 +27,7 @@ from expertd.proto import codec, wire
 from expertd.proto.codec import RawRequest, ShardInfo
 from expertd.server.config import InvalidOption
 from expertd.server.handlers import ExpertShardHandlers
-from expertd.server.metrics import Metrics
+from expertd.server.journal import Journal
 from expertd.server.scheduler import Scheduler
 from expertd.server.shadow import ShadowCheck
 from expertd.server.shard import Shard
@@ -165,10 +165,10 @@ class FaultyHandlers(ExpertShardHandlers):
         scheduler: Scheduler,
         verifier: Verifier,
         shadow: ShadowCheck | None,
-        metrics: Metrics,
+        journal: Journal,
         failpoints: Failpoints,
     ) -> None:
-        super().__init__(shard, info, scheduler, verifier, shadow, metrics)
+        super().__init__(shard, info, scheduler, verifier, shadow, journal)
         self._failpoints = failpoints
 
     async def _answer(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:

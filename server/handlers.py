@@ -15,8 +15,8 @@ import grpc.aio
 
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteResult, RawRequest, ShardInfo, StageTimings
-from expertd.proto.errors import ExpertdError, Overloaded, ServerFault
-from expertd.server.metrics import Metrics
+from expertd.proto.errors import ExpertdError, ServerFault
+from expertd.server.journal import Journal
 from expertd.server.scheduler import Scheduler
 from expertd.server.shadow import ShadowCheck
 from expertd.server.shard import Shard
@@ -37,14 +37,14 @@ class ExpertShardHandlers:
         scheduler: Scheduler,
         verifier: Verifier,
         shadow: ShadowCheck | None,
-        metrics: Metrics,
+        journal: Journal,
     ) -> None:
         self._shard = shard
         self._info = info
         self._scheduler = scheduler
         self._verifier = verifier
         self._shadow = shadow
-        self._metrics = metrics
+        self._journal = journal
         self._readers: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
 
@@ -86,7 +86,8 @@ class ExpertShardHandlers:
     async def execute(self, data: bytes, context: Context) -> bytes:
         self._track()
         try:
-            return await self._answer(codec.parse_request(data), context.peer(), context.time_remaining())
+            request = self._journal.adopt(codec.parse_request(data), context.invocation_metadata() or ())
+            return await self._answer(request, context.peer(), context.time_remaining())
         except ExpertdError as error:
             await context.abort(error.code, str(error), _pushback(error))
 
@@ -126,22 +127,14 @@ class ExpertShardHandlers:
             await context.abort(error.code, str(error))
 
     async def _answer(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
-        """Compute one request; every outcome is counted."""
-        arrived = time.perf_counter()
-        with self._metrics.in_flight.track_inprogress():
+        """Compute one request; every outcome is recorded."""
+        with self._journal.request(request, caller):
             try:
                 return await self._compute(request, caller, time_remaining)
-            except ExpertdError as error:
-                self._metrics.requests.labels(error.code.name.lower()).inc()
-                if isinstance(error, Overloaded):
-                    self._metrics.refusal.observe(time.perf_counter() - arrived)
-                raise
-            except asyncio.CancelledError:
-                self._metrics.requests.labels("cancelled").inc()
+            except ExpertdError:
                 raise
             except Exception as error:
                 log.exception("request %d failed", request.request_id)
-                self._metrics.requests.labels("internal").inc()
                 raise ServerFault(f"{type(error).__name__}: {error}") from error
 
     async def _compute(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
@@ -164,7 +157,7 @@ class ExpertShardHandlers:
         if self._shadow is not None:
             self._shadow.offer(call.layer, batch, done.partials.sums)
         encoded = time.perf_counter()
-        self._metrics.observe_answer(batch.num_tokens, sum(pairs), timings, encoded - computed, encoded - arrived)
+        self._journal.answered(call, caller, pairs, timings, encoded - computed, encoded - arrived)
         return response
 
 

@@ -49,13 +49,16 @@ async def load_layers(
 
         reading = read(shard.layers[0])
         for layer, following in zip(shard.layers, (*shard.layers[1:], None), strict=True):
-            weights = await reading
+            with metrics.startup_phase("read"):
+                weights = await reading
             if following is not None:
                 # The disk and the device work at once, with two layers in host memory.
                 reading = read(following)
             bar.update(task, description=f"layer {layer}")
-            await device.call(partial(backend.load_layer, layer, weights))
-            error = await device.call(partial(self_check, backend, layer, weights))
+            with metrics.startup_phase("load"):
+                await device.call(partial(backend.load_layer, layer, weights))
+            with metrics.startup_phase("self_check"):
+                error = await device.call(partial(self_check, backend, layer, weights))
             worst = max(worst, error)
             metrics.weights_bytes.inc(weights.num_bytes)
             metrics.layers_loaded.inc()
@@ -69,7 +72,8 @@ async def load_layers(
         worst,
     )
     started = time.perf_counter()
-    await device.call(backend.warm_up)
+    with metrics.startup_phase("warm_up"):
+        await device.call(backend.warm_up)
     log.info("warmed up in %.1f s", time.perf_counter() - started)
 
 

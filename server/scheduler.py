@@ -31,10 +31,11 @@ class Scheduler:
         max_batch_tokens: int,
         max_queued_tokens: int,
         max_queued_bytes: int,
-        on_batch: Callable[[int], None] = lambda tokens: None,
+        on_batch: Callable[[int, float], None] = lambda tokens, compute: None,
         on_fault: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        """`on_batch` is told the tokens of every device batch, `on_fault` what the backend raised unexpectedly."""
+        """`on_batch` is told of every computed device batch, its tokens and the seconds of its computation; `on_fault`
+        what the backend raised unexpectedly."""
         self._backend = backend
         self._device = device
         self._num_experts = num_experts
@@ -109,7 +110,6 @@ class Scheduler:
         requests = [job.batch for job in jobs]
         tokens = sum(request.num_tokens for request in requests)
         self._under_way.append(tokens)
-        self._on_batch(tokens)
         start = partial(self._backend.submit, jobs[0].layer, requests, jobs[0].reply_dtype)
         finish = partial(collect, jobs[0].layer, requests, self._num_experts)
         self._device.run(start, finish).add_done_callback(partial(self._finish, jobs, tokens, time.perf_counter()))
@@ -120,6 +120,7 @@ class Scheduler:
         now = time.perf_counter()
         if error is None:
             self._admission.computed(tokens, now - started)
+            self._on_batch(tokens, outcome.result().compute)
         elif not isinstance(error, ExpertdError):
             self._on_fault(error)
         for position, job in enumerate(jobs):

@@ -11,8 +11,11 @@ from expertd.kernels.checkpoint import CheckpointError
 from expertd.kernels.config import InvalidConfig
 from expertd.server.app import serve
 from expertd.server.config import InvalidOption, ServerConfig
+from expertd.server.logs import configure_logging
 from expertd.server.selfcheck import SelfCheckFailed
 from expertd.server.watchdog import DeviceLost
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,14 +26,16 @@ def run(arguments: argparse.Namespace) -> int:
     """0 after a drained stop, 2 for options or a checkpoint that cannot be used, 1 for a device that failed."""
     try:
         config = ServerConfig.from_arguments(arguments)
-        logging.basicConfig(
-            level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-        )
-        serve(config)
-    except (InvalidOption, InvalidConfig, CheckpointError, UnsupportedShape) as error:
+    except InvalidOption as error:
         print(f"expertd serve: error: {error}", file=sys.stderr)
         return 2
-    except (SelfCheckFailed, DeviceLost) as error:
-        print(f"expertd serve: error: {error}", file=sys.stderr)
-        return 1
+    configure_logging(config.log_level, config.log_format)
+    try:
+        serve(config)
+    except (InvalidOption, InvalidConfig, CheckpointError, UnsupportedShape, SelfCheckFailed, DeviceLost) as error:
+        if config.log_format == "json":
+            log.critical("%s", error)
+        else:
+            print(f"expertd serve: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, SelfCheckFailed | DeviceLost) else 2
     return 0

@@ -21,6 +21,7 @@ from expertd.proto.codec import ExecuteCall, ShardInfo
 from expertd.server.app import Server
 from expertd.server.config import Address, ServerConfig
 from expertd.server.metrics import Metrics
+from expertd.server.tracing import RequestTracer
 
 ANY_PORT = Address("127.0.0.1", 0)
 
@@ -28,9 +29,10 @@ ANY_PORT = Address("127.0.0.1", 0)
 @contextlib.asynccontextmanager
 async def running_server(model: Path, experts: range, **options: Any) -> AsyncIterator[Server]:  # noqa: ANN401
     """A server in this process, ready to be called; drained at the end."""
+    tracer: RequestTracer | None = options.pop("tracer", None)
     defaults: dict[str, Any] = {"listen": ANY_PORT, "metrics": ANY_PORT, "backend": "torch"}
     config = ServerConfig(model=model, experts=tuple(experts), **(defaults | options))
-    server = Server(config, Metrics(CollectorRegistry()))
+    server = Server(config, Metrics(CollectorRegistry()), tracer)
     running = asyncio.create_task(server.run())
     ready = asyncio.create_task(server.ready.wait())
     await asyncio.wait((running, ready), return_when=asyncio.FIRST_COMPLETED)

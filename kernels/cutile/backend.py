@@ -12,7 +12,7 @@ from queue import SimpleQueue
 
 import torch
 
-from expertd.kernels.backend import LayerWeights, TokenBatch, UnsupportedShape
+from expertd.kernels.backend import DeviceMemory, LayerWeights, TokenBatch, UnsupportedShape
 from expertd.kernels.config import BLOCK
 from expertd.kernels.cutile.fp8 import has_fp8
 from expertd.kernels.cutile.inputs import ExpertShape
@@ -198,6 +198,15 @@ class CutileBackend:
             with torch.cuda.graph(self._graphs[key], capture_error_mode="thread_local"):
                 self._compute.compute(*work)
         return self._graphs[key]
+
+    def memory(self) -> DeviceMemory:
+        free, size = torch.cuda.mem_get_info(self._device)
+        return DeviceMemory(
+            size=size,
+            free=free,
+            allocated=torch.cuda.memory_allocated(self._device),
+            reserved=torch.cuda.memory_reserved(self._device),
+        )
 
     def _allocate(self, weights: LayerWeights) -> None:
         experts, width = self._shape.num_experts, self._shape.hidden_size

@@ -158,3 +158,10 @@ def test_unsupported_shapes_are_named(tmp_path: Path) -> None:
         made.load_layer(4, random_weights(ExpertShape(4, 1024, 256), CPU))
     with pytest.raises(UnsupportedShape, match="hidden size 8320"):
         CutileBackend(cache=tmp_path / "c").load_layer(0, random_weights(ExpertShape(1, 8320, 128), CPU))
+
+
+def test_memory_holds_the_weights(tmp_path: Path) -> None:
+    made, weights = backend(tmp_path)
+    memory = made.memory()
+    assert weights.num_bytes <= memory.allocated <= memory.reserved <= memory.size
+    assert 0 < memory.free <= memory.size - memory.reserved

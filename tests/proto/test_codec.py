@@ -29,6 +29,7 @@ def example_call(hidden_dtype: torch.dtype, tokens: int = 3) -> ExecuteCall:
         weights=torch.rand(tokens, TOP_K),
         reply_dtype=torch.bfloat16,
         timeout=1.5,
+        traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     )
 
 

@@ -42,6 +42,7 @@ def test_defaults_listen_on_loopback_only() -> None:
     [
         (["--backend", "tpu"], "--backend is 'tpu'; choose from auto, torch, cutile"),
         (["--log-level", "loud"], "--log-level is 'loud'"),
+        (["--log-format", "xml"], "--log-format is 'xml'; choose from text, json"),
         (["--threads", "0"], "--threads is 0; it must be greater than 0"),
         (["--threads", "two"], "--threads: invalid literal"),
         (["--drain-seconds", "-1"], r"--drain-seconds is -1\.0; it must be greater than 0"),

@@ -1,0 +1,45 @@
+"""How many (token, expert) pairs each owned expert got: since the start, and lately."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+HALF_LIFE = 60.0
+"""Seconds after which a pair counts half in `lately` and `balance`."""
+
+
+class ExpertLoads:
+    """Counts of every expert of every layer. Written by one thread; others may read, at worst between two requests."""
+
+    def __init__(self, layers: Sequence[int], experts: Sequence[int]) -> None:
+        self.layers = tuple(layers)
+        self.experts = tuple(experts)
+        self.pairs: npt.NDArray[np.int64] = np.zeros((len(layers), len(experts)), np.int64)
+        """[layers, experts]: since the start."""
+        self._lately = np.zeros(self.pairs.shape)
+        self._last = np.zeros(len(layers))
+        self._rows = {layer: row for row, layer in enumerate(layers)}
+
+    def add(self, layer: int, pairs: Sequence[int], now: float) -> None:
+        """Count `pairs`, one number for each of `experts`, at the time `now` in seconds."""
+        row = self._rows[layer]
+        self.pairs[row] += pairs
+        self._lately[row] *= 0.5 ** ((now - self._last[row]) / HALF_LIFE)
+        self._lately[row] += pairs
+        self._last[row] = now
+
+    def lately(self) -> npt.NDArray[np.float64]:
+        """[layers, experts]: pairs of the last minutes, old ones counting less. Compare within a layer only."""
+        return self._lately.copy()
+
+    def balance(self) -> dict[int, float]:
+        """Layer -> mean over largest load of its experts lately: 1 when all got the same, 1/experts when one got all.
+
+        Layers that got nothing yet are left out.
+        """
+        lately = self.lately()
+        largest = lately.max(axis=1)
+        return {layer: float(lately[row].mean() / largest[row]) for layer, row in self._rows.items() if largest[row]}
