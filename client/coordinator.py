@@ -67,7 +67,7 @@ class Coordinator:
     """
 
     def __init__(self, servers: Sequence[str] | Discovery, config: CoordinatorConfig | None = None) -> None:
-        """`servers` are `host:port` addresses that together own every expert, or what finds them."""
+        """`servers` are `host:port` or `unix:PATH` addresses that together own every expert, or what finds them."""
         self.config = config or CoordinatorConfig()
         self._discovery = as_discovery(servers)
         self._caller: Caller | None = None

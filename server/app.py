@@ -170,6 +170,8 @@ class Server:
         except RuntimeError as error:
             raise InvalidOption(f"--listen {self.config.listen} cannot be bound: {error}") from None
         self.address = dataclasses.replace(self.config.listen, port=port)
+        if self.config.unix_socket is not None:
+            self.security.add_unix_socket(self.grpc_server, self.config.unix_socket)
         try:
             self._metrics_server, _ = start_http_server(
                 self.config.metrics.port, self.config.metrics.host, self.metrics.registry

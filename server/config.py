@@ -59,6 +59,10 @@ class ServerConfig:
         default=Address("127.0.0.1", 50051),
         metadata=_told("address of the gRPC service; port 0 picks a free one", Address.parse),
     )
+    unix_socket: Path | None = field(
+        default=None,
+        metadata=_told("path of a unix socket to serve gRPC on too: plaintext, for this user's processes alone", Path),
+    )
     metrics: Address = field(
         default=Address("127.0.0.1", 9464),
         metadata=_told("address of the Prometheus endpoint; port 0 picks a free one", Address.parse),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ import grpc.aio
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteResult, RawRequest, ShardInfo, StageTimings
 from expertd.proto.errors import ExpertdError, Overloaded, ServerFault
+from expertd.proto.loopback import UNIX
 from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
 from expertd.server.shadow import ShadowCheck
@@ -47,6 +49,7 @@ class ExpertShardHandlers:
         self._metrics = metrics
         self._readers: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
+        self._streams = itertools.count(1)
 
     def register(self, server: grpc.aio.Server) -> None:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -93,13 +96,16 @@ class ExpertShardHandlers:
     async def execute_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         self._track()
         outbox = _Outbox(context)
+        # Connections over a unix socket have no names to tell callers apart by.
+        peer = context.peer()
+        caller = f"{peer} stream {next(self._streams)}" if peer.startswith(UNIX) else peer
 
         async def respond(data: bytes) -> None:
             request_id = 0
             try:
                 request = codec.parse_request(data)
                 request_id = request.request_id
-                response = await self._answer(request, context.peer(), None)
+                response = await self._answer(request, caller, None)
             except ExpertdError as error:
                 response = codec.encode_error(request_id, error)
             await outbox.write(response)
