@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import secrets
 import signal
 import time
 from collections.abc import Coroutine
@@ -32,11 +33,13 @@ from expertd.server.device import DeviceOwner
 from expertd.server.failpoints import FaultyBackend, FaultyHandlers, failpoints_from_environment
 from expertd.server.handlers import ExpertShardHandlers
 from expertd.server.loading import load_layers
+from expertd.server.local import LocalListener
 from expertd.server.metrics import Metrics
 from expertd.server.scheduler import Scheduler
 from expertd.server.security import ServerSecurity
 from expertd.server.shadow import ShadowCheck
 from expertd.server.shard import Shard
+from expertd.server.tickets import Tickets
 from expertd.server.verifier import Verifier
 from expertd.server.watchdog import Watchdog
 
@@ -82,11 +85,22 @@ class Server:
         self.info = self._describe()
         verifier = Verifier(self.checkpoint, self.shard, self.scheduler, config.max_tokens_per_request)
         self.shadow = self._shadow_check()
-        parts = (self.shard, self.info, self.scheduler, verifier, self.shadow, self.metrics)
+        socket_name = _local_socket_name(config)
+        tickets = Tickets(socket_name)
+        parts = (self.shard, self.info, self.scheduler, verifier, self.shadow, self.metrics, tickets)
         if self.failpoints is None:
             self.handlers = ExpertShardHandlers(*parts)
         else:
             self.handlers = FaultyHandlers(*parts, self.failpoints)
+        self.local = LocalListener(
+            socket_name,
+            config.shared_memory_bytes,
+            tickets,
+            self.handlers.respond,
+            self.device,
+            pinned=self.backend.name == "cutile",
+        )
+        self.metrics.shared_memory_bytes.set_function(lambda: self.local.mapped_bytes)
         self.health = health.HealthServicer()
         self.address: Address = config.listen
         self.metrics_address: Address = config.metrics
@@ -130,7 +144,9 @@ class Server:
         await asyncio.sleep(NOTICE_SECONDS)
         self.handlers.stop_reading()
         going_away = asyncio.ensure_future(self.grpc_server.stop(self.config.drain_seconds))
-        await self.handlers.answered(self.config.drain_seconds)
+        await asyncio.gather(
+            self.handlers.answered(self.config.drain_seconds), self.local.stop(self.config.drain_seconds)
+        )
         # What is left are watchers of health, who need not leave when they are told.
         await self.grpc_server.stop(None)
         await going_away
@@ -183,6 +199,10 @@ class Server:
         self.device.start()
         if self.shadow is not None:
             self.shadow.start()
+        try:
+            self.local.start()
+        except OSError as error:
+            raise InvalidOption(f"--unix-socket {self.config.unix_socket}.shm cannot be bound: {error}") from None
         await self.grpc_server.start()
 
     async def _until_stopped(self, work: Coroutine[None, None, None]) -> None:
@@ -254,6 +274,15 @@ def serve(config: ServerConfig) -> None:
     import uvloop
 
     uvloop.run(main())
+
+
+def _local_socket_name(config: ServerConfig) -> str | None:
+    """Where callers on this machine hand over shared memory: beside the unix socket, if there is one."""
+    if not config.shared_memory_bytes:
+        return None
+    if config.unix_socket is not None:
+        return f"{config.unix_socket}.shm"
+    return f"@expertd-{secrets.token_hex(8)}"
 
 
 def _write_atomically(path: Path, content: dict[str, str]) -> None:
