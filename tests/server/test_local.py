@@ -20,6 +20,7 @@ from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.frames import MAX_FRAME_BYTES
 from expertd.server.app import Server
+from expertd.server.shard import Shard
 from tests.support import execute_method, open_channel, random_batch, request_for, running_server
 
 SEGMENT_BYTES = 1 << 16
@@ -137,16 +138,16 @@ async def test_what_was_checked_is_what_is_computed_whatever_the_caller_writes_m
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = await over_grpc(server)
-    execute = server.scheduler.execute
+    admit = Shard.admit
     async with accepted(server) as caller:
 
-        async def overwrite_then_execute(*arguments: Any) -> Any:  # noqa: ANN401
+        def overwrite_then_admit(shard: Shard, call: codec.ExecuteCall) -> TokenBatch:
             for field, length in (("hidden_scales", 32), ("expert_ids", 64), ("weights", 64)):
-                os.pwrite(caller.descriptor, b"\x7f" * length, PLACES[field])
-            return await execute(*arguments)
+                os.pwrite(caller.descriptor, b"\xff" * length, PLACES[field])
+            return admit(shard, call)
 
-        monkeypatch.setattr(server.scheduler, "execute", overwrite_then_execute)
-        await caller.ask(caller.place(request_for(server, BATCH)))
+        monkeypatch.setattr(Shard, "admit", overwrite_then_admit)
+        assert (await caller.ask(caller.place(request_for(server, BATCH)))).error.code == OK
         assert os.pread(caller.descriptor, 4096, PARTIALS) == expected.partials
 
 
