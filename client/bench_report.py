@@ -79,5 +79,5 @@ def draw(rows: Sequence[Measurement], title: str, file: Path) -> None:
         axes.set_xticks(sizes, map(str, sizes))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.legend(*latency.get_legend_handles_labels(), loc="outside right upper")
+    figure.legend(*latency.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(file, format="png", dpi=120)
