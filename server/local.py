@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 from expertd.proto import codec
 from expertd.proto.errors import ExpertdError, InvalidBatch, Overloaded
-from expertd.proto.frames import Frames, check_peer, framed, socket_address
+from expertd.proto.frames import Frames, check_peer, framed, peer_of, socket_address
+from expertd.proto.loopback import UNIX
 from expertd.server.device import DeviceOwner
 from expertd.server.segment import check_segment, map_segment, pin, unpin
 from expertd.server.tickets import TICKET_BYTES, Tickets
@@ -117,6 +118,9 @@ class LocalListener:
         ticket, descriptor = await _receive(peer)
         try:
             caller = self._tickets.redeem(ticket)
+            if caller.startswith(UNIX):
+                # Connections over a unix socket have no names to tell callers apart by.
+                caller = f"{caller} process {peer_of(peer)[0]}"
             size = check_segment(descriptor)
             room = self._max_bytes - self.mapped_bytes
             if size > room:

@@ -35,7 +35,7 @@ async def call(moe: Coordinator, count: int, seed: int = 0) -> Tensor:
 
 
 def transport_of(moe: Coordinator) -> SharedMemoryTransport:
-    transport = moe._connected().members[0].transport
+    transport = next(iter(moe._connected().membership.members.values())).transport
     assert isinstance(transport, SharedMemoryTransport)
     return transport
 

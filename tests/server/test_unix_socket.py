@@ -48,7 +48,7 @@ async def test_streams_of_one_socket_are_callers_of_their_own(small_model: Path,
 
         server.scheduler.execute = note  # type: ignore[assignment]
         for _ in range(2):
-            async with Coordinator([address], CoordinatorConfig(channels=1)) as moe:
+            async with Coordinator([address], CoordinatorConfig(channels=1, shared_memory_bytes=0)) as moe:
                 for _ in range(2):
                     await moe(1, HIDDEN, topk_ids=IDS, topk_weights=WEIGHTS)
     assert callers[0] == callers[1] != callers[2] == callers[3]
