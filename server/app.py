@@ -79,6 +79,7 @@ class Server:
             max_queued_bytes=config.max_queued_bytes,
             on_batch=self.metrics.batch_tokens.observe,
             on_fault=lambda error: self.watchdog.suspect(error),
+            on_abandon=lambda: self.local.disconnect(),
         )
         self.watchdog = Watchdog(self.backend, self.device, self.scheduler, config.device_timeout, self._set_serving)
         self.metrics.queue_tokens.set_function(lambda: self.scheduler.queued_tokens)

@@ -186,7 +186,7 @@ class FaultyHandlers(ExpertShardHandlers):
         if strikes("reset"):
             _reset_connection(caller)
         answer = await super()._answer(request, caller, time_remaining, segment)
-        if strikes("corrupt_reply"):
+        if segment is None and strikes("corrupt_reply"):
             answer = _with_a_flipped_bit(answer)
         if strikes("wrong_receipt"):
             # A repeated field goes on where it occurs again: one more pair of this server's first expert.

@@ -61,6 +61,11 @@ class LocalListener:
         self._socket.listen()
         self._accepting = asyncio.create_task(self._accept())
 
+    def disconnect(self) -> None:
+        """Close all connections at once, so that no caller uses memory again that the device may still write to."""
+        for connection in self._connections:
+            connection.frames.close()
+
     async def stop(self, seconds: float) -> None:
         """Read no more requests, answer those that were read, for at most `seconds`; then close all connections."""
         if self._name is None:

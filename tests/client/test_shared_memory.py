@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,34 @@ async def test_a_lost_connection_fails_its_calls_and_is_made_again(
             await waiting
         assert not transport.shares_memory
         assert torch.equal(await call(moe, 5), expected)
+        await transport.get_shard(5.0)
+        assert transport.shares_memory
+        assert torch.equal(await call(moe, 5), expected)
+
+
+async def test_memory_that_a_stuck_device_may_still_write_to_is_not_used_again(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted, release = threading.Event(), threading.Event()
+    async with running_server(small_model, ALL) as server, Coordinator([str(server.address)]) as moe:
+        expected = await call(moe, 5)
+        transport = transport_of(moe)
+        submit = server.backend.submit
+
+        def stick(*arguments: Any) -> Any:  # noqa: ANN401
+            submitted.set()
+            release.wait(20)
+            return submit(*arguments)
+
+        monkeypatch.setattr(server.backend, "submit", stick)
+        waiting = asyncio.create_task(transport.execute(call_for(server, random_batch(8, 256, 16, 4))))
+        assert await asyncio.to_thread(submitted.wait, 20)
+        server.scheduler.abandon("stuck")
+        with pytest.raises(Unavailable, match="the connection of shared memory was closed"):
+            await waiting
+        assert not transport.shares_memory
+        release.set()
+        server.scheduler.open()
         await transport.get_shard(5.0)
         assert transport.shares_memory
         assert torch.equal(await call(moe, 5), expected)
