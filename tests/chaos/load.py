@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,8 +28,8 @@ from expertd.client.quantiles import p50_p99
 from expertd.kernels.backend import TokenBatch
 from expertd.kernels.checkpoint import Checkpoint
 from expertd.kernels.reference import reference_partials, relative_error
+from expertd.kernels.weights import load_layer
 from expertd.proto.errors import ExpertdError
-from expertd.server.weights import load_layer
 
 TOLERANCE = 1e-5
 """Of results whose activations and replies are not rounded; anything lost or doubled differs by far more."""
