@@ -5,58 +5,49 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import uvloop
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from expertd.client.bench_report import STAGES, Measurement, draw, print_table
 from expertd.client.cluster import LocalCluster, cache_folder
 from expertd.client.config import CoordinatorConfig
 from expertd.client.coordinator import Coordinator, MoeResult
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
-from expertd.client.floors import Exchange, GrpcFloor, memcpy_seconds, raw_socket_seconds, running_echo
+from expertd.client.floors import EchoAddresses, Exchange, GrpcFloor, memcpy_seconds, raw_socket_seconds, running_echo
 from expertd.client.quantiles import p50_p99
-from expertd.proto.codec import StageTimings
 
 TOKENS = (1, 8, 64, 256, 1024, 4096, 16384)
 CALLERS = (1, 4, 16, 64)
+TRANSPORTS = ("grpc", "unix", "shm")
 LOCAL_EXPERTS = 32
-STAGES = tuple(StageTimings.__dataclass_fields__)
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Calls of one size by one number of callers, or the same bytes over a floor."""
-
-    what: str
-    """expertd, grpc echo, raw socket or memcpy."""
-    tokens: int
-    callers: int
-    calls: int
-    p50: float
-    """Seconds."""
-    p99: float
-    gigabytes_per_second: float
-    """Request and reply bytes of all callers over the wall time."""
-    tokens_per_second: float
-    stages: dict[str, float]
-    """Median seconds in each stage of the server."""
+class BenchError(Exception):
+    """What was asked for cannot be measured here."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--servers", nargs="+", metavar="HOST:PORT", help="running servers (default: one of its own)")
+    parser.add_argument("--servers", nargs="+", metavar="ADDRESS", help="running servers (default: one of its own)")
+    parser.add_argument(
+        "--transport",
+        nargs="+",
+        choices=TRANSPORTS,
+        help="gRPC, gRPC over a unix socket (its own server only), shared memory (default: all that there are)",
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help=f"batch sizes (default: {TOKENS})")
     parser.add_argument("--callers", type=int, nargs="+", default=list(CALLERS), help=f"callers (default: {CALLERS})")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each measurement (default: 2)")
@@ -64,53 +55,107 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--intermediate-size", type=int, default=2048, help="likewise (default: 2048)")
     parser.add_argument("--backend", default="auto", help="of its own server (default: auto)")
     parser.add_argument("--channels", type=int, default=CoordinatorConfig().channels, help="connections to a server")
-    parser.add_argument("--chunk-bytes", type=int, default=CoordinatorConfig().chunk_bytes, help="largest message")
+    parser.add_argument("--chunk-bytes", type=int, default=CoordinatorConfig().chunk_bytes, help="largest gRPC message")
+    parser.add_argument(
+        "--shared-memory-chunk-bytes",
+        type=int,
+        default=CoordinatorConfig().shared_memory_chunk_bytes,
+        help="largest call through shared memory",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG to draw them to; needs the extra 'plot'")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0; the table goes to standard output, progress to standard error."""
-    uvloop.run(_bench(arguments))
+    """0, or 2 for what cannot be measured; the table goes to standard output, progress to standard error."""
+    try:
+        if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise BenchError("--plot needs matplotlib, which is not installed; pip install 'expertd[plot]'")
+        uvloop.run(_bench(arguments))
+    except BenchError as error:
+        print(f"expertd bench serve: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 async def _bench(arguments: argparse.Namespace) -> None:
-    config = CoordinatorConfig(channels=arguments.channels, chunk_bytes=arguments.chunk_bytes)
+    config = CoordinatorConfig(
+        channels=arguments.channels,
+        chunk_bytes=arguments.chunk_bytes,
+        shared_memory_chunk_bytes=arguments.shared_memory_chunk_bytes,
+    )
     async with contextlib.AsyncExitStack() as stack:
-        servers = arguments.servers
         # Processes first: gRPC does not like forks once it runs.
         echo = await stack.enter_async_context(running_echo())
-        if servers is None:
-            servers = (await stack.enter_async_context(_own_server(arguments))).addresses
-        moe = await stack.enter_async_context(Coordinator(servers, config))
+        moes = await _connect(stack, arguments, config)
         floor = GrpcFloor(echo.grpc, config.channels)
         stack.push_async_callback(floor.close)
-        cases = [(tokens, callers) for tokens in arguments.tokens for callers in arguments.callers]
         progress = stack.enter_context(Progress(console=Console(file=sys.stderr)))
-        task = progress.add_task("measuring", total=len(cases) + 3 * len(arguments.tokens))
+        rounds = len(arguments.tokens) * (3 + len(moes) * len(arguments.callers))
+        task = progress.add_task("measuring", total=rounds)
         rows = []
         for tokens in arguments.tokens:
-            exchange = _exchange(config, moe.model.hidden_size, tokens)
-            rows.append(await _measure_floor(floor, exchange, tokens, arguments.seconds))
-            progress.advance(task)
-            calls = max(5, min(1000, int(rows[-1].calls)))
-            for what, measure in (
-                ("raw socket", lambda: raw_socket_seconds(echo.raw, exchange, calls)),  # noqa: B023
-                ("memcpy", lambda: memcpy_seconds(exchange, calls)),  # noqa: B023
-            ):
-                seconds = await asyncio.to_thread(measure)
-                rows.append(_summary(what, tokens, 1, seconds, sum(seconds), exchange.total_bytes, {}))
+            async for row in _measure(echo, floor, moes, config, tokens, arguments):
+                rows.append(row)
                 progress.advance(task)
-            for callers in arguments.callers:
-                rows.append(await _measure_server(moe, config, tokens, callers, arguments.seconds))
-                progress.advance(task)
-    _print_table(rows, _title(config))
+    print_table(rows, _title(config))
     if arguments.json is not None:
         machine = {"cores": os.cpu_count(), "machine": platform.platform(), "torch": torch.__version__}
         arguments.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2))
+    if arguments.plot is not None:
+        draw(rows, _title(config), arguments.plot)
 
 
-def _own_server(arguments: argparse.Namespace) -> LocalCluster:
+async def _measure(
+    echo: EchoAddresses,
+    floor: GrpcFloor,
+    moes: Mapping[str, Coordinator],
+    config: CoordinatorConfig,
+    tokens: int,
+    arguments: argparse.Namespace,
+) -> AsyncIterator[Measurement]:
+    """The floors of calls of `tokens` tokens, then every transport with every number of callers."""
+    exchange = _exchange(config, next(iter(moes.values())).model.hidden_size, tokens)
+    row = await _measure_floor(floor, exchange, tokens, arguments.seconds)
+    yield row
+    calls = max(5, min(1000, row.calls))
+    for what, measure in (
+        ("raw socket", lambda: raw_socket_seconds(echo.raw, exchange, calls)),
+        ("memcpy", lambda: memcpy_seconds(exchange, calls)),
+    ):
+        seconds = await asyncio.to_thread(measure)
+        yield _summary(what, tokens, 1, seconds, sum(seconds), exchange.total_bytes, {})
+    for transport, moe in moes.items():
+        for callers in arguments.callers:
+            yield await _measure_server(moe, f"expertd {transport}", exchange, tokens, callers, arguments.seconds)
+
+
+async def _connect(
+    stack: contextlib.AsyncExitStack, arguments: argparse.Namespace, config: CoordinatorConfig
+) -> dict[str, Coordinator]:
+    """A coordinator for each transport. Raises `BenchError` for one that cannot be had."""
+    addresses = {}
+    if arguments.servers is not None:
+        addresses = {"grpc": arguments.servers, "shm": arguments.servers}
+    else:
+        unix = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertd-"))) / "socket"
+        cluster = await stack.enter_async_context(_own_server(arguments, unix))
+        addresses = {"grpc": cluster.addresses, "unix": [f"unix:{unix}"], "shm": cluster.addresses}
+    moes = {}
+    for transport in arguments.transport or addresses:
+        if transport not in addresses:
+            raise BenchError("--transport unix is of its own server; give --servers unix:PATH with --transport grpc")
+        chosen = config if transport == "shm" else replace(config, shared_memory_bytes=0)
+        moe = await stack.enter_async_context(Coordinator(addresses[transport], chosen))
+        if transport == "shm" and len(moe.sharing_memory) < len(addresses[transport]):
+            if arguments.transport is None:
+                continue
+            raise BenchError("--transport shm: a server shares no memory with this process; see the log for why")
+        moes[transport] = moe
+    return moes
+
+
+def _own_server(arguments: argparse.Namespace, unix: Path) -> LocalCluster:
     """One server with 32 experts, of which every token needs one: the share of a server among eight."""
     model = DemoModel(
         hidden_size=arguments.hidden_size,
@@ -123,13 +168,14 @@ def _own_server(arguments: argparse.Namespace) -> LocalCluster:
     )
     folder = write_demo_checkpoint(cache_folder() / "bench", model)
     # On the CPU one core is left to the coordinator.
-    options = ["--backend", arguments.backend, "--threads", str(max(1, (os.cpu_count() or 2) - 1))]
+    threads = str(max(1, (os.cpu_count() or 2) - 1))
+    options = ["--backend", arguments.backend, "--threads", threads, "--unix-socket", str(unix)]
     return LocalCluster(folder, [f"0-{LOCAL_EXPERTS - 1}"], options)
 
 
 def _exchange(config: CoordinatorConfig, hidden_size: int, tokens: int) -> Exchange:
     """The bytes of a call with one expert a token, cut like the coordinator cuts them."""
-    chunk = min(tokens, config.chunk_tokens(hidden_size))
+    chunk = min(tokens, config.chunk_tokens(hidden_size, shares_memory=False))
     scales = hidden_size // 128 * 4 if config.hidden_dtype == torch.float8_e4m3fn else 0
     up = hidden_size * config.hidden_dtype.itemsize + scales + 8
     return Exchange(up * chunk, hidden_size * config.reply_dtype.itemsize * chunk, -(-tokens // chunk))
@@ -141,7 +187,7 @@ async def _measure_floor(floor: GrpcFloor, exchange: Exchange, tokens: int, seco
 
 
 async def _measure_server(
-    moe: Coordinator, config: CoordinatorConfig, tokens: int, callers: int, seconds: float
+    moe: Coordinator, what: str, exchange: Exchange, tokens: int, callers: int, seconds: float
 ) -> Measurement:
     hidden = torch.randn(tokens, moe.model.hidden_size).bfloat16()
     experts = moe.model.n_routed_experts
@@ -157,8 +203,7 @@ async def _measure_server(
     stages = {
         stage: statistics.median(getattr(result.servers[0].timings, stage) for result in results) for stage in STAGES
     }
-    total_bytes = _exchange(config, moe.model.hidden_size, tokens).total_bytes
-    return _summary("expertd", tokens, callers, times, wall, total_bytes, stages)
+    return _summary(what, tokens, callers, times, wall, exchange.total_bytes, stages)
 
 
 async def _repeat(call: Callable[[], Awaitable[None]], callers: int, seconds: float) -> tuple[list[float], float]:
@@ -197,24 +242,5 @@ def _summary(
 
 
 def _title(config: CoordinatorConfig) -> str:
-    return f"{config.channels} channels, messages of at most {config.chunk_bytes} bytes"
-
-
-def _print_table(rows: list[Measurement], title: str) -> None:
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    columns = ("tokens", "what", "callers", "calls", "p50 ms", "p99 ms", "GB/s", "tokens/s", *STAGES)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            str(row.tokens),
-            row.what,
-            str(row.callers),
-            str(row.calls),
-            f"{row.p50 * 1e3:.3f}",
-            f"{row.p99 * 1e3:.3f}",
-            f"{row.gigabytes_per_second:.3f}",
-            f"{row.tokens_per_second:.0f}",
-            *(f"{row.stages[stage] * 1e3:.3f}" if row.stages else "" for stage in STAGES),
-        )
-    Console(width=150).print(table)
+    sizes = f"{config.chunk_bytes} bytes, {config.shared_memory_chunk_bytes} in shared memory"
+    return f"{config.channels} channels, messages of at most {sizes}"

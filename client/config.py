@@ -31,6 +31,10 @@ class CoordinatorConfig:
     """What calls return; sums are FP32 whatever it is."""
     chunk_bytes: int = 1 << 20
     """Batches are split by tokens so that no message exceeds this, and sending, computing and receiving overlap."""
+    shared_memory_bytes: int = 1 << 30
+    """At most as much is shared with each server on this machine that allows it; 0: none, everything goes over gRPC."""
+    shared_memory_chunk_bytes: int = 64 << 20
+    """Like `chunk_bytes`, for calls through shared memory."""
     channels: int = 2
     """Connections to each server; chunks go to the one with the least in flight."""
     connect_timeout: float = 10.0
@@ -77,10 +81,14 @@ class CoordinatorConfig:
         for name in ("connect_timeout", "call_timeout", "attempt_timeout", "max_attempts"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
-        if self.chunk_bytes < 1 or self.channels < 1:
-            raise ValueError(f"chunk_bytes is {self.chunk_bytes}, channels {self.channels}; both must be at least 1")
+        for name in ("chunk_bytes", "shared_memory_chunk_bytes", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.shared_memory_bytes < 0:
+            raise ValueError(f"shared_memory_bytes is {self.shared_memory_bytes}; it must be at least 0")
 
-    def chunk_tokens(self, hidden_size: int) -> int:
-        """Tokens of a chunk: as many as keep both the request and the reply within `chunk_bytes`, at least one."""
+    def chunk_tokens(self, hidden_size: int, *, shares_memory: bool) -> int:
+        """Tokens of a chunk: as many as keep both the request and the reply within the bytes, at least one."""
         widest = max(self.hidden_dtype.itemsize, self.reply_dtype.itemsize)
-        return max(1, self.chunk_bytes // (hidden_size * widest))
+        most = self.shared_memory_chunk_bytes if shares_memory else self.chunk_bytes
+        return max(1, most // (hidden_size * widest))

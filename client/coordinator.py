@@ -23,8 +23,9 @@ from expertd.client.dispatch import Dispatch, combine, contributions, renormaliz
 from expertd.client.failover import Answer, Caller, Effort, LayerCall
 from expertd.client.membership import Membership
 from expertd.client.ownership import name_experts
+from expertd.client.shared_memory import SharedMemoryTransport
 from expertd.client.tracing import call_span
-from expertd.client.transport import GrpcTransport
+from expertd.client.transport import GrpcTransport, Transport
 from expertd.kernels.config import MoeConfig
 from expertd.kernels.routing import route, router_logits
 from expertd.proto.codec import StageTimings
@@ -75,7 +76,7 @@ class Coordinator:
     """
 
     def __init__(self, servers: Sequence[str] | Discovery, config: CoordinatorConfig | None = None) -> None:
-        """`servers` are `host:port` addresses that together own every expert, or what finds them."""
+        """`servers` are `host:port` or `unix:PATH` addresses that together own every expert, or what finds them."""
         self.config = config or CoordinatorConfig()
         self._discovery = as_discovery(servers)
         self._caller: Caller | None = None
@@ -89,10 +90,7 @@ class Coordinator:
             return self
         config = self.config
         membership = Membership(
-            self._discovery,
-            lambda address: GrpcTransport(address, config.channels, config.security),
-            config.locality,
-            complete=config.on_missing == "error",
+            self._discovery, self._transport, config.locality, complete=config.on_missing == "error"
         )
         try:
             await membership.connect(self.config.connect_timeout)
@@ -202,6 +200,17 @@ class Coordinator:
             log.warning("layer %d: %d of %d tokens lack %s", layer, degraded, len(tokens), name_experts(lost))
         output = sums.to(self.config.output_dtype).reshape(hidden.shape)
         return MoeResult(output, _report(answers), call.effort, degraded, lost)
+
+    @property
+    def sharing_memory(self) -> frozenset[str]:
+        """Addresses of the servers that tensors reach through shared memory."""
+        members = self._connected().membership.members.values()
+        return frozenset(member.transport.address for member in members if member.transport.shares_memory)
+
+    def _transport(self, address: str) -> Transport:
+        grpc = GrpcTransport(address, self.config.channels, self.config.security)
+        most = self.config.shared_memory_bytes
+        return SharedMemoryTransport(grpc, most) if most else grpc
 
     def _connected(self) -> Caller:
         if self._caller is None:

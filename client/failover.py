@@ -135,7 +135,7 @@ class LayerCall:
         return parts
 
     def _chunk_tokens(self, member: Member) -> int:
-        chunk = self._config.chunk_tokens(self._activations.width)
+        chunk = self._config.chunk_tokens(self._activations.width, shares_memory=member.transport.shares_memory)
         return min(chunk, member.shard.max_tokens_per_request) if member.shard else chunk
 
     async def _send_all(self, parts: Sequence[Part], attempt: int) -> list[Answer]:

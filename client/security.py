@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from expertd.proto.errors import Unauthenticated
-from expertd.proto.loopback import is_loopback
+from expertd.proto.loopback import UNIX, stays_here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +49,12 @@ class ClientSecurity:
             _check_token("token", self.token)
 
     def open_channel(self, address: str, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
-        """A channel to `address` (host:port) with these credentials."""
-        if self.root_ca is not None:
+        """A channel to `address` (host:port, or unix:PATH, which is never TLS) with these credentials."""
+        if self.root_ca is not None and not address.startswith(UNIX):
             name = [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
             return grpc.aio.secure_channel(address, self._credentials(), options=[*options, *name])
         has_token = self.token is not None or self.token_file is not None
-        if has_token and not self.insecure and not is_loopback(address.rpartition(":")[0]):
+        if has_token and not self.insecure and not stays_here(address):
             raise ValueError(f"the token would cross the network to {address} in plaintext; give root_ca, or insecure")
         return grpc.aio.insecure_channel(address, options=list(options))
 

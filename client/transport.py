@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable
 from typing import Protocol
 
 import grpc
@@ -12,7 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from expertd.client.security import ClientSecurity
 from expertd.proto import codec
-from expertd.proto.codec import ExecuteCall, ExecuteResult, RawResponse, ShardInfo
+from expertd.proto.codec import ExecuteCall, ExecuteResult, RawResponse, Registration, ShardInfo
 from expertd.proto.errors import DeadlineExceeded, ExpertdError, ServerFault, Unavailable, error_from_status
 
 StreamCall = grpc.aio.StreamStreamCall[bytes, bytes]
@@ -28,13 +29,18 @@ class Transport(Protocol):
     def address(self) -> str:
         """The server, for people to read."""
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether tensors reach the server through shared memory now."""
+
     async def get_shard(self, timeout: float) -> ShardInfo:
         """What the server owns; waits up to `timeout` seconds for it to be reachable and ready."""
 
     async def execute(self, call: ExecuteCall) -> ExecuteResult:
         """Compute one call. `call.request_id` must be unique among the calls in flight here.
 
-        Raises the server's `ExpertdError`, or `DeadlineExceeded` after `call.timeout` seconds.
+        Raises the server's `ExpertdError`, or `DeadlineExceeded` after `call.timeout` seconds. Partials may be views of
+        memory shared with the server, of which there is little: do not keep them.
         """
 
     async def until_not_serving(self) -> Unavailable:
@@ -46,6 +52,8 @@ class Transport(Protocol):
 
 class GrpcTransport:
     """A few connections, each with one long-lived bidirectional stream."""
+
+    shares_memory = False
 
     def __init__(self, address: str, channels: int = 1, security: ClientSecurity | None = None) -> None:
         self.address = address
@@ -74,17 +82,17 @@ class GrpcTransport:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def execute(self, call: ExecuteCall) -> ExecuteResult:
-        tokens, width = call.hidden.shape
         channel = min(self._channels, key=lambda channel: channel.bytes_in_flight)
+        return await answer(self.address, call, channel.exchange(call.request_id, codec.encode_call(call)))
+
+    async def register_shared_memory(self, timeout: float) -> Registration:
+        """Where to hand over memory. Raises `NotPermitted` when the server shares none with this process."""
         try:
-            async with asyncio.timeout(call.timeout):
-                response = await channel.exchange(call.request_id, codec.encode_call(call))
-        except TimeoutError:
-            raise DeadlineExceeded(f"{self.address}: no answer within {call.timeout} s") from None
-        try:
-            return codec.decode_result(response, tokens, width, call.reply_dtype)
-        except ExpertdError as error:
-            raise error.again(f"{self.address}: ") from None
+            return await self._channels[0].register_shared_memory(
+                codec.RegistrationRequest(), timeout=timeout, metadata=self._security.metadata()
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_status(error.code(), str(error.details())) from None
 
     async def until_not_serving(self) -> Unavailable:
         request = health_pb2.HealthCheckRequest(service=codec.SERVICE)
@@ -104,6 +112,25 @@ class GrpcTransport:
 
     async def close(self) -> None:
         await asyncio.gather(*(channel.close() for channel in self._channels))
+
+
+async def answer(
+    address: str, call: ExecuteCall, exchange: Awaitable[RawResponse], shared: memoryview | None = None
+) -> ExecuteResult:
+    """What came back for `call`, its partials in the response or in `shared` memory.
+
+    Raises the error in it, or `DeadlineExceeded` after the call's timeout.
+    """
+    tokens, width = call.hidden.shape
+    try:
+        async with asyncio.timeout(call.timeout):
+            response = await exchange
+    except TimeoutError:
+        raise DeadlineExceeded(f"{address}: no answer within {call.timeout} s") from None
+    try:
+        return codec.decode_result(response, tokens, width, call.reply_dtype, shared)
+    except ExpertdError as error:
+        raise error.again(f"{address}: ") from None
 
 
 class _Channel:
@@ -136,6 +163,11 @@ class _Channel:
             "/grpc.health.v1.Health/Watch",
             health_pb2.HealthCheckRequest.SerializeToString,
             health_pb2.HealthCheckResponse.FromString,
+        )
+        self.register_shared_memory = self._channel.unary_unary(
+            f"/{codec.SERVICE}/RegisterSharedMemory",
+            codec.RegistrationRequest.SerializeToString,
+            codec.Registration.FromString,
         )
         self._execute_stream: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(
             f"/{codec.SERVICE}/ExecuteStream"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from crc32c import crc32c
@@ -18,16 +18,18 @@ from torch import Tensor
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto import wire
 from expertd.proto.errors import ExpertdError, InvalidBatch, ServerFault, error_from_status
+from expertd.proto.segment import QUANTIZATION_BLOCK, Layout, lay_out
 
 ShardRequest = pb.GetShardRequest
 ShardResponse = pb.GetShardResponse
 VerifyRequest = pb.VerifyShardRequest
 VerifyResponse = pb.VerifyShardResponse
+RegistrationRequest = pb.RegisterSharedMemoryRequest
+Registration = pb.RegisterSharedMemoryResponse
 EMPTY = memoryview(b"")
 PUSHBACK = "grpc-retry-pushback-ms"
 """Trailing metadata of a refused unary call: milliseconds until the server expects to have room."""
 SERVICE = pb.DESCRIPTOR.services_by_name["ExpertShard"].full_name
-BLOCK = 128
 ENVELOPE_BYTES = 64 * 1024
 """More than all the fields of a message beside its tensors, receipt included."""
 
@@ -67,6 +69,8 @@ class ExecuteCall:
     """Seconds after which the server need not compute it any more."""
     traceparent: str = ""
     """The caller's span (W3C Trace Context); empty when the call is not traced."""
+    reply_into: Tensor | None = None
+    """[T, H] of `reply_dtype` in shared memory, where the partials belong; None: in the reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,7 @@ _REQUEST_FIELDS: wire.Schema = {
     11: ("expert_ids", wire.BYTES),
     12: ("weights", wire.BYTES),
     13: ("timeout_us", wire.VARINT),
+    14: ("segment_offset", wire.VARINT),
     15: ("traceparent", wire.BYTES),
 }
 _RESPONSE_FIELDS: wire.Schema = {
@@ -164,6 +169,7 @@ class RawRequest:
     weights: memoryview = EMPTY
     timeout_us: int = 0
     traceparent: memoryview = EMPTY
+    segment_offset: int | None = None
 
     @property
     def num_tensor_bytes(self) -> int:
@@ -184,13 +190,15 @@ class RawResponse:
     receipt_pairs: Sequence[int] = ()
 
 
-def encode_call(call: ExecuteCall) -> bytes:
-    """The ExecuteRequest of `call`."""
+def encode_call(call: ExecuteCall, segment_offset: int | None = None) -> bytes:
+    """The ExecuteRequest of `call`; with an offset, one whose tensors lie in a shared segment."""
     fingerprint = call.model_fingerprint.encode()
     epoch = call.placement_epoch
     timeout_us = 0 if call.timeout is None else max(1, int(call.timeout * 1e6))
-    hidden, ids, weights = map(_buffer, (call.hidden, call.expert_ids, call.weights))
-    scales = b"" if call.scales is None else _buffer(call.scales)
+    hidden = scales = ids = weights = EMPTY
+    if segment_offset is None:
+        hidden, ids, weights = map(_buffer, (call.hidden, call.expert_ids, call.weights))
+        scales = EMPTY if call.scales is None else _buffer(call.scales)
     return b"".join(
         (
             wire.varint_field(1, call.request_id),
@@ -212,6 +220,7 @@ def encode_call(call: ExecuteCall) -> bytes:
             wire.bytes_header(12, len(weights)),
             weights,
             wire.varint_field(13, timeout_us),
+            b"" if segment_offset is None else wire.varint(14 << 3) + wire.varint(segment_offset),
             wire.bytes_header(15, len(call.traceparent)),
             call.traceparent.encode("ascii"),
         )
@@ -227,17 +236,27 @@ def parse_request(data: bytes) -> RawRequest:
         raise InvalidBatch(f"the {len(data)} bytes received are no {name}: {error}") from None
 
 
-def decode_call(message: RawRequest, width: int, max_top_k: int, max_tokens: int) -> ExecuteCall:
+def decode_call(
+    message: RawRequest, width: int, max_top_k: int, max_tokens: int, segment: memoryview | None = None
+) -> ExecuteCall:
     """Read a request of at most `max_tokens` tokens for a model of hidden size `width` and top-k `max_top_k`.
 
-    Raises `InvalidBatch` when a size or dtype is outside the contract.
+    Its tensors are in `segment` where one is given. Raises `InvalidBatch` when a size or dtype is outside the contract.
     """
     tokens, top_k = message.num_tokens, message.top_k
     _check_range("num_tokens", tokens, 1, max_tokens)
     _check_range("top_k", top_k, 1, max_top_k)
     hidden_dtype = _check_dtype("hidden_dtype", message.hidden_dtype, HIDDEN_DTYPES)
+    reply_dtype = _check_dtype("reply_dtype", message.reply_dtype, REPLY_DTYPES)
+    reply_into = None
+    if segment is not None:
+        layout = lay_out(message.segment_offset or 0, tokens, width, top_k, hidden_dtype, reply_dtype)
+        message = _in_segment(message, segment, layout)
+        reply_into = torch.frombuffer(segment[layout.partials], dtype=reply_dtype).view(tokens, width)
+    elif message.segment_offset is not None:
+        raise InvalidBatch(f"segment_offset is {message.segment_offset}; there is no segment: send the tensors")
     quantized = hidden_dtype == torch.float8_e4m3fn
-    scales_shape = (tokens if quantized else 0, width // BLOCK)
+    scales_shape = (tokens if quantized else 0, width // QUANTIZATION_BLOCK)
     scales = _from_bytes("hidden_scales", message.hidden_scales, torch.float32, scales_shape)
     return ExecuteCall(
         request_id=message.request_id,
@@ -248,9 +267,10 @@ def decode_call(message: RawRequest, width: int, max_top_k: int, max_tokens: int
         scales=scales if quantized else None,
         expert_ids=_from_bytes("expert_ids", message.expert_ids, torch.int32, (tokens, top_k)),
         weights=_from_bytes("weights", message.weights, torch.float32, (tokens, top_k)),
-        reply_dtype=_check_dtype("reply_dtype", message.reply_dtype, REPLY_DTYPES),
+        reply_dtype=reply_dtype,
         timeout=message.timeout_us / 1e6 if message.timeout_us else None,
         traceparent=str(message.traceparent, "ascii", "replace"),
+        reply_into=reply_into,
     )
 
 
@@ -294,18 +314,21 @@ def parse_response(data: bytes | bytearray) -> RawResponse:
         raise ServerFault(f"malformed response of {len(data)} bytes: {error}") from None
 
 
-def decode_result(message: RawResponse, tokens: int, width: int, dtype: torch.dtype) -> ExecuteResult:
-    """Read a response that must hold partials [tokens, width] of `dtype`.
+def decode_result(
+    message: RawResponse, tokens: int, width: int, dtype: torch.dtype, shared: memoryview | None = None
+) -> ExecuteResult:
+    """Read a response that must hold partials [tokens, width] of `dtype`, or leave them in `shared` memory.
 
     Raises the error that the response carries, or `ServerFault` when it is not what was asked for.
     """
     if message.error is not None:
-        raise _read_error(message.error)
+        raise read_error(message.error)
     if message.checksum != _checksum(message.request_id, message.partials):
         raise ServerFault("the response was altered on its way: its checksum does not match its partials")
     try:
         _check_dtype("partials_dtype", message.partials_dtype, (dtype,))
-        partials = _from_bytes("partials", message.partials, dtype, (tokens, width))
+        data = message.partials if shared is None else shared
+        partials = _from_bytes("partials", data, dtype, (tokens, width))
         timings = _read_timings(message.timings)
         receipt = dict(zip(message.receipt_experts, message.receipt_pairs, strict=True))
     except (InvalidBatch, ValueError) as error:
@@ -385,7 +408,7 @@ def whole_milliseconds(seconds: float) -> int:
     return math.ceil(seconds * 1e3)
 
 
-def _read_error(message: memoryview) -> ExpertdError:
+def read_error(message: memoryview) -> ExpertdError:
     try:
         error = pb.Error.FromString(bytes(message))
     except DecodeError as malformed:
@@ -410,6 +433,30 @@ def _read_timings(message: memoryview) -> StageTimings:
 def _buffer(tensor: Tensor) -> memoryview:
     """The bytes of a host tensor, flat; a copy only when it is not contiguous."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _in_segment(message: RawRequest, segment: memoryview, layout: Layout) -> RawRequest:
+    """`message` with its tensors from `segment`, which the caller can change at any time.
+
+    What is checked is copied first: ids, weights and scales. Hidden states are read in place; every byte of them is a
+    value, and a token's values reach no other token's result.
+    """
+    if message.segment_offset is None:
+        raise InvalidBatch("segment_offset is missing; tensors of this connection lie in its segment")
+    if message.hidden or message.hidden_scales or message.expert_ids or message.weights:
+        raise InvalidBatch("hidden, hidden_scales, expert_ids and weights must be empty beside segment_offset")
+    if layout.end > len(segment):
+        raise InvalidBatch(
+            f"segment_offset is {message.segment_offset} and the call's tensors end at byte {layout.end};"
+            f" the segment has {len(segment)}"
+        )
+    return replace(
+        message,
+        hidden=segment[layout.hidden],
+        hidden_scales=memoryview(bytes(segment[layout.hidden_scales])),
+        expert_ids=memoryview(bytes(segment[layout.expert_ids])),
+        weights=memoryview(bytes(segment[layout.weights])),
+    )
 
 
 def _from_bytes(field: str, data: memoryview, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:

@@ -70,6 +70,12 @@ class Unauthenticated(ExpertdError):
     code = grpc.StatusCode.UNAUTHENTICATED
 
 
+class NotPermitted(ExpertdError):
+    """The server shares no memory with this caller; calls go another way."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class ServerFault(ExpertdError):
     """The server, or its answer, is wrong; nothing of it was used."""
 

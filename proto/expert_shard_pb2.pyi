@@ -97,7 +97,7 @@ class Limits(_message.Message):
     def __init__(self, max_tokens_per_request: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., max_queued_bytes: _Optional[int] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
-    __slots__ = ("request_id", "model_fingerprint", "placement_epoch", "layer", "num_tokens", "top_k", "hidden_dtype", "reply_dtype", "hidden", "hidden_scales", "expert_ids", "weights", "timeout_us", "traceparent")
+    __slots__ = ("request_id", "model_fingerprint", "placement_epoch", "layer", "num_tokens", "top_k", "hidden_dtype", "reply_dtype", "hidden", "hidden_scales", "expert_ids", "weights", "timeout_us", "segment_offset", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,7 @@ class ExecuteRequest(_message.Message):
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_US_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_OFFSET_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     model_fingerprint: str
@@ -125,8 +126,9 @@ class ExecuteRequest(_message.Message):
     expert_ids: bytes
     weights: bytes
     timeout_us: int
+    segment_offset: int
     traceparent: str
-    def __init__(self, request_id: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., top_k: _Optional[int] = ..., hidden_dtype: _Optional[_Union[DType, str]] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., hidden: _Optional[bytes] = ..., hidden_scales: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., top_k: _Optional[int] = ..., hidden_dtype: _Optional[_Union[DType, str]] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., hidden: _Optional[bytes] = ..., hidden_scales: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., segment_offset: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
     __slots__ = ("request_id", "error", "partials_dtype", "partials", "receipt_experts", "receipt_pairs", "timings", "checksum")
@@ -147,6 +149,20 @@ class ExecuteResponse(_message.Message):
     timings: Timings
     checksum: int
     def __init__(self, request_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., partials_dtype: _Optional[_Union[DType, str]] = ..., partials: _Optional[bytes] = ..., receipt_experts: _Optional[_Iterable[int]] = ..., receipt_pairs: _Optional[_Iterable[int]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class RegisterSharedMemoryRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RegisterSharedMemoryResponse(_message.Message):
+    __slots__ = ("socket", "ticket", "ticket_seconds")
+    SOCKET_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    TICKET_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    socket: str
+    ticket: bytes
+    ticket_seconds: int
+    def __init__(self, socket: _Optional[str] = ..., ticket: _Optional[bytes] = ..., ticket_seconds: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message", "retry_after_ms")

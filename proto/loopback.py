@@ -1,8 +1,11 @@
-"""Which hosts never leave this machine."""
+"""Which hosts and addresses never leave this machine."""
 
 from __future__ import annotations
 
 import ipaddress
+
+UNIX = "unix:"
+"""Before the path, in addresses of unix sockets."""
 
 
 def is_loopback(host: str) -> bool:
@@ -13,3 +16,8 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def stays_here(address: str) -> bool:
+    """Whether what is sent to `address` (host:port or unix:PATH) never leaves this machine, for certain."""
+    return address.startswith(UNIX) or is_loopback(address.rpartition(":")[0])

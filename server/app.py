@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import secrets
 import signal
 import time
 from collections.abc import Coroutine
@@ -34,6 +35,7 @@ from expertd.server.handlers import ExpertShardHandlers
 from expertd.server.journal import Journal
 from expertd.server.loading import load_layers
 from expertd.server.loads import ExpertLoads
+from expertd.server.local import LocalListener
 from expertd.server.metrics import Metrics
 from expertd.server.pages import Pages
 from expertd.server.rpc_counter import RpcCounter
@@ -42,6 +44,7 @@ from expertd.server.security import ServerSecurity
 from expertd.server.shadow import ShadowCheck
 from expertd.server.shard import Shard
 from expertd.server.status import Status
+from expertd.server.tickets import Tickets
 from expertd.server.tracing import RequestTracer, make_provider
 from expertd.server.verifier import Verifier
 from expertd.server.watchdog import Watchdog
@@ -85,6 +88,7 @@ class Server:
             max_queued_bytes=config.max_queued_bytes,
             on_batch=self.metrics.observe_batch,
             on_fault=lambda error: self.watchdog.suspect(error),
+            on_abandon=lambda: self.local.disconnect(),
         )
         self.watchdog = Watchdog(self.backend, self.device, self.scheduler, config.device_timeout, self._set_serving)
         self.info = self._describe()
@@ -92,11 +96,22 @@ class Server:
         self.journal = Journal(self.metrics, self.loads, tracer)
         verifier = Verifier(self.checkpoint, self.shard, self.scheduler, config.max_tokens_per_request)
         self.shadow = self._shadow_check()
-        parts = (self.shard, self.info, self.scheduler, verifier, self.shadow, self.journal)
+        socket_name = _local_socket_name(config)
+        tickets = Tickets(socket_name)
+        parts = (self.shard, self.info, self.scheduler, verifier, self.shadow, self.journal, tickets)
         if self.failpoints is None:
             self.handlers = ExpertShardHandlers(*parts)
         else:
             self.handlers = FaultyHandlers(*parts, self.failpoints)
+        self.local = LocalListener(
+            socket_name,
+            config.shared_memory_bytes,
+            tickets,
+            self.handlers.respond,
+            self.device,
+            pinned=self.backend.name == "cutile",
+        )
+        self.metrics.shared_memory_bytes.set_function(lambda: self.local.mapped_bytes)
         self.health = health.HealthServicer()
         self.address: Address = config.listen
         self.metrics_address: Address = config.metrics
@@ -144,7 +159,9 @@ class Server:
         await asyncio.sleep(NOTICE_SECONDS)
         self.handlers.stop_reading()
         going_away = asyncio.ensure_future(self.grpc_server.stop(self.config.drain_seconds))
-        await self.handlers.answered(self.config.drain_seconds)
+        await asyncio.gather(
+            self.handlers.answered(self.config.drain_seconds), self.local.stop(self.config.drain_seconds)
+        )
         # What is left are watchers of health, who need not leave when they are told.
         await self.grpc_server.stop(None)
         await going_away
@@ -183,6 +200,8 @@ class Server:
         except RuntimeError as error:
             raise InvalidOption(f"--listen {self.config.listen} cannot be bound: {error}") from None
         self.address = dataclasses.replace(self.config.listen, port=port)
+        if self.config.unix_socket is not None:
+            self.security.add_unix_socket(self.grpc_server, self.config.unix_socket)
         try:
             self._metrics_server, _ = start_http_server(
                 self.config.metrics.port, self.config.metrics.host, self.metrics.registry
@@ -194,6 +213,10 @@ class Server:
         self.device.start()
         if self.shadow is not None:
             self.shadow.start()
+        try:
+            self.local.start()
+        except OSError as error:
+            raise InvalidOption(f"--unix-socket {self.config.unix_socket}.shm cannot be bound: {error}") from None
         await self.grpc_server.start()
 
     def _observe(self) -> Status:
@@ -302,6 +325,15 @@ def serve(config: ServerConfig) -> None:
     finally:
         if provider is not None:
             provider.shutdown()
+
+
+def _local_socket_name(config: ServerConfig) -> str | None:
+    """Where callers on this machine hand over shared memory: beside the unix socket, if there is one."""
+    if not config.shared_memory_bytes:
+        return None
+    if config.unix_socket is not None:
+        return f"{config.unix_socket}.shm"
+    return f"@expertd-{secrets.token_hex(8)}"
 
 
 def _write_atomically(path: Path, content: dict[str, str]) -> None:

@@ -60,6 +60,10 @@ class ServerConfig:
         default=Address("127.0.0.1", 50051),
         metadata=_told("address of the gRPC service; port 0 picks a free one", Address.parse),
     )
+    unix_socket: Path | None = field(
+        default=None,
+        metadata=_told("path of a unix socket to serve gRPC on too: plaintext, for this user's processes alone", Path),
+    )
     metrics: Address = field(
         default=Address("127.0.0.1", 9464),
         metadata=_told("address of the Prometheus endpoint; port 0 picks a free one", Address.parse),
@@ -76,6 +80,10 @@ class ServerConfig:
     )
     insecure: bool = field(
         default=False, metadata=_told("allow plaintext on --listen addresses that other machines can reach", bool)
+    )
+    shared_memory_bytes: int = field(
+        default=4 << 30,
+        metadata=_told("memory that callers on this machine may share with the server, all together; 0: none", int),
     )
     max_streams: int = field(default=1024, metadata=_told("calls and streams at once on one connection", int))
     backend: str = field(default="auto", metadata=_told("compute backend: auto, torch (CPU) or cutile (GPU)"))
@@ -145,6 +153,8 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InvalidOption(f"{flag(name)} is {value}; it must be greater than 0")
+        if self.shared_memory_bytes < 0:
+            raise InvalidOption(f"--shared-memory-bytes is {self.shared_memory_bytes}; it must be at least 0")
         for name in ("max_batch_tokens", "max_queued_tokens"):
             value = getattr(self, name)
             if value < self.max_tokens_per_request:

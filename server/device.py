@@ -101,6 +101,8 @@ def collect(layer: int, requests: Sequence[TokenBatch], num_experts: int, underw
 def _run_all(queue: SimpleQueue[Callable[[], None] | None]) -> None:
     while (work := queue.get()) is not None:
         work()
+        # What the last batch holds, callers' memory among it, is not to wait for the next one.
+        del work
 
 
 def _settle(future: asyncio.Future[T], function: Callable[[], T]) -> None:

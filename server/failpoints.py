@@ -31,6 +31,7 @@ from expertd.server.journal import Journal
 from expertd.server.scheduler import Scheduler
 from expertd.server.shadow import ShadowCheck
 from expertd.server.shard import Shard
+from expertd.server.tickets import Tickets
 from expertd.server.verifier import Verifier
 
 log = logging.getLogger(__name__)
@@ -166,12 +167,15 @@ class FaultyHandlers(ExpertShardHandlers):
         verifier: Verifier,
         shadow: ShadowCheck | None,
         journal: Journal,
+        tickets: Tickets,
         failpoints: Failpoints,
     ) -> None:
-        super().__init__(shard, info, scheduler, verifier, shadow, journal)
+        super().__init__(shard, info, scheduler, verifier, shadow, journal, tickets)
         self._failpoints = failpoints
 
-    async def _answer(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
+    async def _answer(
+        self, request: RawRequest, caller: str, time_remaining: float | None, segment: memoryview | None = None
+    ) -> bytes:
         strikes = self._failpoints.strikes
         if strikes("stale_epoch"):
             self._begin_placement(self._shard.placement_epoch + 1)
@@ -181,8 +185,8 @@ class FaultyHandlers(ExpertShardHandlers):
             await asyncio.sleep(self._failpoints.seconds("delay"))
         if strikes("reset"):
             _reset_connection(caller)
-        answer = await super()._answer(request, caller, time_remaining)
-        if strikes("corrupt_reply"):
+        answer = await super()._answer(request, caller, time_remaining, segment)
+        if segment is None and strikes("corrupt_reply"):
             answer = _with_a_flipped_bit(answer)
         if strikes("wrong_receipt"):
             # A repeated field goes on where it occurs again: one more pair of this server's first expert.

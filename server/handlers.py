@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -16,10 +17,12 @@ import grpc.aio
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteResult, RawRequest, ShardInfo, StageTimings
 from expertd.proto.errors import ExpertdError, ServerFault
+from expertd.proto.loopback import UNIX
 from expertd.server.journal import Journal
 from expertd.server.scheduler import Scheduler
 from expertd.server.shadow import ShadowCheck
 from expertd.server.shard import Shard
+from expertd.server.tickets import Tickets
 from expertd.server.verifier import Verifier
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ class ExpertShardHandlers:
         verifier: Verifier,
         shadow: ShadowCheck | None,
         journal: Journal,
+        tickets: Tickets,
     ) -> None:
         self._shard = shard
         self._info = info
@@ -45,8 +49,10 @@ class ExpertShardHandlers:
         self._verifier = verifier
         self._shadow = shadow
         self._journal = journal
+        self._tickets = tickets
         self._readers: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
+        self._streams = itertools.count(1)
 
     def register(self, server: grpc.aio.Server) -> None:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -55,6 +61,11 @@ class ExpertShardHandlers:
             "ExecuteStream": grpc.stream_stream_rpc_method_handler(self.execute_stream),
             "VerifyShard": grpc.unary_stream_rpc_method_handler(
                 self.verify_shard, codec.VerifyRequest.FromString, codec.VerifyResponse.SerializeToString
+            ),
+            "RegisterSharedMemory": grpc.unary_unary_rpc_method_handler(
+                self.register_shared_memory,
+                codec.RegistrationRequest.FromString,
+                codec.Registration.SerializeToString,
             ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(codec.SERVICE, methods),))
@@ -94,16 +105,12 @@ class ExpertShardHandlers:
     async def execute_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         self._track()
         outbox = _Outbox(context)
+        # Connections over a unix socket have no names to tell callers apart by.
+        peer = context.peer()
+        caller = f"{peer} stream {next(self._streams)}" if peer.startswith(UNIX) else peer
 
         async def respond(data: bytes) -> None:
-            request_id = 0
-            try:
-                request = codec.parse_request(data)
-                request_id = request.request_id
-                response = await self._answer(request, context.peer(), None)
-            except ExpertdError as error:
-                response = codec.encode_error(request_id, error)
-            await outbox.write(response)
+            await outbox.write(await self.respond(data, caller))
 
         async def read() -> None:
             async for data in requests:
@@ -126,26 +133,47 @@ class ExpertShardHandlers:
         except ExpertdError as error:
             await context.abort(error.code, str(error))
 
-    async def _answer(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
+    async def register_shared_memory(self, request: codec.RegistrationRequest, context: Context) -> codec.Registration:
+        try:
+            self._scheduler.check_open()
+            return self._tickets.issue(context.peer())
+        except ExpertdError as error:
+            await context.abort(error.code, str(error))
+
+    async def respond(self, data: bytes, caller: str, segment: memoryview | None = None) -> bytes:
+        """The response to one request of a stream; what is wrong with the request is in it."""
+        request_id = 0
+        try:
+            request = codec.parse_request(data)
+            request_id = request.request_id
+            return await self._answer(request, caller, None, segment)
+        except ExpertdError as error:
+            return codec.encode_error(request_id, error)
+
+    async def _answer(
+        self, request: RawRequest, caller: str, time_remaining: float | None, segment: memoryview | None = None
+    ) -> bytes:
         """Compute one request; every outcome is recorded."""
         with self._journal.request(request, caller):
             try:
-                return await self._compute(request, caller, time_remaining)
+                return await self._compute(request, caller, time_remaining, segment)
             except ExpertdError:
                 raise
             except Exception as error:
                 log.exception("request %d failed", request.request_id)
                 raise ServerFault(f"{type(error).__name__}: {error}") from error
 
-    async def _compute(self, request: RawRequest, caller: str, time_remaining: float | None) -> bytes:
+    async def _compute(
+        self, request: RawRequest, caller: str, time_remaining: float | None, segment: memoryview | None
+    ) -> bytes:
         arrived = time.perf_counter()
         # Before anything is read of the tensors: a server with too much to do has no time for what it will refuse.
         self._scheduler.check_room(min(request.num_tokens, self._info.max_tokens_per_request), request.num_tensor_bytes)
         config = self._shard.config
         call = codec.decode_call(
-            request, config.hidden_size, config.num_experts_per_tok, self._info.max_tokens_per_request
+            request, config.hidden_size, config.num_experts_per_tok, self._info.max_tokens_per_request, segment
         )
-        batch = self._shard.admit(call)
+        batch = dataclasses.replace(self._shard.admit(call), reply=call.reply_into)
         decoded = time.perf_counter()
         timeout = min((limit for limit in (call.timeout, time_remaining) if limit is not None), default=None)
         done = await self._scheduler.execute(caller, call.layer, batch, call.reply_dtype, timeout)
@@ -153,7 +181,8 @@ class ExpertShardHandlers:
         timings = StageTimings(decoded - arrived, done.queue, done.copy_in, done.compute, done.copy_out)
         pairs = done.partials.pairs.tolist()
         receipt = {expert: count for expert, count in zip(self._shard.experts, pairs, strict=True) if count}
-        response = codec.encode_result(ExecuteResult(call.request_id, done.partials.sums, receipt, timings))
+        sums = done.partials.sums if call.reply_into is None else done.partials.sums[:0]
+        response = codec.encode_result(ExecuteResult(call.request_id, sums, receipt, timings))
         if self._shadow is not None:
             self._shadow.offer(call.layer, batch, done.partials.sums)
         encoded = time.perf_counter()

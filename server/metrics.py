@@ -65,6 +65,9 @@ class Metrics:
         )
         self._in_flight = Gauge("expertd_requests_in_flight", "Requests being answered.", registry=registry)
         self.weights_bytes = Gauge("expertd_weights_bytes", "Bytes of expert weights loaded.", registry=registry)
+        self.shared_memory_bytes = Gauge(
+            "expertd_shared_memory_bytes", "Bytes of callers' memory mapped here.", registry=registry
+        )
         self.layers_loaded = Gauge("expertd_layers_loaded", "Layers whose weights are loaded.", registry=registry)
         self._startup = Gauge(
             "expertd_startup_seconds",

@@ -33,15 +33,20 @@ class Scheduler:
         max_queued_bytes: int,
         on_batch: Callable[[int, float], None] = lambda tokens, compute: None,
         on_fault: Callable[[BaseException], None] = lambda error: None,
+        on_abandon: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_batch` is told of every computed device batch, its tokens and the seconds of its computation; `on_fault`
-        what the backend raised unexpectedly."""
+        """`on_batch` is told of every computed device batch, its tokens and the seconds of its computation.
+
+        `on_fault` is told what the backend raised unexpectedly; `on_abandon` is called before callers are answered whose
+        tensors the device may still use.
+        """
         self._backend = backend
         self._device = device
         self._num_experts = num_experts
         self._max_batch_tokens = max_batch_tokens
         self._on_batch = on_batch
         self._on_fault = on_fault
+        self._on_abandon = on_abandon
         self._queue = FairQueue()
         self._admission = Admission(self._queue, max_queued_tokens, max_queued_bytes)
         self._unanswered: set[asyncio.Future[Completed]] = set()
@@ -62,6 +67,7 @@ class Scheduler:
     def abandon(self, reason: str) -> None:
         """Answer everyone who waits, and refuse new requests, with `Unavailable`."""
         self.close(reason)
+        self._on_abandon()
         for future in self._unanswered:
             _reject(future, Unavailable(reason))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hmac
 import logging
+import os
+import socket
 import ssl
 import threading
 from collections.abc import Awaitable, Callable
@@ -15,7 +17,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 
 from expertd.proto.errors import Unauthenticated
-from expertd.proto.loopback import is_loopback
+from expertd.proto.loopback import UNIX, is_loopback
 from expertd.server.config import Address, InvalidOption, ServerConfig
 
 log = logging.getLogger(__name__)
@@ -109,12 +111,34 @@ class ServerSecurity:
             return server.add_insecure_port(str(address))
         return server.add_secure_port(str(address), self._credentials)
 
+    def add_unix_socket(self, server: grpc.aio.Server, path: Path) -> None:
+        """Bind `server` to a unix socket that only this user can connect to. Raises `InvalidOption`."""
+        if _answers(path):
+            raise InvalidOption(f"--unix-socket {path} is in use; choose another path or stop what listens there")
+        mask = os.umask(0o177)
+        try:
+            server.add_insecure_port(f"{UNIX}{path}")
+        except RuntimeError as error:
+            raise InvalidOption(f"--unix-socket {path} cannot be bound: {error}") from None
+        finally:
+            os.umask(mask)
+
     def __str__(self) -> str:
         if self._config.tls_cert is None:
             transport = "plaintext"
         else:
             transport = "TLS" if self._config.tls_client_ca is None else "mutual TLS"
         return f"{transport}, {'bearer token' if self.interceptors else 'no token'}"
+
+
+def _answers(path: Path) -> bool:
+    """Whether something listens there: gRPC would take the path away from it without a word."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 def _server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:

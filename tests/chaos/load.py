@@ -46,6 +46,8 @@ CONFIG = CoordinatorConfig(
     attempt_timeout=3.0,
     owner_timeout=5.0,
     max_attempts=6,
+    # Some of the faults strike messages on the network.
+    shared_memory_bytes=0,
 )
 
 

@@ -293,7 +293,8 @@ class LosingTransport(GrpcTransport):
 
 async def test_a_receipt_with_a_lost_pair_fails_the_call(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expertd.client.coordinator.GrpcTransport", LosingTransport)
-    async with running_server(small_model, range(EXPERTS)) as server, Coordinator([str(server.address)]) as moe:
+    config = CoordinatorConfig(shared_memory_bytes=0)
+    async with running_server(small_model, range(EXPERTS)) as server, Coordinator([str(server.address)], config) as moe:
         ids, weights = routing(5)
         with pytest.raises(ServerFault, match=r"the receipt does not match the request: expert \d+: \d pairs sent"):
             await moe(LAYER, tokens(5), topk_ids=ids, topk_weights=weights)

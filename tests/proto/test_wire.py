@@ -29,6 +29,7 @@ requests = st.builds(
     expert_ids=st.binary(max_size=20),
     weights=st.binary(max_size=20),
     timeout_us=uint64,
+    segment_offset=st.none() | uint64,
 )
 responses = st.builds(
     pb.ExecuteResponse,
@@ -46,8 +47,8 @@ def assert_read_alike(raw: codec.RawRequest, message: pb.ExecuteRequest) -> None
     for field in message.DESCRIPTOR.fields:
         ours: Any = getattr(raw, field.name)
         theirs = getattr(message, field.name)
-        if field.name == "placement_epoch":
-            assert ours == (theirs if message.HasField("placement_epoch") else None)
+        if field.name in ("placement_epoch", "segment_offset"):
+            assert ours == (theirs if message.HasField(field.name) else None)
         elif isinstance(theirs, str):
             assert bytes(ours) == theirs.encode()
         else:

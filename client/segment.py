@@ -1,0 +1,166 @@
+"""Memory shared with one server, and the socket on which calls in it are announced."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import mmap
+import os
+import socket
+import weakref
+from collections import deque
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from expertd.client.free_list import FreeList
+from expertd.proto import codec
+from expertd.proto.codec import ExecuteCall, RawResponse, Registration
+from expertd.proto.errors import ExpertdError, Unavailable
+from expertd.proto.frames import Frames, check_peer, socket_address
+from expertd.proto.segment import ALIGNMENT, Layout, lay_out
+
+
+class Slot:
+    """A part of a segment that one call has. It is free again when the last view of its memory is gone."""
+
+    def __init__(self, segment: Segment, offset: int, layout: Layout) -> None:
+        self.segment = segment
+        self.offset = offset
+        self._layout = layout
+        bytes_ = np.frombuffer(segment.memory, np.uint8, layout.end, offset)
+        weakref.finalize(bytes_, segment.given_back.append, (offset, layout.end)).atexit = False
+        self._tensor = torch.from_numpy(bytes_)
+        self.partials = bytes_.data[layout.partials]
+
+    def write(self, call: ExecuteCall) -> None:
+        """Copy the tensors of `call` here."""
+        layout, slot = self._layout, self._tensor
+        for place, tensor in (
+            (layout.hidden, call.hidden),
+            (layout.hidden_scales, call.scales),
+            (layout.expert_ids, call.expert_ids),
+            (layout.weights, call.weights),
+        ):
+            if tensor is not None:
+                slot[place].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+
+
+class Segment:
+    """A memfd mapped by this process and by a server, with one connection to it."""
+
+    def __init__(self, address: str, memory: mmap.mmap) -> None:
+        """`address` is the server's, for people to read."""
+        self._address = address
+        self.memory = memory
+        self.given_back: deque[tuple[int, int]] = deque()
+        """Slots that are no longer used; views may be dropped on any thread."""
+        self._free = FreeList(len(memory))
+        self._waiting: dict[int, tuple[asyncio.Future[RawResponse], Slot]] = {}
+        self._frames = Frames(self._on_frame, self._on_end)
+        self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended = False
+
+    @classmethod
+    async def open(cls, address: str, registration: Registration, size: int) -> Self:
+        """Share `size` new bytes with the server that gave `registration`. Raises OSError or an `ExpertdError`."""
+        descriptor = os.memfd_create("expertd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, size)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            # Populating takes 0.1 s for a few hundred MB.
+            memory = await asyncio.to_thread(mmap.mmap, descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            segment = cls(address, memory)
+            await segment._connect(registration, descriptor)
+        finally:
+            os.close(descriptor)
+        return segment
+
+    @property
+    def size(self) -> int:
+        return len(self.memory)
+
+    def take(self, layout: Layout) -> Slot | None:
+        """Room for a call, or None."""
+        while self.given_back:
+            start, length = self.given_back.popleft()
+            self._free.give_back(start, _rounded(length))
+        offset = self._free.take(_rounded(layout.end))
+        return None if offset is None else Slot(self, offset, layout)
+
+    async def exchange(self, call: ExecuteCall, slot: Slot) -> RawResponse:
+        """Announce `call`, whose tensors are in `slot`, and wait until its partials are there."""
+        if self.ended:
+            raise self._closed(None)
+        future: asyncio.Future[RawResponse] = asyncio.get_running_loop().create_future()
+        # Kept until the response has come even if nobody waits for it any more: so long the slot is the server's.
+        self._waiting[call.request_id] = future, slot
+        self._frames.send(codec.encode_call(call, slot.offset))
+        return await future
+
+    def close(self) -> None:
+        """End the connection; calls in flight fail with `Unavailable`."""
+        self._frames.close()
+
+    async def _connect(self, registration: Registration, descriptor: int) -> None:
+        loop = asyncio.get_running_loop()
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.setblocking(False)
+            await loop.sock_connect(connection, socket_address(registration.socket))
+            check_peer(connection)
+            socket.send_fds(connection, [registration.ticket], [descriptor])
+            await loop.create_unix_connection(lambda: self._frames, sock=connection)
+        except BaseException:
+            connection.close()
+            raise
+        try:
+            await self._accepted
+        except BaseException:
+            self.close()
+            raise
+
+    def _on_frame(self, message: bytes) -> None:
+        try:
+            response = codec.parse_response(message)
+            if response.error is not None and not response.request_id:
+                # Not of one call: of the handover, or of what cannot be read.
+                raise codec.read_error(response.error)
+        except ExpertdError as error:
+            self._fail(error.again(f"{self._address}: "))
+            self.close()
+            return
+        if not self._accepted.done():
+            self._accepted.set_result(None)
+            return
+        future, _ = self._waiting.pop(response.request_id, (None, None))
+        if future is not None and not future.done():
+            future.set_result(response)
+
+    def _on_end(self, error: Exception | None) -> None:
+        self.ended = True
+        self._fail(self._closed(error))
+
+    def _closed(self, error: Exception | None) -> Unavailable:
+        return Unavailable(
+            f"{self._address}: the connection of shared memory was closed{f': {error}' if error else ''}"
+        )
+
+    def _fail(self, error: ExpertdError) -> None:
+        """Tell all who wait."""
+        futures: list[asyncio.Future[Any]] = [self._accepted, *(future for future, _ in self._waiting.values())]
+        for future in futures:
+            if not future.done():
+                future.set_exception(error.again())
+        self._waiting.clear()
+
+
+def layout_of(call: ExecuteCall) -> Layout:
+    """Where the tensors of `call` are in its slot."""
+    tokens, width = call.hidden.shape
+    return lay_out(0, tokens, width, call.expert_ids.shape[1], call.hidden.dtype, call.reply_dtype)
+
+
+def _rounded(length: int) -> int:
+    return -(-length // ALIGNMENT) * ALIGNMENT

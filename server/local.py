@@ -1,0 +1,198 @@
+"""Calls from processes of this machine: a unix socket for the messages, shared memory for the tensors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+from expertd.proto import codec
+from expertd.proto.errors import ExpertdError, InvalidBatch, Overloaded
+from expertd.proto.frames import Frames, check_peer, framed, peer_of, socket_address
+from expertd.proto.loopback import UNIX
+from expertd.server.device import DeviceOwner
+from expertd.server.segment import check_segment, map_segment, pin, unpin
+from expertd.server.tickets import TICKET_BYTES, Tickets
+
+log = logging.getLogger(__name__)
+Respond: TypeAlias = Callable[[bytes, str, memoryview], Awaitable[bytes]]
+HANDOVER_SECONDS = 2.0
+
+
+class LocalListener:
+    """Takes segments from callers that have a ticket, and answers their calls until they close the connection."""
+
+    def __init__(
+        self, name: str | None, max_bytes: int, tickets: Tickets, respond: Respond, device: DeviceOwner, *, pinned: bool
+    ) -> None:
+        """Takes at most `max_bytes` of segments, `pinned` for the GPU.
+
+        `name` is the socket's, as in the contract; with None there is no socket.
+        """
+        self._name = name
+        self._max_bytes = max_bytes
+        self._tickets = tickets
+        self._respond = respond
+        self._device = device
+        self._pinned = pinned
+        self._connections: set[_Connection] = set()
+        self._serving: set[asyncio.Task[None]] = set()
+        self.mapped_bytes = 0
+
+    def start(self) -> None:
+        """Listen. Raises OSError when the name cannot be bound."""
+        if self._name is None:
+            return
+        if not self._name.startswith("@"):
+            Path(self._name).unlink(missing_ok=True)
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.setblocking(False)
+        mask = os.umask(0o177)
+        try:
+            self._socket.bind(socket_address(self._name))
+        finally:
+            os.umask(mask)
+        self._socket.listen()
+        self._accepting = asyncio.create_task(self._accept())
+
+    def disconnect(self) -> None:
+        """Close all connections at once, so that no caller uses memory again that the device may still write to."""
+        for connection in self._connections:
+            connection.frames.close()
+
+    async def stop(self, seconds: float) -> None:
+        """Read no more requests, answer those that were read, for at most `seconds`; then close all connections."""
+        if self._name is None:
+            return
+        self._accepting.cancel()
+        await asyncio.gather(self._accepting, return_exceptions=True)
+        self._socket.close()
+        if not self._name.startswith("@"):
+            Path(self._name).unlink(missing_ok=True)
+        for connection in self._connections:
+            connection.frames.stop_reading()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*(connection.answered() for connection in self._connections))
+        for connection in self._connections:
+            connection.frames.close()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    async def _accept(self) -> None:
+        while True:
+            try:
+                peer, _ = await asyncio.get_running_loop().sock_accept(self._socket)
+            except OSError as error:
+                log.warning("a local connection could not be accepted: %s", error)
+                await asyncio.sleep(0.1)
+            else:
+                task = asyncio.create_task(self._serve(peer))
+                self._serving.add(task)
+                task.add_done_callback(self._serving.discard)
+
+    async def _serve(self, peer: socket.socket) -> None:
+        """The life of one connection."""
+        try:
+            check_peer(peer)
+            caller, segment = await self._take_segment(peer)
+        except ExpertdError as error:
+            log.warning("a segment was refused: %s", error)
+            with peer, contextlib.suppress(OSError):
+                peer.send(framed(codec.encode_error(0, error)))
+            return
+        connection = _Connection(lambda request: self._respond(request, caller, segment))
+        self._connections.add(connection)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection.frames, peer)
+            connection.frames.send(b"")  # A response without an error.
+            await connection.ended
+        finally:
+            self._connections.discard(connection)
+            if self._pinned:
+                await self._device.call(partial(unpin, segment))
+            self.mapped_bytes -= len(segment)
+
+    async def _take_segment(self, peer: socket.socket) -> tuple[str, memoryview]:
+        """Who hands over a segment, and the segment, mapped."""
+        ticket, descriptor = await _receive(peer)
+        try:
+            caller = self._tickets.redeem(ticket)
+            if caller.startswith(UNIX):
+                # Connections over a unix socket have no names to tell callers apart by.
+                caller = f"{caller} process {peer_of(peer)[0]}"
+            size = check_segment(descriptor)
+            room = self._max_bytes - self.mapped_bytes
+            if size > room:
+                raise Overloaded(f"the segment has {size} bytes; {room} are left of --shared-memory-bytes")
+            self.mapped_bytes += size
+            try:
+                segment = await asyncio.to_thread(map_segment, descriptor, size)
+                if self._pinned:
+                    await self._device.call(partial(pin, segment))
+            except BaseException:
+                self.mapped_bytes -= size
+                raise
+        finally:
+            os.close(descriptor)
+        return caller, segment
+
+
+class _Connection:
+    """The calls in flight of one segment."""
+
+    def __init__(self, respond: Callable[[bytes], Awaitable[bytes]]) -> None:
+        self._respond = respond
+        self._answers: set[asyncio.Task[None]] = set()
+        self.frames = Frames(self._start, self._end)
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def answered(self) -> None:
+        """Wait until every request that was read has its answer."""
+        await asyncio.gather(*self._answers, return_exceptions=True)
+
+    def _start(self, request: bytes) -> None:
+        task = asyncio.create_task(self._answer(request))
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
+    async def _answer(self, request: bytes) -> None:
+        self.frames.send(await self._respond(request))
+
+    def _end(self, error: Exception | None) -> None:
+        if isinstance(error, InvalidBatch):
+            self.frames.send(codec.encode_error(0, error))
+        for task in self._answers:
+            task.cancel()
+        self.ended.set_result(None)
+
+
+async def _receive(peer: socket.socket) -> tuple[bytes, int]:
+    """The ticket and the file descriptor with which a connection begins."""
+    loop = asyncio.get_running_loop()
+    readable: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not readable.done():
+            readable.set_result(None)
+
+    loop.add_reader(peer, wake)
+    try:
+        async with asyncio.timeout(HANDOVER_SECONDS):
+            await readable
+    except TimeoutError:
+        raise InvalidBatch(f"no ticket came within {HANDOVER_SECONDS:g} s") from None
+    finally:
+        loop.remove_reader(peer)
+    try:
+        ticket, descriptors, _, _ = socket.recv_fds(peer, TICKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+    except OSError as error:
+        raise InvalidBatch(f"the ticket cannot be read: {error.strerror}") from None
+    if not descriptors:
+        raise InvalidBatch("no file descriptor came with the ticket; send them in one message (SCM_RIGHTS)")
+    return ticket, descriptors[0]
