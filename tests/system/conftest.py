@@ -41,6 +41,7 @@ def engine() -> Iterator[Engine]:
                 options = [word for argument in arguments for word in ("--build-arg", argument)]
                 engine.build(ROOT, tag, "--target", target, *options)
             _build_monitors(engine)
+            engine.docker("image", "prune", "--force")
         with engine.running(bridged=True):
             yield engine
     except NoEngine as reason:

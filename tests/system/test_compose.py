@@ -17,6 +17,9 @@ from tests.system.docker_engine import Engine
 SERVERS = [f"server-{index}" for index in range(8)]
 FILES = ("deploy/compose.yaml", "deploy/compose.cpu.yaml")
 
+NOT_HERE = ("_coordinator_", "_device_memory_", "_expert_pairs_")
+"""Series of scraped coordinators, of GPUs, and of servers with --per-expert-metrics."""
+
 
 class Fleet:
     """The services of the compose files, in the tests' engine."""
@@ -63,11 +66,20 @@ def fleet(engine: Engine) -> Iterator[Fleet]:
         fleet.succeed("down", "--volumes", "--timeout", "40")
 
 
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120, describe: Callable[[], str] = str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, f"it did not happen in time {describe()}"
         time.sleep(2)
+
+
+def server_expressions() -> Iterator[str]:
+    """PromQL of the dashboards, with Grafana's variables filled in, as far as these servers have what it asks for."""
+    for file in sorted((ROOT / "deploy/grafana/dashboards").glob("*.json")):
+        for panel in json.loads(file.read_text())["panels"]:
+            for target in panel.get("targets", ()):
+                if not any(part in target["expr"] for part in NOT_HERE):
+                    yield target["expr"].replace("$__rate_interval", "5m").replace("$instance", "server-0:9464")
 
 
 def test_every_server_is_healthy(fleet: Fleet) -> None:
@@ -87,6 +99,19 @@ def test_prometheus_sees_all_of_them_with_data(fleet: Fleet) -> None:
     assert len(fleet.query("expertd_tokens_total")) == 8
     groups = fleet.get("prometheus", "http://127.0.0.1:9090/api/v1/rules")["data"]["groups"]
     assert all(rule["health"] == "ok" for group in groups for rule in group["rules"])
+
+
+def test_every_panel_about_servers_has_data(fleet: Fleet) -> None:
+    waiting = set(server_expressions())
+    assert len(waiting) > 30
+
+    def all_have_data() -> bool:
+        for expression in tuple(waiting):
+            if {series["value"][1] for series in fleet.query(expression)} - {"NaN"}:
+                waiting.discard(expression)
+        return not waiting
+
+    until(all_have_data, describe=lambda: f"without data: {sorted(waiting)}")
 
 
 def test_a_killed_server_raises_its_alert_until_it_is_back(fleet: Fleet) -> None:
