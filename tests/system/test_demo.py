@@ -78,7 +78,7 @@ async def test_servers_that_run_already_are_compared_and_left_running(
 ) -> None:
     monkeypatch.setattr(demo, "BATCHES", {64: 2})
     # At 256 wide the shared expert, which is exact, is a smaller part of the output than at the demo's 512.
-    monkeypatch.setattr(demo, "LAYER_BOUND", 4e-2)
+    monkeypatch.setitem(demo.BOUNDS, "torch", replace(demo.BOUNDS["torch"], layer=4e-2))
     async with LocalCluster(small_model, ["0-7", "8-15"], ["--threads", "1"]) as cluster:
         connect = ("--model", str(small_model), "--connect", *cluster.addresses)
         assert await demo.demonstrate(arguments(*connect), Console()) == 0
