@@ -17,11 +17,11 @@ from expertd.client.security import ClientSecurity
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("address", help="host:port of the server")
     parser.add_argument("--timeout", type=float, default=4.0, help="seconds to wait for the answer (default: 4)")
-    parser.add_argument("--root-ca", type=Path, help="PEM file of the authorities that sign servers' certificates")
+    parser.add_argument("--tls-ca", type=Path, help="PEM file of the authorities that sign servers' certificates")
     parser.add_argument(
-        "--client-cert", type=Path, help="PEM file of a client's certificate chain, for --tls-client-ca"
+        "--tls-client-cert", type=Path, help="PEM file of a client's certificate chain, for --tls-client-ca"
     )
-    parser.add_argument("--client-key", type=Path, help="PEM file of its private key")
+    parser.add_argument("--tls-client-key", type=Path, help="PEM file of its private key")
     parser.add_argument(
         "--server-name", help="name in the server's certificate, where it is not the host that is asked"
     )
@@ -31,9 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
     """0 when the server is SERVING, 1 when it is not or cannot be reached, 2 for unusable options."""
     try:
         security = ClientSecurity(
-            root_ca=arguments.root_ca,
-            client_cert=arguments.client_cert,
-            client_key=arguments.client_key,
+            root_ca=arguments.tls_ca,
+            client_cert=arguments.tls_client_cert,
+            client_key=arguments.tls_client_key,
             server_name=arguments.server_name,
         )
         status = asyncio.run(_ask(arguments.address, security, arguments.timeout))

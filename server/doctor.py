@@ -11,11 +11,11 @@ from pathlib import Path
 
 from expertd.kernels.checkpoint import Checkpoint, CheckpointError
 from expertd.kernels.config import InvalidConfig
+from expertd.kernels.weights import layer_bytes
 from expertd.server.config import InvalidOption, ServerConfig
 from expertd.server.finding import Finding, fail, ok
 from expertd.server.host_checks import check_gpu, check_limits, check_memory, check_ports, check_shared_memory
 from expertd.server.peer_checks import check_certificates, check_peer
-from expertd.server.weights import layer_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -41,14 +41,14 @@ async def test_with_mutual_tls_it_needs_the_certificates(small_model: Path, tmp_
     probe, probe_key = authority.issue("probe")
     options = {"tls_cert": certificate, "tls_key": key, "tls_client_ca": authority.pem}
     async with running_server(small_model, range(16), **options) as server:
-        trusting = (str(server.address), "--root-ca", str(authority.pem), "--server-name", "node0.example.org")
-        assert (await health(*trusting, "--client-cert", str(probe), "--client-key", str(probe_key)))[0] == 0
+        trusting = (str(server.address), "--tls-ca", str(authority.pem), "--server-name", "node0.example.org")
+        assert (await health(*trusting, "--tls-client-cert", str(probe), "--tls-client-key", str(probe_key)))[0] == 0
         assert (await health(*trusting))[0] == 1
         assert (await health(str(server.address)))[0] == 1
 
 
 async def test_options_that_cannot_work_have_an_exit_code_of_their_own(tmp_path: Path) -> None:
-    code, output = await health("127.0.0.1:1", "--root-ca", str(tmp_path / "none.pem"))
+    code, output = await health("127.0.0.1:1", "--tls-ca", str(tmp_path / "none.pem"))
     assert code == 2
     assert f"expertd health: error: root_ca {tmp_path}/none.pem cannot be read" in output
 

@@ -117,7 +117,9 @@ def test_probes_speak_the_servers_language() -> None:
     assert plain["readinessProbe"]["grpc"] == plain["startupProbe"]["grpc"] == {"port": 50051}
     command = secured["readinessProbe"]["exec"]["command"]
     assert command[:3] == ["expertd", "health", "127.0.0.1:50051"]
-    assert {"--root-ca=/tls/ca.crt", "--client-cert=/tls/tls.crt", "--server-name=expertd.example.org"} <= set(command)
+    assert {"--tls-ca=/tls/ca.crt", "--tls-client-cert=/tls/tls.crt", "--server-name=expertd.example.org"} <= set(
+        command
+    )
 
 
 def test_gpus_are_asked_for_and_the_grace_covers_the_drain() -> None:

@@ -44,13 +44,13 @@ exec:
     - health
     - 127.0.0.1:50051
     - --timeout=8
-    - --root-ca=/tls/ca.crt
+    - --tls-ca=/tls/ca.crt
     {{- with .Values.tls.serverName }}
     - --server-name={{ . }}
     {{- end }}
     {{- if .Values.tls.clientAuthority }}
-    - --client-cert=/tls/tls.crt
-    - --client-key=/tls/tls.key
+    - --tls-client-cert=/tls/tls.crt
+    - --tls-client-key=/tls/tls.key
     {{- end }}
 {{- else -}}
 grpc: {port: 50051}
