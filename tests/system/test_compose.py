@@ -27,12 +27,12 @@ class Fleet:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def compose(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def compose(self, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         program = str(Path(sys.executable).parent / "docker-compose")
         files = [word for file in FILES for word in ("--file", str(ROOT / file))]
         return self._engine.run(program, "--ansi=never", "--progress=plain", *files, *arguments, timeout=timeout)
 
-    def succeed(self, *arguments: str, timeout: float = 300) -> str:
+    def succeed(self, *arguments: str, timeout: float = 900) -> str:
         done = self.compose(*arguments, timeout=timeout)
         assert done.returncode == 0, f"compose {' '.join(arguments)}: {done.stdout[-6000:]}"
         return done.stdout
