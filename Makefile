@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test chaos check format proto released docs clean
+.PHONY: demo test image-test chaos check format proto lock released docs clean
 
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
 
-test: check  ## everything that CI runs
-	$(BIN)/pytest
+test: check  ## everything that CI runs; there also image-test, where it is root on Debian
+	$(BIN)/pytest -rs
+
+image-test: $(STAMP)  ## build the images and run them with compose, as root on Debian: see docs/deployment.md
+	EXPERTD_IMAGE_TEST=1 $(BIN)/pytest -rs tests/system/test_image.py tests/system/test_compose.py
 
 chaos: $(STAMP)  ## faults, kills, restarts, overload, soak and fuzz at full length: about two hours
 	EXPERTD_CHAOS=full $(BIN)/pytest -s tests/chaos
@@ -49,6 +52,18 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[server,client,test]'
 	@touch $@
+
+# torch's CPU build is on no package index: CPU_TORCH is where it is found, a folder or a page of links.
+CPU_TORCH ?= $(PIP_FIND_LINKS)
+LOCK := uv --no-config pip compile --quiet --upgrade --generate-hashes --no-header --no-annotate \
+  --python-version 3.11 --python-platform x86_64-manylinux_2_28
+lock: $(STAMP)  ## resolve again what the images install
+	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.8
+	env -u PIP_FIND_LINKS $(BIN)/$(LOCK) requirements/build.in -o requirements/build.lock
+	env -u PIP_FIND_LINKS $(BIN)/$(LOCK) pyproject.toml requirements/image.in --extra server \
+	  --no-emit-package triton -o requirements/server.lock
+	for extra in client demo; do env -u PIP_FIND_LINKS $(BIN)/$(LOCK) pyproject.toml requirements/image.in requirements/cpu.in \
+	  --extra $$extra --find-links $(CPU_TORCH) -o requirements/$$extra.lock || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info

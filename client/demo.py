@@ -1,4 +1,4 @@
-"""`expertd demo`: eight servers and a coordinator on this machine, compared with transformers."""
+"""`expertd demo`: eight servers and a coordinator, compared with transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.table import Table
 from expertd.client.cluster import LocalCluster, ServerDied, cache_folder, even_shards
 from expertd.client.config import CoordinatorConfig
 from expertd.client.coordinator import Coordinator, MoeResult
-from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
+from expertd.client.demo_checkpoint import DemoModel, write_checkpoint, write_demo_checkpoint
 from expertd.client.gate import Gate, load_gates
 from expertd.client.oracle import TransformersOracle, load_oracle
 from expertd.client.quantiles import p50_p99
@@ -84,6 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, nargs="+", help="layers to run (default: the first two MoE layers)")
     parser.add_argument("--servers", type=int, default=8, help="server processes (default: 8)")
     parser.add_argument("--keep", action="store_true", help="keep the servers running until Ctrl-C")
+    parser.add_argument(
+        "--connect", nargs="+", metavar="ADDRESS", help="use servers that already run, in plaintext, with this --model"
+    )
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="only write the small checkpoint, as FOLDER")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -93,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         with asyncio.Runner() as runner:
             # Like Ctrl-C, so that the servers are stopped before this process ends.
             runner.get_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
-            return runner.run(_demo(arguments, console))
+            return runner.run(demonstrate(arguments, console))
     except KeyboardInterrupt:
         console.print("interrupted; all servers are stopped")
         return 130
@@ -102,20 +106,40 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
 
 
-async def _demo(arguments: argparse.Namespace, console: Console) -> int:
+async def demonstrate(arguments: argparse.Namespace, console: Console) -> int:
+    """The exit code: 0 when every result agrees with transformers, 1 on a mismatch. Raises what `run` reports."""
+    if arguments.write is not None:
+        console.print(f"the checkpoint is in {write_checkpoint(arguments.write, DemoModel())}")
+        return 0
+    if arguments.connect and arguments.model is None:
+        raise ValueError("--connect needs --model: the folder of the checkpoint that the servers hold")
     folder = arguments.model or _write_checkpoint(console)
-    async with contextlib.AsyncExitStack() as stack:
-        checkpoint = stack.enter_context(Checkpoint(folder))
+    with Checkpoint(folder) as checkpoint:
         layers = tuple(arguments.layers or checkpoint.config.moe_layers[:2])
-        shards = even_shards(checkpoint.config.n_routed_experts, arguments.servers)
-        console.print(f"starting {len(shards)} servers with experts {', '.join(shards)}")
-        cluster = LocalCluster(folder, shards, ["--layers", ",".join(map(str, layers)), "--threads", "1"])
+        if not arguments.connect:
+            return await _start_and_compare(arguments, checkpoint, layers, console)
+        if not await _compare(checkpoint, arguments.connect, layers, console):
+            return 1
+        console.print(f"[green]OK[/green]: every result agrees, with {len(arguments.connect)} servers")
+        return 0
+
+
+async def _start_and_compare(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, layers: tuple[int, ...], console: Console
+) -> int:
+    """The same with servers of its own, which must also end well."""
+    shards = even_shards(checkpoint.config.n_routed_experts, arguments.servers)
+    console.print(f"starting {len(shards)} servers with experts {', '.join(shards)}")
+    cluster = LocalCluster(checkpoint.folder, shards, ["--layers", ",".join(map(str, layers)), "--threads", "1"])
+    async with contextlib.AsyncExitStack() as stack:
         started = time.perf_counter()
         with console.status("waiting until they are healthy"):
             await stack.enter_async_context(cluster)
         console.print(f"all healthy after {time.perf_counter() - started:.1f} s")
-        rows = await _measure(checkpoint, cluster, layers, console)
-        _print_tables(rows, cluster, console)
+        passed = await _compare(checkpoint, cluster.addresses, layers, console)
+        console.print("metrics of each server while it runs (--keep):")
+        for server in cluster.servers:
+            console.print(f"  {server.metrics_url}")
         if arguments.keep:
             console.print("the servers run until Ctrl-C")
             await asyncio.Event().wait()
@@ -123,11 +147,20 @@ async def _demo(arguments: argparse.Namespace, console: Console) -> int:
     if any(cluster.exit_codes):
         console.print(f"[red]FAILED[/red]: server exit codes {cluster.exit_codes}")
         return 1
-    if not all(row.passed for row in rows):
-        console.print("[red]FAILED[/red]: results outside their bounds, see the table")
+    if not passed:
         return 1
     console.print(f"[green]OK[/green]: every result agrees; all {len(shards)} servers drained and exited 0")
     return 0
+
+
+async def _compare(checkpoint: Checkpoint, addresses: Sequence[str], layers: tuple[int, ...], console: Console) -> bool:
+    """Measure, show, and tell whether everything agrees."""
+    rows = await _measure(checkpoint, addresses, layers, console)
+    _print_tables(rows, console)
+    passed = all(row.passed for row in rows)
+    if not passed:
+        console.print("[red]FAILED[/red]: results outside their bounds, see the table")
+    return passed
 
 
 def _write_checkpoint(console: Console) -> Path:
@@ -138,7 +171,7 @@ def _write_checkpoint(console: Console) -> Path:
 
 
 async def _measure(
-    checkpoint: Checkpoint, cluster: LocalCluster, layers: tuple[int, ...], console: Console
+    checkpoint: Checkpoint, addresses: Sequence[str], layers: tuple[int, ...], console: Console
 ) -> list[Row]:
     """Every batch size on every layer; one layer's oracle in memory at a time."""
     gates = load_gates(checkpoint, layers)
@@ -147,8 +180,8 @@ async def _measure(
         gates=gates, hidden_dtype=torch.bfloat16, reply_dtype=torch.float32, output_dtype=torch.float32
     )
     async with (
-        Coordinator(cluster.addresses, CoordinatorConfig(gates=gates)) as moe,
-        Coordinator(cluster.addresses, exact) as exact_moe,
+        Coordinator(addresses, CoordinatorConfig(gates=gates)) as moe,
+        Coordinator(addresses, exact) as exact_moe,
     ):
         for layer in layers:
             with console.status(f"layer {layer}: loading the same experts into transformers' DeepseekV3MoE"):
@@ -193,7 +226,7 @@ async def _measure_batch(
     )
 
 
-def _print_tables(rows: list[Row], cluster: LocalCluster, console: Console) -> None:
+def _print_tables(rows: list[Row], console: Console) -> None:
     agreement = _table("Relative error against transformers' DeepseekV3MoE", *AGREEMENT)
     latency = _table("Milliseconds, p50 / p99; a stage's is the slowest server's", *LATENCY)
     for row in rows:
@@ -212,9 +245,6 @@ def _print_tables(rows: list[Row], cluster: LocalCluster, console: Console) -> N
             _quantiles(row.seconds),
         )
     console.print(agreement, latency)
-    console.print("metrics of each server while it runs (--keep):")
-    for server in cluster.servers:
-        console.print(f"  {server.metrics_url}")
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -90,17 +90,21 @@ class DemoModel:
 
 
 def write_demo_checkpoint(folder: Path, model: DemoModel, on_layer: Callable[[int], None] = lambda layer: None) -> Path:
-    """The checkpoint of `model` under `folder`, written unless it is already there; returns its own folder.
+    """The checkpoint of `model` in a folder of `folder` that is named after its sizes; see `write_checkpoint`."""
+    return write_checkpoint(folder / model.name, model, on_layer)
+
+
+def write_checkpoint(final: Path, model: DemoModel, on_layer: Callable[[int], None] = lambda layer: None) -> Path:
+    """The folder `final` with the checkpoint of `model`, written unless there is already such a folder.
 
     It appears complete or not at all, also when several processes write it at once. `on_layer` hears of each layer.
     """
     from safetensors.torch import save_file
 
-    final = folder / model.name
     if final.exists():
         return final
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{model.name}.{torch.randint(1 << 62, ()).item()}.part"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.parent / f".{final.name}.{torch.randint(1 << 62, ()).item()}.part"
     partial.mkdir()
     try:
         weight_map: dict[str, str] = {}

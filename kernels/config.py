@@ -81,6 +81,12 @@ class MoeConfig:
             if layer % self.moe_layer_freq == 0 and layer not in self.dense_layers
         )
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert of one layer: three matrices of FP8 with an FP32 scale a block."""
+        elements = 3 * self.hidden_size * self.moe_intermediate_size
+        return elements + 4 * elements // BLOCK**2
+
     @classmethod
     def from_json(cls, path: Path) -> MoeConfig:
         """Read a `config.json`; errors name the file."""

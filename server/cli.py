@@ -13,6 +13,8 @@ COMMANDS = {
     "demo": ("expertd.client.demo", "run eight servers and a coordinator here and compare with transformers"),
     "bench serve": ("expertd.client.bench", "measure a server beside the floors of the same bytes"),
     "bench kernels": ("expertd.kernels.cutile.bench", "measure the GPU kernels beside the floors of this GPU"),
+    "doctor": ("expertd.server.doctor", "check this machine for what 'expertd serve' needs"),
+    "health": ("expertd.client.health", "ask a server whether it serves, for container health checks"),
     "verify": ("expertd.client.verify", "compare running servers with an FP32 reference from the checkpoint"),
     "top": ("expertd.client.top", "watch running servers in the terminal"),
     "plan": ("expertd.client.plan", "plan which server holds which experts, from recorded loads"),

@@ -37,7 +37,7 @@ class Scheduler:
     ) -> None:
         """`on_batch` is told of every computed device batch, its tokens and the seconds of its computation.
 
-        `on_fault` is told what the backend raised unexpectedly; `on_abandon` is called before callers are answered whose
+        `on_fault` is told what the backend raised unexpectedly; `on_abandon` is called before those are answered whose
         tensors the device may still use.
         """
         self._backend = backend

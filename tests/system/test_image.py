@@ -1,0 +1,84 @@
+"""The images as an operator finds them: small, without root, quick to stop, able to compile kernels."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from expertd import __version__
+from tests.system.docker_engine import DOCKER, Engine
+
+CONFINED = (
+    "--rm",
+    "--network=none",
+    "--read-only",
+    "--tmpfs=/tmp",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+)
+COMPILE = """
+from expertd.kernels.cutile.inspect import compile_kernel
+from expertd.kernels.cutile.registry import shipped_launches
+from expertd.kernels.cutile.tuning import Table
+launch = next(shipped_launches("sm_90", Table()))
+print(len(compile_kernel(launch.kernel, launch.args, "sm_90")))
+"""
+
+
+def inspect(engine: Engine, image: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(engine.docker("image", "inspect", image))[0]
+    return found
+
+
+@pytest.mark.parametrize("image", ["expertd:cpu", "expertd-client:cpu"])
+def test_an_image_is_labelled_and_runs_without_root(engine: Engine, image: str) -> None:
+    config = inspect(engine, image)["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["Labels"]["org.opencontainers.image.version"] == __version__
+    assert config["Labels"]["org.opencontainers.image.revision"] == "tested"
+    assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
+    shown = engine.docker("run", *CONFINED, "--entrypoint=id", image)
+    assert shown.startswith("uid=10001(expertd) gid=10001(expertd)")
+
+
+def test_the_server_image_declares_its_volumes_ports_and_health_check(engine: Engine) -> None:
+    config = inspect(engine, "expertd:cpu")["Config"]
+    assert set(config["Volumes"]) == {"/models", "/home/expertd/.cache"}
+    assert set(config["ExposedPorts"]) == {"50051/tcp", "9464/tcp"}
+    assert config["Healthcheck"]["Test"] == ["CMD", "expertd", "health", "127.0.0.1:50051"]
+    assert engine.docker("run", *CONFINED, "expertd:cpu", "--version").strip() == f"expertd {__version__}"
+
+
+def test_an_option_that_cannot_work_ends_with_its_exit_code(engine: Engine) -> None:
+    ended = engine.run(DOCKER, "run", *CONFINED, "expertd:cpu", "serve", "--model=/models", "--experts=0-31")
+    assert ended.returncode == 2
+    assert "/models/config.json does not exist" in ended.stdout
+
+
+def test_kernels_compile_in_the_image(engine: Engine) -> None:
+    shown = engine.docker("run", *CONFINED, "--entrypoint=python3", "expertd:cpu", "-c", COMPILE)
+    assert int(shown) > 1000, "bytes of a cubin"
+
+
+def test_the_client_image_has_no_cuda_and_serves_nothing(engine: Engine) -> None:
+    shown = engine.docker(
+        "run", *CONFINED, "expertd-client:cpu", "python3", "-c", "import torch; print(torch.version.cuda)"
+    )
+    assert shown.strip() == "None"
+    packages = engine.docker(
+        "run", *CONFINED, "expertd-client:cpu", "sh", "-c", "ls /opt/expertd/lib/python3*/site-packages"
+    )
+    assert not {"nvidia", "cuda", "transformers"} & set(packages.split())
+    assert inspect(engine, "expertd-client:cpu")["Size"] < inspect(engine, "expertd:cpu")["Size"]
+
+
+def test_a_program_without_signal_handlers_stops_at_once(engine: Engine) -> None:
+    """As Python does before it listens; as PID 1 it would ignore the signal and be killed after the stop's grace."""
+    name = "expertd-test-signal"
+    engine.docker("run", "--detach", "--name", name, *CONFINED[1:], "expertd-client:cpu", "sleep", "600")
+    started = time.monotonic()
+    engine.docker("stop", "--time=60", name)
+    assert time.monotonic() - started < 30
+    assert engine.docker("inspect", "--format={{.State.ExitCode}}", name).strip() == "143"
+    engine.docker("rm", name)
