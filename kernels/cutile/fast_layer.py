@@ -34,7 +34,7 @@ class Workspace:
     rows: Tensor
     """[R, H] float8_e4m3fn: tokens' rows in sorted order."""
     row_scales: Tensor
-    """[R, H/128] float32."""
+    """[H/128 * R] float32, viewed by `_scales`."""
     up_gate: Tensor
     """[R, 2I] bfloat16: rows of the first product, where SwiGLU is a kernel of its own."""
     partial_up_gate: Tensor
@@ -42,7 +42,7 @@ class Workspace:
     inner: Tensor
     """[R, I] float8_e4m3fn: what the first product leaves for the second."""
     inner_scales: Tensor
-    """[R * I/64] float32, viewed as [R, I/q] for quantisation blocks of 1 x q."""
+    """[I/64 * R] float32, viewed by `_scales` for quantisation blocks of 1 x q."""
     outputs: Tensor
     """[R, H] bfloat16: rows of the second product."""
     schedule: Schedule
@@ -57,7 +57,7 @@ class Workspace:
         """
         experts, width, inner = weights.down.shape
         tiles = max_row_tiles(max_tokens, slots, experts, tile_rows)
-        rows = max(tiles * tile_rows, max_tokens * min(slots, experts))
+        rows = tiles * tile_rows
         if rows * max(width, 2 * inner) >= MAX_ELEMENTS:
             raise ValueError(f"{max_tokens} tokens of {slots} slots need more rows than 32-bit offsets reach")
         blocks = -(-max_tokens // TOKENS)
@@ -68,17 +68,16 @@ class Workspace:
 
         return cls(
             rows=empty(rows, width, dtype=fp8),
-            row_scales=empty(rows, width // BLOCK, dtype=f32),
+            row_scales=empty(width // BLOCK * rows, dtype=f32),
             up_gate=empty(rows, 2 * inner, dtype=torch.bfloat16),
             partial_up_gate=empty(SPLIT_BYTES // 4, dtype=f32),
             inner=empty(rows, inner, dtype=fp8),
-            inner_scales=empty(rows * (inner // 64), dtype=f32),
+            inner_scales=empty(inner // 64 * rows, dtype=f32),
             outputs=empty(rows, width, dtype=torch.bfloat16),
             schedule=Schedule(
                 pair_rows=empty(max_tokens, slots, dtype=i32),
                 pairs=empty(experts, dtype=i32),
                 tile_experts=empty(max_row_tiles(max_tokens, slots, experts, 8), dtype=i32),
-                tile_sizes=empty(max_row_tiles(max_tokens, slots, experts, 8), dtype=i32),
                 num_tiles=empty(1, dtype=i32),
                 counts=empty(blocks, 1 << (experts - 1).bit_length(), dtype=i32),
             ),
@@ -98,11 +97,12 @@ def layer_launches(
     tokens, slots = batch.expert_ids.shape
     tiles = max_row_tiles(tokens, slots, weights.num_experts, config.tile_rows)
     schedule = _first_tokens(workspace.schedule, tokens, slots, tiles)
-    rows, row_scales, inner = workspace.rows, workspace.row_scales, workspace.inner
+    rows, inner = workspace.rows, workspace.inner
     gemm1 = config.gemm1 if rows.shape[1] // BLOCK % config.gemm1.splits == 0 else replace(config.gemm1, splits=1)
     fused = gemm1.few_rows and gemm1.splits == 1
     quantum = gemm1.tile_columns if fused else BLOCK
-    inner_scales = workspace.inner_scales[: inner.numel() // quantum].view(len(inner), -1)
+    row_scales = _scales(workspace.row_scales, rows, BLOCK, gemm1)
+    inner_scales = _scales(workspace.inner_scales, inner, quantum, config.gemm2)
 
     def blocks(gemm: GemmConfig, columns: int) -> int:
         needed = tiles * (columns // gemm.tile_columns) * gemm.splits
@@ -140,13 +140,21 @@ def layer_launches(
     return launches
 
 
+def _scales(memory: Tensor, rows: Tensor, quantum: int, gemm: GemmConfig) -> Tensor:
+    """`memory` as scales [K/quantum, R] of `rows` [R, K], laid out for the product that reads them.
+
+    Products of few rows find a row's next scale beside its last; the others load those of a tile's rows together.
+    """
+    scales = memory[: rows.numel() // quantum]
+    return scales.view(len(rows), -1).t() if gemm.few_rows else scales.view(-1, len(rows))
+
+
 def _first_tokens(schedule: Schedule, tokens: int, slots: int, tiles: int) -> Schedule:
     """The part of a workspace's schedule that `tokens` tokens of `slots` ids and at most `tiles` row tiles use."""
     return Schedule(
         pair_rows=schedule.pair_rows.view(-1)[: tokens * slots].view(tokens, slots),
         pairs=schedule.pairs,
         tile_experts=schedule.tile_experts[:tiles],
-        tile_sizes=schedule.tile_sizes[:tiles],
         num_tiles=schedule.num_tiles,
         counts=schedule.counts,
     )

@@ -23,52 +23,6 @@ def tile_position(tile: int, row_tiles: int, column_tiles: int, group: int) -> t
     return first + within % grouped, within // grouped
 
 
-def tile_product(
-    rows: ct.Array,
-    row_scales: ct.Array,
-    weights: ct.Array,
-    weight_scales: ct.Array,
-    out: ct.Array,
-    i: int,
-    j: int,
-    expert: int,
-    TILE_ROWS: ConstInt,
-    TILE_COLUMNS: ConstInt,
-    STEPS: ConstInt,
-    UNROLL: ConstInt,
-    LATENCY: ConstInt,
-    BLOCK: ConstInt,
-) -> None:
-    """Compute and store tile (i, j) of the product, in tiles of `TILE_ROWS` x `TILE_COLUMNS`."""
-    zeros = ct.zeros((TILE_ROWS, TILE_COLUMNS), dtype=ct.float32)
-    acc = ct.zeros((TILE_ROWS, TILE_COLUMNS), dtype=ct.float32)
-    for step in range(STEPS // UNROLL):
-        for part in ct.static_iter(range(UNROLL)):
-            k = step * UNROLL + part
-            # Scales go straight to registers: through shared memory they would cost a barrier a step.
-            scale = ct.load(row_scales, (i, k), (TILE_ROWS, 1), allow_tma=False, latency=1, check_bounds=False)
-            block_scale = ct.load(
-                weight_scales,
-                (expert, j * TILE_COLUMNS // BLOCK, k),
-                (1, 1, 1),
-                allow_tma=False,
-                latency=1,
-                check_bounds=False,
-            ).item()
-            a = ct.load(rows, (i, k), (TILE_ROWS, BLOCK), latency=LATENCY, check_bounds=False)
-            b = ct.load(
-                weights,
-                (expert, k, j),
-                (1, BLOCK, TILE_COLUMNS),
-                order=(0, 2, 1),
-                latency=LATENCY,
-                check_bounds=False,
-            ).reshape((BLOCK, TILE_COLUMNS))
-            # The tensor cores add up one block; every block is then added in FP32.
-            acc += ct.mma(a, b, zeros, use_fast_acc=True) * (scale * block_scale)
-    ct.store(out, (i, j), acc.astype(out.dtype), allow_tma=False, check_bounds=False)
-
-
 @ct.kernel
 def fp8_gemm_kernel(
     rows: ct.Array,
@@ -76,7 +30,6 @@ def fp8_gemm_kernel(
     weights: ct.Array,
     weight_scales: ct.Array,
     tile_experts: ct.Array,
-    tile_sizes: ct.Array,
     num_tiles: ct.Array,
     out: ct.Array,
     TILE_ROWS: ConstInt,
@@ -86,20 +39,43 @@ def fp8_gemm_kernel(
     UNROLL: ConstInt,
     GROUP: ConstInt,
     LATENCY: ConstInt,
+    SCALES_IN_SHARED: ConstInt,
     BLOCK: ConstInt,
 ) -> None:
     row_tiles = ct.load(num_tiles, (0,), (1,)).item()
-    arrays = (rows, row_scales, weights, weight_scales, out)
+    # No branch may enclose the loop over K: the compiler would have the loads of a tile wait for the tile before it.
     for tile in range(ct.bid(0), row_tiles * COLUMN_TILES, ct.num_blocks(0)):
         i, j = tile_position(tile, row_tiles, COLUMN_TILES, GROUP)
-        expert = ct.load(tile_experts, (i,), (1,)).item()
-        size = ct.load(tile_sizes, (i,), (1,)).item()
-        sizes = (TILE_COLUMNS, STEPS, UNROLL, LATENCY, BLOCK)
-        # An expert's last tile is often at most half full; 64 rows are the least that the tensor cores take.
-        if size > TILE_ROWS // 2 or TILE_ROWS <= 64:
-            tile_product(*arrays, i, j, expert, TILE_ROWS, *sizes)
-        else:
-            tile_product(*arrays, 2 * i, j, expert, TILE_ROWS // 2, *sizes)
+        expert = ct.gather(tile_experts, i, check_bounds=False)
+        zeros = ct.zeros((TILE_ROWS, TILE_COLUMNS), dtype=ct.float32)
+        acc = ct.zeros((TILE_ROWS, TILE_COLUMNS), dtype=ct.float32)
+        for step in range(STEPS // UNROLL):
+            for part in ct.static_iter(range(UNROLL)):
+                k = step * UNROLL + part
+                if SCALES_IN_SHARED:
+                    scale = ct.load(row_scales, (k, i), (1, TILE_ROWS), latency=LATENCY, check_bounds=False)
+                else:
+                    scale = ct.load(row_scales, (k, i), (1, TILE_ROWS), allow_tma=False, latency=1, check_bounds=False)
+                block_scale = ct.load(
+                    weight_scales,
+                    (expert, j * TILE_COLUMNS // BLOCK, k),
+                    (1, 1, 1),
+                    allow_tma=False,
+                    latency=1,
+                    check_bounds=False,
+                ).item()
+                a = ct.load(rows, (i, k), (TILE_ROWS, BLOCK), latency=LATENCY, check_bounds=False)
+                b = ct.load(
+                    weights,
+                    (expert, k, j),
+                    (1, BLOCK, TILE_COLUMNS),
+                    order=(0, 2, 1),
+                    latency=LATENCY,
+                    check_bounds=False,
+                ).reshape((BLOCK, TILE_COLUMNS))
+                # The tensor cores add up one block; every block is then added in FP32.
+                acc += ct.mma(a, b, zeros, use_fast_acc=True) * (scale.reshape((TILE_ROWS, 1)) * block_scale)
+        ct.store(out, (i, j), acc.astype(out.dtype), check_bounds=False)
 
 
 def fp8_gemm(
@@ -115,20 +91,12 @@ def fp8_gemm(
 ) -> Launch:
     """Write `rows @ weights[expert].T` of every row tile in use to `out`.
 
-    `rows` [R, K] float8_e4m3fn with `row_scales` [R, K/128] float32; `weights` [E, N, K] float8_e4m3fn with
+    `rows` [R, K] float8_e4m3fn with `row_scales` [K/128, R] float32; `weights` [E, N, K] float8_e4m3fn with
     `weight_scales` [E, N/128, K/128] float32; `out` [R, N] bfloat16 or float32. `blocks` is the size of the grid.
     """
     column_tiles, steps = out.shape[1] // config.tile_columns, rows.shape[1] // BLOCK
     unroll = config.unroll if steps % config.unroll == 0 else 1
-    sizes = (tile_rows, config.tile_columns, column_tiles, steps, unroll, config.group, config.latency, BLOCK)
-    arrays = (
-        rows,
-        row_scales,
-        weights,
-        weight_scales,
-        schedule.tile_experts,
-        schedule.tile_sizes,
-        schedule.num_tiles,
-        out,
-    )
+    shape = (tile_rows, config.tile_columns, column_tiles, steps, unroll, config.group, config.latency)
+    sizes = (*shape, int(config.scales_in_shared), BLOCK)
+    arrays = (rows, row_scales, weights, weight_scales, schedule.tile_experts, schedule.num_tiles, out)
     return Launch(hinted(fp8_gemm_kernel, config.num_worker_warps, config.occupancy), (blocks,), (*arrays, *sizes))

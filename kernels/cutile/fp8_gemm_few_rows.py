@@ -43,15 +43,7 @@ def fp8_gemm_few_rows_kernel(
             acc = ct.zeros((TILE_COLUMNS, TILE_ROWS), dtype=ct.float32)
             for step in range(STEPS // SPLITS):
                 k = split * (STEPS // SPLITS) + step
-                scale = ct.load(
-                    row_scales,
-                    (k, i),
-                    (1, TILE_ROWS),
-                    order=(1, 0),
-                    allow_tma=False,
-                    latency=1,
-                    check_bounds=False,
-                )
+                scale = ct.load(row_scales, (k, i), (1, TILE_ROWS), allow_tma=False, latency=1, check_bounds=False)
                 block_scale = ct.load(
                     weight_scales,
                     (expert, j * TILE_COLUMNS // BLOCK, k * STEP // BLOCK),
@@ -83,9 +75,9 @@ def fp8_gemm_few_rows(
     """`fp8_gemm` for tiles of 8 to 64 rows, K split into as many equal parts as `out` [splits, R, N] has products.
 
     The products of the parts are to be added up; `out` is float32 or bfloat16. The other tensors are those of
-    `fp8_gemm`, but `row_scales` is [R, I/q] float32, one scale for each 1 x q block of `rows`; q divides 128.
+    `fp8_gemm`, but `row_scales` is [I/q, R] float32, one scale for each 1 x q block of `rows`; q divides 128.
     """
-    steps = row_scales.shape[1]
+    steps = row_scales.shape[0]
     splits, _, columns = out.shape
     shape = (tile_rows, config.tile_columns, columns // config.tile_columns, steps, rows.shape[1] // steps, splits)
     sizes = (*shape, config.latency, BLOCK)

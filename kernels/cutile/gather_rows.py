@@ -29,18 +29,20 @@ def gather_rows_kernel(
     targets = ct.gather(pair_rows, (token, slots), padding_value=-1)
     if ct.max(targets) >= 0:
         values = ct.load(hidden, (token, 0), (1, WORDS), padding_mode=ct.PaddingMode.ZERO, allow_tma=False)
-        value_scales = ct.load(scales, (token, 0), (1, SCALES), padding_mode=ct.PaddingMode.ZERO, allow_tma=False)
+        value_scales = ct.load(
+            scales, (token, 0), (1, SCALES), padding_mode=ct.PaddingMode.ZERO, allow_tma=False
+        ).reshape((SCALES, 1))
         for slot in ct.static_iter(range(SLOTS)):
             row = ct.extract(targets, (0, slot), (1, 1)).item()
             if row >= 0:
                 ct.store(rows, (row, 0), values, allow_tma=False)
-                ct.store(row_scales, (row, 0), value_scales, allow_tma=False)
+                ct.store(row_scales, (0, row), value_scales, allow_tma=False)
 
 
 def gather_rows(hidden: Tensor, scales: Tensor, pair_rows: Tensor, rows: Tensor, row_scales: Tensor) -> Launch:
-    """Copy `hidden[t]` and `scales[t]` to rows `pair_rows[t, j]` of `rows` and `row_scales`, for all j that have one.
+    """Copy `hidden[t]` to rows, and `scales[t]` to columns, `pair_rows[t, j]` of `rows` and `row_scales`.
 
-    `hidden` [T, H] and `rows` [R, H] are float8_e4m3fn, `scales` [T, H/128] and `row_scales` [R, H/128] float32,
+    `hidden` [T, H] and `rows` [R, H] are float8_e4m3fn, `scales` [T, H/128] and `row_scales` [H/128, R] float32,
     `pair_rows` [T, k] int32 with -1 for none.
     """
     tokens, width = hidden.shape

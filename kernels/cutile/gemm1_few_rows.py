@@ -49,15 +49,7 @@ def gemm1_few_rows_kernel(
             up_block = j * TILE_COLUMNS // BLOCK
             gate_block = (j + COLUMN_TILES) * TILE_COLUMNS // BLOCK
             for k in range(STEPS):
-                scale = ct.load(
-                    row_scales,
-                    (k, i),
-                    (1, TILE_ROWS),
-                    order=(1, 0),
-                    allow_tma=False,
-                    latency=1,
-                    check_bounds=False,
-                )
+                scale = ct.load(row_scales, (k, i), (1, TILE_ROWS), allow_tma=False, latency=1, check_bounds=False)
                 gate_scale = ct.load(
                     weight_scales, (expert, gate_block, k), (1, 1, 1), allow_tma=False, latency=1, check_bounds=False
                 ).item()
@@ -87,7 +79,7 @@ def gemm1_few_rows_kernel(
             out_scale = ct.maximum(ct.max(ct.abs(product), axis=0, keepdims=True), LEAST_AMAX) * (1.0 / FP8_MAX)
             quantized = (product * (1.0 / out_scale)).astype(out.dtype)
             ct.store(out, (i, j), ct.transpose(quantized), check_bounds=False)
-            ct.store(out_scales, (i, j), out_scale.reshape((TILE_ROWS, 1)), check_bounds=False)
+            ct.store(out_scales, (j, i), out_scale, allow_tma=False, check_bounds=False)
 
 
 def gemm1_few_rows(
@@ -104,9 +96,9 @@ def gemm1_few_rows(
 ) -> Launch:
     """Write silu(gate) * up of every row tile in use, 8 to 64 rows each, to `out`, quantised.
 
-    `rows` [R, H] float8_e4m3fn with `row_scales` [R, H/128] float32; `weights` [E, 2I, H] float8_e4m3fn, up then gate,
+    `rows` [R, H] float8_e4m3fn with `row_scales` [H/128, R] float32; `weights` [E, 2I, H] float8_e4m3fn, up then gate,
     with `weight_scales` [E, 2I/128, H/128] float32; `out` [R, I] float8_e4m3fn, quantised in blocks of 1 x
-    `config.tile_columns`, with `out_scales` [R, I/tile_columns] float32. `blocks` is the size of the grid.
+    `config.tile_columns`, with `out_scales` [I/tile_columns, R] float32. `blocks` is the size of the grid.
     """
     column_tiles, steps = out.shape[1] // config.tile_columns, rows.shape[1] // BLOCK
     sizes = (tile_rows, config.tile_columns, column_tiles, steps, config.latency, BLOCK)

@@ -27,8 +27,6 @@ class Schedule:
     """[E] int32: pairs of each expert."""
     tile_experts: Tensor
     """[row tiles] int32: the expert of each row tile, -1 past the last one in use."""
-    tile_sizes: Tensor
-    """[row tiles] int32: rows in use of each row tile."""
     num_tiles: Tensor
     """[1] int32: row tiles in use."""
     counts: Tensor
@@ -42,7 +40,6 @@ def place_pairs_kernel(
     pair_rows: ct.Array,
     pairs: ct.Array,
     tile_experts: ct.Array,
-    tile_sizes: ct.Array,
     num_tiles: ct.Array,
     SLOTS: ConstInt,
     EXPERTS: ConstInt,
@@ -87,9 +84,6 @@ def place_pairs_kernel(
         tile = part * MAP_TILES + ct.arange(MAP_TILES, dtype=ct.int32).reshape((MAP_TILES, 1))
         owner = ct.sum((tile_ends <= tile).astype(ct.int32), axis=1)
         ct.store(tile_experts, (part,), ct.where(owner < EXPERTS, owner, -1))
-        left = total - (tile - (tile_ends - tiles)) * TILE_ROWS
-        size = ct.sum(ct.where(owner.reshape((MAP_TILES, 1)) == expert, left, 0), axis=1)
-        ct.store(tile_sizes, (part,), ct.minimum(size, TILE_ROWS))
 
 
 def place_pairs(expert_ids: Tensor, schedule: Schedule, tile_rows: int) -> Launch:
@@ -104,6 +98,5 @@ def place_pairs(expert_ids: Tensor, schedule: Schedule, tile_rows: int) -> Launc
     padded_blocks = 1 << (ct.cdiv(max(tokens, shape_class(tokens)), TOKENS) - 1).bit_length() if blocks > 1 else 1
     experts = schedule.counts.shape[1]
     sizes = (slots, experts, len(schedule.pairs), block_tokens, padded_blocks, tile_rows, MAP_TILES)
-    tile_arrays = (schedule.tile_experts, schedule.tile_sizes, schedule.num_tiles)
-    arrays = (schedule.counts, schedule.pair_rows, schedule.pairs, *tile_arrays)
+    arrays = (schedule.counts, schedule.pair_rows, schedule.pairs, schedule.tile_experts, schedule.num_tiles)
     return Launch(place_pairs_kernel, (blocks,), (expert_ids, *arrays, *sizes))

@@ -56,7 +56,8 @@ def swiglu_quantize_kernel(
         scale = ct.maximum(ct.max(ct.abs(inner), axis=2, keepdims=True), LEAST_AMAX) * (1.0 / FP8_MAX)
         quantized = (inner * (1.0 / scale)).astype(out.dtype)
         ct.store(out, (i, j), quantized.reshape((ROWS, BLOCKS * BLOCK)), allow_tma=False, check_bounds=False)
-        ct.store(out_scales, (i, j), scale.reshape((ROWS, BLOCKS)), allow_tma=False, check_bounds=False)
+        scale = ct.transpose(scale.reshape((ROWS, BLOCKS)))
+        ct.store(out_scales, (j, i), scale, allow_tma=False, check_bounds=False)
 
 
 def swiglu_quantize(
@@ -65,7 +66,7 @@ def swiglu_quantize(
     """Write silu(gate) * up of every row tile in use to `out`, quantised in 1x128 blocks.
 
     `up_gate` [splits, R, 2I] bfloat16 or float32, up then gate, parts of a sum; `out` [R, I] float8_e4m3fn with
-    `out_scales` [R, I/128] float32. `blocks` is the size of the grid; `tile_rows` is a multiple of `ROWS`.
+    `out_scales` [I/128, R] float32. `blocks` is the size of the grid; `tile_rows` is a multiple of `ROWS`.
     """
     quantized_blocks = out.shape[1] // BLOCK
     at_once = min(COLUMN_BLOCKS, quantized_blocks & -quantized_blocks)

@@ -28,6 +28,8 @@ class GemmConfig:
     occupancy: int = 1
     splits: int = 1
     """Parts of K that blocks of their own compute, where there are too few tiles; few rows and first product only."""
+    scales_in_shared: bool = False
+    """Whether the rows' scales come through shared memory, which spares registers, or straight to registers."""
     group: int = 8
     """Row tiles walked before the next column tile, so that one expert's weights stay in L2."""
     persistent: bool = True
@@ -55,8 +57,11 @@ FEW_8 = LayerConfig(
     GemmConfig(few_rows=True, tile_columns=64, latency=8, unroll=1, num_worker_warps=4, occupancy=2),
 )
 WIDE = GemmConfig()
-HALVES = GemmConfig(latency=2)
-"""For tiles of 128 rows, which have a second loop for those at most half full: deeper pipelines would spill."""
+"""For tiles of 128 rows."""
+PAIRED = GemmConfig(num_worker_warps=4, occupancy=2, scales_in_shared=True)
+"""For tiles of 64 rows: a multiprocessor runs two blocks, so that one computes while the other stores its tile."""
+DEEP = GemmConfig(scales_in_shared=True)
+"""For few tiles of 64 rows, each of which is waited for: six blocks of K on their way at once."""
 FEW = GemmConfig(few_rows=True, latency=8, unroll=1, occupancy=2)
 SPLIT_8 = LayerConfig(8, replace(FEW_8.gemm1, splits=4), FEW_8.gemm2)
 DEFAULTS = {
@@ -64,11 +69,11 @@ DEFAULTS = {
     8: FEW_8,
     64: LayerConfig(8, FEW_8.gemm1, FEW),
     256: LayerConfig(16, FEW, FEW),
-    1024: LayerConfig(64, WIDE, WIDE),
-    2048: LayerConfig(128, HALVES, HALVES),
-    4096: LayerConfig(128, HALVES, HALVES),
-    8192: LayerConfig(128, HALVES, HALVES),
-    16384: LayerConfig(128, HALVES, HALVES),
+    1024: LayerConfig(64, PAIRED, PAIRED),
+    2048: LayerConfig(64, PAIRED, PAIRED),
+    4096: LayerConfig(64, PAIRED, PAIRED),
+    8192: LayerConfig(128, WIDE, WIDE),
+    16384: LayerConfig(128, WIDE, WIDE),
 }
 """By shape class, from measurements on an H200 (docs/measurements.md)."""
 
@@ -80,7 +85,7 @@ def default_config(num_tokens: int, batch_invariant: bool = False) -> LayerConfi
     FP32 between the first product and SwiGLU where the others keep BF16.
     """
     config = DEFAULTS[shape_class(num_tokens)]
-    return LayerConfig(64, WIDE, WIDE) if batch_invariant and config.few_rows else config
+    return LayerConfig(64, DEEP, DEEP) if batch_invariant and config.few_rows else config
 
 
 def candidates(num_tokens: int) -> list[LayerConfig]:
@@ -93,7 +98,7 @@ def candidates(num_tokens: int) -> list[LayerConfig]:
     ]
     wide = [
         LayerConfig(rows, replace(gemm, group=group), replace(gemm, group=group))
-        for rows, gemm in ((64, WIDE), (128, HALVES))
+        for rows, gemm in ((64, DEEP), (64, PAIRED), (128, WIDE))
         for group in (4, 8, 16)
     ]
     default = default_config(num_tokens)

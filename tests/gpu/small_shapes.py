@@ -12,7 +12,7 @@ from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
 from expertd.kernels.cutile.launch import Gpu
 from expertd.kernels.cutile.registry import coordinator_launches
-from expertd.kernels.cutile.tiles import FEW, FEW_8, HALVES, SPLIT_8, LayerConfig
+from expertd.kernels.cutile.tiles import FEW, FEW_8, PAIRED, SPLIT_8, WIDE, LayerConfig
 from expertd.kernels.reference import reference_partials, relative_error
 
 SHAPE = ExpertShape(5, 384, 128)
@@ -30,7 +30,13 @@ def main() -> None:
         print(f"{tokens} tokens: relative error {error:.2e}")
         for launch in coordinator_launches(MoeConfig(), tokens, CUDA):
             launch()
-    fast = ((1, SPLIT_8), (9, FEW_8), (67, LayerConfig(16, FEW, FEW)), (200, LayerConfig(128, HALVES, HALVES)))
+    fast = (
+        (1, SPLIT_8),
+        (9, FEW_8),
+        (67, LayerConfig(16, FEW, FEW)),
+        (150, LayerConfig(64, PAIRED, PAIRED)),
+        (200, LayerConfig(128, WIDE, WIDE)),
+    )
     fast_weights = random_weights(FAST_SHAPE, CUDA)
     for tokens, choice in fast:
         batch = random_batch(FAST_SHAPE, tokens, CUDA, model_experts=10, top_k=4)

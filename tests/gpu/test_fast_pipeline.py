@@ -9,7 +9,7 @@ from torch import Tensor
 from expertd.kernels.backend import LayerWeights, TokenBatch
 from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
 from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
-from expertd.kernels.cutile.tiles import FEW, FEW_8, HALVES, SPLIT_8, WIDE, LayerConfig
+from expertd.kernels.cutile.tiles import DEEP, FEW, FEW_8, PAIRED, SPLIT_8, WIDE, LayerConfig
 from expertd.kernels.reference import reference_partials, relative_error
 from tests.markers import gpu_only
 
@@ -23,9 +23,10 @@ CONFIGS = {
     "8 rows, split": SPLIT_8,
     "8 rows": FEW_8,
     "16 rows": LayerConfig(16, FEW, FEW),
-    "32 rows then wide": LayerConfig(64, replace(FEW, occupancy=1, latency=2), WIDE),
-    "64 rows": LayerConfig(64, WIDE, WIDE),
-    "128 rows": LayerConfig(128, HALVES, HALVES),
+    "few rows then wide": LayerConfig(64, replace(FEW, occupancy=1, latency=2), DEEP),
+    "64 rows": LayerConfig(64, DEEP, DEEP),
+    "64 rows, paired": LayerConfig(64, PAIRED, PAIRED),
+    "128 rows": LayerConfig(128, WIDE, WIDE),
 }
 PATHS = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -95,10 +96,11 @@ def test_wide_tiles_of_all_sizes_round_alike() -> None:
     shape = SHAPES[0]
     weights = random_weights(shape, CUDA)
     batch = random_batch(shape, 257, CUDA, model_experts=64)
-    sums = [compute(batch, weights, CONFIGS[name])[0] for name in ("64 rows", "128 rows")]
-    single = compute(take(batch, torch.tensor([5], device=CUDA)), weights, LayerConfig(64, WIDE, WIDE))[0]
-    assert torch.equal(*sums)
-    assert torch.equal(single[0], sums[0][5])
+    sums = compute(batch, weights, CONFIGS["128 rows"])[0]
+    for name in ("64 rows", "64 rows, paired"):
+        assert torch.equal(compute(batch, weights, CONFIGS[name])[0], sums)
+        single = compute(take(batch, torch.tensor([5], device=CUDA)), weights, CONFIGS[name])[0]
+        assert torch.equal(single[0], sums[5])
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])

@@ -11,12 +11,15 @@ import torch
 import expertd.kernels.cutile.tuning
 from expertd.kernels.cutile.group_gemm import GroupGemmConfig, group_gemm
 from expertd.kernels.cutile.inspect import Resources, compile_kernel, inspect_kernel, signature
-from expertd.kernels.cutile.launch import Launch
-from expertd.kernels.cutile.registry import shipped_launches
+from expertd.kernels.cutile.launch import Gpu, Launch
+from expertd.kernels.cutile.registry import META, V3, fast_launches, shipped_launches
+from expertd.kernels.cutile.tiles import PAIRED, LayerConfig
 from expertd.kernels.cutile.tuning import SHIPPED, Table
 from tests.support import forked_processes
 
 PROCESSES = 2
+SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
+"""Shared memory of one of the H200's multiprocessors, and what it takes of that for itself with every block."""
 TUNED = Path(expertd.kernels.cutile.tuning.__file__).parent / "tuned"
 
 
@@ -70,6 +73,15 @@ def test_nothing_shipped_for_the_h200_spills() -> None:
     products = [resources for kernel, resources in results if "gemm" in kernel]
     assert products
     assert all("HGMMA" in used.matrix or "QGMMA" in used.matrix for used in products)
+
+
+def test_two_blocks_of_paired_tiles_share_a_multiprocessor() -> None:
+    launches = fast_launches(V3, 4096, LayerConfig(64, PAIRED, PAIRED), META, Gpu("sm_90", processors=132))
+    products = [launch for launch in launches if launch.name == "fp8_gemm"]
+    assert len(products) == 2
+    for launch in products:
+        resources = inspect_kernel(launch.kernel, launch.args, "sm_90")
+        assert PAIRED.occupancy * (resources.shared + RESERVED_BYTES) <= SHARED_BYTES
 
 
 def test_spills_are_seen() -> None:
