@@ -77,7 +77,9 @@ def field_rows(config: type) -> Iterator[tuple[str, ...]]:
 
 def default_of(option: dataclasses.Field[object]) -> str:
     if option.default_factory is not dataclasses.MISSING:
-        return f"`{option.default_factory()!r}`"
+        value = option.default_factory()
+        plain = type(value).__repr__ is object.__repr__
+        return f"`{type(value).__name__}()`" if plain else f"`{value!r}`"
     if option.default is dataclasses.MISSING:
         return "required"
     if option.default is None or option.default is False:

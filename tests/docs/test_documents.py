@@ -49,7 +49,7 @@ class Cluster:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     model = write_demo_checkpoint(tmp_path_factory.mktemp("models"), MODEL)
-    options = ["--backend", "torch", "--threads", "1"]
+    options = ["--backend", "torch", "--threads", "1", "--per-expert-metrics"]
     async with LocalCluster(model, ["0-127", "128-255"], options) as started:
         yield Cluster(model, started.servers)
 
