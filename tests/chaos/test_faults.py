@@ -59,8 +59,8 @@ async def strike(load: CheckedLoad, server: ServerProcess, kind: str) -> int:
     """Let the fault happen at least once; how often it did."""
     if kind == "slow_loading":
         return server.strikes()
-    await load.uses(server.address, since=time.monotonic())
     if kind == "freeze":
+        await load.uses(server.address, since=time.monotonic())
         server.signal(signal.SIGSTOP)
         await asyncio.sleep(0.5)
         server.signal(signal.SIGCONT)

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from expertd import __version__
 from expertd.kernels.reference import relative_error
 from expertd.proto import codec
+from expertd.proto.errors import Overloaded
 from expertd.server import handlers
 from expertd.server.app import Server
 from expertd.server.config import InvalidOption, ServerConfig
@@ -127,6 +128,20 @@ async def test_refusals_for_overload_say_when_to_come_back_and_cost_no_time(smal
         assert all(1 <= error.retry_after_ms <= 5000 for error in errors)
         samples = await scrape(server)
         assert samples["expertd_refusal_duration_seconds_count"] == len(refused) + len(errors)
+
+
+async def test_a_full_server_reads_nothing_of_what_it_refuses(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tokens: int, num_bytes: int) -> None:
+        raise Overloaded(f"no room for {tokens} tokens, {num_bytes} bytes")
+
+    async with running_server(small_model, ALL) as server, open_channel(server) as channel:
+        monkeypatch.setattr(server.scheduler, "check_room", full)
+        malformed = request_for(server, random_batch(3, 256, 16, 4))
+        malformed.hidden = b"xyz"
+        with pytest.raises(grpc.aio.AioRpcError, match=r"no room for 3 tokens, 123 bytes"):
+            await execute_method(channel)(malformed)
 
 
 async def test_a_caller_who_does_not_read_is_not_read_from(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
