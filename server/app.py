@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import secrets
 import signal
 import time
 from collections.abc import Coroutine
@@ -16,26 +15,24 @@ from pathlib import Path
 from typing import cast
 
 import grpc.aio
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import disable_created_metrics, start_http_server
+from prometheus_client import start_http_server
 
-from expertd import __version__
 from expertd.kernels.backend import Backend, DeviceMemory
 from expertd.kernels.checkpoint import Checkpoint
 from expertd.proto import codec
-from expertd.proto.codec import ShardInfo
 from expertd.server.backends import choose_backend
 from expertd.server.config import Address, InvalidOption, ServerConfig
+from expertd.server.description import describe
 from expertd.server.device import DeviceOwner
 from expertd.server.failpoints import FaultyBackend, FaultyHandlers, failpoints_from_environment
 from expertd.server.handlers import ExpertShardHandlers
 from expertd.server.journal import Journal
 from expertd.server.loading import load_layers
 from expertd.server.loads import ExpertLoads
-from expertd.server.local import LocalListener
+from expertd.server.local import LocalListener, handover_socket
 from expertd.server.metrics import Metrics
 from expertd.server.pages import Pages
 from expertd.server.rpc_counter import RpcCounter
@@ -45,7 +42,7 @@ from expertd.server.shadow import ShadowCheck
 from expertd.server.shard import Shard
 from expertd.server.status import Status
 from expertd.server.tickets import Tickets
-from expertd.server.tracing import RequestTracer, make_provider
+from expertd.server.tracing import RequestTracer
 from expertd.server.verifier import Verifier
 from expertd.server.watchdog import Watchdog
 
@@ -91,12 +88,12 @@ class Server:
             on_abandon=lambda: self.local.disconnect(),
         )
         self.watchdog = Watchdog(self.backend, self.device, self.scheduler, config.device_timeout, self._set_serving)
-        self.info = self._describe()
+        self.info = describe(config, self.shard, self.backend, self.backend_reason)
         self.loads = ExpertLoads(self.shard.layers, self.shard.experts)
         self.journal = Journal(self.metrics, self.loads, tracer)
         verifier = Verifier(self.checkpoint, self.shard, self.scheduler, config.max_tokens_per_request)
         self.shadow = self._shadow_check()
-        socket_name = _local_socket_name(config)
+        socket_name = handover_socket(config.shared_memory_bytes, config.unix_socket)
         tickets = Tickets(socket_name)
         parts = (self.shard, self.info, self.scheduler, verifier, self.shadow, self.journal, tickets)
         if self.failpoints is None:
@@ -266,27 +263,6 @@ class Server:
             await asyncio.sleep(MEMORY_SECONDS)
             found = await self.device.call(self.backend.memory)
 
-    def _describe(self) -> ShardInfo:
-        model = self.shard.config
-        return ShardInfo(
-            model_fingerprint=self.shard.model_fingerprint,
-            placement_epoch=self.shard.placement_epoch,
-            config=self.shard.config_fields,
-            layers=self.shard.layers,
-            experts=self.shard.experts,
-            max_tokens_per_request=self.config.max_tokens_per_request,
-            max_message_bytes=codec.message_bytes(
-                self.config.max_tokens_per_request, model.hidden_size, model.num_experts_per_tok
-            ),
-            max_queued_tokens=self.config.max_queued_tokens,
-            max_queued_bytes=self.config.max_queued_bytes,
-            backend=self.backend.name,
-            device=self.backend.device,
-            backend_reason=self.backend_reason,
-            version=__version__,
-            locality=self.config.locality,
-        )
-
     def _install_signal_handlers(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -302,38 +278,6 @@ class Server:
         status = health_pb2.HealthCheckResponse
         for name in HEALTH_NAMES:
             await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
-
-
-def serve(config: ServerConfig) -> None:
-    """Run one server in this process until it is told to stop."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-
-    # A second series beside every counter and histogram, which says when it began, is more than it is worth.
-    disable_created_metrics()  # type: ignore[no-untyped-call]
-
-    provider = make_provider(config)
-    tracer = None if provider is None else RequestTracer(provider)
-
-    async def main() -> None:
-        await Server(config, Metrics(), tracer).run()
-
-    import uvloop
-
-    try:
-        uvloop.run(main())
-    finally:
-        if provider is not None:
-            provider.shutdown()
-
-
-def _local_socket_name(config: ServerConfig) -> str | None:
-    """Where callers on this machine hand over shared memory: beside the unix socket, if there is one."""
-    if not config.shared_memory_bytes:
-        return None
-    if config.unix_socket is not None:
-        return f"{config.unix_socket}.shm"
-    return f"@expertd-{secrets.token_hex(8)}"
 
 
 def _write_atomically(path: Path, content: dict[str, str]) -> None:

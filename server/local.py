@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -170,6 +171,13 @@ class _Connection:
         for task in self._answers:
             task.cancel()
         self.ended.set_result(None)
+
+
+def handover_socket(max_bytes: int, unix_socket: Path | None) -> str | None:
+    """Where callers hand over segments: beside the server's unix socket, if it has one; None if no memory is shared."""
+    if not max_bytes:
+        return None
+    return f"@expertd-{secrets.token_hex(8)}" if unix_socket is None else f"{unix_socket}.shm"
 
 
 async def _receive(peer: socket.socket) -> tuple[bytes, int]:

@@ -6,13 +6,19 @@ import argparse
 import logging
 import sys
 
+import torch
+import uvloop
+from prometheus_client import disable_created_metrics
+
 from expertd.kernels.backend import UnsupportedShape
 from expertd.kernels.checkpoint import CheckpointError
 from expertd.kernels.config import InvalidConfig
-from expertd.server.app import serve
+from expertd.server.app import Server
 from expertd.server.config import InvalidOption, ServerConfig
 from expertd.server.logs import configure_logging
+from expertd.server.metrics import Metrics
 from expertd.server.selfcheck import SelfCheckFailed
+from expertd.server.tracing import RequestTracer, make_provider
 from expertd.server.watchdog import DeviceLost
 
 log = logging.getLogger(__name__)
@@ -31,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     configure_logging(config.log_level, config.log_format)
     try:
-        serve(config)
+        _serve(config)
     except (InvalidOption, InvalidConfig, CheckpointError, UnsupportedShape, SelfCheckFailed, DeviceLost) as error:
         if config.log_format == "json":
             log.critical("%s", error)
@@ -39,3 +45,22 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"expertd serve: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, SelfCheckFailed | DeviceLost) else 2
     return 0
+
+
+def _serve(config: ServerConfig) -> None:
+    """Run one server in this process until it is told to stop."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    # A second series beside every counter and histogram, which says when it began, is more than it is worth.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    provider = make_provider(config)
+    tracer = None if provider is None else RequestTracer(provider)
+
+    async def main() -> None:
+        await Server(config, Metrics(), tracer).run()
+
+    try:
+        uvloop.run(main())
+    finally:
+        if provider is not None:
+            provider.shutdown()
