@@ -219,6 +219,8 @@ class Membership:
         if member.follower is not None:
             member.follower.cancel()
         member.in_use = False
+        # Who takes its place may have been found by the same look, and is not in use yet.
+        self._last_loss = time.monotonic()
         self._resolve()
         try:
             while member.outstanding_tokens:

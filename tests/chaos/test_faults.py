@@ -3,12 +3,13 @@
 import asyncio
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.fleet import Fleet, ServerProcess
-from tests.chaos.load import CheckedLoad
+from tests.chaos.load import CONFIG, CheckedLoad
 from tests.chaos.scale import hold, scaled
 
 SEEDS = scaled(100, 2)
@@ -29,6 +30,8 @@ FAULTS = {
     "freeze": "",
 }
 """By kind; freeze is SIGSTOP. Sound replicas of all experts stand beside the faulty server."""
+ON_THE_WIRE = replace(CONFIG, shared_memory_bytes=0)
+"""Replies cannot be altered on their way where there is none."""
 HURRIED = ("--device-timeout", "0.3")
 ENDS = {"crash_before": -signal.SIGKILL, "crash_after": -signal.SIGKILL, "device_error": 1}
 """Exit codes of servers that end by themselves."""
@@ -39,7 +42,7 @@ async def test_results_are_right_whatever_one_replica_does(small_model: Path, tm
     async with Fleet(small_model, tmp_path) as fleet:
         servers = [await fleet.start(experts) for experts in ("0-7", "0-7", "8-15", "8-15")]
         faulty = servers[0]
-        load = CheckedLoad([server.address for server in servers], small_model)
+        load = CheckedLoad([server.address for server in servers], small_model, config=ON_THE_WIRE)
         strikes = 0
         async with load:
             for seed in range(SEEDS):

@@ -29,7 +29,8 @@ from tests.support import running_server
 ALL = range(16)
 DELAY = 2.0
 FAULTS = ("corrupt_reply=0.5", "wrong_receipt=0.5", "stale_epoch=0.1", "reset=0.2", "delay=0.5")
-QUICK = replace(EXACT, connect_timeout=2.0)
+# Faults of replies are those of the wire.
+QUICK = replace(EXACT, connect_timeout=2.0, shared_memory_bytes=0)
 
 
 @contextlib.asynccontextmanager
