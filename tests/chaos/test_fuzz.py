@@ -100,7 +100,7 @@ async def _stream(channel: grpc.aio.Channel, path: str, messages: Sequence[bytes
         answers = [answer async for answer in call]
     except grpc.aio.AioRpcError as error:
         return [error.code()]
-    return [_answer_status(answer) for answer in answers]
+    return [_answer_status(answer) if path == f"/{STREAM}" else CODES.OK for answer in answers]
 
 
 def _answer_status(answer: bytes) -> grpc.StatusCode:
