@@ -46,6 +46,7 @@ class DnsServers:
     seconds: float = 5.0
 
     async def addresses(self) -> tuple[str, ...]:
+        """The addresses of the name now, each once, as `host:port`. Raises `OSError` when it cannot be resolved."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         hosts = sorted({str(address[0]) for *_, address in found})
@@ -60,6 +61,7 @@ class FileServers:
     seconds: float = 1.0
 
     async def addresses(self) -> tuple[str, ...]:
+        """What the file holds now. Raises `OSError` when it cannot be read, `ValueError` for what is no address."""
         lines = (line.partition("#")[0].strip() for line in self.path.read_text().splitlines())
         servers = tuple(dict.fromkeys(line for line in lines if line))
         if not servers:

@@ -80,6 +80,11 @@ class SyncCoordinator:
         """Compute backends of the servers in use."""
         return self._coordinator.backends
 
+    @property
+    def sharing_memory(self) -> frozenset[str]:
+        """Addresses of the servers that tensors reach through shared memory."""
+        return self._coordinator.sharing_memory
+
     def __call__(
         self,
         layer: int,

@@ -17,7 +17,7 @@ from tests.system.docker_engine import Engine
 SERVERS = [f"server-{index}" for index in range(8)]
 FILES = ("deploy/compose.yaml", "deploy/compose.cpu.yaml")
 
-NOT_HERE = ("_coordinator_", "_device_memory_", "_expert_pairs_")
+NOT_HERE = ("_coordinator_", "_device_", "_expert_pairs_")
 """Series of scraped coordinators, of GPUs, and of servers with --per-expert-metrics."""
 
 
