@@ -179,6 +179,7 @@ class Server:
         self.grpc_server = grpc.aio.server(
             interceptors=[RpcCounter(self.metrics, SERVICES), *self.security.interceptors],
             options=[
+                ("grpc.max_allowed_incoming_connections", self.config.max_connections),
                 ("grpc.max_concurrent_streams", self.config.max_streams),
                 ("grpc.max_receive_message_length", self.info.max_message_bytes),
                 ("grpc.max_send_message_length", self.info.max_message_bytes),

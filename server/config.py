@@ -85,6 +85,9 @@ class ServerConfig:
         default=4 << 30,
         metadata=_told("memory that callers on this machine may share with the server, all together; 0: none", int),
     )
+    max_connections: int = field(
+        default=1024, metadata=_told("connections at once; further ones are closed as they come", int)
+    )
     max_streams: int = field(default=1024, metadata=_told("calls and streams at once on one connection", int))
     backend: str = field(default="auto", metadata=_told("compute backend: auto, torch (CPU) or cutile (GPU)"))
     pipeline: Pipeline = field(
@@ -149,7 +152,14 @@ class ServerConfig:
             raise InvalidOption(f"--log-level is {self.log_level!r}; choose from debug, info, warning, error")
         if self.log_format not in LOG_FORMATS:
             raise InvalidOption(f"--log-format is {self.log_format!r}; choose from {', '.join(LOG_FORMATS)}")
-        for name in ("threads", "max_streams", "max_tokens_per_request", "drain_seconds", "device_timeout"):
+        for name in (
+            "threads",
+            "max_connections",
+            "max_streams",
+            "max_tokens_per_request",
+            "drain_seconds",
+            "device_timeout",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InvalidOption(f"{flag(name)} is {value}; it must be greater than 0")

@@ -253,6 +253,35 @@ async def test_tokens_are_exchanged_without_restart_and_never_logged(
     assert "Zr0" not in caplog.text + repr(server.config) + repr(security) + repr(ClientSecurity(token=TOKEN))
 
 
+async def test_more_than_max_connections_are_closed_until_others_end(small_model: Path) -> None:
+    async def connects(server: Server) -> tuple[grpc.aio.Channel, bool]:
+        channel = grpc.aio.insecure_channel(str(server.address), [("grpc.use_local_subchannel_pool", 1)])
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        try:
+            await health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        except grpc.aio.AioRpcError as refused:
+            assert refused.code() == grpc.StatusCode.UNAVAILABLE
+            # It would go on trying, and take a place that another one leaves.
+            await channel.close()
+            return channel, False
+        return channel, True
+
+    async with running_server(small_model, range(16), max_connections=2) as server:
+        (first, connected), (second, also) = await connects(server), await connects(server)
+        assert connected
+        assert also
+        assert not (await connects(server))[1]
+        await first.close()
+        for _ in range(20):
+            third, connected = await connects(server)
+            if connected:
+                break
+            await asyncio.sleep(0.5)
+        assert connected
+        await second.close()
+        await third.close()
+
+
 async def test_a_connection_carries_at_most_max_streams_calls_at_once(small_model: Path) -> None:
     async with running_server(small_model, range(16), max_streams=2) as server, open_channel(server) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)

@@ -61,6 +61,7 @@ async def test_a_server_told_insecure_serves_plaintext_on_all_addresses(small_mo
         ({"auth_token_file": "none"}, "--auth-token-file .*none cannot be read: No such file"),
         ({"auth_token_file": os.devnull}, "--auth-token-file /dev/null is empty; write at least one token"),
         ({"max_streams": 0}, "--max-streams is 0; it must be greater than 0"),
+        ({"max_connections": 0}, "--max-connections is 0; it must be greater than 0"),
     ],
 )
 def test_security_options_that_cannot_work_are_refused_by_name(
