@@ -12,8 +12,9 @@ demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared wit
 test: check  ## everything that CI runs; there also image-test, where it is root on Debian
 	$(BIN)/pytest -rs
 
-image-test: $(STAMP)  ## build the images and run them with compose, as root on Debian: see docs/deployment.md
-	EXPERTD_IMAGE_TEST=1 $(BIN)/pytest -rs tests/system/test_image.py tests/system/test_compose.py
+image-test: $(STAMP)  ## build the images, run them with compose and with network faults, as root on Debian: see docs/deployment.md
+	EXPERTD_IMAGE_TEST=1 $(BIN)/pytest -rs tests/system/test_image.py tests/system/test_compose.py \
+	  tests/system/test_network_faults.py
 
 chaos: $(STAMP)  ## faults, kills, restarts, overload, soak and fuzz at full length: about two hours
 	EXPERTD_CHAOS=full $(BIN)/pytest -s tests/chaos

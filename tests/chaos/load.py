@@ -2,13 +2,15 @@
 
     python -m tests.chaos.load --servers 10.0.0.1:50051 10.0.0.2:50051 --model /models/small --seconds 60
 
-prints one line at the end and exits with 1 after a violation.
+prints one line at the end, which SIGINT and SIGTERM hasten, and exits with 1 after a violation.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import signal
 import sys
 import time
 from collections import Counter
@@ -211,9 +213,15 @@ class CheckedLoad:
 async def _main(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     load = CheckedLoad(arguments.servers, arguments.model, callers=arguments.callers, seed=arguments.seed)
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with load:
-        await asyncio.sleep(arguments.seconds)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), arguments.seconds)
     print(load.report.line(arguments.name))
+    for message in load.report.messages[:5]:
+        print(f"error after {message}", file=sys.stderr)
     for violation in load.report.violations[:20]:
         print(f"violation: {violation}", file=sys.stderr)
     return 1 if load.report.violations or load.report.calls < arguments.least else 0

@@ -59,8 +59,7 @@ class Engine:
             command += [option, str(self.root / folder)]
         if bridged:
             _add_namespace()
-            # Not `ip netns exec`, which would hide the cgroups.
-            command = ["nsenter", f"--net=/run/netns/{NAMESPACE}", *command]
+            command = self.inside(*command)
             command += ["--bip", "10.203.0.1/24", "--default-address-pool", "base=10.203.128.0/17,size=24"]
         else:
             command += ["--bridge", "none", "--iptables=false", "--ip-forward=false"]
@@ -85,6 +84,18 @@ class Engine:
     def run(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """A command that talks to this engine; its standard output has both of its outputs."""
         return _capture(*command, environment=self.environment, timeout=timeout)
+
+    @staticmethod
+    def inside(*command: str) -> list[str]:
+        """`command` in the network namespace of the bridges, where containers can be reached by their addresses."""
+        # Not `ip netns exec`, which would hide the cgroups.
+        return ["nsenter", f"--net=/run/netns/{NAMESPACE}", *command]
+
+    def network_tool(self, *command: str) -> str:
+        """What `iptables`, `tc` or `ip` prints in that namespace. Raises `AssertionError` when it fails."""
+        done = self.run(*self.inside(*command))
+        assert done.returncode == 0, f"{' '.join(command)}: exit code {done.returncode}: {done.stdout}"
+        return done.stdout
 
     def build(self, context: Path, tag: str, *options: str) -> None:
         """Build an image on the machine's network; wheels in the folder PIP_FIND_LINKS are offered to pip."""
