@@ -17,19 +17,19 @@ class Activations:
     """[T, H] hidden states as servers get them: bfloat16, or FP8 with scales."""
 
     def __init__(self, tokens: Tensor, dtype: torch.dtype) -> None:
-        self.num_tokens, self.width = tokens.shape
+        num_tokens, self.width = tokens.shape
         self._ready: list[asyncio.Future[None]] = []
         self._scales: Tensor | None = None
         if dtype != FP8:
             self._hidden = tokens.to(dtype)
             return
         hidden = self._hidden = torch.empty(tokens.shape, dtype=FP8)
-        scales = self._scales = torch.empty(self.num_tokens, self.width // BLOCK)
+        scales = self._scales = torch.empty(num_tokens, self.width // BLOCK)
 
         def quantize(rows: slice) -> None:
             hidden[rows], scales[rows] = quantize_activations(tokens[rows])
 
-        self._ready = start_blocks(self.num_tokens, quantize)
+        self._ready = start_blocks(num_tokens, quantize)
 
     async def take(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Hidden states [n, H] and scales [n, H/128] of some tokens, ascending, as soon as they are there."""

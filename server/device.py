@@ -58,7 +58,7 @@ class DeviceOwner:
             try:
                 underway = start()
             except Exception as error:
-                future.get_loop().call_soon_threadsafe(_reject, future, error)
+                future.get_loop().call_soon_threadsafe(reject, future, error)
             else:
                 self._waits.put(lambda: _settle(future, lambda: finish(underway)))
 
@@ -110,7 +110,7 @@ def _settle(future: asyncio.Future[T], function: Callable[[], T]) -> None:
     try:
         result = function()
     except Exception as error:
-        future.get_loop().call_soon_threadsafe(_reject, future, error)
+        future.get_loop().call_soon_threadsafe(reject, future, error)
     else:
         future.get_loop().call_soon_threadsafe(_resolve, future, result)
 
@@ -124,6 +124,7 @@ def _resolve(future: asyncio.Future[T], result: T) -> None:
         future.set_result(result)
 
 
-def _reject(future: asyncio.Future[T], error: Exception) -> None:
+def reject(future: asyncio.Future[T], error: Exception) -> None:
+    """Fail `future`, unless nobody waits for it any more or it has its outcome."""
     if not future.done():
         future.set_exception(error)

@@ -12,7 +12,7 @@ import torch
 from expertd.kernels.backend import Backend, TokenBatch
 from expertd.proto.errors import DeadlineExceeded, ExpertdError, ServerFault, Unavailable
 from expertd.server.admission import Admission
-from expertd.server.device import BatchOutcome, DeviceOwner, collect
+from expertd.server.device import BatchOutcome, DeviceOwner, collect, reject
 from expertd.server.queue import Completed, FairQueue, Job
 
 OVERLAP_TOKENS = 256
@@ -69,7 +69,7 @@ class Scheduler:
         self.close(reason)
         self._on_abandon()
         for future in self._unanswered:
-            _reject(future, Unavailable(reason))
+            reject(future, Unavailable(reason))
 
     def check_open(self) -> None:
         if self.closed_because is not None:
@@ -164,8 +164,3 @@ def _as_fault(error: BaseException) -> ExpertdError:
     if isinstance(error, ExpertdError):
         return error.again()
     return ServerFault(f"the device failed: {type(error).__name__}: {error}")
-
-
-def _reject(future: asyncio.Future[Completed], error: ExpertdError) -> None:
-    if not future.done():
-        future.set_exception(error)
