@@ -5,23 +5,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from expertd.client.security import ClientSecurity
+from expertd.client.security import ClientSecurity, add_tls_arguments, security_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("address", help="host:port of the server")
     parser.add_argument("--timeout", type=float, default=4.0, help="seconds to wait for the answer (default: 4)")
-    parser.add_argument("--tls-ca", type=Path, help="PEM file of the authorities that sign servers' certificates")
-    parser.add_argument(
-        "--tls-client-cert", type=Path, help="PEM file of a client's certificate chain, for --tls-client-ca"
-    )
-    parser.add_argument("--tls-client-key", type=Path, help="PEM file of its private key")
+    add_tls_arguments(parser)
     parser.add_argument(
         "--server-name", help="name in the server's certificate, where it is not the host that is asked"
     )
@@ -30,12 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0 when the server is SERVING, 1 when it is not or cannot be reached, 2 for unusable options."""
     try:
-        security = ClientSecurity(
-            root_ca=arguments.tls_ca,
-            client_cert=arguments.tls_client_cert,
-            client_key=arguments.tls_client_key,
-            server_name=arguments.server_name,
-        )
+        security = replace(security_from(arguments), server_name=arguments.server_name)
         status = asyncio.run(_ask(arguments.address, security, arguments.timeout))
     except ValueError as error:
         print(f"expertd health: error: {error}", file=sys.stderr)

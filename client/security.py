@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,3 +101,19 @@ def _read(name: str, path: Path | None) -> bytes:
 def _check_token(name: str, token: str) -> None:
     if not (token.isascii() and token.isprintable() and token.split() == [token]):
         raise ValueError(f"{name} is empty or has spaces or characters that are not printable ASCII")
+
+
+def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options for `security_from`."""
+    parser.add_argument("--tls-ca", type=Path, help="PEM file of the authorities that sign servers' certificates")
+    parser.add_argument(
+        "--tls-client-cert", type=Path, help="PEM file of a client's certificate chain, for --tls-client-ca"
+    )
+    parser.add_argument("--tls-client-key", type=Path, help="PEM file of its private key")
+
+
+def security_from(arguments: argparse.Namespace) -> ClientSecurity:
+    """The credentials of `add_tls_arguments`. Raises `ValueError` for what cannot be used."""
+    return ClientSecurity(
+        root_ca=arguments.tls_ca, client_cert=arguments.tls_client_cert, client_key=arguments.tls_client_key
+    )

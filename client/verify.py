@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from expertd.client.security import ClientSecurity
+from expertd.client.security import ClientSecurity, add_tls_arguments, security_from
 from expertd.client.transport import GrpcTransport
 from expertd.client.verify_report import Report, as_json, print_report
 from expertd.kernels.backend import TokenBatch
@@ -66,21 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=parse_ranges, help="experts to verify, such as 0-3 (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="other tokens for another seed (default: 0)")
     parser.add_argument("--json", action="store_true", help="print every comparison as JSON")
-    parser.add_argument("--tls-ca", type=Path, help="PEM file of the authorities of servers' certificates")
-    parser.add_argument("--tls-client-cert", type=Path, help="PEM file of this client's certificate")
-    parser.add_argument("--tls-client-key", type=Path, help="PEM file of its private key")
+    add_tls_arguments(parser)
     parser.add_argument("--auth-token-file", type=Path, help="file whose first line is a bearer token")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0 when all is within its bounds, 1 when something is not, 2 when it could not be found out, 130 after Ctrl-C."""
     try:
-        security = ClientSecurity(
-            root_ca=arguments.tls_ca,
-            client_cert=arguments.tls_client_cert,
-            client_key=arguments.tls_client_key,
-            token_file=arguments.auth_token_file,
-        )
+        security = replace(security_from(arguments), token_file=arguments.auth_token_file)
         scope = Scope(arguments.layers, arguments.experts, arguments.seed)
         reports = asyncio.run(_verify_all(arguments.servers, arguments.model, scope, security))
     except KeyboardInterrupt:
