@@ -1,7 +1,9 @@
 """Running transformers' models with their experts here or on servers, for comparisons."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,18 @@ def logits(model: Model, ids: Tensor) -> Tensor:
 async def in_thread(call: Callable[[], None]) -> None:
     """Run beside the servers, whose event loop is this thread's."""
     await asyncio.to_thread(call)
+
+
+@contextlib.contextmanager
+def no_warnings(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What runs in the block makes neither transformers, whose logger keeps to itself, nor expertd warn."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
+    # Not asyncio's, which tells of gRPC's tasks that other tests left behind.
+    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not [record for record in told if record.name.startswith(("expertd", "transformers"))]
 
 
 def experts_of(model: Model) -> list[torch.nn.Module]:

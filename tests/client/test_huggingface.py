@@ -1,7 +1,6 @@
 """DeepSeek-V3 models of transformers with their experts on servers in this process, against local experts."""
 
 import json
-import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from tests.generation import (
     in_thread,
     load,
     logits,
+    no_warnings,
     prompts,
     round_inputs,
 )
@@ -136,18 +136,12 @@ async def test_expert_weights_are_neither_read_nor_kept(
     servers: list[str], small_model: Path, float_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def check() -> None:
-        logger = logging.getLogger("transformers")
-        logger.addHandler(caplog.handler)
-        with register(servers):
+        with no_warnings(caplog), register(servers):
             for model in (load(float_model, NAME), load_fp8(small_model, NAME), from_config(float_model)):
                 assert not [name for name, _ in model.named_parameters() if ".experts." in name]
                 assert not any(parameter.is_meta for parameter in model.parameters())
             # Registered servers leave other implementations alone.
             assert sum(p.numel() for p in experts_of(load(float_model, "eager"))[0].parameters()) == 16 * 3 * 256 * 128
-        logger.removeHandler(caplog.handler)
-        # Not asyncio's, which tells of gRPC's tasks that other tests left behind.
-        told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-        assert not [record for record in told if record.name.startswith(("expertd", "transformers"))]
 
     await in_thread(check)
 

@@ -1,7 +1,6 @@
 """Families beside DeepSeek-V3: their models with experts on servers, their checkpoints and their routing."""
 
 import copy
-import logging
 from collections.abc import AsyncIterator
 
 import pytest
@@ -28,6 +27,7 @@ from tests.generation import (
     in_thread,
     load,
     logits,
+    no_warnings,
     prompts,
     round_inputs,
 )
@@ -71,9 +71,7 @@ async def test_expert_weights_are_neither_read_nor_kept(
     servers: list[str], family: FamilyFolders, caplog: pytest.LogCaptureFixture
 ) -> None:
     def check() -> None:
-        logger = logging.getLogger("transformers")
-        logger.addHandler(caplog.handler)
-        with register(servers):
+        with no_warnings(caplog), register(servers):
             model = load(family.plain, NAME)
             assert not [name for name, _ in model.named_parameters() if ".experts." in name]
             assert not any(parameter.is_meta for parameter in model.parameters())
@@ -81,10 +79,6 @@ async def test_expert_weights_are_neither_read_nor_kept(
             assert all(
                 sum(p.numel() for p in experts.parameters()) == 16 * 3 * 256 * 128 for experts in experts_of(local)
             )
-        logger.removeHandler(caplog.handler)
-        # Not asyncio's, which tells of gRPC's tasks that other tests left behind.
-        told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-        assert not [record for record in told if record.name.startswith(("expertd", "transformers"))]
 
     await in_thread(check)
 
