@@ -18,6 +18,7 @@ from expertd.client.ownership import NOBODY, Ownership, check_complete, resolve_
 from expertd.client.transport import Transport
 from expertd.proto.codec import ShardInfo
 from expertd.proto.errors import (
+    Cancelled,
     DeadlineExceeded,
     ExpertdError,
     ModelMismatch,
@@ -37,7 +38,7 @@ AVOIDED = 1e12
 """Load in tokens that stands for 'only if nobody else has the expert'."""
 ELSEWHERE = 4096
 """Load in tokens that being in another locality is like: so much more must be outstanding here before one is asked."""
-LOST = (Unavailable, DeadlineExceeded, ServerFault, StalePlacement, UnknownExpert, ModelMismatch)
+LOST = (Unavailable, DeadlineExceeded, Cancelled, ServerFault, StalePlacement, UnknownExpert, ModelMismatch)
 """Errors after which a server is not used until it has answered a probe."""
 
 

@@ -97,7 +97,11 @@ class Segment:
         # Kept until the response has come even if nobody waits for it any more: so long the slot is the server's.
         self._waiting[call.request_id] = future, slot
         self._frames.send(codec.encode_call(call, slot.offset))
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._frames.send(codec.encode_cancellation(call.request_id))
+            raise
 
     def close(self) -> None:
         """End the connection; calls in flight fail with `Unavailable`."""

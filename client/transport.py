@@ -209,24 +209,33 @@ class _Stream:
         """Send `request` and wait for the response with its id."""
         future: asyncio.Future[RawResponse] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
-        # A task of its own: gRPC cancels the whole stream when a write is cancelled half-way.
-        writer = asyncio.create_task(self._write(request))
-        self._writers.add(writer)
-        writer.add_done_callback(self._writers.discard)
+        self._send(request, future)
         try:
             return await future
+        except asyncio.CancelledError:
+            self._send(codec.encode_cancellation(request_id))
+            raise
         finally:
             del self._waiting[request_id]
 
     async def close(self) -> None:
         self._call.cancel()
-        await self._reader
+        await asyncio.gather(self._reader, *self._writers)
 
-    async def _write(self, request: bytes) -> None:
+    def _send(self, message: bytes, answer: asyncio.Future[RawResponse] | None = None) -> None:
+        """Write `message` when those before it are written, unless nobody waits for its `answer` by then."""
+        # A task of its own: gRPC cancels the whole stream when a write is cancelled half-way.
+        writer = asyncio.create_task(self._write(message, answer))
+        self._writers.add(writer)
+        writer.add_done_callback(self._writers.discard)
+
+    async def _write(self, message: bytes, answer: asyncio.Future[RawResponse] | None) -> None:
         async with self._writing:
+            if answer is not None and answer.done():
+                return
             # Why the stream ended is for the reader to find out and to tell everyone who waits.
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
-                await self._call.write(request)
+                await self._call.write(message)
 
     async def _read(self) -> None:
         """Hand responses to those who wait until the stream ends; then fail those still waiting."""

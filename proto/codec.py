@@ -32,6 +32,8 @@ PUSHBACK = "grpc-retry-pushback-ms"
 SERVICE = pb.DESCRIPTOR.services_by_name["ExpertShard"].full_name
 ENVELOPE_BYTES = 64 * 1024
 """More than all the fields of a message beside its tensors, receipt included."""
+CANCELLATION_ID = 2**64 - 1
+"""The request_id of messages that cancel other requests; coordinators number theirs from 1."""
 
 with warnings.catch_warnings():
     # torch warns once a process that such a tensor is read-only, which is the intent here: let it do so now, unheard.
@@ -137,6 +139,7 @@ _REQUEST_FIELDS: wire.Schema = {
     13: ("timeout_us", wire.VARINT),
     14: ("segment_offset", wire.VARINT),
     15: ("traceparent", wire.BYTES),
+    16: ("cancels", wire.VARINT),
 }
 _RESPONSE_FIELDS: wire.Schema = {
     1: ("request_id", wire.VARINT),
@@ -170,6 +173,7 @@ class RawRequest:
     timeout_us: int = 0
     traceparent: memoryview = EMPTY
     segment_offset: int | None = None
+    cancels: int | None = None
 
     @property
     def num_tensor_bytes(self) -> int:
@@ -227,6 +231,11 @@ def encode_call(call: ExecuteCall, segment_offset: int | None = None) -> bytes:
     )
 
 
+def encode_cancellation(request_id: int) -> bytes:
+    """The message that cancels request `request_id` of the same stream."""
+    return wire.varint_field(1, CANCELLATION_ID) + wire.varint(16 << 3) + wire.varint(request_id)
+
+
 def parse_request(data: bytes) -> RawRequest:
     """Read a serialized ExecuteRequest; bytes that are none raise `InvalidBatch`."""
     try:
@@ -243,6 +252,8 @@ def decode_call(
 
     Its tensors are in `segment` where one is given. Raises `InvalidBatch` when a size or dtype is outside the contract.
     """
+    if message.cancels is not None:
+        raise InvalidBatch(f"cancels is {message.cancels}; it is for requests of a stream: end this call instead")
     tokens, top_k = message.num_tokens, message.top_k
     _check_range("num_tokens", tokens, 1, max_tokens)
     _check_range("top_k", top_k, 1, max_top_k)

@@ -64,6 +64,12 @@ class DeadlineExceeded(ExpertdError):
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+class Cancelled(ExpertdError):
+    """The caller no longer wanted the answer."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
 class Unauthenticated(ExpertdError):
     """The bearer token is missing or is none that the server accepts; nothing was read of the request."""
 
@@ -82,7 +88,7 @@ class ServerFault(ExpertdError):
     code = grpc.StatusCode.INTERNAL
 
 
-OUTCOMES = ("ok", "cancelled", *(kind.code.name.lower() for kind in ExpertdError.__subclasses__()))
+OUTCOMES = ("ok", *(kind.code.name.lower() for kind in ExpertdError.__subclasses__()))
 """What can become of a request, as metrics name it."""
 _BY_CODE: dict[grpc.StatusCode, type[ExpertdError]] = {kind.code: kind for kind in ExpertdError.__subclasses__()}
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}

@@ -18,6 +18,7 @@ from expertd.proto import codec
 from expertd.proto.codec import ExecuteResult, RawRequest, ShardInfo, StageTimings
 from expertd.proto.errors import ExpertdError, ServerFault
 from expertd.proto.loopback import UNIX
+from expertd.server.conversation import Conversation
 from expertd.server.journal import Journal
 from expertd.server.scheduler import Scheduler
 from expertd.server.shadow import ShadowCheck
@@ -107,10 +108,12 @@ class ExpertShardHandlers:
         outbox = _Outbox(context)
         # Connections over a unix socket have no names to tell callers apart by.
         peer = context.peer()
-        caller = f"{peer} stream {next(self._streams)}" if peer.startswith(UNIX) else peer
+        conversation = Conversation(f"{peer} stream {next(self._streams)}" if peer.startswith(UNIX) else peer)
 
         async def respond(data: bytes) -> None:
-            await outbox.write(await self.respond(data, caller))
+            response = await self.respond(data, conversation)
+            if response is not None:
+                await outbox.write(response)
 
         async def read() -> None:
             async for data in requests:
@@ -140,13 +143,17 @@ class ExpertShardHandlers:
         except ExpertdError as error:
             await context.abort(error.code, str(error))
 
-    async def respond(self, data: bytes, caller: str, segment: memoryview | None = None) -> bytes:
-        """The response to one request of a stream; what is wrong with the request is in it."""
+    async def respond(self, data: bytes, conversation: Conversation) -> bytes | None:
+        """The response to one message of a stream; what is wrong with a request is in it. None: there is to be none."""
         request_id = 0
         try:
             request = codec.parse_request(data)
+            if request.cancels is not None:
+                conversation.cancel(request.cancels)
+                return None
             request_id = request.request_id
-            return await self._answer(request, caller, None, segment)
+            with conversation.request(request_id):
+                return await self._answer(request, conversation.caller, None, conversation.segment)
         except ExpertdError as error:
             return codec.encode_error(request_id, error)
 

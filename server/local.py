@@ -17,13 +17,16 @@ from expertd.proto import codec
 from expertd.proto.errors import ExpertdError, InvalidBatch, Overloaded
 from expertd.proto.frames import Frames, check_peer, framed, peer_of, socket_address
 from expertd.proto.loopback import UNIX
+from expertd.server.conversation import Conversation
 from expertd.server.device import DeviceOwner
 from expertd.server.segment import check_segment, map_segment, pin, unpin
 from expertd.server.tickets import TICKET_BYTES, Tickets
 
 log = logging.getLogger(__name__)
-Respond: TypeAlias = Callable[[bytes, str, memoryview], Awaitable[bytes]]
+Respond: TypeAlias = Callable[[bytes, Conversation], Awaitable[bytes | None]]
 HANDOVER_SECONDS = 2.0
+CLOSE_SECONDS = 1.0
+"""For segments to be given back at the end of the server, which a stuck device or a caller can keep from happening."""
 
 
 class LocalListener:
@@ -78,12 +81,11 @@ class LocalListener:
             Path(self._name).unlink(missing_ok=True)
         for connection in self._connections:
             connection.frames.stop_reading()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await asyncio.gather(*(connection.answered() for connection in self._connections))
+        await asyncio.gather(*(connection.answered(seconds) for connection in self._connections))
         for connection in self._connections:
             connection.frames.close()
-        await asyncio.gather(*self._serving, return_exceptions=True)
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=CLOSE_SECONDS)
 
     async def _accept(self) -> None:
         while True:
@@ -107,7 +109,8 @@ class LocalListener:
             with peer, contextlib.suppress(OSError):
                 peer.send(framed(codec.encode_error(0, error)))
             return
-        connection = _Connection(lambda request: self._respond(request, caller, segment))
+        conversation = Conversation(caller, segment)
+        connection = _Connection(lambda message: self._respond(message, conversation))
         self._connections.add(connection)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(lambda: connection.frames, peer)
@@ -115,6 +118,7 @@ class LocalListener:
             await connection.ended
         finally:
             self._connections.discard(connection)
+            await connection.answered()
             if self._pinned:
                 await self._device.call(partial(unpin, segment))
             self.mapped_bytes -= len(segment)
@@ -147,15 +151,16 @@ class LocalListener:
 class _Connection:
     """The calls in flight of one segment."""
 
-    def __init__(self, respond: Callable[[bytes], Awaitable[bytes]]) -> None:
+    def __init__(self, respond: Callable[[bytes], Awaitable[bytes | None]]) -> None:
         self._respond = respond
         self._answers: set[asyncio.Task[None]] = set()
         self.frames = Frames(self._start, self._end)
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def answered(self) -> None:
-        """Wait until every request that was read has its answer."""
-        await asyncio.gather(*self._answers, return_exceptions=True)
+    async def answered(self, timeout: float | None = None) -> None:
+        """Wait until every request that was read has its answer, or is dropped and the device done with it."""
+        if self._answers:
+            await asyncio.wait(self._answers, timeout=timeout)
 
     def _start(self, request: bytes) -> None:
         task = asyncio.create_task(self._answer(request))
@@ -163,7 +168,9 @@ class _Connection:
         task.add_done_callback(self._answers.discard)
 
     async def _answer(self, request: bytes) -> None:
-        self.frames.send(await self._respond(request))
+        response = await self._respond(request)
+        if response is not None:
+            self.frames.send(response)
 
     def _end(self, error: Exception | None) -> None:
         if isinstance(error, InvalidBatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -53,7 +53,8 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[Hashable, dict[Kind, deque[Job]]] = {}
+        # Ordered dictionaries are queues from whose middle a job leaves as quickly as from their ends.
+        self._waiting: dict[Hashable, dict[Kind, OrderedDict[Job, None]]] = {}
         self.tokens = 0
         self.num_bytes = 0
 
@@ -61,9 +62,19 @@ class FairQueue:
         return bool(self._waiting)
 
     def put(self, job: Job) -> None:
-        self._waiting.setdefault(job.caller, {}).setdefault(job.kind, deque()).append(job)
-        self.tokens += job.batch.num_tokens
-        self.num_bytes += job.batch.num_bytes
+        self._waiting.setdefault(job.caller, {}).setdefault(job.kind, OrderedDict())[job] = None
+        self._count(job, 1)
+
+    def remove(self, job: Job) -> bool:
+        """Take out a job that still waits; whether it did."""
+        jobs = self._waiting.get(job.caller, {}).get(job.kind)
+        if jobs is None or job not in jobs:
+            return False
+        del jobs[job]
+        if not jobs:
+            self._forget(job.caller, job.kind)
+        self._count(job, -1)
+        return True
 
     def take(self, max_tokens: int) -> list[Job]:
         """Remove a batch: the job that waits longest of the caller whose turn it is, and from all callers in turn
@@ -78,19 +89,24 @@ class FairQueue:
         while sharing:
             for name in tuple(sharing):
                 jobs = self._waiting[name][kind]
-                if taken and jobs[0].batch.num_tokens > room:
+                job = next(iter(jobs))
+                if taken and job.batch.num_tokens > room:
                     sharing.remove(name)
                     continue
-                taken.append(jobs.popleft())
-                room -= taken[-1].batch.num_tokens
+                del jobs[job]
+                taken.append(job)
+                room -= job.batch.num_tokens
+                self._count(job, -1)
                 if not jobs:
                     sharing.remove(name)
                     self._forget(name, kind)
         if caller in self._waiting:
             self._waiting[caller] = self._waiting.pop(caller)
-        self.tokens -= max_tokens - room
-        self.num_bytes -= sum(job.batch.num_bytes for job in taken)
         return taken
+
+    def _count(self, job: Job, sign: int) -> None:
+        self.tokens += sign * job.batch.num_tokens
+        self.num_bytes += sign * job.batch.num_bytes
 
     def _forget(self, caller: Hashable, kind: Kind) -> None:
         del self._waiting[caller][kind]

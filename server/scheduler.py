@@ -85,7 +85,8 @@ class Scheduler:
     ) -> Completed:
         """Compute `batch`, together with others that wait; `caller` is whoever is to get a fair share.
 
-        Raises `Unavailable`, `Overloaded`, `DeadlineExceeded` (after waiting `timeout` seconds) or `ServerFault`.
+        Raises `Unavailable`, `Overloaded`, `DeadlineExceeded` (after waiting `timeout` seconds) or `ServerFault`. When
+        cancelled it ends at once if the batch still waits, and otherwise once the device no longer uses its tensors.
         """
         self.check_room(batch.num_tokens, batch.num_bytes)
         now = time.perf_counter()
@@ -93,9 +94,17 @@ class Scheduler:
         future: asyncio.Future[Completed] = asyncio.get_running_loop().create_future()
         self._unanswered.add(future)
         future.add_done_callback(self._unanswered.discard)
-        self._queue.put(Job(caller, layer, batch, reply_dtype, now, expires, future))
+        job = Job(caller, layer, batch, reply_dtype, now, expires, future)
+        self._queue.put(job)
         self._start_next()
-        return await future
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if self._queue.remove(job):
+                future.cancel()
+            else:
+                await asyncio.wait((future,))
+            raise
 
     def _start_next(self) -> None:
         while self._queue and may_start(self._under_way, self._queue.tokens, self._backend.depth):
@@ -104,7 +113,7 @@ class Scheduler:
                 self._start(jobs)
 
     def _keep_wanted(self, jobs: list[Job]) -> list[Job]:
-        """Drop what was cancelled or waited past its time, before it costs device time."""
+        """Drop what was given up or waited past its time, before it costs device time."""
         now = time.perf_counter()
         for job in jobs:
             if not job.future.done() and job.expires is not None and job.expires <= now:

@@ -3,17 +3,19 @@
 import asyncio
 import contextlib
 import gc
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import pytest
 import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from expertd.kernels.backend import LayerWeights, TokenBatch
+from expertd.kernels.backend import LayerWeights, TokenBatch, Underway
 from expertd.kernels.quantize import quantize_activations, quantize_weights
 from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
@@ -44,6 +46,37 @@ async def running_server(model: Path, experts: range, **options: Any) -> AsyncIt
         ready.cancel()
         server.stop()
         await running
+
+
+class Gate:
+    """Keeps what has reached a server's device from being computed until it is opened."""
+
+    def __init__(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached: list[int] = []
+        """The layer of every request."""
+        self._opened = threading.Event()
+        submit = server.backend.submit
+
+        def wait_then_submit(layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> Underway:
+            self.reached += [layer] * len(requests)
+            assert self._opened.wait(30)
+            return submit(layer, requests, reply_dtype)
+
+        monkeypatch.setattr(server.backend, "submit", wait_then_submit)
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def count_of(server: Server, outcome: str) -> float:
+    """Requests with this outcome."""
+    return server.metrics.registry.get_sample_value("expertd_requests_total", {"outcome": outcome}) or 0.0
 
 
 @contextlib.asynccontextmanager

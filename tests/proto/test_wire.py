@@ -30,6 +30,7 @@ requests = st.builds(
     weights=st.binary(max_size=20),
     timeout_us=uint64,
     segment_offset=st.none() | uint64,
+    cancels=st.none() | uint64,
 )
 responses = st.builds(
     pb.ExecuteResponse,
@@ -47,7 +48,7 @@ def assert_read_alike(raw: codec.RawRequest, message: pb.ExecuteRequest) -> None
     for field in message.DESCRIPTOR.fields:
         ours: Any = getattr(raw, field.name)
         theirs = getattr(message, field.name)
-        if field.name in ("placement_epoch", "segment_offset"):
+        if field.name in ("placement_epoch", "segment_offset", "cancels"):
             assert ours == (theirs if message.HasField(field.name) else None)
         elif isinstance(theirs, str):
             assert bytes(ours) == theirs.encode()
@@ -136,6 +137,12 @@ def test_calls_are_written_byte_for_byte_like_the_generated_class(
     )
     data = codec.encode_call(call)
     assert pb.ExecuteRequest.FromString(data).SerializeToString(deterministic=True) == data
+
+
+@given(request_id=uint64)
+def test_cancellations_are_written_byte_for_byte_like_the_generated_class(request_id: int) -> None:
+    message = pb.ExecuteRequest(request_id=codec.CANCELLATION_ID, cancels=request_id)
+    assert codec.encode_cancellation(request_id) == message.SerializeToString(deterministic=True)
 
 
 @given(receipt=st.dictionaries(uint32, uint32, max_size=40), request_id=uint64, tokens=st.integers(1, 9))

@@ -21,7 +21,7 @@ from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.frames import MAX_FRAME_BYTES
 from expertd.server.app import Server
 from expertd.server.shard import Shard
-from tests.support import execute_method, open_channel, random_batch, request_for, running_server
+from tests.support import Gate, execute_method, open_channel, random_batch, request_for, running_server, until
 
 SEGMENT_BYTES = 1 << 16
 BATCH = random_batch(4, hidden=256, experts=16, top_k=4, absent=0.0)
@@ -71,9 +71,12 @@ class Caller:
             length = int.from_bytes(await self.reader.readexactly(4), "little")
             return pb.ExecuteResponse.FromString(await self.reader.readexactly(length))
 
-    async def ask(self, request: pb.ExecuteRequest | bytes) -> pb.ExecuteResponse:
+    def send(self, request: pb.ExecuteRequest | bytes) -> None:
         message = request if isinstance(request, bytes) else request.SerializeToString()
         self.writer.write(len(message).to_bytes(4, "little") + message)
+
+    async def ask(self, request: pb.ExecuteRequest | bytes) -> pb.ExecuteResponse:
+        self.send(request)
         return await self.answer()
 
     def place(self, request: pb.ExecuteRequest, offset: int = 0) -> pb.ExecuteRequest:
@@ -115,12 +118,6 @@ async def over_grpc(server: Server, batch: TokenBatch = BATCH) -> pb.ExecuteResp
 
 def mappings() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:test-segment")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_partials_and_receipt_are_those_of_grpc_bit_for_bit(server: Server) -> None:
@@ -333,9 +330,23 @@ async def test_a_closed_connection_gives_its_memory_back_even_with_calls_in_flig
     async with accepted(server) as caller:
         assert (server.local.mapped_bytes, mappings()) == (SEGMENT_BYTES, 1)
         monkeypatch.setattr(server.scheduler, "execute", hang)
-        message = caller.place(request_for(server, BATCH)).SerializeToString()
-        caller.writer.write(len(message).to_bytes(4, "little") + message)
+        caller.send(caller.place(request_for(server, BATCH)))
         await arrived.wait()
+    await until(lambda: server.local.mapped_bytes == 0)
+    assert mappings() == 0
+
+
+async def test_memory_of_a_closed_connection_is_given_back_only_when_the_device_is_done_with_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await until(lambda: server.local.mapped_bytes == 0)
+    gate = Gate(server, monkeypatch)
+    async with accepted(server) as caller:
+        caller.send(caller.place(request_for(server, BATCH)))
+        await until(lambda: bool(gate.reached))
+    await asyncio.sleep(0.2)
+    assert (server.local.mapped_bytes, mappings()) == (SEGMENT_BYTES, 1)
+    gate.open()
     await until(lambda: server.local.mapped_bytes == 0)
     assert mappings() == 0
 

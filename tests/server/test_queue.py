@@ -79,12 +79,18 @@ def test_an_empty_queue_gives_nothing() -> None:
 @given(
     st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 20), st.integers(1, 3)), max_size=40),
     st.integers(1, 40),
+    st.sets(st.integers(0, 39)),
 )
 def test_every_job_leaves_exactly_once_in_batches_of_one_kind_within_the_bound(
-    arrivals: list[tuple[str, int, int]], max_tokens: int
+    arrivals: list[tuple[str, int, int]], max_tokens: int, unwanted: set[int]
 ) -> None:
     jobs = [job(*arrival) for arrival in arrivals]
     queue = filled(*jobs)
+    for number in sorted(unwanted & set(range(len(jobs))), reverse=True):
+        assert queue.remove(jobs[number])
+        assert not queue.remove(jobs.pop(number))
+    assert queue.tokens == sum(one.batch.num_tokens for one in jobs)
+    assert queue.num_bytes == sum(one.batch.num_bytes for one in jobs)
     left: list[Job] = []
     while batch := queue.take(max_tokens):
         assert len({one.kind for one in batch}) == 1

@@ -213,6 +213,36 @@ async def test_cancelled_and_expired_requests_never_reach_the_device(gated: tupl
     assert scheduler.queued_tokens == 0
 
 
+async def test_what_is_cancelled_in_the_queue_makes_room_at_once(gated: tuple[GatedBackend, Scheduler]) -> None:
+    backend, scheduler = gated
+    running, cancelled = submit(scheduler, 1, batch(1)), submit(scheduler, 1, batch(20))
+    await settle()
+    with pytest.raises(Overloaded):
+        scheduler.check_room(1, 0)
+    cancelled.cancel()
+    await settle()
+    assert cancelled.cancelled()
+    scheduler.check_room(20, MAX_BYTES)
+    backend.gate.set()
+    await running
+    assert backend.batches == [(1, 1)]
+
+
+async def test_what_is_cancelled_under_way_ends_when_the_device_no_longer_uses_its_tensors(
+    gated: tuple[GatedBackend, Scheduler],
+) -> None:
+    backend, scheduler = gated
+    running = submit(scheduler, 1, batch(1))
+    await settle()
+    running.cancel()
+    await asyncio.sleep(0.1)
+    assert not running.done()
+    backend.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert backend.batches == [(1, 1)]
+
+
 async def test_large_batches_overlap_and_small_ones_grow() -> None:
     backend = OverlappingBackend()
     large = OVERLAP_TOKENS
