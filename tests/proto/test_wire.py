@@ -47,7 +47,7 @@ def assert_read_alike(raw: codec.RawRequest, message: pb.ExecuteRequest) -> None
     for field in message.DESCRIPTOR.fields:
         ours: Any = getattr(raw, field.name)
         theirs = getattr(message, field.name)
-        if field.name in ("placement_epoch", "segment_offset"):
+        if field.name in ("placement_epoch", "segment_offset", "gpu_offset"):
             assert ours == (theirs if message.HasField(field.name) else None)
         elif isinstance(theirs, str):
             assert bytes(ours) == theirs.encode()
