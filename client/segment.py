@@ -13,47 +13,70 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from expertd.client.free_list import FreeList
+from expertd.client.gpu_room import GpuRoom
+from expertd.kernels.gpu_memory import GpuMemory
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteCall, RawResponse, Registration
 from expertd.proto.errors import ExpertdError, Unavailable
 from expertd.proto.frames import Frames, check_peer, socket_address
-from expertd.proto.segment import ALIGNMENT, Layout, lay_out
+from expertd.proto.segment import GPU_SIZE_BYTES, Layout, aligned, lay_out
 
 
 class Slot:
     """A part of a segment that one call has. It is free again when the last view of its memory is gone."""
 
-    def __init__(self, segment: Segment, offset: int, layout: Layout) -> None:
+    def __init__(self, segment: Segment, offset: int, layout: Layout, gpu: tuple[int, Tensor] | None) -> None:
+        """`gpu` is where the call's part of GPU memory is, and that part, if it has one."""
         self.segment = segment
         self.offset = offset
+        self._gpu = gpu
         self._layout = layout
         bytes_ = np.frombuffer(segment.memory, np.uint8, layout.end, offset)
         weakref.finalize(bytes_, segment.given_back.append, (offset, layout.end)).atexit = False
-        self._tensor = torch.from_numpy(bytes_)
-        self.partials = bytes_.data[layout.partials]
+        self._host = torch.from_numpy(bytes_)
 
-    def write(self, call: ExecuteCall) -> None:
-        """Copy the tensors of `call` here."""
-        layout, slot = self._layout, self._tensor
-        for place, tensor in (
-            (layout.hidden, call.hidden),
-            (layout.hidden_scales, call.scales),
-            (layout.expert_ids, call.expert_ids),
-            (layout.weights, call.weights),
-        ):
-            if tensor is not None:
-                slot[place].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+    @property
+    def partials(self) -> Tensor:
+        """[n] uint8: where the server puts them."""
+        return self._values[self._layout.partials]
+
+    @property
+    def gpu_offset(self) -> int | None:
+        return None if self._gpu is None else self._gpu[0]
+
+    @property
+    def _values(self) -> Tensor:
+        return self._host if self._gpu is None else self._gpu[1]
+
+    async def write(self, call: ExecuteCall, stream: torch.cuda.Stream | None) -> None:
+        """Copy the tensors of `call` here, and wait until `stream`, that of its GPU, has come so far."""
+        layout = self._layout
+        with torch.cuda.stream(stream):
+            for place, tensor in (
+                (self._values[layout.hidden], call.hidden),
+                (self._values[layout.hidden_scales], call.scales),
+                (self._host[layout.expert_ids], call.expert_ids),
+                (self._host[layout.weights], call.weights),
+            ):
+                if tensor is not None:
+                    place.copy_(tensor.contiguous().view(-1).view(torch.uint8), non_blocking=True)
+        if stream is not None:
+            written = stream.record_event()
+            while not written.query():
+                await asyncio.sleep(0)
 
 
 class Segment:
-    """A memfd mapped by this process and by a server, with one connection to it."""
+    """A memfd mapped by this process and by a server, perhaps GPU memory beside it, and one connection for both."""
 
-    def __init__(self, address: str, memory: mmap.mmap) -> None:
+    def __init__(self, address: str, memory: mmap.mmap, gpu: GpuRoom | None = None) -> None:
         """`address` is the server's, for people to read."""
         self._address = address
         self.memory = memory
+        self._gpu = gpu
         self.given_back: deque[tuple[int, int]] = deque()
         """Slots that are no longer used; views may be dropped on any thread."""
         self._free = FreeList(len(memory))
@@ -63,31 +86,46 @@ class Segment:
         self.ended = False
 
     @classmethod
-    async def open(cls, address: str, registration: Registration, size: int) -> Self:
-        """Share `size` new bytes with the server that gave `registration`. Raises OSError or an `ExpertdError`."""
+    async def open(
+        cls, address: str, registration: Registration, size: int, gpu: tuple[GpuMemory, int] | None = None
+    ) -> Self:
+        """Share `size` new bytes, and `gpu` memory with its descriptor, with the server that gave `registration`.
+
+        Raises OSError or an `ExpertdError`.
+        """
         descriptor = os.memfd_create("expertd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(descriptor, size)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
             # Populating takes 0.1 s for a few hundred MB.
             memory = await asyncio.to_thread(mmap.mmap, descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-            segment = cls(address, memory)
-            await segment._connect(registration, descriptor)
+            if gpu is None:
+                segment = cls(address, memory)
+                await segment._connect(registration.socket, registration.ticket, [descriptor])
+            else:
+                gpu_memory, gpu_descriptor = gpu
+                segment = cls(address, memory, GpuRoom(gpu_memory))
+                ticket = registration.ticket + gpu_memory.size.to_bytes(GPU_SIZE_BYTES, "little")
+                await segment._connect(registration.socket, ticket, [descriptor, gpu_descriptor])
         finally:
             os.close(descriptor)
         return segment
 
     @property
     def size(self) -> int:
-        return len(self.memory)
+        """Bytes for hidden states and partials."""
+        return len(self.memory) if self._gpu is None else self._gpu.size
 
-    def take(self, layout: Layout) -> Slot | None:
-        """Room for a call, or None."""
+    def take(self, layout: Layout, stream: torch.cuda.Stream | None) -> Slot | None:
+        """Room for a call of `stream`, or None."""
         while self.given_back:
             start, length = self.given_back.popleft()
-            self._free.give_back(start, _rounded(length))
-        offset = self._free.take(_rounded(layout.end))
-        return None if offset is None else Slot(self, offset, layout)
+            self._free.give_back(start, aligned(length))
+        gpu = None if self._gpu is None or stream is None else self._gpu.take(layout.gpu_end, stream)
+        if layout.on_gpu and gpu is None:
+            return None
+        offset = self._free.take(aligned(layout.end))
+        return None if offset is None else Slot(self, offset, layout, gpu)
 
     async def exchange(self, call: ExecuteCall, slot: Slot) -> RawResponse:
         """Announce `call`, whose tensors are in `slot`, and wait until its partials are there."""
@@ -96,7 +134,7 @@ class Segment:
         future: asyncio.Future[RawResponse] = asyncio.get_running_loop().create_future()
         # Kept until the response has come even if nobody waits for it any more: so long the slot is the server's.
         self._waiting[call.request_id] = future, slot
-        self._frames.send(codec.encode_call(call, slot.offset))
+        self._frames.send(codec.encode_call(call, slot.offset, slot.gpu_offset))
         try:
             return await future
         except asyncio.CancelledError:
@@ -107,14 +145,14 @@ class Segment:
         """End the connection; calls in flight fail with `Unavailable`."""
         self._frames.close()
 
-    async def _connect(self, registration: Registration, descriptor: int) -> None:
+    async def _connect(self, name: str, ticket: bytes, descriptors: list[int]) -> None:
         loop = asyncio.get_running_loop()
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.setblocking(False)
-            await loop.sock_connect(connection, socket_address(registration.socket))
+            await loop.sock_connect(connection, socket_address(name))
             check_peer(connection)
-            socket.send_fds(connection, [registration.ticket], [descriptor])
+            socket.send_fds(connection, [ticket], descriptors)
             await loop.create_unix_connection(lambda: self._frames, sock=connection)
         except BaseException:
             connection.close()
@@ -160,11 +198,8 @@ class Segment:
         self._waiting.clear()
 
 
-def layout_of(call: ExecuteCall) -> Layout:
+def layout_of(call: ExecuteCall, *, on_gpu: bool) -> Layout:
     """Where the tensors of `call` are in its slot."""
     tokens, width = call.hidden.shape
-    return lay_out(0, tokens, width, call.expert_ids.shape[1], call.hidden.dtype, call.reply_dtype)
-
-
-def _rounded(length: int) -> int:
-    return -(-length // ALIGNMENT) * ALIGNMENT
+    top_k = call.expert_ids.shape[1]
+    return lay_out(0, 0 if on_gpu else None, tokens, width, top_k, call.hidden.dtype, call.reply_dtype)

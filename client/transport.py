@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Protocol
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2
+from torch import Tensor
 
 from expertd.client.security import ClientSecurity
 from expertd.proto import codec
@@ -39,8 +41,9 @@ class Transport(Protocol):
     async def execute(self, call: ExecuteCall) -> ExecuteResult:
         """Compute one call. `call.request_id` must be unique among the calls in flight here.
 
-        Raises the server's `ExpertdError`, or `DeadlineExceeded` after `call.timeout` seconds. Partials may be views of
-        memory shared with the server, of which there is little: do not keep them.
+        Raises the server's `ExpertdError`, or `DeadlineExceeded` after `call.timeout` seconds. Partials are where the
+        hidden states are, and may be views of memory shared with the server, of which there is little: do not keep
+        them. On a GPU, use them on the stream that was current when this was called, as the call's tensors are.
         """
 
     async def until_not_serving(self) -> Unavailable:
@@ -115,9 +118,9 @@ class GrpcTransport:
 
 
 async def answer(
-    address: str, call: ExecuteCall, exchange: Awaitable[RawResponse], shared: memoryview | None = None
+    address: str, call: ExecuteCall, exchange: Awaitable[RawResponse], shared: Tensor | None = None
 ) -> ExecuteResult:
-    """What came back for `call`, its partials in the response or in `shared` memory.
+    """What came back for `call`, its partials in the response or in `shared` [n] uint8; they go where its tensors are.
 
     Raises the error in it, or `DeadlineExceeded` after the call's timeout.
     """
@@ -128,9 +131,10 @@ async def answer(
     except TimeoutError:
         raise DeadlineExceeded(f"{address}: no answer within {call.timeout} s") from None
     try:
-        return codec.decode_result(response, tokens, width, call.reply_dtype, shared)
+        result = codec.decode_result(response, tokens, width, call.reply_dtype, shared)
     except ExpertdError as error:
         raise error.again(f"{address}: ") from None
+    return replace(result, partials=result.partials.to(call.hidden.device)) if call.hidden.is_cuda else result
 
 
 class _Channel:

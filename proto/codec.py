@@ -18,7 +18,7 @@ from torch import Tensor
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto import wire
 from expertd.proto.errors import ExpertdError, InvalidBatch, ServerFault, error_from_status
-from expertd.proto.segment import QUANTIZATION_BLOCK, Layout, lay_out
+from expertd.proto.segment import QUANTIZATION_BLOCK, Layout, SharedSegment, lay_out
 
 ShardRequest = pb.GetShardRequest
 ShardResponse = pb.GetShardResponse
@@ -140,6 +140,7 @@ _REQUEST_FIELDS: wire.Schema = {
     14: ("segment_offset", wire.VARINT),
     15: ("traceparent", wire.BYTES),
     16: ("cancels", wire.VARINT),
+    17: ("gpu_offset", wire.VARINT),
 }
 _RESPONSE_FIELDS: wire.Schema = {
     1: ("request_id", wire.VARINT),
@@ -156,7 +157,7 @@ _TIMING_FIELDS = dict(enumerate(StageTimings.__dataclass_fields__, 1))
 
 @dataclass(frozen=True, slots=True)
 class RawRequest:
-    """The fields of an ExecuteRequest, unchecked; tensors are views of the received bytes."""
+    """The fields of an ExecuteRequest, unchecked; tensors are views of the received bytes, or of a segment's."""
 
     request_id: int = 0
     model_fingerprint: memoryview = EMPTY
@@ -166,14 +167,15 @@ class RawRequest:
     top_k: int = 0
     hidden_dtype: int = 0
     reply_dtype: int = 0
-    hidden: memoryview = EMPTY
-    hidden_scales: memoryview = EMPTY
+    hidden: memoryview | Tensor = EMPTY
+    hidden_scales: memoryview | Tensor = EMPTY
     expert_ids: memoryview = EMPTY
     weights: memoryview = EMPTY
     timeout_us: int = 0
     traceparent: memoryview = EMPTY
     segment_offset: int | None = None
     cancels: int | None = None
+    gpu_offset: int | None = None
 
     @property
     def num_tensor_bytes(self) -> int:
@@ -194,8 +196,8 @@ class RawResponse:
     receipt_pairs: Sequence[int] = ()
 
 
-def encode_call(call: ExecuteCall, segment_offset: int | None = None) -> bytes:
-    """The ExecuteRequest of `call`; with an offset, one whose tensors lie in a shared segment."""
+def encode_call(call: ExecuteCall, segment_offset: int | None = None, gpu_offset: int | None = None) -> bytes:
+    """The ExecuteRequest of `call`; with offsets, one whose tensors lie in a shared segment and in GPU memory."""
     fingerprint = call.model_fingerprint.encode()
     epoch = call.placement_epoch
     timeout_us = 0 if call.timeout is None else max(1, int(call.timeout * 1e6))
@@ -227,6 +229,7 @@ def encode_call(call: ExecuteCall, segment_offset: int | None = None) -> bytes:
             b"" if segment_offset is None else wire.varint(14 << 3) + wire.varint(segment_offset),
             wire.bytes_header(15, len(call.traceparent)),
             call.traceparent.encode("ascii"),
+            b"" if gpu_offset is None else wire.varint(17 << 3) + wire.varint(gpu_offset),
         )
     )
 
@@ -246,7 +249,7 @@ def parse_request(data: bytes) -> RawRequest:
 
 
 def decode_call(
-    message: RawRequest, width: int, max_top_k: int, max_tokens: int, segment: memoryview | None = None
+    message: RawRequest, width: int, max_top_k: int, max_tokens: int, segment: SharedSegment | None = None
 ) -> ExecuteCall:
     """Read a request of at most `max_tokens` tokens for a model of hidden size `width` and top-k `max_top_k`.
 
@@ -259,11 +262,11 @@ def decode_call(
     _check_range("top_k", top_k, 1, max_top_k)
     hidden_dtype = _check_dtype("hidden_dtype", message.hidden_dtype, HIDDEN_DTYPES)
     reply_dtype = _check_dtype("reply_dtype", message.reply_dtype, REPLY_DTYPES)
-    reply_into = None
+    partials: memoryview | Tensor | None = None
     if segment is not None:
-        layout = lay_out(message.segment_offset or 0, tokens, width, top_k, hidden_dtype, reply_dtype)
-        message = _in_segment(message, segment, layout)
-        reply_into = torch.frombuffer(segment[layout.partials], dtype=reply_dtype).view(tokens, width)
+        offsets = message.segment_offset or 0, message.gpu_offset
+        layout = lay_out(*offsets, tokens, width, top_k, hidden_dtype, reply_dtype)
+        message, partials = _in_segment(message, segment, layout)
     elif message.segment_offset is not None:
         raise InvalidBatch(f"segment_offset is {message.segment_offset}; there is no segment: send the tensors")
     quantized = hidden_dtype == torch.float8_e4m3fn
@@ -281,7 +284,7 @@ def decode_call(
         reply_dtype=reply_dtype,
         timeout=message.timeout_us / 1e6 if message.timeout_us else None,
         traceparent=str(message.traceparent, "ascii", "replace"),
-        reply_into=reply_into,
+        reply_into=None if partials is None else _from_bytes("partials", partials, reply_dtype, (tokens, width)),
     )
 
 
@@ -326,9 +329,9 @@ def parse_response(data: bytes | bytearray) -> RawResponse:
 
 
 def decode_result(
-    message: RawResponse, tokens: int, width: int, dtype: torch.dtype, shared: memoryview | None = None
+    message: RawResponse, tokens: int, width: int, dtype: torch.dtype, shared: Tensor | None = None
 ) -> ExecuteResult:
-    """Read a response that must hold partials [tokens, width] of `dtype`, or leave them in `shared` memory.
+    """Read a response that must hold partials [tokens, width] of `dtype`, or leave them in `shared` [n] uint8.
 
     Raises the error that the response carries, or `ServerFault` when it is not what was asked for.
     """
@@ -442,43 +445,53 @@ def _read_timings(message: memoryview) -> StageTimings:
 
 
 def _buffer(tensor: Tensor) -> memoryview:
-    """The bytes of a host tensor, flat; a copy only when it is not contiguous."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    """The bytes of a tensor, flat; a copy only when it is not contiguous or on a GPU."""
+    return tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data
 
 
-def _in_segment(message: RawRequest, segment: memoryview, layout: Layout) -> RawRequest:
-    """`message` with its tensors from `segment`, which the caller can change at any time.
+def _in_segment(message: RawRequest, segment: SharedSegment, layout: Layout) -> tuple[RawRequest, memoryview | Tensor]:
+    """`message` with its tensors from `segment`, which the caller can change at any time, and the partials' place.
 
-    What is checked is copied first: ids, weights and scales. Hidden states are read in place; every byte of them is a
-    value, and a token's values reach no other token's result.
+    What is checked is copied first: ids, weights, and scales that are not on a GPU. Everything else is read in place:
+    every byte of it is a value, and a token's values reach no other token's result.
     """
     if message.segment_offset is None:
         raise InvalidBatch("segment_offset is missing; tensors of this connection lie in its segment")
     if message.hidden or message.hidden_scales or message.expert_ids or message.weights:
         raise InvalidBatch("hidden, hidden_scales, expert_ids and weights must be empty beside segment_offset")
-    if layout.end > len(segment):
-        raise InvalidBatch(
-            f"segment_offset is {message.segment_offset} and the call's tensors end at byte {layout.end};"
-            f" the segment has {len(segment)}"
-        )
-    return replace(
+    memory, gpu = segment.memory, segment.gpu
+    _check_end("segment_offset", message.segment_offset, layout.end, len(memory))
+    message = replace(
         message,
-        hidden=segment[layout.hidden],
-        hidden_scales=memoryview(bytes(segment[layout.hidden_scales])),
-        expert_ids=memoryview(bytes(segment[layout.expert_ids])),
-        weights=memoryview(bytes(segment[layout.weights])),
+        expert_ids=memoryview(bytes(memory[layout.expert_ids])),
+        weights=memoryview(bytes(memory[layout.weights])),
     )
+    if not layout.on_gpu:
+        scales = memoryview(bytes(memory[layout.hidden_scales]))
+        return replace(message, hidden=memory[layout.hidden], hidden_scales=scales), memory[layout.partials]
+    if gpu is None:
+        raise InvalidBatch(f"gpu_offset is {message.gpu_offset}; no GPU memory was handed over with the segment")
+    _check_end("gpu_offset", message.gpu_offset, layout.gpu_end, len(gpu))
+    return replace(message, hidden=gpu[layout.hidden], hidden_scales=gpu[layout.hidden_scales]), gpu[layout.partials]
 
 
-def _from_bytes(field: str, data: memoryview, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+def _check_end(field: str, offset: int | None, end: int, size: int) -> None:
+    if end > size:
+        what = "segment" if field == "segment_offset" else "GPU memory"
+        raise InvalidBatch(f"{field} is {offset} and the call's tensors end at byte {end}; the {what} has {size}")
+
+
+def _from_bytes(field: str, data: memoryview | Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+    """`data`, or what a tensor [n] uint8 holds, as a tensor of `dtype`."""
     expected = shape[0] * shape[1] * dtype.itemsize
     if len(data) != expected:
         rows, columns = shape
         name = str(dtype).removeprefix("torch.")
         raise InvalidBatch(f"{field} has {len(data)} bytes; [{rows}, {columns}] {name} takes {expected}")
-    if not data:
+    if not expected:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(shape)
+    values = data.view(dtype) if isinstance(data, Tensor) else torch.frombuffer(data, dtype=dtype)
+    return values.view(shape)
 
 
 def _check_range(field: str, value: int, low: int, high: int) -> None:

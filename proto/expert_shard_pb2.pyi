@@ -97,7 +97,7 @@ class Limits(_message.Message):
     def __init__(self, max_tokens_per_request: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., max_queued_bytes: _Optional[int] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
-    __slots__ = ("request_id", "model_fingerprint", "placement_epoch", "layer", "num_tokens", "top_k", "hidden_dtype", "reply_dtype", "hidden", "hidden_scales", "expert_ids", "weights", "timeout_us", "segment_offset", "traceparent", "cancels")
+    __slots__ = ("request_id", "model_fingerprint", "placement_epoch", "layer", "num_tokens", "top_k", "hidden_dtype", "reply_dtype", "hidden", "hidden_scales", "expert_ids", "weights", "timeout_us", "segment_offset", "traceparent", "cancels", "gpu_offset")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,7 @@ class ExecuteRequest(_message.Message):
     SEGMENT_OFFSET_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
+    GPU_OFFSET_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     model_fingerprint: str
     placement_epoch: int
@@ -130,7 +131,8 @@ class ExecuteRequest(_message.Message):
     segment_offset: int
     traceparent: str
     cancels: int
-    def __init__(self, request_id: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., top_k: _Optional[int] = ..., hidden_dtype: _Optional[_Union[DType, str]] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., hidden: _Optional[bytes] = ..., hidden_scales: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., segment_offset: _Optional[int] = ..., traceparent: _Optional[str] = ..., cancels: _Optional[int] = ...) -> None: ...
+    gpu_offset: int
+    def __init__(self, request_id: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., top_k: _Optional[int] = ..., hidden_dtype: _Optional[_Union[DType, str]] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., hidden: _Optional[bytes] = ..., hidden_scales: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., segment_offset: _Optional[int] = ..., traceparent: _Optional[str] = ..., cancels: _Optional[int] = ..., gpu_offset: _Optional[int] = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
     __slots__ = ("request_id", "error", "partials_dtype", "partials", "receipt_experts", "receipt_pairs", "timings", "checksum")
@@ -157,14 +159,16 @@ class RegisterSharedMemoryRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RegisterSharedMemoryResponse(_message.Message):
-    __slots__ = ("socket", "ticket", "ticket_seconds")
+    __slots__ = ("socket", "ticket", "ticket_seconds", "gpu")
     SOCKET_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     TICKET_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
     socket: str
     ticket: bytes
     ticket_seconds: int
-    def __init__(self, socket: _Optional[str] = ..., ticket: _Optional[bytes] = ..., ticket_seconds: _Optional[int] = ...) -> None: ...
+    gpu: str
+    def __init__(self, socket: _Optional[str] = ..., ticket: _Optional[bytes] = ..., ticket_seconds: _Optional[int] = ..., gpu: _Optional[str] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message", "retry_after_ms")

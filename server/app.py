@@ -22,6 +22,7 @@ from prometheus_client import start_http_server
 
 from expertd.kernels.backend import Backend, DeviceMemory
 from expertd.kernels.checkpoint import Checkpoint
+from expertd.kernels.gpu_memory import current_gpu, gpu_uuid
 from expertd.proto import codec
 from expertd.server.backends import choose_backend
 from expertd.server.config import Address, InvalidOption, ServerConfig
@@ -94,7 +95,8 @@ class Server:
         verifier = Verifier(self.checkpoint, self.shard, self.scheduler, config.max_tokens_per_request)
         self.shadow = self._shadow_check()
         socket_name = handover_socket(config.shared_memory_bytes, config.unix_socket)
-        tickets = Tickets(socket_name)
+        on_gpu = self.backend.name == "cutile"
+        tickets = Tickets(socket_name, gpu_uuid(current_gpu()) if on_gpu else "")
         parts = (self.shard, self.info, self.scheduler, verifier, self.shadow, self.journal, tickets)
         if self.failpoints is None:
             self.handlers = ExpertShardHandlers(*parts)
@@ -106,7 +108,7 @@ class Server:
             tickets,
             self.handlers.respond,
             self.device,
-            pinned=self.backend.name == "cutile",
+            gpu=on_gpu,
         )
         self.metrics.shared_memory_bytes.set_function(lambda: self.local.mapped_bytes)
         self.health = health.HealthServicer()

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from expertd.proto.errors import Cancelled
+from expertd.proto.segment import SharedSegment
 
 
 class Conversation:
     """What the requests of one stream or local connection have in common. Lives on the event loop."""
 
-    def __init__(self, caller: str, segment: memoryview | None = None) -> None:
+    def __init__(self, caller: str, segment: SharedSegment | None = None) -> None:
         """`segment` is where the tensors lie that the caller's messages do not carry."""
         self.caller = caller
         self.segment = segment

@@ -25,6 +25,7 @@ import torch
 from expertd.kernels.backend import Backend, LayerWeights, TokenBatch, Underway
 from expertd.proto import codec, wire
 from expertd.proto.codec import RawRequest, ShardInfo
+from expertd.proto.segment import SharedSegment
 from expertd.server.config import InvalidOption
 from expertd.server.handlers import ExpertShardHandlers
 from expertd.server.journal import Journal
@@ -174,7 +175,7 @@ class FaultyHandlers(ExpertShardHandlers):
         self._failpoints = failpoints
 
     async def _answer(
-        self, request: RawRequest, caller: str, time_remaining: float | None, segment: memoryview | None = None
+        self, request: RawRequest, caller: str, time_remaining: float | None, segment: SharedSegment | None = None
     ) -> bytes:
         strikes = self._failpoints.strikes
         if strikes("stale_epoch"):

@@ -13,11 +13,13 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import torch
 
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteResult, RawRequest, ShardInfo, StageTimings
 from expertd.proto.errors import ExpertdError, ServerFault
 from expertd.proto.loopback import UNIX
+from expertd.proto.segment import SharedSegment
 from expertd.server.conversation import Conversation
 from expertd.server.journal import Journal
 from expertd.server.scheduler import Scheduler
@@ -158,7 +160,7 @@ class ExpertShardHandlers:
             return codec.encode_error(request_id, error)
 
     async def _answer(
-        self, request: RawRequest, caller: str, time_remaining: float | None, segment: memoryview | None = None
+        self, request: RawRequest, caller: str, time_remaining: float | None, segment: SharedSegment | None = None
     ) -> bytes:
         """Compute one request; every outcome is recorded."""
         with self._journal.request(request, caller):
@@ -171,7 +173,7 @@ class ExpertShardHandlers:
                 raise ServerFault(f"{type(error).__name__}: {error}") from error
 
     async def _compute(
-        self, request: RawRequest, caller: str, time_remaining: float | None, segment: memoryview | None
+        self, request: RawRequest, caller: str, time_remaining: float | None, segment: SharedSegment | None
     ) -> bytes:
         arrived = time.perf_counter()
         # Before anything is read of the tensors: a server with too much to do has no time for what it will refuse.
@@ -188,7 +190,7 @@ class ExpertShardHandlers:
         timings = StageTimings(decoded - arrived, done.queue, done.copy_in, done.compute, done.copy_out)
         pairs = done.partials.pairs.tolist()
         receipt = {expert: count for expert, count in zip(self._shard.experts, pairs, strict=True) if count}
-        sums = done.partials.sums if call.reply_into is None else done.partials.sums[:0]
+        sums = done.partials.sums if call.reply_into is None else torch.empty(0, dtype=call.reply_dtype)
         response = codec.encode_result(ExecuteResult(call.request_id, sums, receipt, timings))
         if self._shadow is not None:
             self._shadow.offer(call.layer, batch, done.partials.sums)

@@ -9,17 +9,19 @@ import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from expertd.proto import codec
-from expertd.proto.errors import ExpertdError, InvalidBatch, Overloaded
+from expertd.proto.errors import ExpertdError, InvalidBatch, NotPermitted, Overloaded
 from expertd.proto.frames import Frames, check_peer, framed, peer_of, socket_address
 from expertd.proto.loopback import UNIX
+from expertd.proto.segment import GPU_SIZE_BYTES, SharedSegment
 from expertd.server.conversation import Conversation
 from expertd.server.device import DeviceOwner
-from expertd.server.segment import check_segment, map_segment, pin, unpin
+from expertd.server.segment import check_segment, map_segment, open_gpu_memory, pin, unpin
 from expertd.server.tickets import TICKET_BYTES, Tickets
 
 log = logging.getLogger(__name__)
@@ -33,9 +35,9 @@ class LocalListener:
     """Takes segments from callers that have a ticket, and answers their calls until they close the connection."""
 
     def __init__(
-        self, name: str | None, max_bytes: int, tickets: Tickets, respond: Respond, device: DeviceOwner, *, pinned: bool
+        self, name: str | None, max_bytes: int, tickets: Tickets, respond: Respond, device: DeviceOwner, *, gpu: bool
     ) -> None:
-        """Takes at most `max_bytes` of segments, `pinned` for the GPU.
+        """Takes at most `max_bytes` of segments and GPU memory; with a `gpu`, segments are pinned for it.
 
         `name` is the socket's, as in the contract; with None there is no socket.
         """
@@ -44,7 +46,7 @@ class LocalListener:
         self._tickets = tickets
         self._respond = respond
         self._device = device
-        self._pinned = pinned
+        self._gpu = gpu
         self._connections: set[_Connection] = set()
         self._serving: set[asyncio.Task[None]] = set()
         self.mapped_bytes = 0
@@ -103,13 +105,13 @@ class LocalListener:
         """The life of one connection."""
         try:
             check_peer(peer)
-            caller, segment = await self._take_segment(peer)
+            caller, memory = await self._take_memory(peer)
         except ExpertdError as error:
             log.warning("a segment was refused: %s", error)
             with peer, contextlib.suppress(OSError):
                 peer.send(framed(codec.encode_error(0, error)))
             return
-        conversation = Conversation(caller, segment)
+        conversation = Conversation(caller, memory.segment)
         connection = _Connection(lambda message: self._respond(message, conversation))
         self._connections.add(connection)
         try:
@@ -119,33 +121,65 @@ class LocalListener:
         finally:
             self._connections.discard(connection)
             await connection.answered()
-            if self._pinned:
-                await self._device.call(partial(unpin, segment))
-            self.mapped_bytes -= len(segment)
+            if memory.release is not None:
+                await self._device.call(memory.release)
+            self.mapped_bytes -= memory.num_bytes
 
-    async def _take_segment(self, peer: socket.socket) -> tuple[str, memoryview]:
+    async def _take_memory(self, peer: socket.socket) -> tuple[str, _Memory]:
         """Who hands over a segment, and the segment, mapped."""
-        ticket, descriptor = await _receive(peer)
+        handover = await _receive(peer)
         try:
-            caller = self._tickets.redeem(ticket)
+            caller = self._tickets.redeem(handover.ticket)
             if caller.startswith(UNIX):
                 # Connections over a unix socket have no names to tell callers apart by.
                 caller = f"{caller} process {peer_of(peer)[0]}"
-            size = check_segment(descriptor)
+            if handover.gpu_bytes and not self._gpu:
+                raise NotPermitted("this server computes on no GPU; hand over the segment alone")
+            num_bytes = check_segment(handover.descriptors[0]) + handover.gpu_bytes
             room = self._max_bytes - self.mapped_bytes
-            if size > room:
-                raise Overloaded(f"the segment has {size} bytes; {room} are left of --shared-memory-bytes")
-            self.mapped_bytes += size
+            if num_bytes > room:
+                raise Overloaded(f"the segment has {num_bytes} bytes; {room} are left of --shared-memory-bytes")
+            self.mapped_bytes += num_bytes
             try:
-                segment = await asyncio.to_thread(map_segment, descriptor, size)
-                if self._pinned:
-                    await self._device.call(partial(pin, segment))
+                return caller, await self._map(handover, num_bytes)
             except BaseException:
-                self.mapped_bytes -= size
+                self.mapped_bytes -= num_bytes
                 raise
         finally:
-            os.close(descriptor)
-        return caller, segment
+            for descriptor in handover.descriptors:
+                os.close(descriptor)
+
+    async def _map(self, handover: _Handover, num_bytes: int) -> _Memory:
+        gpu_bytes = handover.gpu_bytes
+        memory = await asyncio.to_thread(map_segment, handover.descriptors[0], num_bytes - gpu_bytes)
+        if gpu_bytes:
+            # Not pinned: what the GPU would copy from the segment is in its own memory.
+            gpu = await self._device.call(partial(open_gpu_memory, handover.descriptors[1], gpu_bytes))
+            return _Memory(SharedSegment(memory, gpu.tensor(0, gpu.size)), num_bytes, gpu.close)
+        if self._gpu:
+            await self._device.call(partial(pin, memory))
+            return _Memory(SharedSegment(memory), num_bytes, partial(unpin, memory))
+        return _Memory(SharedSegment(memory), num_bytes, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Handover:
+    """What a connection begins with."""
+
+    ticket: bytes
+    gpu_bytes: int
+    """0: no GPU memory is handed over."""
+    descriptors: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What one connection's caller shares."""
+
+    segment: SharedSegment
+    num_bytes: int
+    release: Callable[[], object] | None
+    """To be called on the device thread before it is unmapped."""
 
 
 class _Connection:
@@ -187,8 +221,8 @@ def handover_socket(max_bytes: int, unix_socket: Path | None) -> str | None:
     return f"@expertd-{secrets.token_hex(8)}" if unix_socket is None else f"{unix_socket}.shm"
 
 
-async def _receive(peer: socket.socket) -> tuple[bytes, int]:
-    """The ticket and the file descriptor with which a connection begins."""
+async def _receive(peer: socket.socket) -> _Handover:
+    """The ticket and the file descriptors with which a connection begins."""
     loop = asyncio.get_running_loop()
     readable: asyncio.Future[None] = loop.create_future()
 
@@ -205,9 +239,17 @@ async def _receive(peer: socket.socket) -> tuple[bytes, int]:
     finally:
         loop.remove_reader(peer)
     try:
-        ticket, descriptors, _, _ = socket.recv_fds(peer, TICKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        message, descriptors, _, _ = socket.recv_fds(peer, TICKET_BYTES + GPU_SIZE_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
     except OSError as error:
         raise InvalidBatch(f"the ticket cannot be read: {error.strerror}") from None
     if not descriptors:
         raise InvalidBatch("no file descriptor came with the ticket; send them in one message (SCM_RIGHTS)")
-    return ticket, descriptors[0]
+    gpu_bytes = int.from_bytes(message[TICKET_BYTES:], "little")
+    if (gpu_bytes > 0) != (len(descriptors) == 2):
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise InvalidBatch(
+            f"{len(descriptors)} file descriptors came with {gpu_bytes} bytes of GPU memory;"
+            " the second one and the size belong together"
+        )
+    return _Handover(message[:TICKET_BYTES], gpu_bytes, descriptors)

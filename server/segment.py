@@ -8,7 +8,8 @@ import os
 
 import torch
 
-from expertd.proto.errors import InvalidBatch, ServerFault
+from expertd.kernels.gpu_memory import GpuMemory, GpuMemoryError, current_gpu
+from expertd.proto.errors import InvalidBatch, NotPermitted, ServerFault
 
 
 def check_segment(descriptor: int) -> int:
@@ -51,6 +52,17 @@ def unpin(memory: memoryview) -> None:
     """Undo `pin` before the memory is unmapped. Called on the device thread, after the last batch that uses it."""
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaHostUnregister(_address(memory))
+
+
+def open_gpu_memory(descriptor: int, size: int) -> GpuMemory:
+    """Map a caller's memory of this server's GPU. Called on the device thread; raises `NotPermitted`.
+
+    To be closed on the device thread, too, after the last batch that uses it.
+    """
+    try:
+        return GpuMemory.open(descriptor, size, current_gpu())
+    except GpuMemoryError as error:
+        raise NotPermitted(f"the caller's {size} bytes of GPU memory cannot be mapped: {error}") from None
 
 
 def _address(memory: memoryview) -> int:

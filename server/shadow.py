@@ -81,10 +81,10 @@ class ShadowCheck:
         if random.random() >= self._rate:
             return
         row = slice(index := random.randrange(batch.num_tokens), index + 1)
-        scales = None if batch.scales is None else batch.scales[row].clone()
-        token = TokenBatch(batch.hidden[row].clone(), scales, batch.expert_ids[row].clone(), batch.weights[row].clone())
+        scales = None if batch.scales is None else _copy(batch.scales[row])
+        token = TokenBatch(_copy(batch.hidden[row]), scales, _copy(batch.expert_ids[row]), _copy(batch.weights[row]))
         try:
-            self._samples.put_nowait(_Sample(layer, token, answer[row].clone()))
+            self._samples.put_nowait(_Sample(layer, token, _copy(answer[row])))
         except queue.Full:
             self._checks.labels("dropped").inc()
 
@@ -116,3 +116,8 @@ class ShadowCheck:
             error,
             self._bound,
         )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In host memory."""
+    return tensor.to("cpu", copy=True)

@@ -20,9 +20,10 @@ MAX_TICKETS = 1024
 class Tickets:
     """One-time tickets, each for one connection to the socket that takes segments."""
 
-    def __init__(self, name: str | None) -> None:
-        """`name` is the socket's, as in the contract; None: no memory is shared."""
+    def __init__(self, name: str | None, gpu: str = "") -> None:
+        """`name` is the socket's and `gpu` the GPU's, as in the contract; None: no memory is shared."""
         self._name = name
+        self._gpu = gpu
         self._issued: dict[bytes, tuple[str, float]] = {}
 
     def issue(self, peer: str) -> Registration:
@@ -36,7 +37,7 @@ class Tickets:
             raise NotPermitted(f"{MAX_TICKETS} tickets wait to be used; ask again in {TICKET_SECONDS} s")
         ticket = secrets.token_bytes(TICKET_BYTES)
         self._issued[ticket] = (peer, time.monotonic() + TICKET_SECONDS)
-        return Registration(socket=self._name, ticket=ticket, ticket_seconds=TICKET_SECONDS)
+        return Registration(socket=self._name, ticket=ticket, ticket_seconds=TICKET_SECONDS, gpu=self._gpu)
 
     def redeem(self, ticket: bytes) -> str:
         """The caller that `ticket` was issued to. Raises `Unauthenticated` for one unknown, used or too old."""

@@ -26,8 +26,11 @@ from expertd.kernels.cutile.staging import (
     fill_routing,
     fill_small,
     move_batch,
+    move_results,
+    move_small,
     move_sums,
     pinned,
+    sums_target,
 )
 from expertd.kernels.cutile.tiles import SHAPE_CLASSES, shape_class
 from expertd.kernels.cutile.tuning import DEFAULT_CACHE, Machine, load_table
@@ -146,19 +149,17 @@ class CutileBackend:
         started, marks = time.perf_counter(), slot.marks
         tokens = fill_small(requests, slot.host_batch(layout))
         staged = time.perf_counter() - started
-        used = layout.num_bytes(tokens)
         marks[0].record()
-        self._small[:used].copy_(slot.host[:used], non_blocking=True)
+        move_small(requests, slot, layout, self._small, tokens)
         marks[1].record()
         graph = self._graph(layer, layout, reply_dtype)
         marks[2].record()
         graph.replay()
         marks[3].record()
         marks[4].record()
-        results = self._small_results.used(tokens, reply_dtype).to_host()
+        sums, pairs = move_results(requests, self._small_results.used(tokens, reply_dtype), reply_dtype)
         marks[5].record()
-        sums = results.sums(reply_dtype).split([request.num_tokens for request in requests])
-        return DeviceBatch(requests, sums, results.pairs, marks, staged, partial(self._slots.put, slot))
+        return DeviceBatch(requests, sums, pairs, marks, staged, partial(self._slots.put, slot))
 
     def _stream(
         self, slot: Slot, layer: int, requests: Sequence[TokenBatch], layout: Layout, reply_dtype: torch.dtype
@@ -175,13 +176,14 @@ class CutileBackend:
             marks[1].record()
         kernels.wait_event(marks[1])
         marks[2].record()
-        self._compute.compute(self._layers[layer], batch, results.sums(reply_dtype), results.pairs)
+        computed = sums_target(requests, results.sums(reply_dtype))
+        self._compute.compute(self._layers[layer], batch, computed, results.pairs)
         marks[3].record()
         with torch.cuda.stream(self._outward):
             self._outward.wait_event(marks[3])
             marks[4].record()
             pairs = pinned(results.pairs.shape, torch.int32).copy_(results.pairs, non_blocking=True)
-            sums = move_sums(requests, results.sums(reply_dtype))
+            sums = move_sums(requests, computed)
             marks[5].record()
         return DeviceBatch(requests, sums, pairs, marks, staged, partial(self._slots.put, slot))
 

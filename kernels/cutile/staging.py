@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ class Layout:
     def num_bytes(self, tokens: int) -> int:
         """Bytes up to the end of the first `tokens` hidden states."""
         return self._offset("hidden") + tokens * self.hidden_size * self.dtype.itemsize
+
+    @property
+    def routing_bytes(self) -> int:
+        """Bytes before the scales and hidden states."""
+        return self._offset("scales")
 
     @property
     def _fields(self) -> tuple[tuple[str, torch.dtype, int], ...]:
@@ -116,44 +121,60 @@ class Slot:
 
 
 def fill_small(requests: Sequence[TokenBatch], target: TokenBatch) -> int:
-    """Concatenate requests in `target`, whose other tokens get no expert; how many tokens there are."""
+    """Concatenate requests in `target`, whose other tokens get no expert; how many tokens there are.
+
+    Hidden states that are on the GPU, and their scales, are left out.
+    """
     tokens = fill_routing(requests, target)
-    torch.cat([request.hidden for request in requests], out=target.hidden[:tokens])
+    _concatenate([request.hidden for request in requests], target.hidden[:tokens])
     target.expert_ids[tokens:] = -1
     return tokens
 
 
 def fill_routing(requests: Sequence[TokenBatch], target: TokenBatch) -> int:
-    """Concatenate everything but the hidden states; how many tokens there are."""
+    """Concatenate everything but the hidden states, and scales on the GPU; how many tokens there are."""
     tokens = sum(request.num_tokens for request in requests)
     torch.cat([request.expert_ids for request in requests], out=target.expert_ids[:tokens])
     torch.cat([request.weights for request in requests], out=target.weights[:tokens])
     if target.scales is not None:
         scales = [request.scales for request in requests if request.scales is not None]
-        torch.cat(scales, out=target.scales[:tokens])
+        _concatenate(scales, target.scales[:tokens])
     return tokens
+
+
+def move_small(requests: Sequence[TokenBatch], slot: Slot, layout: Layout, memory: Tensor, tokens: int) -> None:
+    """Copy a small batch, `tokens` long, to device `memory` on the current stream: what `fill_small` left, too."""
+    resident = [request.hidden.is_cuda for request in requests]
+    used = layout.routing_bytes if all(resident) else layout.num_bytes(tokens)
+    memory[:used].copy_(slot.host[:used], non_blocking=True)
+    if any(resident):
+        _move_resident(requests, layout.batch(memory))
 
 
 def move_batch(requests: Sequence[TokenBatch], slot: Slot, layout: Layout) -> TokenBatch:
     """Copy requests, whose routing is in the slot's pinned memory, to the device on the current stream.
 
     Hidden states go request by request, so that the device reads one while the next is copied to pinned memory, and
-    directly where the device can read the request's own memory.
+    directly where the device can read the request's own memory. A single request that is on the GPU stays where it is.
     """
     host, device = slot.host_batch(layout), layout.batch(slot.device)
-    routing = layout.num_bytes(0)
+    resident = all(request.hidden.is_cuda for request in requests)
+    routing = layout.routing_bytes if resident else layout.num_bytes(0)
     slot.device[:routing].copy_(slot.host[:routing], non_blocking=True)
-    first = 0
-    for request in requests:
-        rows = slice(first, first + request.num_tokens)
-        source = request.hidden if reachable(request.hidden) else host.hidden[rows].copy_(request.hidden)
-        device.hidden[rows].copy_(source, non_blocking=True)
-        first += request.num_tokens
+    if resident and len(requests) == 1:
+        return replace(device, hidden=requests[0].hidden, scales=requests[0].scales)
+    for request, rows in zip(requests, _rows(requests), strict=True):
+        if not request.hidden.is_cuda:
+            source = request.hidden if reachable(request.hidden) else host.hidden[rows].copy_(request.hidden)
+            device.hidden[rows].copy_(source, non_blocking=True)
+    _move_resident(requests, device)
     return device
 
 
 def move_sums(requests: Sequence[TokenBatch], sums: Tensor) -> tuple[Tensor, ...]:
     """Copy device `sums` [T, H] to pinned memory, or to where requests want them, on the current stream."""
+    if sums is requests[0].reply:
+        return (sums,)
     rows = torch.split(sums, [request.num_tokens for request in requests])
     if not any(reachable(request.reply) for request in requests):
         host = pinned(sums.shape, sums.dtype).copy_(sums, non_blocking=True)
@@ -163,6 +184,23 @@ def move_sums(requests: Sequence[TokenBatch], sums: Tensor) -> tuple[Tensor, ...
         for request, part in zip(requests, rows, strict=True)
     ]
     return tuple(target.copy_(part, non_blocking=True) for target, part in zip(targets, rows, strict=True))
+
+
+def move_results(
+    requests: Sequence[TokenBatch], results: Results, dtype: torch.dtype
+) -> tuple[Sequence[Tensor], Tensor]:
+    """Copy the sums of each request and the pairs of a small batch to where they belong, on the current stream."""
+    if any(_on_gpu(request.reply) for request in requests):
+        pairs = pinned(results.pairs.shape, torch.int32).copy_(results.pairs, non_blocking=True)
+        return move_sums(requests, results.sums(dtype)), pairs
+    host = results.to_host()
+    return host.sums(dtype).split([request.num_tokens for request in requests]), host.pairs
+
+
+def sums_target(requests: Sequence[TokenBatch], sums: Tensor) -> Tensor:
+    """Where a batch's sums are to be computed: in `sums`, or at once where a single request on the GPU wants them."""
+    reply = requests[0].reply
+    return reply if len(requests) == 1 and reply is not None and reply.is_cuda else sums
 
 
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -181,7 +219,7 @@ class DeviceBatch:
 
     requests: Sequence[TokenBatch]
     sums: Sequence[Tensor]
-    """[T, H] of each request, in host memory that is written until the last mark."""
+    """[T, H] of each request, in memory that is written until the last mark."""
     pairs: Tensor
     marks: Sequence[torch.cuda.Event]
     """Begin and end of each of the three stages."""
@@ -207,6 +245,37 @@ def _delivered(request: TokenBatch, sums: Tensor) -> Tensor:
     if request.reply is None or request.reply.data_ptr() == sums.data_ptr():
         return sums
     return request.reply.copy_(sums)
+
+
+def _move_resident(requests: Sequence[TokenBatch], target: TokenBatch) -> None:
+    """Copy hidden states and scales that are on the GPU already to their rows of `target`, on the current stream."""
+    for request, rows in zip(requests, _rows(requests), strict=True):
+        if request.hidden.is_cuda:
+            target.hidden[rows].copy_(request.hidden, non_blocking=True)
+            if target.scales is not None and request.scales is not None:
+                target.scales[rows].copy_(request.scales, non_blocking=True)
+
+
+def _on_gpu(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_cuda
+
+
+def _concatenate(parts: Sequence[Tensor], target: Tensor) -> None:
+    """Like `torch.cat`, but rows of parts on the GPU are left as they are."""
+    if not any(part.is_cuda for part in parts):
+        torch.cat(list(parts), out=target)
+        return
+    for part, rows in zip(parts, torch.split(target, [len(part) for part in parts]), strict=True):
+        if not part.is_cuda:
+            rows.copy_(part)
+
+
+def _rows(requests: Sequence[TokenBatch]) -> Iterator[slice]:
+    """Where each request's tokens are in the batch."""
+    first = 0
+    for request in requests:
+        yield slice(first, first + request.num_tokens)
+        first += request.num_tokens
 
 
 def _aligned(size: int) -> int:

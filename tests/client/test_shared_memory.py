@@ -1,6 +1,7 @@
 """Coordinators and servers that share memory: the same bits as over gRPC, and gRPC where there is no room."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import threading
@@ -12,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.client import shared_memory
+from expertd.client import segment_pool
 from expertd.client.config import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.security import ClientSecurity
 from expertd.client.segment import Segment
-from expertd.client.shared_memory import SharedMemoryTransport
+from expertd.client.shared_memory import HOST, SharedMemoryTransport
 from expertd.client.transport import GrpcTransport
 from expertd.proto.codec import ExecuteCall
 from expertd.proto.errors import DeadlineExceeded, Unavailable
@@ -70,7 +71,7 @@ async def test_with_a_token_and_over_a_unix_socket(small_model: Path, tmp_path: 
 async def test_many_calls_at_once_use_slots_again_and_memory_grows_as_needed(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_memory, "FIRST_BYTES", 64 << 10)
+    monkeypatch.setattr(segment_pool, "FIRST_BYTES", 64 << 10)
     config = replace(DEFAULT, shared_memory_bytes=256 << 10)
     async with (
         running_server(small_model, ALL) as server,
@@ -82,9 +83,13 @@ async def test_many_calls_at_once_use_slots_again_and_memory_grows_as_needed(
             results = await asyncio.gather(*(call(moe, 40, seed) for seed in range(20)))
             assert all(torch.equal(result, right) for result, right in zip(results, expected, strict=True))
         assert server.local.mapped_bytes == 256 << 10
-        segments = transport_of(moe)._segments
+        segments = segments_of(transport_of(moe))
         assert [segment.size >> 10 for segment in segments] == [64, 64, 128]
         assert [free_bytes(segment) for segment in segments] == [segment.size for segment in segments]
+
+
+def segments_of(transport: SharedMemoryTransport) -> list[Segment]:
+    return transport._pools[HOST].segments
 
 
 def free_bytes(segment: Segment) -> int:
@@ -130,7 +135,7 @@ async def test_where_memory_is_refused_calls_go_over_grpc_and_the_log_says_why(
     async with running_server(small_model, ALL, **options) as server, Coordinator([str(server.address)]) as moe:
         assert moe.sharing_memory == frozenset()
         assert (await call(moe, 3)).isfinite().all()
-        said = [record for record in caplog.records if record.name == "expertd.client.shared_memory"]
+        said = [record for record in caplog.records if record.name == "expertd.client.segment_pool"]
         assert [record.levelno for record in said] == [level]
         assert f"{server.address}: no memory is shared, calls go over gRPC: " in said[0].message
         assert reason in said[0].message
@@ -160,10 +165,13 @@ async def test_a_slot_is_the_servers_until_it_has_answered_even_when_nobody_wait
     release = asyncio.Event()
     async with running_server(small_model, ALL) as server:
         transport = await shared_transport(server)
-        segment = transport._segments[0]
+        segment = segments_of(transport)[0]
         execute = server.scheduler.execute
 
         async def wait_then_execute(*arguments: Any) -> Any:  # noqa: ANN401
+            # Like a batch under way on the device, which is not cut short.
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
             await release.wait()
             return await execute(*arguments)
 
@@ -184,7 +192,7 @@ async def test_a_slot_is_the_servers_until_it_has_answered_even_when_nobody_wait
 async def test_a_slot_is_the_callers_while_the_partials_are_in_use(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server:
         transport = await shared_transport(server)
-        segment = transport._segments[0]
+        segment = segments_of(transport)[0]
         first = await transport.execute(call_for(server, random_batch(8, 256, 16, 4)))
         kept, copy = first.partials[3:], first.partials[3:].clone()
         del first

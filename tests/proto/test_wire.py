@@ -48,7 +48,7 @@ def assert_read_alike(raw: codec.RawRequest, message: pb.ExecuteRequest) -> None
     for field in message.DESCRIPTOR.fields:
         ours: Any = getattr(raw, field.name)
         theirs = getattr(message, field.name)
-        if field.name in ("placement_epoch", "segment_offset", "cancels"):
+        if field.name in ("placement_epoch", "segment_offset", "cancels", "gpu_offset"):
             assert ours == (theirs if message.HasField(field.name) else None)
         elif isinstance(theirs, str):
             assert bytes(ours) == theirs.encode()

@@ -1,0 +1,138 @@
+"""GPU memory that processes of one machine share: one allocates it, others map it from a file descriptor.
+
+By CUDA's virtual memory management, with which memory exists until the last process that maps it has let go, however
+the others end.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class GpuMemoryError(RuntimeError):
+    """What CUDA refused, and why."""
+
+
+class GpuMemory:
+    """Memory of one GPU, mapped here until `close` is called or the last tensor in it is gone."""
+
+    def __init__(self, handle: Any, size: int, device: torch.device) -> None:  # noqa: ANN401
+        """Map all `size` bytes of the allocation `handle`. Raises `GpuMemoryError`."""
+        self.size = size
+        self._address = int(_call("cuMemAddressReserve", size, 0, 0, 0))
+        try:
+            _call("cuMemMap", self._address, size, 0, handle, 0)
+            try:
+                _call("cuMemSetAccess", self._address, size, [_access(device)], 1)
+            except GpuMemoryError:
+                _call("cuMemUnmap", self._address, size)
+                raise
+        except GpuMemoryError:
+            _call("cuMemAddressFree", self._address, size)
+            raise
+        self.close = weakref.finalize(self, _unmap, self._address, size, device)
+        """Wait for the GPU and unmap the memory; its tensors must not be used any more."""
+        self.close.atexit = False
+
+    @classmethod
+    def create(cls, size: int, device: torch.device) -> tuple[Self, int]:
+        """Allocate at least `size` bytes; the file descriptor, for others to map them by, is the caller's to close."""
+        driver, properties = _driver(), _properties(device)
+        minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        granularity = _call("cuMemGetAllocationGranularity", properties, minimum)
+        size = -(-size // granularity) * granularity
+        handle = _call("cuMemCreate", size, properties, 0)
+        try:
+            memory = cls(handle, size, device)
+            return memory, int(_call("cuMemExportToShareableHandle", handle, properties.requestedHandleTypes, 0))
+        finally:
+            _call("cuMemRelease", handle)
+
+    @classmethod
+    def open(cls, descriptor: int, size: int, device: torch.device) -> Self:
+        """Map another process's memory, which must be all of an allocation of `size` bytes on `device`."""
+        handle = _call("cuMemImportFromShareableHandle", descriptor, _properties(device).requestedHandleTypes)
+        try:
+            location = _call("cuMemGetAllocationPropertiesFromHandle", handle).location
+            if location.type != _properties(device).location.type or location.id != device.index:
+                raise GpuMemoryError(f"the memory is on {location.type.name} {location.id}, not on {device}")
+            # The driver refuses to map more than there is.
+            return cls(handle, size, device)
+        finally:
+            _call("cuMemRelease", handle)
+
+    def tensor(self, offset: int, length: int, released: Callable[[], object] | None = None) -> Tensor:
+        """[length] uint8 from byte `offset` on; `released` is called, on any thread, when its last view is gone."""
+        part = _Part(self, self._address + offset, length)
+        if released is not None:
+            weakref.finalize(part, released).atexit = False
+        return torch.as_tensor(part)
+
+
+class _Part:
+    """What torch makes a tensor of, and keeps as long as a view of it exists."""
+
+    def __init__(self, memory: GpuMemory, address: int, length: int) -> None:
+        self._memory = memory
+        self.__cuda_array_interface__ = {"shape": (length,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
+def current_gpu() -> torch.device:
+    """The GPU that this thread uses, with its number."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def stream_of(tensor: Tensor) -> torch.cuda.Stream | None:
+    """The stream on which this thread works with a tensor of a GPU; None for one in host memory."""
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
+def gpu_uuid(device: torch.device) -> str:
+    """The GPU's name among all, as `nvidia-smi -L` prints it."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def _call(function: str, *arguments: Any) -> Any:  # noqa: ANN401
+    """Call a function of the CUDA driver; its result, if it has one. Raises `GpuMemoryError`."""
+    error, *results = getattr(_driver(), function)(*arguments)
+    if error != 0:
+        raise GpuMemoryError(f"{function}: {error.name}")
+    return results[0] if results else None
+
+
+def _driver() -> Any:  # noqa: ANN401
+    try:
+        # Takes time, and is of no use without a GPU.
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise GpuMemoryError(f"{error}; GPU memory is shared with the package cuda-bindings") from None
+    return driver
+
+
+def _properties(device: torch.device) -> Any:  # noqa: ANN401
+    driver = _driver()
+    properties = driver.CUmemAllocationProp()
+    properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.requestedHandleTypes = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+    properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    properties.location.id = device.index
+    return properties
+
+
+def _access(device: torch.device) -> Any:  # noqa: ANN401
+    driver = _driver()
+    access = driver.CUmemAccessDesc()
+    access.location = _properties(device).location
+    access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    return access
+
+
+def _unmap(address: int, size: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)
+    _call("cuMemUnmap", address, size)
+    _call("cuMemAddressFree", address, size)

@@ -1,0 +1,240 @@
+"""Callers whose tensors are on the server's GPU: the bits of gRPC, refusals, and what a killed caller leaves behind."""
+
+import asyncio
+import logging
+import os
+import sys
+import urllib.request
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import torch
+
+from expertd.client.cluster import LocalCluster
+from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
+from expertd.client.segment import Slot
+from expertd.client.shared_memory import SharedMemoryTransport
+from expertd.client.transport import GrpcTransport
+from expertd.kernels.gpu_memory import GpuMemory, GpuMemoryError, current_gpu
+from expertd.proto.codec import ExecuteCall, ShardInfo
+from expertd.proto.errors import InvalidBatch
+from tests.markers import gpu_only
+from tests.support import call_for, random_batch
+
+pytestmark = [gpu_only, pytest.mark.asyncio(loop_scope="module")]
+
+MODEL = DemoModel(
+    hidden_size=1024,
+    moe_intermediate_size=512,
+    n_routed_experts=8,
+    num_experts_per_tok=4,
+    n_group=1,
+    topk_group=1,
+    moe_layers=1,
+)
+OPTIONS = ["--backend", "cutile", "--batch-invariant"]
+GPU = torch.device("cuda", 0)
+CLIENT = """
+import asyncio, sys
+from tests.gpu.test_cuda_ipc import connected, gpu_call
+
+async def main():
+    transport, shard = await connected(sys.argv[1])
+    async def caller(number):
+        for request_id in range(number, 1 << 40, 4):
+            await transport.execute(gpu_call(shard, 1024, request_id=request_id))
+            print("answered", flush=True)
+    await asyncio.gather(*(caller(number) for number in range(4)))
+
+asyncio.run(main())
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+    folder = write_demo_checkpoint(tmp_path_factory.mktemp("model"), MODEL)
+    async with LocalCluster(folder, ["0-7"], OPTIONS) as cluster:
+        yield cluster
+    assert cluster.exit_codes == [0]
+
+
+async def connected(address: str) -> tuple[SharedMemoryTransport, ShardInfo]:
+    transport = SharedMemoryTransport(GrpcTransport(address), 1 << 30)
+    return transport, await transport.get_shard(30.0)
+
+
+def host_call(shard: ShardInfo, tokens: int, *, request_id: int = 1, dtype: torch.dtype | None = None) -> ExecuteCall:
+    batch = random_batch(tokens, 1024, experts=8, top_k=4, seed=tokens)
+    call = call_for(shard, batch, request_id=request_id)
+    return call if dtype is None else replace(call, hidden=batch.hidden.float().to(dtype), scales=None)
+
+
+def gpu_call(shard: ShardInfo, tokens: int, *, request_id: int = 1, dtype: torch.dtype | None = None) -> ExecuteCall:
+    call = host_call(shard, tokens, request_id=request_id, dtype=dtype)
+    scales = None if call.scales is None else call.scales.to(GPU)
+    return replace(call, hidden=call.hidden.to(GPU), scales=scales)
+
+
+def shared_bytes(cluster: LocalCluster) -> float:
+    with urllib.request.urlopen(cluster.servers[0].metrics_url) as answer:
+        text = str(answer.read(), "utf-8")
+    return float(text.split("\nexpertd_shared_memory_bytes ")[1].split("\n")[0])
+
+
+@pytest.mark.parametrize("reply_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float8", "bfloat16"])
+async def test_partials_are_those_of_grpc_bit_for_bit(
+    cluster: LocalCluster, dtype: torch.dtype | None, reply_dtype: torch.dtype
+) -> None:
+    transport, shard = await connected(cluster.addresses[0])
+    grpc = GrpcTransport(cluster.addresses[0])
+    for tokens in (1, 8, 256, 257, 1024):
+        expected = await grpc.execute(replace(host_call(shard, tokens, dtype=dtype), reply_dtype=reply_dtype))
+        for _ in range(2):
+            result = await transport.execute(replace(gpu_call(shard, tokens, dtype=dtype), reply_dtype=reply_dtype))
+            assert result.partials.device == GPU
+            assert result.receipt == expected.receipt
+            assert torch.equal(result.partials.cpu(), expected.partials)
+    assert transport.shares_gpu_memory(GPU)
+    await asyncio.gather(transport.close(), grpc.close())
+
+
+async def test_batches_of_callers_on_the_gpu_and_elsewhere_are_merged(cluster: LocalCluster) -> None:
+    transport, shard = await connected(cluster.addresses[0])
+    sizes = (1, 3, 64, 7, 300, 2, 513, 30)
+    calls = [
+        (gpu_call if index % 2 else host_call)(shard, tokens, request_id=index)
+        for index, tokens in enumerate(sizes * 4, 1)
+    ]
+    alone = {tokens: (await transport.execute(host_call(shard, tokens))).partials.clone() for tokens in sizes}
+    for _ in range(5):
+        for call, result in zip(calls, await asyncio.gather(*map(transport.execute, calls)), strict=True):
+            assert result.partials.device == call.hidden.device
+            assert torch.equal(result.partials.cpu(), alone[len(call.hidden)])
+    await transport.close()
+
+
+async def test_work_of_the_callers_stream_comes_first_and_results_outlive_their_views(cluster: LocalCluster) -> None:
+    transport, shard = await connected(cluster.addresses[0])
+    wanted = gpu_call(shard, 64)
+    expected = (await transport.execute(wanted)).partials.clone()
+    blank = torch.zeros_like(wanted.hidden.view(torch.uint8))
+    copies = []
+    with torch.cuda.stream(torch.cuda.Stream(GPU)):
+        for request_id in range(1, 50):
+            late = blank.clone()
+            torch.cuda._sleep(2_000_000)  # about a millisecond, in which the hidden states are still zeros
+            late.copy_(wanted.hidden.view(torch.uint8))
+            call = replace(wanted, request_id=request_id, hidden=late.view(wanted.hidden.dtype))
+            partials = (await transport.execute(call)).partials
+            torch.cuda._sleep(2_000_000)
+            copies.append(partials.clone())
+            del partials
+    torch.cuda.synchronize()
+    assert all(torch.equal(copy, expected) for copy in copies)
+    await transport.close()
+
+
+async def test_offsets_outside_the_memory_are_refused_and_the_connection_goes_on(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport, shard = await connected(cluster.addresses[0])
+    await transport.execute(gpu_call(shard, 8))
+    for offset, complaint in (
+        (16 << 20, "GPU memory has 16777216"),
+        (2**64 - 256, "the call's tensors end"),
+        (8, "a multiple"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Slot, "gpu_offset", offset)
+            with pytest.raises(InvalidBatch, match=complaint):
+                await transport.execute(gpu_call(shard, 8))
+    assert (await transport.execute(gpu_call(shard, 8))).partials.isfinite().all()
+    await transport.close()
+
+
+async def test_what_is_no_memory_of_this_gpu_or_less_than_was_said_is_refused(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    create = GpuMemory.create
+
+    def boastful(size: int, device: torch.device) -> tuple[GpuMemory, int]:
+        memory, descriptor = create(size, device)
+        memory.size *= 2
+        return memory, descriptor
+
+    def no_memory(size: int, device: torch.device) -> tuple[GpuMemory, int]:
+        return create(size, device)[0], os.memfd_create("no-gpu-memory")
+
+    for made in (boastful, no_memory):
+        caplog.clear()
+        monkeypatch.setattr(GpuMemory, "create", made)
+        transport, shard = await connected(cluster.addresses[0])
+        result = await transport.execute(gpu_call(shard, 8))
+        assert result.partials.device == GPU
+        assert not transport.shares_gpu_memory(GPU)
+        assert "bytes of GPU memory cannot be mapped: cuMem" in caplog.text
+        await transport.close()
+
+
+async def test_a_killed_callers_memory_is_given_back_and_others_go_on(cluster: LocalCluster) -> None:
+    transport, shard = await connected(cluster.addresses[0])
+    right = (await transport.execute(gpu_call(shard, 64))).partials.clone()
+    shared, free = shared_bytes(cluster), torch.cuda.mem_get_info(GPU)[0]
+    client = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", CLIENT, cluster.addresses[0]),
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path.cwd())])},
+    )
+    assert client.stdout is not None
+    for _ in range(20):
+        assert await client.stdout.readline() == b"answered\n"
+    assert shared_bytes(cluster) > shared
+    client.kill()
+    await client.wait()
+    async with asyncio.timeout(30):
+        while shared_bytes(cluster) > shared or torch.cuda.mem_get_info(GPU)[0] < free - (8 << 20):
+            await asyncio.sleep(0.05)
+    assert torch.equal((await transport.execute(gpu_call(shard, 64))).partials, right)
+    await transport.close()
+
+
+async def test_a_server_without_a_gpu_is_reached_through_host_memory(
+    cluster: LocalCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "expertd.client")
+    folder = write_demo_checkpoint(tmp_path, MODEL)
+    async with LocalCluster(folder, ["0-7"], ["--backend", "torch"]) as other:
+        transport, shard = await connected(other.addresses[0])
+        result = await transport.execute(gpu_call(shard, 8))
+        assert result.partials.device == GPU
+        assert transport.shares_memory
+        assert not transport.shares_gpu_memory(GPU)
+        assert "no memory of cuda:0 is shared, its tensors go through host memory: the server computes on no GPU" in (
+            caplog.text
+        )
+        await transport.close()
+
+
+async def test_memory_is_one_for_all_that_map_it_and_exists_as_long_as_any() -> None:
+    made, descriptor = GpuMemory.create(5 << 20, current_gpu())
+    assert made.size == 6 << 20
+    mapped = GpuMemory.open(descriptor, made.size, current_gpu())
+    with pytest.raises(GpuMemoryError, match="cuMemMap"):
+        GpuMemory.open(descriptor, made.size + (2 << 20), current_gpu())
+    os.close(descriptor)
+    made.tensor(256, 4).copy_(torch.tensor([1, 2, 3, 4], dtype=torch.uint8))
+    view = mapped.tensor(0, mapped.size)
+    made.close()
+    assert view[256:260].tolist() == [1, 2, 3, 4]
+    free = torch.cuda.mem_get_info(GPU)[0]
+    released: list[None] = []
+    part = mapped.tensor(0, 1024, lambda: released.append(None))[100:]
+    del view, mapped
+    assert not released
+    del part
+    assert released
+    assert torch.cuda.mem_get_info(GPU)[0] >= free + (6 << 20)
