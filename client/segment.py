@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertd.client.blocks import copy_bytes
 from expertd.client.free_list import FreeList
 from expertd.client.gpu_room import GpuRoom
 from expertd.kernels.gpu_memory import GpuMemory
@@ -54,19 +55,24 @@ class Slot:
     async def write(self, call: ExecuteCall, stream: torch.cuda.Stream | None) -> None:
         """Copy the tensors of `call` here, and wait until `stream`, that of its GPU, has come so far."""
         layout = self._layout
-        with torch.cuda.stream(stream):
-            for place, tensor in (
-                (self._values[layout.hidden], call.hidden),
-                (self._values[layout.hidden_scales], call.scales),
-                (self._host[layout.expert_ids], call.expert_ids),
-                (self._host[layout.weights], call.weights),
-            ):
+        places = (
+            (self._values[layout.hidden], call.hidden),
+            (self._values[layout.hidden_scales], call.scales),
+            (self._host[layout.expert_ids], call.expert_ids),
+            (self._host[layout.weights], call.weights),
+        )
+        if stream is None:
+            for place, tensor in places:
                 if tensor is not None:
-                    place.copy_(tensor.contiguous().view(-1).view(torch.uint8), non_blocking=True)
-        if stream is not None:
-            written = stream.record_event()
-            while not written.query():
-                await asyncio.sleep(0)
+                    await copy_bytes(place, flat_bytes(tensor))
+            return
+        with torch.cuda.stream(stream):
+            for place, tensor in places:
+                if tensor is not None:
+                    place.copy_(flat_bytes(tensor), non_blocking=True)
+        written = stream.record_event()
+        while not written.query():
+            await asyncio.sleep(0)
 
 
 class Segment:
@@ -196,6 +202,11 @@ class Segment:
             if not future.done():
                 future.set_exception(error.again())
         self._waiting.clear()
+
+
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """[n] uint8: the bytes of a tensor; a copy only when it is not contiguous."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def layout_of(call: ExecuteCall, *, on_gpu: bool) -> Layout:

@@ -50,8 +50,11 @@ class DeviceOwner:
         self._work.put(lambda: None if future.cancelled() else _settle(future, function))
         return future
 
-    def run(self, start: Callable[[], S], finish: Callable[[S], T]) -> asyncio.Future[T]:
-        """Run `start` on the device thread and `finish`, which waits for the device, on the other one."""
+    def run(self, start: Callable[[], S], finish: Callable[[S], T], *, alone: bool = False) -> asyncio.Future[T]:
+        """Run `start` on the device thread and `finish`, which waits for the device, on the other one.
+
+        `alone`: nothing else waits for the device thread, so that it runs `finish` as well and no other is woken up.
+        """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def work() -> None:
@@ -59,6 +62,9 @@ class DeviceOwner:
                 underway = start()
             except Exception as error:
                 future.get_loop().call_soon_threadsafe(reject, future, error)
+                return
+            if alone:
+                _settle(future, lambda: finish(underway))
             else:
                 self._waits.put(lambda: _settle(future, lambda: finish(underway)))
 

@@ -124,10 +124,13 @@ class Scheduler:
     def _start(self, jobs: list[Job]) -> None:
         requests = [job.batch for job in jobs]
         tokens = sum(request.num_tokens for request in requests)
+        # Small, and with nothing that could overlap it: not worth the waking of a second thread.
+        alone = tokens < OVERLAP_TOKENS and not self._under_way and not self._queue
         self._under_way.append(tokens)
         start = partial(self._backend.submit, jobs[0].layer, requests, jobs[0].reply_dtype)
         finish = partial(collect, jobs[0].layer, requests, self._num_experts)
-        self._device.run(start, finish).add_done_callback(partial(self._finish, jobs, tokens, time.perf_counter()))
+        outcome = self._device.run(start, finish, alone=alone)
+        outcome.add_done_callback(partial(self._finish, jobs, tokens, time.perf_counter()))
 
     def _finish(self, jobs: list[Job], tokens: int, started: float, outcome: asyncio.Future[BatchOutcome]) -> None:
         self._under_way.remove(tokens)

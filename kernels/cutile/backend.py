@@ -18,16 +18,13 @@ from expertd.kernels.cutile.fp8 import has_fp8
 from expertd.kernels.cutile.inputs import ExpertShape
 from expertd.kernels.cutile.launch import Gpu
 from expertd.kernels.cutile.pipeline import DequantLayer, FastLayer, Layer, Pipeline, choose_pipeline
+from expertd.kernels.cutile.replay import Replay
 from expertd.kernels.cutile.staging import (
     DeviceBatch,
     Layout,
-    Results,
     Slot,
     fill_routing,
-    fill_small,
     move_batch,
-    move_results,
-    move_small,
     move_sums,
     pinned,
     sums_target,
@@ -35,6 +32,7 @@ from expertd.kernels.cutile.staging import (
 from expertd.kernels.cutile.tiles import SHAPE_CLASSES, shape_class
 from expertd.kernels.cutile.tuning import DEFAULT_CACHE, Machine, load_table
 from expertd.kernels.quantize import FP8
+from expertd.kernels.threads import compute_alone
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +77,6 @@ class CutileBackend:
         self._max_slots = max_slots
         self._table = load_table(Machine.detect(), cache)
         self._layers: dict[int, LayerWeights] = {}
-        self._graphs: dict[tuple[int, Layout, torch.dtype], torch.cuda.CUDAGraph] = {}
         self._slots: SimpleQueue[Slot] = SimpleQueue()
         self._inward, self._outward = (torch.cuda.Stream(self._device) for _ in range(2))
 
@@ -103,8 +100,7 @@ class CutileBackend:
                 for tensor in (weights.up_gate, weights.up_gate_scales, weights.down, weights.down_scales)
             )
         )
-        for key in [key for key in self._graphs if key[0] == layer]:
-            del self._graphs[key]
+        self._replay.forget(layer)
 
     def warm_up(self) -> None:
         """Compile what every shape class needs and capture the graphs of small batches of every layer."""
@@ -116,6 +112,8 @@ class CutileBackend:
                     for size in {tokens, max(tokens - 1, 1)}:
                         self.submit(layer, [self._blank(size, FP8)], reply_dtype).result()
             self.submit(first, [self._blank(tokens, torch.bfloat16)], torch.bfloat16).result()
+        # The host's part is small from now on: spread over all cores it would take them from the callers beside us.
+        compute_alone(torch.get_num_threads())
 
     @torch.inference_mode()
     def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> DeviceBatch:
@@ -124,42 +122,21 @@ class CutileBackend:
             raise UnsupportedShape(f"{slots} experts a token exceed max_slots {self._max_slots}")
         if tokens > self._max_batch_tokens:
             raise UnsupportedShape(f"{tokens} tokens exceed max_batch_tokens {self._max_batch_tokens}")
-        as_graph = tokens <= self._compute.max_graph_tokens
-        layout = Layout(
-            tokens=min(shape_class(tokens), self._compute.max_graph_tokens) if as_graph else tokens,
-            slots=slots,
-            hidden_size=self._shape.hidden_size,
-            dtype=requests[0].hidden.dtype,
-        )
-        begin = self._replay if as_graph else self._stream
+        layout = Layout(tokens, slots, self._shape.hidden_size, requests[0].hidden.dtype)
+        if tokens <= self._compute.max_graph_tokens:
+            padded = replace(layout, tokens=min(shape_class(tokens), self._compute.max_graph_tokens))
+            batch = self._replay.submit(layer, requests, padded, reply_dtype)
+            if batch is not None:
+                return batch
         slot = self._slots.get_nowait()
         try:
-            return begin(slot, layer, requests, layout, reply_dtype)
+            return self._stream(slot, layer, requests, layout, reply_dtype)
         except BaseException:
             self._slots.put(slot)
             raise
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
-
-    def _replay(
-        self, slot: Slot, layer: int, requests: Sequence[TokenBatch], layout: Layout, reply_dtype: torch.dtype
-    ) -> DeviceBatch:
-        """Compute a small batch, padded to its shape class, as a graph; one copy in, one out, all on one stream."""
-        started, marks = time.perf_counter(), slot.marks
-        tokens = fill_small(requests, slot.host_batch(layout))
-        staged = time.perf_counter() - started
-        marks[0].record()
-        move_small(requests, slot, layout, self._small, tokens)
-        marks[1].record()
-        graph = self._graph(layer, layout, reply_dtype)
-        marks[2].record()
-        graph.replay()
-        marks[3].record()
-        marks[4].record()
-        sums, pairs = move_results(requests, self._small_results.used(tokens, reply_dtype), reply_dtype)
-        marks[5].record()
-        return DeviceBatch(requests, sums, pairs, marks, staged, partial(self._slots.put, slot))
 
     def _stream(
         self, slot: Slot, layer: int, requests: Sequence[TokenBatch], layout: Layout, reply_dtype: torch.dtype
@@ -187,20 +164,6 @@ class CutileBackend:
             marks[5].record()
         return DeviceBatch(requests, sums, pairs, marks, staged, partial(self._slots.put, slot))
 
-    def _graph(self, layer: int, layout: Layout, reply_dtype: torch.dtype) -> torch.cuda.CUDAGraph:
-        """The graph that computes the batch in the small batches' memory, captured when it is first asked for."""
-        key = (layer, layout, reply_dtype)
-        if key not in self._graphs:
-            batch, results = layout.batch(self._small), self._small_results.used(layout.tokens, reply_dtype)
-            work = (self._layers[layer], batch, results.sums(reply_dtype), results.pairs)
-            self._compute.compute(*work)  # compiles: that cannot happen in a capture
-            torch.cuda.synchronize(self._device)
-            self._graphs[key] = torch.cuda.CUDAGraph()
-            # Another thread may be waiting for a batch meanwhile.
-            with torch.cuda.graph(self._graphs[key], capture_error_mode="thread_local"):
-                self._compute.compute(*work)
-        return self._graphs[key]
-
     def memory(self) -> DeviceMemory:
         free, size = torch.cuda.mem_get_info(self._device)
         return DeviceMemory(
@@ -215,20 +178,19 @@ class CutileBackend:
         largest = Layout(self._max_batch_tokens, self._max_slots, width, torch.bfloat16)
         for _ in range(self.depth):
             self._slots.put(Slot(largest, experts, self._device))
-        small = replace(largest, tokens=GRAPH_TOKENS)
-        self._small = torch.empty(small.num_bytes(small.tokens), dtype=torch.uint8, device=self._device)
-        self._small_results = Results.allocate(small.tokens, experts, width, self._device)
         common = (weights, self._table, self._gpu, self._device)
         if self._pipeline == "dequant":
             self._compute: Layer = DequantLayer(*common, batch_invariant=self._batch_invariant)
-            return
-        self._compute = FastLayer(
-            *common,
-            max_tokens=min(self._max_tokens, self._max_batch_tokens),
-            max_slots=self._max_slots,
-            batch_invariant=self._batch_invariant,
-            max_graph_tokens=GRAPH_TOKENS,
-        )
+        else:
+            self._compute = FastLayer(
+                *common,
+                max_tokens=min(self._max_tokens, self._max_batch_tokens),
+                max_slots=self._max_slots,
+                batch_invariant=self._batch_invariant,
+                max_graph_tokens=GRAPH_TOKENS,
+            )
+        small = replace(largest, tokens=GRAPH_TOKENS)
+        self._replay = Replay(small, experts, self._compute, self._layers, self._device)
 
     def _blank(self, tokens: int, dtype: torch.dtype) -> TokenBatch:
         """A batch of zeros whose first token goes to expert 0, for warming up."""

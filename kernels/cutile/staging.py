@@ -86,11 +86,6 @@ class Results:
         size = _aligned(4 * self.num_experts) + tokens * self.hidden_size * dtype.itemsize
         return Results(self.memory[:size], self.num_experts, self.hidden_size)
 
-    def to_host(self) -> Results:
-        """A copy in pinned memory, under way on the current stream."""
-        host = pinned(self.memory.shape, torch.uint8)
-        return Results(host.copy_(self.memory, non_blocking=True), self.num_experts, self.hidden_size)
-
     @property
     def pairs(self) -> Tensor:
         """[E] int32."""
@@ -120,35 +115,27 @@ class Slot:
         return self._batch
 
 
-def fill_small(requests: Sequence[TokenBatch], target: TokenBatch) -> int:
+def fill_batch(requests: Sequence[TokenBatch], target: TokenBatch) -> int:
     """Concatenate requests in `target`, whose other tokens get no expert; how many tokens there are.
 
     Hidden states that are on the GPU, and their scales, are left out.
     """
     tokens = fill_routing(requests, target)
-    _concatenate([request.hidden for request in requests], target.hidden[:tokens])
-    target.expert_ids[tokens:] = -1
+    _concatenate([request.hidden for request in requests], _first(target.hidden, tokens))
+    if tokens < target.num_tokens:
+        target.expert_ids[tokens:] = -1
     return tokens
 
 
 def fill_routing(requests: Sequence[TokenBatch], target: TokenBatch) -> int:
     """Concatenate everything but the hidden states, and scales on the GPU; how many tokens there are."""
     tokens = sum(request.num_tokens for request in requests)
-    torch.cat([request.expert_ids for request in requests], out=target.expert_ids[:tokens])
-    torch.cat([request.weights for request in requests], out=target.weights[:tokens])
+    torch.cat([request.expert_ids for request in requests], out=_first(target.expert_ids, tokens))
+    torch.cat([request.weights for request in requests], out=_first(target.weights, tokens))
     if target.scales is not None:
         scales = [request.scales for request in requests if request.scales is not None]
-        _concatenate(scales, target.scales[:tokens])
+        _concatenate(scales, _first(target.scales, tokens))
     return tokens
-
-
-def move_small(requests: Sequence[TokenBatch], slot: Slot, layout: Layout, memory: Tensor, tokens: int) -> None:
-    """Copy a small batch, `tokens` long, to device `memory` on the current stream: what `fill_small` left, too."""
-    resident = [request.hidden.is_cuda for request in requests]
-    used = layout.routing_bytes if all(resident) else layout.num_bytes(tokens)
-    memory[:used].copy_(slot.host[:used], non_blocking=True)
-    if any(resident):
-        _move_resident(requests, layout.batch(memory))
 
 
 def move_batch(requests: Sequence[TokenBatch], slot: Slot, layout: Layout) -> TokenBatch:
@@ -167,34 +154,32 @@ def move_batch(requests: Sequence[TokenBatch], slot: Slot, layout: Layout) -> To
         if not request.hidden.is_cuda:
             source = request.hidden if reachable(request.hidden) else host.hidden[rows].copy_(request.hidden)
             device.hidden[rows].copy_(source, non_blocking=True)
-    _move_resident(requests, device)
+    move_resident(requests, device)
     return device
+
+
+def move_resident(requests: Sequence[TokenBatch], target: TokenBatch) -> None:
+    """Copy hidden states and scales that are on the GPU already to their rows of `target`, on the current stream."""
+    for request, rows in zip(requests, _rows(requests), strict=True):
+        if request.hidden.is_cuda:
+            target.hidden[rows].copy_(request.hidden, non_blocking=True)
+            if target.scales is not None and request.scales is not None:
+                target.scales[rows].copy_(request.scales, non_blocking=True)
 
 
 def move_sums(requests: Sequence[TokenBatch], sums: Tensor) -> tuple[Tensor, ...]:
     """Copy device `sums` [T, H] to pinned memory, or to where requests want them, on the current stream."""
     if sums is requests[0].reply:
         return (sums,)
-    rows = torch.split(sums, [request.num_tokens for request in requests])
-    if not any(reachable(request.reply) for request in requests):
+    counts = [request.num_tokens for request in requests]
+    wanted = [request.reply if reachable(request.reply) else None for request in requests]
+    if not any(target is not None for target in wanted):
         host = pinned(sums.shape, sums.dtype).copy_(sums, non_blocking=True)
-        return tuple(torch.split(host, [len(part) for part in rows]))
-    targets = [
-        request.reply if request.reply is not None and reachable(request.reply) else pinned(part.shape, part.dtype)
-        for request, part in zip(requests, rows, strict=True)
-    ]
-    return tuple(target.copy_(part, non_blocking=True) for target, part in zip(targets, rows, strict=True))
-
-
-def move_results(
-    requests: Sequence[TokenBatch], results: Results, dtype: torch.dtype
-) -> tuple[Sequence[Tensor], Tensor]:
-    """Copy the sums of each request and the pairs of a small batch to where they belong, on the current stream."""
-    if any(_on_gpu(request.reply) for request in requests):
-        pairs = pinned(results.pairs.shape, torch.int32).copy_(results.pairs, non_blocking=True)
-        return move_sums(requests, results.sums(dtype)), pairs
-    host = results.to_host()
-    return host.sums(dtype).split([request.num_tokens for request in requests]), host.pairs
+        return torch.split(host, counts)
+    return tuple(
+        (pinned(part.shape, part.dtype) if target is None else target).copy_(part, non_blocking=True)
+        for target, part in zip(wanted, torch.split(sums, counts), strict=True)
+    )
 
 
 def sums_target(requests: Sequence[TokenBatch], sums: Tensor) -> Tensor:
@@ -221,6 +206,7 @@ class DeviceBatch:
     sums: Sequence[Tensor]
     """[T, H] of each request, in memory that is written until the last mark."""
     pairs: Tensor
+    """[E] int32, in host memory that belongs to the next batch after `release`."""
     marks: Sequence[torch.cuda.Event]
     """Begin and end of each of the three stages."""
     staged: float
@@ -233,31 +219,19 @@ class DeviceBatch:
             copied_in, computed, copied_out = (
                 self.marks[begin].elapsed_time(self.marks[begin + 1]) / 1e3 for begin in (0, 2, 4)
             )
+            pairs = self.pairs.clone()
         finally:
             self.release()
         started = time.perf_counter()
         sums = tuple(map(_delivered, self.requests, self.sums))
         copied_out += time.perf_counter() - started
-        return Computed(sums, self.pairs, self.staged + copied_in, computed, copied_out)
+        return Computed(sums, pairs, self.staged + copied_in, computed, copied_out)
 
 
 def _delivered(request: TokenBatch, sums: Tensor) -> Tensor:
     if request.reply is None or request.reply.data_ptr() == sums.data_ptr():
         return sums
     return request.reply.copy_(sums)
-
-
-def _move_resident(requests: Sequence[TokenBatch], target: TokenBatch) -> None:
-    """Copy hidden states and scales that are on the GPU already to their rows of `target`, on the current stream."""
-    for request, rows in zip(requests, _rows(requests), strict=True):
-        if request.hidden.is_cuda:
-            target.hidden[rows].copy_(request.hidden, non_blocking=True)
-            if target.scales is not None and request.scales is not None:
-                target.scales[rows].copy_(request.scales, non_blocking=True)
-
-
-def _on_gpu(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_cuda
 
 
 def _concatenate(parts: Sequence[Tensor], target: Tensor) -> None:
@@ -276,6 +250,11 @@ def _rows(requests: Sequence[TokenBatch]) -> Iterator[slice]:
     for request in requests:
         yield slice(first, first + request.num_tokens)
         first += request.num_tokens
+
+
+def _first(tensor: Tensor, rows: int) -> Tensor:
+    """The first rows of a tensor, which is itself in the common case: a view costs more than a small copy."""
+    return tensor if rows == len(tensor) else tensor[:rows]
 
 
 def _aligned(size: int) -> int:

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from expertd.client.blocks import BLOCK_TOKENS, compute_alone, start_blocks
+from expertd.client.blocks import BLOCK_TOKENS, COPY_BYTES, copy_bytes, start_blocks
 
 
 @pytest.mark.parametrize("tokens", [1, BLOCK_TOKENS, BLOCK_TOKENS + 1, 5 * BLOCK_TOKENS - 1])
@@ -32,20 +32,9 @@ async def test_an_error_in_a_block_reaches_the_caller() -> None:
         await asyncio.gather(*start_blocks(BLOCK_TOKENS + 1, work))
 
 
-def test_computing_alone_changes_no_other_thread() -> None:
-    before = torch.get_num_threads()
-    counts: dict[str, int] = {}
-
-    def worker() -> None:
-        compute_alone(before)
-        counts["worker"] = torch.get_num_threads()
-
-    def another() -> None:
-        counts["another"] = torch.get_num_threads()
-
-    for run in (worker, another):
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-    assert counts == {"worker": 1, "another": before}
-    assert torch.get_num_threads() == before
+@pytest.mark.parametrize("size", [0, 1, COPY_BYTES, COPY_BYTES + 1, 3 * COPY_BYTES + 5])
+async def test_bytes_are_copied_whole(size: int) -> None:
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    target = torch.zeros(size, dtype=torch.uint8)
+    await copy_bytes(target, source)
+    assert torch.equal(target, source)
