@@ -29,6 +29,7 @@ from expertd.client.coordinator import Coordinator, MoeResult
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.client.floors import EchoAddresses, Exchange, GrpcFloor, memcpy_seconds, raw_socket_seconds, running_echo
 from expertd.client.quantiles import p50_p99
+from expertd.proto.malloc import keep_freed_memory
 
 TOKENS = (1, 8, 64, 256, 1024, 4096, 16384)
 CALLERS = (1, 4, 16, 64)
@@ -71,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
             raise BenchError("--plot needs matplotlib, which is not installed; pip install 'expertd[plot]'")
+        keep_freed_memory()
         uvloop.run(_bench(arguments))
     except BenchError as error:
         print(f"expertd bench serve: error: {error}", file=sys.stderr)

@@ -21,6 +21,8 @@ import grpc.aio
 import torch
 import uvloop
 
+from expertd.proto.malloc import keep_freed_memory
+
 METHOD = "/expertd.floors/Echo"
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 HEADER = 8
@@ -175,4 +177,5 @@ async def _main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     uvloop.run(_main())

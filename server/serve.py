@@ -13,6 +13,7 @@ from prometheus_client import disable_created_metrics
 from expertd.kernels.backend import UnsupportedShape
 from expertd.kernels.checkpoint import CheckpointError
 from expertd.kernels.config import InvalidConfig
+from expertd.proto.malloc import keep_freed_memory
 from expertd.server.app import Server
 from expertd.server.config import InvalidOption, ServerConfig
 from expertd.server.logs import configure_logging
@@ -36,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"expertd serve: error: {error}", file=sys.stderr)
         return 2
     configure_logging(config.log_level, config.log_format)
+    keep_freed_memory()
     try:
         _serve(config)
     except (InvalidOption, InvalidConfig, CheckpointError, UnsupportedShape, SelfCheckFailed, DeviceLost) as error:
