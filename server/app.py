@@ -159,7 +159,6 @@ class Server:
         await asyncio.gather(
             self.handlers.answered(self.config.drain_seconds), self.local.stop(self.config.drain_seconds)
         )
-        self.scheduler.abandon(f"the server ended; the device did not answer within {self.config.drain_seconds:g} s")
         # What is left are watchers of health, who need not leave when they are told.
         await self.grpc_server.stop(None)
         await going_away

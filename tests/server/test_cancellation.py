@@ -14,6 +14,8 @@ import pytest
 import pytest_asyncio
 
 from expertd.proto import expert_shard_pb2 as pb
+from expertd.proto.errors import Cancelled
+from expertd.server import conversation as conversations
 from expertd.server.app import Server
 from tests.server.test_local import BATCH, PARTIALS, Caller, accepted, over_grpc
 from tests.support import (
@@ -199,18 +201,40 @@ async def test_a_call_of_its_own_is_ended_not_cancelled_by_a_message(server: Ser
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_who_is_gone_is_not_told_of_the_cancellation() -> None:
+    conversation = conversations.Conversation("caller")
+
+    async def answer() -> None:
+        with conversation.request(1):
+            await asyncio.Event().wait()
+
+    for ends, expected in ((False, Cancelled), (True, asyncio.CancelledError)):
+        answering = asyncio.create_task(answer())
+        await asyncio.sleep(0)
+        conversation.cancel(1)
+        if ends:
+            answering.cancel()
+        with pytest.raises(expected):
+            await answering
+
+
+@pytest.mark.parametrize("over_stream", [True, False], ids=["stream", "shared-memory"])
 async def test_the_drain_ends_in_time_even_if_the_device_never_answers(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, over_stream: bool
 ) -> None:
     async with contextlib.AsyncExitStack() as callers:
         options = {"drain_seconds": 0.5, "device_timeout": 600.0}
         async with asyncio.timeout(20), running_server(small_model, range(16), **options) as server:
             gate = Gate(server, monkeypatch)
+            callers.callback(gate.open)
             channel = await callers.enter_async_context(open_channel(server))
             caller = await callers.enter_async_context(accepted(server))
-            stream: Any = stream_method(channel)()
-            await stream.write(request_for(server, BATCH, request_id=1))
-            caller.send(place(caller, request_for(server, BATCH, request_id=2)))
-            await until(lambda: bool(gate.reached) and server.journal.in_flight == 2)
+            if over_stream:
+                await stream_method(channel)().write(request_for(server, BATCH))
+            else:
+                caller.send(place(caller, request_for(server, BATCH)))
+            await until(lambda: bool(gate.reached))
         assert await caller.reader.read() == b"", "its slot may still be written to"
         gate.open()
+        # Results must not come after the end of the event loop.
+        await until(lambda: not any(thread.is_alive() for thread in server.device._threads))
