@@ -93,7 +93,7 @@ class Scheduler:
         expires = None if timeout is None else now + timeout
         future: asyncio.Future[Completed] = asyncio.get_running_loop().create_future()
         self._unanswered.add(future)
-        future.add_done_callback(self._unanswered.discard)
+        future.add_done_callback(self._settled)
         job = Job(caller, layer, batch, reply_dtype, now, expires, future)
         self._queue.put(job)
         self._start_next()
@@ -105,6 +105,12 @@ class Scheduler:
             else:
                 await asyncio.wait((future,))
             raise
+
+    def _settled(self, future: asyncio.Future[Completed]) -> None:
+        self._unanswered.discard(future)
+        if not future.cancelled():
+            # Who waited may have been cancelled: then an error is nobody's, and asyncio is not to complain of it.
+            future.exception()
 
     def _start_next(self) -> None:
         while self._queue and may_start(self._under_way, self._queue.tokens, self._backend.depth):
