@@ -304,6 +304,10 @@ async def test_closing_refuses_new_requests_and_answers_accepted_ones(gated: tup
     backend, scheduler = gated
     accepted = [submit(scheduler, 1, batch(1)), submit(scheduler, 1, batch(2))]
     await settle()
+    scheduler.close("draining", refusing=False)
+    with pytest.raises(Unavailable, match="draining"):
+        scheduler.check_open()
+    scheduler.check_room(1, 1)
     scheduler.close("draining")
     with pytest.raises(Unavailable, match="draining"):
         await submit(scheduler, 1, batch(1))
