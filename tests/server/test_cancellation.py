@@ -15,8 +15,8 @@ import pytest_asyncio
 
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.errors import Cancelled
-from expertd.server import conversation as conversations
 from expertd.server.app import Server
+from expertd.server.conversation import Conversation
 from tests.server.test_local import BATCH, PARTIALS, Caller, accepted, over_grpc
 from tests.support import (
     Gate,
@@ -36,7 +36,7 @@ SLOT_BYTES = 6400
 
 
 @dataclass
-class Conversation:
+class Talk:
     """A stream or a local connection."""
 
     server: Server
@@ -55,28 +55,28 @@ class Conversation:
 
 
 @contextlib.asynccontextmanager
-async def streaming(server: Server) -> AsyncIterator[Conversation]:
+async def streaming(server: Server) -> AsyncIterator[Talk]:
     async with open_channel(server) as channel:
         stream: Any = stream_method(channel)()
-        yield Conversation(server, stream.write, stream.read)
+        yield Talk(server, stream.write, stream.read)
         await stream.done_writing()
         assert await stream.read() is grpc.aio.EOF
 
 
 @contextlib.asynccontextmanager
-async def sharing(server: Server) -> AsyncIterator[Conversation]:
+async def sharing(server: Server) -> AsyncIterator[Talk]:
     async with accepted(server) as caller:
 
         async def send(request: pb.ExecuteRequest) -> None:
             placed = request if request.HasField("cancels") else place(caller, request)
             caller.send(placed)
 
-        yield Conversation(server, send, caller.answer)
+        yield Talk(server, send, caller.answer)
         caller.writer.write_eof()
         assert await caller.reader.read() == b""
 
 
-Opened: TypeAlias = Callable[[Server], contextlib.AbstractAsyncContextManager[Conversation]]
+Opened: TypeAlias = Callable[[Server], contextlib.AbstractAsyncContextManager[Talk]]
 
 
 def place(caller: Caller, request: pb.ExecuteRequest) -> pb.ExecuteRequest:
@@ -192,6 +192,24 @@ async def test_a_caller_that_leaves_after_it_cancelled_is_forgotten_when_the_dev
     assert count_of(server, "cancelled") == 1
 
 
+async def test_a_call_of_its_own_that_ends_leaves_the_queue_at_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(server, monkeypatch)
+    async with open_channel(server) as channel:
+        execute = execute_method(channel)
+        running = asyncio.ensure_future(execute(request_for(server, BATCH)))
+        await until(lambda: gate.reached == [1])
+        unwanted = execute(request_for(server, BATCH, layer=2))
+        await until(lambda: server.scheduler.queued_tokens == BATCH.num_tokens)
+        unwanted.cancel()
+        await until(lambda: server.scheduler.queued_tokens == 0)
+        gate.open()
+        assert (await running).partials
+    assert gate.reached == [1]
+    assert (count_of(server, "cancelled"), count_of(server, "ok")) == (1, 1)
+
+
 async def test_a_call_of_its_own_is_ended_not_cancelled_by_a_message(server: Server) -> None:
     async with open_channel(server) as channel:
         request = request_for(server, random_batch(1, 256, 16, 4))
@@ -202,7 +220,7 @@ async def test_a_call_of_its_own_is_ended_not_cancelled_by_a_message(server: Ser
 
 
 async def test_who_is_gone_is_not_told_of_the_cancellation() -> None:
-    conversation = conversations.Conversation("caller")
+    conversation = Conversation("caller")
 
     async def answer() -> None:
         with conversation.request(1):
