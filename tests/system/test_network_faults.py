@@ -33,10 +33,10 @@ LOSS = ("--match", "statistic", "--mode", "random", "--probability", "0.1", "--j
 # But for resets themselves, which have to arrive.
 RESET = ("--tcp-flags", "RST", "NONE", "--jump", "REJECT", "--reject-with", "tcp-reset")
 DELAY_SECONDS = 0.04
-LINK_BYTES = 62_500
+LINK_BYTES = 15_625
 """A second, of a slow link."""
 SLOWEST_SECONDS = max(SIZES) * SMALL.hidden_size * 2 / LINK_BYTES
-"""What the hidden states of the load's largest request, in bfloat16, take there when nothing else does."""
+"""What the hidden states of the largest request take there, in bfloat16: longer than any call on a busy machine."""
 Replicas = list[Replica]
 
 
@@ -53,6 +53,8 @@ def replicas(engine: Engine, small_model: Path) -> Iterator[Replicas]:
         try:
             for replica in started:
                 replica.create(small_model)
+            for replica in started:
+                replica.until_serving()
             yield started
         finally:
             for replica in started:
