@@ -152,16 +152,17 @@ class Server:
     async def shutdown(self) -> None:
         """Turn unhealthy, say GOAWAY, answer what is in flight, stop."""
         log.info("draining for at most %g s", self.config.drain_seconds)
-        self.scheduler.close("the server is draining; use another replica")
+        draining = "the server is draining; use another replica"
+        self.scheduler.close(draining, refusing=False)
         await self._set_serving(False)
-        # Calls that are on their way yet are refused by a status; after the GOAWAY gRPC would only cut them off.
+        # Requests that are on their way are answered yet, so that callers who watch health have none to repeat.
         await asyncio.sleep(NOTICE_SECONDS)
+        self.scheduler.close(draining)
         self.handlers.stop_reading()
         going_away = asyncio.ensure_future(self.grpc_server.stop(self.config.drain_seconds))
         await asyncio.gather(
             self.handlers.answered(self.config.drain_seconds), self.local.stop(self.config.drain_seconds)
         )
-        self.scheduler.abandon(f"the server ended; the device did not answer within {self.config.drain_seconds:g} s")
         # What is left are watchers of health, who need not leave when they are told.
         await self.grpc_server.stop(None)
         await going_away

@@ -52,6 +52,7 @@ class Scheduler:
         self._unanswered: set[asyncio.Future[Completed]] = set()
         self._under_way: list[int] = []
         self.closed_because: str | None = "the server is starting"
+        self._refusing = True
 
     @property
     def queued_tokens(self) -> int:
@@ -59,10 +60,15 @@ class Scheduler:
 
     def open(self) -> None:
         self.closed_because = None
+        self._refusing = False
 
-    def close(self, reason: str) -> None:
-        """Refuse new requests with `Unavailable`; those already accepted are still answered."""
+    def close(self, reason: str, *, refusing: bool = True) -> None:
+        """Refuse new requests with `Unavailable`; those already accepted are still answered.
+
+        Not yet `refusing`, only new callers are turned away, by `check_open`.
+        """
         self.closed_because = reason
+        self._refusing |= refusing
 
     def abandon(self, reason: str) -> None:
         """Answer everyone who waits, and refuse new requests, with `Unavailable`."""
@@ -77,7 +83,8 @@ class Scheduler:
 
     def check_room(self, tokens: int, num_bytes: int) -> None:
         """Raise `Unavailable`, or `Overloaded` when a request of this size would be refused now."""
-        self.check_open()
+        if self._refusing:
+            self.check_open()
         self._admission.check(tokens, num_bytes)
 
     async def execute(
@@ -93,7 +100,7 @@ class Scheduler:
         expires = None if timeout is None else now + timeout
         future: asyncio.Future[Completed] = asyncio.get_running_loop().create_future()
         self._unanswered.add(future)
-        future.add_done_callback(self._unanswered.discard)
+        future.add_done_callback(self._settled)
         job = Job(caller, layer, batch, reply_dtype, now, expires, future)
         self._queue.put(job)
         self._start_next()
@@ -105,6 +112,12 @@ class Scheduler:
             else:
                 await asyncio.wait((future,))
             raise
+
+    def _settled(self, future: asyncio.Future[Completed]) -> None:
+        self._unanswered.discard(future)
+        if not future.cancelled():
+            # Who waited may have been cancelled: then an error is nobody's, and asyncio is not to complain of it.
+            future.exception()
 
     def _start_next(self) -> None:
         while self._queue and may_start(self._under_way, self._queue.tokens, self._backend.depth):

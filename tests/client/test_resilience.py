@@ -24,7 +24,7 @@ from expertd.server.app import Server
 from expertd.server.failpoints import VARIABLE
 from tests.client.test_coordinator import EXACT, LAYER, addresses, oracle, routing, tokens
 from tests.client.test_failover import call, computed_tokens, expected, stop
-from tests.support import running_server
+from tests.support import count_of, running_server, until
 
 ALL = range(16)
 DELAY = 2.0
@@ -163,6 +163,29 @@ async def test_a_server_that_drains_is_left_before_it_refuses_anything(small_mod
         result = await moe.execute(LAYER, tokens(20), topk_ids=ids, topk_weights=weights)
         assert result.effort == Effort()
         assert computed_tokens(other) == 20
+
+
+async def test_a_server_that_drains_under_load_refuses_nobody_who_watches_its_health(small_model: Path) -> None:
+    async with (
+        running_server(small_model, ALL) as draining,
+        running_server(small_model, ALL) as other,
+        Coordinator(addresses([draining, other]), QUICK) as moe,
+    ):
+        right, leaving = expected(small_model), asyncio.Event()
+
+        async def repeat() -> None:
+            while not leaving.is_set() or computed_tokens(other) < enough:
+                assert relative_error(await call(moe), right) < 1e-5
+
+        enough = 0.0
+        callers = [asyncio.create_task(repeat()) for _ in range(4)]
+        await until(lambda: computed_tokens(draining) > 400)
+        await stop(draining)
+        enough = computed_tokens(other) + 400
+        leaving.set()
+        await asyncio.gather(*callers)
+        assert count_of(draining, "unavailable") == 0
+        assert count_of(draining, "ok") > 0
 
 
 async def test_a_full_server_is_asked_again_when_it_wants_to_be(

@@ -1,7 +1,6 @@
 """Coordinators and servers that share memory: the same bits as over gRPC, and gRPC where there is no room."""
 
 import asyncio
-import contextlib
 import gc
 import logging
 import threading
@@ -24,7 +23,7 @@ from expertd.proto.codec import ExecuteCall
 from expertd.proto.errors import DeadlineExceeded, Unavailable
 from expertd.server.app import Server
 from tests.client.test_coordinator import EXACT, LAYER, routing, tokens
-from tests.support import call_for, random_batch, running_server
+from tests.support import Gate, call_for, random_batch, running_server, until
 
 ALL = range(16)
 DEFAULT = CoordinatorConfig()
@@ -162,30 +161,18 @@ async def shared_transport(server: Server) -> SharedMemoryTransport:
 async def test_a_slot_is_the_servers_until_it_has_answered_even_when_nobody_waits(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release = asyncio.Event()
     async with running_server(small_model, ALL) as server:
         transport = await shared_transport(server)
         segment = segments_of(transport)[0]
-        execute = server.scheduler.execute
-
-        async def wait_then_execute(*arguments: Any) -> Any:  # noqa: ANN401
-            # Like a batch under way on the device, which is not cut short.
-            with contextlib.suppress(asyncio.CancelledError):
-                await release.wait()
-            await release.wait()
-            return await execute(*arguments)
-
-        monkeypatch.setattr(server.scheduler, "execute", wait_then_execute)
+        gate = Gate(server, monkeypatch)
         with pytest.raises(DeadlineExceeded, match=rf"^{server.address}: no answer within 0\.1 s"):
             await transport.execute(call_for(server, random_batch(8, 256, 16, 4), timeout=0.1))
         # Neither the event loop nor the error's traceback must be what keeps the slot.
         await asyncio.sleep(0.05)
         gc.collect()
         assert free_bytes(segment) < segment.size
-        release.set()
-        async with asyncio.timeout(10):
-            while free_bytes(segment) < segment.size:
-                await asyncio.sleep(0.01)
+        gate.open()
+        await until(lambda: free_bytes(segment) == segment.size)
         await transport.close()
 
 

@@ -14,7 +14,9 @@ import pytest
 import pytest_asyncio
 
 from expertd.proto import expert_shard_pb2 as pb
+from expertd.proto.errors import Cancelled
 from expertd.server.app import Server
+from expertd.server.conversation import Conversation
 from tests.server.test_local import BATCH, PARTIALS, Caller, accepted, over_grpc
 from tests.support import (
     Gate,
@@ -34,7 +36,7 @@ SLOT_BYTES = 6400
 
 
 @dataclass
-class Conversation:
+class Talk:
     """A stream or a local connection."""
 
     server: Server
@@ -53,28 +55,28 @@ class Conversation:
 
 
 @contextlib.asynccontextmanager
-async def streaming(server: Server) -> AsyncIterator[Conversation]:
+async def streaming(server: Server) -> AsyncIterator[Talk]:
     async with open_channel(server) as channel:
         stream: Any = stream_method(channel)()
-        yield Conversation(server, stream.write, stream.read)
+        yield Talk(server, stream.write, stream.read)
         await stream.done_writing()
         assert await stream.read() is grpc.aio.EOF
 
 
 @contextlib.asynccontextmanager
-async def sharing(server: Server) -> AsyncIterator[Conversation]:
+async def sharing(server: Server) -> AsyncIterator[Talk]:
     async with accepted(server) as caller:
 
         async def send(request: pb.ExecuteRequest) -> None:
             placed = request if request.HasField("cancels") else place(caller, request)
             caller.send(placed)
 
-        yield Conversation(server, send, caller.answer)
+        yield Talk(server, send, caller.answer)
         caller.writer.write_eof()
         assert await caller.reader.read() == b""
 
 
-Opened: TypeAlias = Callable[[Server], contextlib.AbstractAsyncContextManager[Conversation]]
+Opened: TypeAlias = Callable[[Server], contextlib.AbstractAsyncContextManager[Talk]]
 
 
 def place(caller: Caller, request: pb.ExecuteRequest) -> pb.ExecuteRequest:
@@ -190,6 +192,24 @@ async def test_a_caller_that_leaves_after_it_cancelled_is_forgotten_when_the_dev
     assert count_of(server, "cancelled") == 1
 
 
+async def test_a_call_of_its_own_that_ends_leaves_the_queue_at_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(server, monkeypatch)
+    async with open_channel(server) as channel:
+        execute = execute_method(channel)
+        running = asyncio.ensure_future(execute(request_for(server, BATCH)))
+        await until(lambda: gate.reached == [1])
+        unwanted = execute(request_for(server, BATCH, layer=2))
+        await until(lambda: server.scheduler.queued_tokens == BATCH.num_tokens)
+        unwanted.cancel()
+        await until(lambda: server.scheduler.queued_tokens == 0)
+        gate.open()
+        assert (await running).partials
+    assert gate.reached == [1]
+    assert (count_of(server, "cancelled"), count_of(server, "ok")) == (1, 1)
+
+
 async def test_a_call_of_its_own_is_ended_not_cancelled_by_a_message(server: Server) -> None:
     async with open_channel(server) as channel:
         request = request_for(server, random_batch(1, 256, 16, 4))
@@ -199,18 +219,40 @@ async def test_a_call_of_its_own_is_ended_not_cancelled_by_a_message(server: Ser
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_who_is_gone_is_not_told_of_the_cancellation() -> None:
+    conversation = Conversation("caller")
+
+    async def answer() -> None:
+        with conversation.request(1):
+            await asyncio.Event().wait()
+
+    for ends, expected in ((False, Cancelled), (True, asyncio.CancelledError)):
+        answering = asyncio.create_task(answer())
+        await asyncio.sleep(0)
+        conversation.cancel(1)
+        if ends:
+            answering.cancel()
+        with pytest.raises(expected):
+            await answering
+
+
+@pytest.mark.parametrize("over_stream", [True, False], ids=["stream", "shared-memory"])
 async def test_the_drain_ends_in_time_even_if_the_device_never_answers(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, over_stream: bool
 ) -> None:
     async with contextlib.AsyncExitStack() as callers:
         options = {"drain_seconds": 0.5, "device_timeout": 600.0}
         async with asyncio.timeout(20), running_server(small_model, range(16), **options) as server:
             gate = Gate(server, monkeypatch)
+            callers.callback(gate.open)
             channel = await callers.enter_async_context(open_channel(server))
             caller = await callers.enter_async_context(accepted(server))
-            stream: Any = stream_method(channel)()
-            await stream.write(request_for(server, BATCH, request_id=1))
-            caller.send(place(caller, request_for(server, BATCH, request_id=2)))
-            await until(lambda: bool(gate.reached) and server.journal.in_flight == 2)
+            if over_stream:
+                await stream_method(channel)().write(request_for(server, BATCH))
+            else:
+                caller.send(place(caller, request_for(server, BATCH)))
+            await until(lambda: bool(gate.reached))
         assert await caller.reader.read() == b"", "its slot may still be written to"
         gate.open()
+        # Results must not come after the end of the event loop.
+        await until(lambda: not any(thread.is_alive() for thread in server.device._threads))

@@ -1,6 +1,7 @@
 """Batching, bounds and order, with a backend whose progress the test controls."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -243,6 +244,29 @@ async def test_what_is_cancelled_under_way_ends_when_the_device_no_longer_uses_i
     assert backend.batches == [(1, 1)]
 
 
+async def test_an_error_that_nobody_waits_for_any_more_is_no_complaint(
+    gated: tuple[GatedBackend, Scheduler], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend, scheduler = gated
+
+    def fail(layer: int, batch: TokenBatch) -> Partials:
+        backend.gate.wait(10)
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(backend, "execute", fail)
+    running = submit(scheduler, 1, batch(1))
+    await settle()
+    running.cancel()
+    await settle()
+    backend.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    del running
+    await asyncio.sleep(0.05)
+    gc.collect()
+    assert not caplog.records
+
+
 async def test_large_batches_overlap_and_small_ones_grow() -> None:
     backend = OverlappingBackend()
     large = OVERLAP_TOKENS
@@ -280,6 +304,10 @@ async def test_closing_refuses_new_requests_and_answers_accepted_ones(gated: tup
     backend, scheduler = gated
     accepted = [submit(scheduler, 1, batch(1)), submit(scheduler, 1, batch(2))]
     await settle()
+    scheduler.close("draining", refusing=False)
+    with pytest.raises(Unavailable, match="draining"):
+        scheduler.check_open()
+    scheduler.check_room(1, 1)
     scheduler.close("draining")
     with pytest.raises(Unavailable, match="draining"):
         await submit(scheduler, 1, batch(1))

@@ -218,7 +218,7 @@ async def test_drain_turns_unhealthy_answers_what_is_in_flight_and_ends_streams(
     assert not ready_file.exists()
 
 
-async def test_drain_says_goaway_after_health_has_turned(small_model: Path) -> None:
+async def test_drain_answers_what_is_on_its_way_and_says_goaway_after_health_has_turned(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server, open_channel(server) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest())
@@ -229,10 +229,13 @@ async def test_drain_says_goaway_after_health_has_turned(small_model: Path) -> N
         goaway = asyncio.create_task(frame_of(reader, GOAWAY))
         server.stop()
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert not goaway.done()
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await execute_method(channel)(request_for(server, random_batch(1, 256, 16, 4)))
+        get_shard: Any = channel.unary_unary(f"/{codec.SERVICE}/GetShard")
+        with pytest.raises(grpc.aio.AioRpcError, match="the server is draining") as caught:
+            await get_shard(b"")
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert not goaway.done()
+        request = request_for(server, random_batch(1, 256, 16, 4))
+        assert (await execute_method(channel)(request)).partials
         watch.cancel()
         await asyncio.wait_for(goaway, 10)
         writer.close()

@@ -72,6 +72,13 @@ class Replica:
         asked = self.engine.run(DOCKER, "exec", self.name, "python3", "-c", READ_TOKENS)
         return float(asked.stdout) if asked.returncode == 0 else 0.0
 
+    def until_serving(self, seconds: float = 60.0) -> None:
+        """Wait until its health says SERVING. Raises `AssertionError`."""
+        deadline = time.monotonic() + seconds
+        while self.engine.run(DOCKER, "exec", self.name, "expertd", "health", f"127.0.0.1:{PORT}").returncode != 0:
+            assert time.monotonic() < deadline, f"{self.name} does not serve within {seconds} s:\n{self.log()}"
+            time.sleep(0.2)
+
     def until_used(self, seconds: float = 60.0) -> None:
         """Wait until it computes tokens that it had not before. Raises `AssertionError`."""
         before, deadline = self.tokens(), time.monotonic() + seconds

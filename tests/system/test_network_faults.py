@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from expertd.client.demo_checkpoint import write_demo_checkpoint
+from tests.chaos.load import SIZES
 from tests.conftest import SMALL
 from tests.system.conftest import ROOT
 from tests.system.docker_engine import Engine
@@ -32,6 +33,10 @@ LOSS = ("--match", "statistic", "--mode", "random", "--probability", "0.1", "--j
 # But for resets themselves, which have to arrive.
 RESET = ("--tcp-flags", "RST", "NONE", "--jump", "REJECT", "--reject-with", "tcp-reset")
 DELAY_SECONDS = 0.04
+LINK_BYTES = 15_625
+"""A second, of a slow link."""
+SLOWEST_SECONDS = max(SIZES) * SMALL.hidden_size * 2 / LINK_BYTES
+"""What the hidden states of the largest request take there, in bfloat16: longer than any call on a busy machine."""
 Replicas = list[Replica]
 
 
@@ -48,6 +53,8 @@ def replicas(engine: Engine, small_model: Path) -> Iterator[Replicas]:
         try:
             for replica in started:
                 replica.create(small_model)
+            for replica in started:
+                replica.until_serving()
             yield started
         finally:
             for replica in started:
@@ -65,6 +72,13 @@ class Outcome:
         found = re.search(rf"(\d+) {what}", self.printed)
         assert found, f"the load does not say how many {what}: {self.printed}"
         return int(found[1])
+
+    @property
+    def slowest(self) -> float:
+        """Seconds of the call that took longest."""
+        found = re.search(r"max (\d+) ms", self.printed)
+        assert found, f"the load does not say how long calls took: {self.printed}"
+        return int(found[1]) / 1e3
 
 
 @contextmanager
@@ -135,7 +149,7 @@ def reset(replicas: Replicas) -> None:
 
 
 def slow_down(replicas: Replicas) -> None:
-    with replicas[2].slow_link("500kbit"):
+    with replicas[2].slow_link(f"{LINK_BYTES * 8}bit"):
         time.sleep(FAULT_SECONDS)
 
 
@@ -170,6 +184,7 @@ def test_no_call_fails_while_every_expert_has_a_sound_replica(
     assert outcome.count("violations") == 0
     assert outcome.count("errors") == 0
     assert outcome.count("retries") > 0 or fault not in UNANSWERED
+    assert outcome.slowest >= SLOWEST_SECONDS or fault is not slow_down
 
 
 def test_a_replica_that_is_far_away_and_loses_packets_is_late_not_wrong(
