@@ -18,6 +18,7 @@ from expertd.proto import codec
 from expertd.proto.codec import ExecuteResult, RawRequest, ShardInfo, StageTimings
 from expertd.proto.errors import ExpertdError, ServerFault
 from expertd.proto.loopback import UNIX
+from expertd.server.backlog import Backlog
 from expertd.server.journal import Journal
 from expertd.server.scheduler import Scheduler
 from expertd.server.shadow import ShadowCheck
@@ -26,8 +27,8 @@ from expertd.server.tickets import Tickets
 from expertd.server.verifier import Verifier
 
 log = logging.getLogger(__name__)
-MAX_UNREAD_BYTES = 64 << 20
-"""Of responses that one stream's caller has not read, before no more requests are read from it."""
+BACKLOG_FACTOR = 2
+"""Times --max-queued-bytes: a single stream, which gets half of the backlog, is refused before it is not read from."""
 
 
 class ExpertShardHandlers:
@@ -53,6 +54,7 @@ class ExpertShardHandlers:
         self._readers: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
         self._streams = itertools.count(1)
+        self._backlog = Backlog(BACKLOG_FACTOR * info.max_queued_bytes)
 
     def register(self, server: grpc.aio.Server) -> None:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -104,18 +106,29 @@ class ExpertShardHandlers:
 
     async def execute_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         self._track()
-        outbox = _Outbox(context)
+        share, writing = self._backlog.open(), asyncio.Lock()
         # Connections over a unix socket have no names to tell callers apart by.
         peer = context.peer()
         caller = f"{peer} stream {next(self._streams)}" if peer.startswith(UNIX) else peer
 
         async def respond(data: bytes) -> None:
-            await outbox.write(await self.respond(data, caller))
+            num_bytes = len(data)
+            try:
+                response = await self.respond(data, caller)
+                # The answer may wait for long; the request need not.
+                del data
+                # A caller that is gone takes its stream with it: there is nobody to answer.
+                with contextlib.suppress(grpc.aio.InternalError):
+                    async with writing:
+                        await context.write(response)
+            finally:
+                share.gave(num_bytes)
 
         async def read() -> None:
             async for data in requests:
+                share.took(len(data))
                 answers.create_task(respond(data))
-                await outbox.room()
+                await share.room()
 
         async with asyncio.TaskGroup() as answers:
             reader = answers.create_task(read())
@@ -188,38 +201,6 @@ class ExpertShardHandlers:
         encoded = time.perf_counter()
         self._journal.answered(call, caller, pairs, timings, encoded - computed, encoded - arrived)
         return response
-
-
-class _Outbox:
-    """Writes the responses of one stream, one at a time, and says when enough of them wait for a slow reader."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._writing = asyncio.Lock()
-        self._waiting_bytes = 0
-        self._room = asyncio.Event()
-        self._room.set()
-
-    async def write(self, response: bytes) -> None:
-        self._count(len(response))
-        try:
-            # A caller that is gone takes its stream with it: there is nobody to answer.
-            with contextlib.suppress(grpc.aio.InternalError):
-                async with self._writing:
-                    await self._context.write(response)
-        finally:
-            self._count(-len(response))
-
-    async def room(self) -> None:
-        """Wait until another request may be read; the caller's own sending then comes to a halt, too."""
-        await self._room.wait()
-
-    def _count(self, added: int) -> None:
-        self._waiting_bytes += added
-        if self._waiting_bytes < MAX_UNREAD_BYTES:
-            self._room.set()
-        else:
-            self._room.clear()
 
 
 def _pushback(error: ExpertdError) -> tuple[tuple[str, str], ...]:
