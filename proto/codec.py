@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from crc32c import crc32c
@@ -148,7 +148,7 @@ _RESPONSE_FIELDS: wire.Schema = {
     7: ("timings", wire.BYTES),
     8: ("checksum", wire.FIXED32),
 }
-_TIMING_FIELDS = dict(enumerate(StageTimings.__dataclass_fields__, 1))
+_STAGES = tuple(StageTimings.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,25 +248,27 @@ def decode_call(
     _check_range("top_k", top_k, 1, max_top_k)
     hidden_dtype = _check_dtype("hidden_dtype", message.hidden_dtype, HIDDEN_DTYPES)
     reply_dtype = _check_dtype("reply_dtype", message.reply_dtype, REPLY_DTYPES)
+    parts: tuple[memoryview, ...] = (message.hidden, message.hidden_scales, message.expert_ids, message.weights)
     reply_into = None
     if segment is not None:
         layout = lay_out(message.segment_offset or 0, tokens, width, top_k, hidden_dtype, reply_dtype)
-        message = _in_segment(message, segment, layout)
+        parts = _in_segment(message, segment, layout)
         reply_into = torch.frombuffer(segment[layout.partials], dtype=reply_dtype).view(tokens, width)
     elif message.segment_offset is not None:
         raise InvalidBatch(f"segment_offset is {message.segment_offset}; there is no segment: send the tensors")
+    hidden, hidden_scales, expert_ids, weights = parts
     quantized = hidden_dtype == torch.float8_e4m3fn
     scales_shape = (tokens if quantized else 0, width // QUANTIZATION_BLOCK)
-    scales = _from_bytes("hidden_scales", message.hidden_scales, torch.float32, scales_shape)
+    scales = _from_bytes("hidden_scales", hidden_scales, torch.float32, scales_shape)
     return ExecuteCall(
         request_id=message.request_id,
         model_fingerprint=str(message.model_fingerprint, "utf-8", "replace"),
         placement_epoch=message.placement_epoch,
         layer=message.layer,
-        hidden=_from_bytes("hidden", message.hidden, hidden_dtype, (tokens, width)),
+        hidden=_from_bytes("hidden", hidden, hidden_dtype, (tokens, width)),
         scales=scales if quantized else None,
-        expert_ids=_from_bytes("expert_ids", message.expert_ids, torch.int32, (tokens, top_k)),
-        weights=_from_bytes("weights", message.weights, torch.float32, (tokens, top_k)),
+        expert_ids=_from_bytes("expert_ids", expert_ids, torch.int32, (tokens, top_k)),
+        weights=_from_bytes("weights", weights, torch.float32, (tokens, top_k)),
         reply_dtype=reply_dtype,
         timeout=message.timeout_us / 1e6 if message.timeout_us else None,
         traceparent=str(message.traceparent, "ascii", "replace"),
@@ -277,8 +279,7 @@ def decode_call(
 def encode_result(result: ExecuteResult) -> bytes:
     """The ExecuteResponse of `result`."""
     partials = _buffer(result.partials)
-    nanoseconds = ((number, round(getattr(result.timings, stage) * 1e9)) for number, stage in _TIMING_FIELDS.items())
-    timings = b"".join(wire.varint_field(number, value) for number, value in nanoseconds)
+    timings = _write_timings(result.timings)
     return b"".join(
         (
             wire.varint_field(1, result.request_id),
@@ -331,7 +332,7 @@ def decode_result(
         partials = _from_bytes("partials", data, dtype, (tokens, width))
         timings = _read_timings(message.timings)
         receipt = dict(zip(message.receipt_experts, message.receipt_pairs, strict=True))
-    except (InvalidBatch, ValueError) as error:
+    except (InvalidBatch, ValueError, DecodeError) as error:
         raise ServerFault(f"malformed response: {error}") from None
     return ExecuteResult(message.request_id, partials, receipt, timings)
 
@@ -420,14 +421,14 @@ def _checksum(request_id: int, partials: memoryview) -> bytes:
     return crc32c(partials, crc32c(request_id.to_bytes(8, "little"))).to_bytes(4, "little")
 
 
+def _write_timings(timings: StageTimings) -> bytes:
+    nanoseconds = {f"{stage}_ns": round(getattr(timings, stage) * 1e9) for stage in _STAGES}
+    return pb.Timings(**nanoseconds).SerializeToString()
+
+
 def _read_timings(message: memoryview) -> StageTimings:
-    return StageTimings(
-        **{
-            _TIMING_FIELDS[number]: value / 1e9
-            for number, _, value in wire.read_fields(message)
-            if number in _TIMING_FIELDS and isinstance(value, int)
-        }
-    )
+    timings = pb.Timings.FromString(bytes(message))
+    return StageTimings(*(getattr(timings, f"{stage}_ns") / 1e9 for stage in _STAGES))
 
 
 def _buffer(tensor: Tensor) -> memoryview:
@@ -435,8 +436,8 @@ def _buffer(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _in_segment(message: RawRequest, segment: memoryview, layout: Layout) -> RawRequest:
-    """`message` with its tensors from `segment`, which the caller can change at any time.
+def _in_segment(message: RawRequest, segment: memoryview, layout: Layout) -> tuple[memoryview, ...]:
+    """Hidden states, scales, ids and weights from `segment`, which the caller can change at any time.
 
     What is checked is copied first: ids, weights and scales. Hidden states are read in place; every byte of them is a
     value, and a token's values reach no other token's result.
@@ -450,13 +451,8 @@ def _in_segment(message: RawRequest, segment: memoryview, layout: Layout) -> Raw
             f"segment_offset is {message.segment_offset} and the call's tensors end at byte {layout.end};"
             f" the segment has {len(segment)}"
         )
-    return replace(
-        message,
-        hidden=segment[layout.hidden],
-        hidden_scales=memoryview(bytes(segment[layout.hidden_scales])),
-        expert_ids=memoryview(bytes(segment[layout.expert_ids])),
-        weights=memoryview(bytes(segment[layout.weights])),
-    )
+    copied = (layout.hidden_scales, layout.expert_ids, layout.weights)
+    return segment[layout.hidden], *(memoryview(bytes(segment[place])) for place in copied)
 
 
 def _from_bytes(field: str, data: memoryview, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:

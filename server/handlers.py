@@ -186,7 +186,7 @@ class ExpertShardHandlers:
         call = codec.decode_call(
             request, config.hidden_size, config.num_experts_per_tok, self._info.max_tokens_per_request, segment
         )
-        batch = dataclasses.replace(self._shard.admit(call), reply=call.reply_into)
+        batch = self._shard.admit(call)
         decoded = time.perf_counter()
         timeout = min((limit for limit in (call.timeout, time_remaining) if limit is not None), default=None)
         done = await self._scheduler.execute(caller, call.layer, batch, call.reply_dtype, timeout)
