@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from expertd.kernels.config import MoeConfig
-from expertd.kernels.routing import repeats_expert
+from expertd.kernels.routing import first_repeat
 from expertd.proto.errors import InvalidBatch
 
 
@@ -40,9 +40,8 @@ def check_choice(ids: Tensor, weights: Tensor, model: MoeConfig) -> None:
     values = ids.numpy()
     if ids.is_floating_point() or values.min() < -1 or values.max() >= model.n_routed_experts:
         raise InvalidBatch(f"topk_ids must be integers from 0 to {model.n_routed_experts - 1}, or -1")
-    repeated = repeats_expert(values).nonzero()[0]
-    if len(repeated):
-        token = int(repeated[0])
+    token = first_repeat(values)
+    if token is not None:
         raise InvalidBatch(f"topk_ids[{token}] is {ids[token].tolist()}; a token may name an expert at most once")
     if not np.isfinite(weights.float().numpy()).all():
         raise InvalidBatch("topk_weights holds NaN or infinity; they must be finite")

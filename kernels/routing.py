@@ -39,11 +39,11 @@ def route(logits: Tensor, correction_bias: Tensor, config: MoeConfig) -> tuple[T
     return ids.to(torch.int32), weights * config.routed_scaling_factor
 
 
-def repeats_expert(expert_ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
-    """[T] bool: whether a row of [T, k] expert ids (-1 for none) names an expert more than once."""
+def first_repeat(expert_ids: npt.NDArray[np.integer[Any]]) -> int | None:
+    """The first row of [T, k] expert ids (-1 for none) that names an expert more than once."""
     ordered = np.sort(expert_ids, axis=1)
-    repeated: npt.NDArray[np.bool_] = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
-    return repeated
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    return int(repeated.any(axis=1).argmax()) if np.logical_or.reduce(repeated, axis=None) else None
 
 
 def _top(values: Tensor, count: int) -> Tensor:

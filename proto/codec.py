@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from crc32c import crc32c
@@ -47,6 +48,10 @@ _DTYPE_CODES: dict[torch.dtype, pb.DType] = {
 }
 HIDDEN_DTYPES = (torch.float8_e4m3fn, torch.bfloat16)
 REPLY_DTYPES = (torch.float32, torch.bfloat16)
+
+
+_Bytes: TypeAlias = memoryview | Tensor
+"""What a tensor's bytes lie in: a message or segment, or [n] uint8 on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +157,7 @@ _RESPONSE_FIELDS: wire.Schema = {
     7: ("timings", wire.BYTES),
     8: ("checksum", wire.FIXED32),
 }
-_TIMING_FIELDS = dict(enumerate(StageTimings.__dataclass_fields__, 1))
+_STAGES = tuple(StageTimings.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,25 +267,27 @@ def decode_call(
     _check_range("top_k", top_k, 1, max_top_k)
     hidden_dtype = _check_dtype("hidden_dtype", message.hidden_dtype, HIDDEN_DTYPES)
     reply_dtype = _check_dtype("reply_dtype", message.reply_dtype, REPLY_DTYPES)
-    partials: memoryview | Tensor | None = None
+    parts: Sequence[_Bytes] = (message.hidden, message.hidden_scales, message.expert_ids, message.weights)
+    partials: _Bytes | None = None
     if segment is not None:
         offsets = message.segment_offset or 0, message.gpu_offset
         layout = lay_out(*offsets, tokens, width, top_k, hidden_dtype, reply_dtype)
-        message, partials = _in_segment(message, segment, layout)
+        *parts, partials = _in_segment(message, segment, layout)
     elif message.segment_offset is not None:
         raise InvalidBatch(f"segment_offset is {message.segment_offset}; there is no segment: send the tensors")
+    hidden, hidden_scales, expert_ids, weights = parts
     quantized = hidden_dtype == torch.float8_e4m3fn
     scales_shape = (tokens if quantized else 0, width // QUANTIZATION_BLOCK)
-    scales = _from_bytes("hidden_scales", message.hidden_scales, torch.float32, scales_shape)
+    scales = _from_bytes("hidden_scales", hidden_scales, torch.float32, scales_shape)
     return ExecuteCall(
         request_id=message.request_id,
         model_fingerprint=str(message.model_fingerprint, "utf-8", "replace"),
         placement_epoch=message.placement_epoch,
         layer=message.layer,
-        hidden=_from_bytes("hidden", message.hidden, hidden_dtype, (tokens, width)),
+        hidden=_from_bytes("hidden", hidden, hidden_dtype, (tokens, width)),
         scales=scales if quantized else None,
-        expert_ids=_from_bytes("expert_ids", message.expert_ids, torch.int32, (tokens, top_k)),
-        weights=_from_bytes("weights", message.weights, torch.float32, (tokens, top_k)),
+        expert_ids=_from_bytes("expert_ids", expert_ids, torch.int32, (tokens, top_k)),
+        weights=_from_bytes("weights", weights, torch.float32, (tokens, top_k)),
         reply_dtype=reply_dtype,
         timeout=message.timeout_us / 1e6 if message.timeout_us else None,
         traceparent=str(message.traceparent, "ascii", "replace"),
@@ -291,8 +298,7 @@ def decode_call(
 def encode_result(result: ExecuteResult) -> bytes:
     """The ExecuteResponse of `result`."""
     partials = _buffer(result.partials)
-    nanoseconds = ((number, round(getattr(result.timings, stage) * 1e9)) for number, stage in _TIMING_FIELDS.items())
-    timings = b"".join(wire.varint_field(number, value) for number, value in nanoseconds)
+    timings = _write_timings(result.timings)
     return b"".join(
         (
             wire.varint_field(1, result.request_id),
@@ -345,7 +351,7 @@ def decode_result(
         partials = _from_bytes("partials", data, dtype, (tokens, width))
         timings = _read_timings(message.timings)
         receipt = dict(zip(message.receipt_experts, message.receipt_pairs, strict=True))
-    except (InvalidBatch, ValueError) as error:
+    except (InvalidBatch, ValueError, DecodeError) as error:
         raise ServerFault(f"malformed response: {error}") from None
     return ExecuteResult(message.request_id, partials, receipt, timings)
 
@@ -434,14 +440,14 @@ def _checksum(request_id: int, partials: memoryview) -> bytes:
     return crc32c(partials, crc32c(request_id.to_bytes(8, "little"))).to_bytes(4, "little")
 
 
+def _write_timings(timings: StageTimings) -> bytes:
+    nanoseconds = {f"{stage}_ns": round(getattr(timings, stage) * 1e9) for stage in _STAGES}
+    return pb.Timings(**nanoseconds).SerializeToString()
+
+
 def _read_timings(message: memoryview) -> StageTimings:
-    return StageTimings(
-        **{
-            _TIMING_FIELDS[number]: value / 1e9
-            for number, _, value in wire.read_fields(message)
-            if number in _TIMING_FIELDS and isinstance(value, int)
-        }
-    )
+    timings = pb.Timings.FromString(bytes(message))
+    return StageTimings(*(getattr(timings, f"{stage}_ns") / 1e9 for stage in _STAGES))
 
 
 def _buffer(tensor: Tensor) -> memoryview:
@@ -449,8 +455,8 @@ def _buffer(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data
 
 
-def _in_segment(message: RawRequest, segment: SharedSegment, layout: Layout) -> tuple[RawRequest, memoryview | Tensor]:
-    """`message` with its tensors from `segment`, which the caller can change at any time, and the partials' place.
+def _in_segment(message: RawRequest, segment: SharedSegment, layout: Layout) -> tuple[_Bytes, ...]:
+    """Hidden states, scales, ids and weights from `segment`, which the caller can change at any time, and the partials.
 
     What is checked is copied first: ids, weights, and scales that are not on a GPU. Everything else is read in place:
     every byte of it is a value, and a token's values reach no other token's result.
@@ -461,18 +467,14 @@ def _in_segment(message: RawRequest, segment: SharedSegment, layout: Layout) -> 
         raise InvalidBatch("hidden, hidden_scales, expert_ids and weights must be empty beside segment_offset")
     memory, gpu = segment.memory, segment.gpu
     _check_end("segment_offset", message.segment_offset, layout.end, len(memory))
-    message = replace(
-        message,
-        expert_ids=memoryview(bytes(memory[layout.expert_ids])),
-        weights=memoryview(bytes(memory[layout.weights])),
-    )
+    ids, weights = (memoryview(bytes(memory[place])) for place in (layout.expert_ids, layout.weights))
     if not layout.on_gpu:
         scales = memoryview(bytes(memory[layout.hidden_scales]))
-        return replace(message, hidden=memory[layout.hidden], hidden_scales=scales), memory[layout.partials]
+        return memory[layout.hidden], scales, ids, weights, memory[layout.partials]
     if gpu is None:
         raise InvalidBatch(f"gpu_offset is {message.gpu_offset}; no GPU memory was handed over with the segment")
     _check_end("gpu_offset", message.gpu_offset, layout.gpu_end, len(gpu))
-    return replace(message, hidden=gpu[layout.hidden], hidden_scales=gpu[layout.hidden_scales]), gpu[layout.partials]
+    return gpu[layout.hidden], gpu[layout.hidden_scales], ids, weights, gpu[layout.partials]
 
 
 def _check_end(field: str, offset: int | None, end: int, size: int) -> None:
@@ -481,7 +483,7 @@ def _check_end(field: str, offset: int | None, end: int, size: int) -> None:
         raise InvalidBatch(f"{field} is {offset} and the call's tensors end at byte {end}; the {what} has {size}")
 
 
-def _from_bytes(field: str, data: memoryview | Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+def _from_bytes(field: str, data: _Bytes, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
     """`data`, or what a tensor [n] uint8 holds, as a tensor of `dtype`."""
     expected = shape[0] * shape[1] * dtype.itemsize
     if len(data) != expected:

@@ -101,6 +101,8 @@ def _unpack(packed: memoryview) -> list[int]:
 
 def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
     """The number at `position` and where it ends."""
+    if position < len(message) and (byte := message[position]) < 0x80:
+        return byte, position + 1
     value = shift = 0
     while position < len(message) and shift < 70:
         byte = message[position]

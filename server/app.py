@@ -52,6 +52,8 @@ HEALTH_NAMES = ("", codec.SERVICE)
 SERVICES = (codec.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
 MEMORY_SECONDS = 5.0
 """Between two looks at the GPU's memory."""
+WINDOW_BYTES = 1 << 20
+"""Received by gRPC ahead of the handlers, for each stream; a message that is waited for may be larger."""
 NOTICE_SECONDS = 0.25
 """Between the end of health and the end of connections, for callers that watch the one to leave the other."""
 
@@ -187,6 +189,9 @@ class Server:
                 ("grpc.max_concurrent_streams", self.config.max_streams),
                 ("grpc.max_receive_message_length", self.info.max_message_bytes),
                 ("grpc.max_send_message_length", self.info.max_message_bytes),
+                # Of what nobody has read yet, each stream may send so much; gRPC's own estimate allows 16 MiB and more.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
                 # Clients find out in seconds that a server is cut off; a ping costs nothing.
                 ("grpc.http2.min_ping_interval_without_data_ms", 1000),
                 # Without it a second server on the same port would silently share its calls.

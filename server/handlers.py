@@ -20,6 +20,7 @@ from expertd.proto.codec import ExecuteResult, RawRequest, ShardInfo, StageTimin
 from expertd.proto.errors import ExpertdError, ServerFault
 from expertd.proto.loopback import UNIX
 from expertd.proto.segment import SharedSegment
+from expertd.server.backlog import Backlog
 from expertd.server.conversation import Conversation
 from expertd.server.journal import Journal
 from expertd.server.scheduler import Scheduler
@@ -29,8 +30,8 @@ from expertd.server.tickets import Tickets
 from expertd.server.verifier import Verifier
 
 log = logging.getLogger(__name__)
-MAX_UNREAD_BYTES = 64 << 20
-"""Of responses that one stream's caller has not read, before no more requests are read from it."""
+BACKLOG_FACTOR = 2
+"""Times --max-queued-bytes: a single stream, which gets half of the backlog, is refused before it is not read from."""
 
 
 class ExpertShardHandlers:
@@ -56,6 +57,7 @@ class ExpertShardHandlers:
         self._readers: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
         self._streams = itertools.count(1)
+        self._backlog = Backlog(BACKLOG_FACTOR * info.max_queued_bytes)
 
     def register(self, server: grpc.aio.Server) -> None:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -107,20 +109,30 @@ class ExpertShardHandlers:
 
     async def execute_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         self._track()
-        outbox = _Outbox(context)
+        share, writing = self._backlog.open(), asyncio.Lock()
         # Connections over a unix socket have no names to tell callers apart by.
         peer = context.peer()
         conversation = Conversation(f"{peer} stream {next(self._streams)}" if peer.startswith(UNIX) else peer)
 
         async def respond(data: bytes) -> None:
-            response = await self.respond(data, conversation)
-            if response is not None:
-                await outbox.write(response)
+            num_bytes = len(data)
+            try:
+                response = await self.respond(data, conversation)
+                # The answer may wait for long; the request need not.
+                del data
+                if response is not None:
+                    # A caller that is gone takes its stream with it: there is nobody to answer.
+                    with contextlib.suppress(grpc.aio.InternalError):
+                        async with writing:
+                            await context.write(response)
+            finally:
+                share.gave(num_bytes)
 
         async def read() -> None:
             async for data in requests:
+                share.took(len(data))
                 answers.create_task(respond(data))
-                await outbox.room()
+                await share.room()
 
         async with asyncio.TaskGroup() as answers:
             reader = answers.create_task(read())
@@ -182,7 +194,7 @@ class ExpertShardHandlers:
         call = codec.decode_call(
             request, config.hidden_size, config.num_experts_per_tok, self._info.max_tokens_per_request, segment
         )
-        batch = dataclasses.replace(self._shard.admit(call), reply=call.reply_into)
+        batch = self._shard.admit(call)
         decoded = time.perf_counter()
         timeout = min((limit for limit in (call.timeout, time_remaining) if limit is not None), default=None)
         done = await self._scheduler.execute(caller, call.layer, batch, call.reply_dtype, timeout)
@@ -197,38 +209,6 @@ class ExpertShardHandlers:
         encoded = time.perf_counter()
         self._journal.answered(call, caller, pairs, timings, encoded - computed, encoded - arrived)
         return response
-
-
-class _Outbox:
-    """Writes the responses of one stream, one at a time, and says when enough of them wait for a slow reader."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._writing = asyncio.Lock()
-        self._waiting_bytes = 0
-        self._room = asyncio.Event()
-        self._room.set()
-
-    async def write(self, response: bytes) -> None:
-        self._count(len(response))
-        try:
-            # A caller that is gone takes its stream with it: there is nobody to answer.
-            with contextlib.suppress(grpc.aio.InternalError):
-                async with self._writing:
-                    await self._context.write(response)
-        finally:
-            self._count(-len(response))
-
-    async def room(self) -> None:
-        """Wait until another request may be read; the caller's own sending then comes to a halt, too."""
-        await self._room.wait()
-
-    def _count(self, added: int) -> None:
-        self._waiting_bytes += added
-        if self._waiting_bytes < MAX_UNREAD_BYTES:
-            self._room.set()
-        else:
-            self._room.clear()
 
 
 def _pushback(error: ExpertdError) -> tuple[tuple[str, str], ...]:

@@ -9,16 +9,18 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from expertd.proto.codec import ExecuteCall, RawRequest, StageTimings
 from expertd.proto.errors import ExpertdError, Overloaded
 from expertd.server.loads import ExpertLoads
-from expertd.server.metrics import Metrics
+from expertd.server.metrics import STAGES, Metrics
 from expertd.server.tracing import RequestTracer
 
 log = logging.getLogger(__name__)
 REMEMBERED_ANSWERS = 1000
 REMEMBERED_ERRORS = 20
+_IN_ORDER = attrgetter(*StageTimings.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,8 @@ class Answered:
     time: float
     """Unix time in seconds."""
     tokens: int
-    seconds: dict[str, float]
-    """By stage: those of `metrics.STAGES`."""
+    seconds: tuple[float, ...]
+    """Of each of `metrics.STAGES`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +93,20 @@ class Journal:
         total: float,
     ) -> None:
         """Record an answer; `pairs` by local expert, times in seconds."""
-        seconds = {stage: getattr(timings, stage) for stage in StageTimings.__dataclass_fields__}
-        seconds |= {"encode": encode, "total": total}
-        tokens = call.hidden.shape[0]
-        self._metrics.observe_answer(tokens, sum(pairs), seconds.items())
+        seconds = (*_IN_ORDER(timings), encode, total)
+        tokens, num_pairs = call.hidden.shape[0], sum(pairs)
+        self._metrics.observe_answer(tokens, num_pairs, seconds)
         self.outcomes["ok"] += 1
         self._loads.add(call.layer, pairs, time.monotonic())
         self.answers.append(Answered(time.time(), tokens, seconds))
+        traced = self._tracer is not None and call.traceparent
+        if not traced and not log.isEnabledFor(logging.DEBUG):
+            return
         fields: dict[str, str | int] = {"request_id": call.request_id, "caller": caller, "layer": call.layer}
-        fields |= {"tokens": tokens, "pairs": sum(pairs), "outcome": "ok"}
+        fields |= {"tokens": tokens, "pairs": num_pairs, "outcome": "ok"}
         log.debug("request answered", extra={**fields, "seconds": total})
-        if self._tracer is not None and call.traceparent:
-            self._tracer.answered(call.traceparent, fields, seconds)
+        if self._tracer is not None and traced:
+            self._tracer.answered(call.traceparent, fields, dict(zip(STAGES, seconds, strict=True)))
 
     def _refused(self, request: RawRequest, caller: str, outcome: str, message: str) -> None:
         self._metrics.count_request(outcome)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy.typing as npt
 
 HALF_LIFE = 60.0
 """Seconds after which a pair counts half in `lately` and `balance`."""
+STEP = 1.0
+"""Seconds within which pairs count alike, so that not every request pays for the ageing of what came before."""
 
 
 class ExpertLoads:
@@ -19,21 +22,22 @@ class ExpertLoads:
         self.experts = tuple(experts)
         self.pairs: npt.NDArray[np.int64] = np.zeros((len(layers), len(experts)), np.int64)
         """[layers, experts]: since the start."""
-        self._lately = np.zeros(self.pairs.shape)
-        self._last = np.zeros(len(layers))
+        self._aged_by = np.zeros(self.pairs.shape)
+        self._aged_at = [-math.inf] * len(layers)
         self._rows = {layer: row for row, layer in enumerate(layers)}
 
     def add(self, layer: int, pairs: Sequence[int], now: float) -> None:
         """Count `pairs`, one number for each of `experts`, at the time `now` in seconds."""
         row = self._rows[layer]
+        age = now - self._aged_at[row]
+        if age >= STEP:
+            self._aged_by[row] += (self.pairs[row] - self._aged_by[row]) * (1 - 0.5 ** (age / HALF_LIFE))
+            self._aged_at[row] = now
         self.pairs[row] += pairs
-        self._lately[row] *= 0.5 ** ((now - self._last[row]) / HALF_LIFE)
-        self._lately[row] += pairs
-        self._last[row] = now
 
     def lately(self) -> npt.NDArray[np.float64]:
         """[layers, experts]: pairs of the last minutes, old ones counting less. Compare within a layer only."""
-        return self._lately.copy()
+        return self.pairs - self._aged_by
 
     def balance(self) -> dict[int, float]:
         """Layer -> mean over largest load of its experts lately: 1 when all got the same, 1/experts when one got all.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from wsgiref.types import WSGIApplication
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, make_wsgi_app
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
+from prometheus_client.utils import floatToGoString
 
 from expertd.kernels.backend import DeviceMemory
 from expertd.kernels.ranges import format_ranges
@@ -37,20 +40,15 @@ class Metrics:
         # Exported before their first event: without a zero to begin with, nobody sees the first one.
         for outcome in OUTCOMES:
             self._requests.labels(outcome)
-        stage_seconds = Histogram(
-            "expertd_stage_duration_seconds",
-            "Seconds that a request spent in each stage; total is from its arrival to its encoded answer.",
-            ["stage"],
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
-        )
+        self._answered = self._requests.labels("ok")
+        self._stages = _StageSeconds()
+        registry.register(self._stages)
         self.refusal = Histogram(
             "expertd_refusal_duration_seconds",
             "Seconds from a request's arrival to its RESOURCE_EXHAUSTED.",
             buckets=LATENCY_BUCKETS,
             registry=registry,
         )
-        self._stages = {stage: stage_seconds.labels(stage) for stage in STAGES}
         self._tokens = Counter("expertd_tokens", "Tokens of answered requests.", registry=registry)
         self._pairs = Counter("expertd_pairs", "(token, expert) pairs of answered requests.", registry=registry)
         self._batch_tokens = Histogram(
@@ -158,19 +156,45 @@ class Metrics:
         """Count an ended RPC; `by` 0 exports the series before the first one."""
         self._rpcs.labels(kind, service, method, code).inc(by)
 
-    def observe_answer(self, tokens: int, pairs: int, seconds: Iterable[tuple[str, float]]) -> None:
-        """Record one answered request, with its seconds in every one of `STAGES`."""
-        self.count_request("ok")
+    def observe_answer(self, tokens: int, pairs: int, seconds: Sequence[float]) -> None:
+        """Record one answered request, with its seconds in each of `STAGES`."""
+        self._answered.inc()
         self._tokens.inc(tokens)
         self._pairs.inc(pairs)
-        for stage, spent in seconds:
-            self._stages[stage].observe(spent)
+        self._stages.observe(seconds)
 
     def observe_batch(self, tokens: int, compute: float) -> None:
         """Record one device batch that was computed in `compute` seconds."""
         self._batch_tokens.observe(tokens)
         if self._device_busy is not None:
             self._device_busy.inc(compute)
+
+
+class _StageSeconds(Collector):
+    """A histogram for each of `STAGES`, written on the event loop for every answer.
+
+    The library's histograms would take a lock and look at every bucket, for every stage, while the caller waits.
+    """
+
+    def __init__(self) -> None:
+        self._counts = [[0] * (len(LATENCY_BUCKETS) + 1) for _ in STAGES]
+        self._sums = [0.0] * len(STAGES)
+
+    def observe(self, seconds: Sequence[float]) -> None:
+        for stage, spent in enumerate(seconds):
+            self._counts[stage][bisect_left(LATENCY_BUCKETS, spent)] += 1
+            self._sums[stage] += spent
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(
+            "expertd_stage_duration_seconds",
+            "Seconds that a request spent in each stage; total is from its arrival to its encoded answer.",
+            labels=["stage"],
+        )
+        bounds = [*map(floatToGoString, LATENCY_BUCKETS), "+Inf"]
+        for stage, counts, total in zip(STAGES, self._counts, self._sums, strict=True):
+            family.add_metric([stage], list(zip(bounds, accumulate(counts), strict=True)), total)
+        yield family
 
 
 class _LoadCollector(Collector):

@@ -18,7 +18,7 @@ from torch import Tensor
 from expertd.kernels.backend import TokenBatch
 from expertd.kernels.config import MoeConfig
 from expertd.kernels.ranges import format_ranges
-from expertd.kernels.routing import repeats_expert
+from expertd.kernels.routing import first_repeat
 from expertd.proto.codec import ExecuteCall
 from expertd.proto.errors import InvalidBatch, ModelMismatch, StalePlacement, UnknownExpert
 from expertd.server.config import InvalidOption
@@ -56,10 +56,10 @@ class Shard:
 
     @cached_property
     def _local_ids(self) -> npt.NDArray[np.int32]:
-        """[n_routed_experts + 1]: local id of each global id; the last entry answers index -1."""
-        table = np.full(self.config.n_routed_experts + 1, _NOT_OWNED, dtype=np.int32)
-        table[list(self.experts)] = np.arange(len(self.experts))
-        table[-1] = -1
+        """[1 + n_routed_experts]: local id of -1, which is -1, and of each global id."""
+        table = np.full(1 + self.config.n_routed_experts, _NOT_OWNED, dtype=np.int32)
+        table[0] = -1
+        table[1 + np.array(self.experts)] = np.arange(len(self.experts))
         return table
 
     def admit(self, call: ExecuteCall) -> TokenBatch:
@@ -81,20 +81,21 @@ class Shard:
         # Those on a GPU came through GPU memory, where the contract does not ask for it.
         if call.scales is not None and not call.scales.is_cuda:
             _check_finite("hidden_scales", call.scales)
-        return TokenBatch(call.hidden, call.scales, self._localise(call.expert_ids), call.weights)
+        return TokenBatch(call.hidden, call.scales, self._localise(call.expert_ids), call.weights, call.reply_into)
 
     def _localise(self, expert_ids: Tensor) -> Tensor:
         count, ids = self.config.n_routed_experts, expert_ids.numpy()
-        if ids.min() < -1 or ids.max() >= count:
+        try:
+            # Unsigned, what is below -1 lies beyond the table, too.
+            local = self._local_ids[(ids + 1).view(np.uint32)]
+        except IndexError:
             where, value = _first((ids < -1) | (ids >= count), ids)
-            raise InvalidBatch(f"expert_ids{where} is {value}; it must be -1 or from 0 to {count - 1}")
-        local = self._local_ids[ids]
+            raise InvalidBatch(f"expert_ids{where} is {value}; it must be -1 or from 0 to {count - 1}") from None
         if local.min() == _NOT_OWNED:
             where, value = _first(local == _NOT_OWNED, ids)
             raise UnknownExpert(f"expert_ids{where} is {value}; this server owns experts {format_ranges(self.experts)}")
-        repeated = repeats_expert(ids)
-        if repeated.any():
-            token = int(repeated.nonzero()[0][0])
+        token = first_repeat(ids)
+        if token is not None:
             raise InvalidBatch(f"expert_ids[{token}] is {ids[token].tolist()}; a token may name an expert at most once")
         return torch.from_numpy(local)
 
@@ -102,7 +103,7 @@ class Shard:
 def _check_finite(field: str, tensor: Tensor) -> None:
     values = tensor.numpy()
     finite = np.isfinite(values)
-    if not finite.all():
+    if not np.logical_and.reduce(finite, axis=None):
         where, value = _first(~finite, values)
         raise InvalidBatch(f"{field}{where} is {value}; it must be finite")
 

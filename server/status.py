@@ -73,7 +73,7 @@ class Status:
 
 
 def _lately(answers: Sequence[Answered], span: float) -> dict[str, Any]:
-    seconds = np.array([[answer.seconds[stage] for stage in STAGES] for answer in answers]).reshape(-1, len(STAGES))
+    seconds = np.array([answer.seconds for answer in answers]).reshape(-1, len(STAGES))
     p50, p99 = np.quantile(seconds, (0.5, 0.99), axis=0) if len(answers) else (np.zeros(len(STAGES)),) * 2
     return {
         "span": span,

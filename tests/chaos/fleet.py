@@ -53,8 +53,18 @@ class ServerProcess:
 
     def rss(self) -> int:
         """Resident bytes."""
-        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        return self._memory("VmRSS")
+
+    def peak(self) -> int:
+        """Most bytes that were ever resident, or since `forget_peak`, without memory that is shared with callers."""
+        return self._memory("VmHWM") - self._memory("RssShmem")
+
+    def forget_peak(self) -> None:
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def _memory(self, name: str) -> int:
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) << 10
 
     def descriptors(self) -> int:
         """Open files and sockets."""

@@ -64,7 +64,7 @@ class Case:
     right: Tensor
 
 
-def make_cases(model: Path, seed: int) -> list[Case]:
+def make_cases(model: Path, seed: int, sizes: Sequence[int] = SIZES) -> list[Case]:
     """Calls of several sizes for every layer, with what the FP32 reference makes of them."""
     generator = torch.Generator().manual_seed(seed)
     cases = []
@@ -74,7 +74,7 @@ def make_cases(model: Path, seed: int) -> list[Case]:
         for layer in config.moe_layers:
             weights = load_layer(checkpoint, layer, range(experts), lambda _: None)
             for number in range(CASES):
-                count = SIZES[number % len(SIZES)]
+                count = sizes[number % len(sizes)]
                 hidden = torch.randn(count, config.hidden_size, generator=generator).bfloat16()
                 ids = torch.rand(count, experts, generator=generator).argsort(dim=1)[:, :top_k]
                 shares = torch.rand(count, top_k, generator=generator)

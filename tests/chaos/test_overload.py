@@ -1,22 +1,15 @@
 """Three times as much as a server can do: it keeps doing what it can, and refuses the rest at once."""
 
-import asyncio
-import itertools
-import time
 import urllib.request
-from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.client.transport import GrpcTransport
-from expertd.kernels.reference import relative_error
-from expertd.proto.codec import ExecuteCall, ShardInfo
-from expertd.proto.errors import ExpertdError
 from tests.chaos.fleet import Fleet, ServerProcess
-from tests.chaos.load import TOLERANCE, Case, make_cases
+from tests.chaos.load import make_cases
+from tests.chaos.offers import Offers
 from tests.chaos.scale import FULL, scaled
 
 SECONDS = scaled(300.0, 8.0)
@@ -40,62 +33,6 @@ HEAVY = DemoModel(
 """Experts with so much to compute that the load costs little beside them."""
 
 
-class Requests:
-    """Requests to one server over one transport, and what became of them."""
-
-    def __init__(self, transport: GrpcTransport, shard: ShardInfo, case: Case) -> None:
-        self._transport = transport
-        self._shard = shard
-        self._case = case
-        self._ids = itertools.count(1)
-        self.outcomes: Counter[str] = Counter()
-        self.wrong = 0
-
-    async def send(self) -> None:
-        case = self._case
-        call = ExecuteCall(
-            request_id=next(self._ids),
-            model_fingerprint=self._shard.model_fingerprint,
-            placement_epoch=self._shard.placement_epoch,
-            layer=case.layer,
-            hidden=case.hidden,
-            scales=None,
-            expert_ids=case.ids.int(),
-            weights=case.weights,
-            reply_dtype=torch.float32,
-            timeout=30.0,
-        )
-        try:
-            result = await self._transport.execute(call)
-        except ExpertdError as error:
-            self.outcomes[type(error).__name__] += 1
-        else:
-            self.outcomes["ok"] += 1
-            self.wrong += relative_error(result.partials, case.right) > TOLERANCE
-
-    async def peak(self, seconds: float) -> float:
-        """Answers a second, with always as much waiting as the queue takes."""
-        before, started = self.outcomes["ok"], time.monotonic()
-
-        async def caller() -> None:
-            while time.monotonic() - started < seconds:
-                await self.send()
-
-        await asyncio.gather(*(caller() for _ in range(6)))
-        return (self.outcomes["ok"] - before) / (time.monotonic() - started)
-
-    async def flood(self, rate: float, seconds: float) -> float:
-        """Send `rate` requests a second whatever becomes of them; the answers a second."""
-        before, started = self.outcomes["ok"], time.monotonic()
-        async with asyncio.TaskGroup() as group:
-            for number in range(int(rate * seconds)):
-                await asyncio.sleep(max(0.0, started + number / rate - time.monotonic()))
-                group.create_task(self.send())
-            answered = self.outcomes["ok"] - before
-            elapsed = time.monotonic() - started
-        return answered / elapsed
-
-
 def refusals(metrics_url: str) -> tuple[float, float]:
     """How many there were, and how many of them took no longer than `REFUSED_WITHIN`."""
     with urllib.request.urlopen(metrics_url) as answer:
@@ -114,7 +51,7 @@ async def test_goodput_stays_refusals_are_immediate_and_memory_is_bounded(heavy_
     async with Fleet(heavy_model, tmp_path) as fleet:
         server: ServerProcess = await fleet.start("0-15", options=QUEUE)
         transport = GrpcTransport(server.address)
-        requests = Requests(transport, await transport.get_shard(10.0), case)
+        requests = Offers([transport], await transport.get_shard(10.0), [case])
         await requests.peak(1.0)
         peaks, goodputs, sizes = [], [], [server.rss()]
         for _ in range(SLICES):

@@ -20,7 +20,7 @@ from expertd.proto.errors import DeadlineExceeded
 from expertd.server.app import Server
 from tests.client.test_coordinator import EXACT, addresses
 from tests.client.test_failover import call, expected
-from tests.client.test_shared_memory import free_bytes
+from tests.client.test_shared_memory import free_bytes, segments_of
 from tests.support import Gate, call_for, count_of, random_batch, running_server, until
 
 ALL = range(16)
@@ -49,7 +49,7 @@ def begin(
 
 def all_free(transport: GrpcTransport | SharedMemoryTransport) -> bool:
     gc.collect()
-    segments = transport._segments if isinstance(transport, SharedMemoryTransport) else []
+    segments = segments_of(transport) if isinstance(transport, SharedMemoryTransport) else []
     return all(free_bytes(segment) == segment.size for segment in segments)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from expertd.kernels.config import MoeConfig
-from expertd.kernels.routing import repeats_expert, route, router_logits
+from expertd.kernels.routing import first_repeat, route, router_logits
 
 
 def transformers_router(config: MoeConfig, weight: Tensor, bias: Tensor) -> torch.nn.Module:
@@ -86,4 +86,5 @@ def test_experts_outside_the_kept_groups_are_never_chosen_even_with_negative_cho
 
 def test_repeated_experts_are_found_and_absent_slots_are_not_repeats() -> None:
     ids = torch.tensor([[1, 2, 3], [-1, -1, 4], [5, 0, 5]], dtype=torch.int32)
-    assert repeats_expert(ids.numpy()).tolist() == [False, False, True]
+    assert first_repeat(ids.numpy()) == 2
+    assert first_repeat(ids[:2].numpy()) is None

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 
 from expertd.client.metrics import CoordinatorMetrics
@@ -18,7 +18,7 @@ from expertd.kernels.backend import DeviceMemory
 from expertd.kernels.torch_backend import TorchBackend
 from expertd.proto import codec
 from expertd.server.loads import HALF_LIFE, ExpertLoads
-from expertd.server.metrics import Metrics
+from expertd.server.metrics import LATENCY_BUCKETS, STAGES, Metrics
 from tests.programs import find_program
 from tests.support import execute_method, open_channel, random_batch, request_for, running_server, stream_method
 
@@ -174,6 +174,40 @@ def test_balance_is_mean_over_largest_and_forgets() -> None:
     loads.add(4, [0, 5], now=HALF_LIFE)
     assert loads.balance()[4] == 1.0
     assert loads.pairs.tolist() == [[10, 10], [10, 5]]
+
+
+def test_pairs_of_one_second_count_alike_and_old_ones_half_after_a_minute() -> None:
+    loads = ExpertLoads((3,), (0, 7))
+    for now in (1000.0, 1000.4, 1000.9):
+        loads.add(3, [8, 0], now=now)
+    assert loads.lately().tolist() == [[24.0, 0.0]]
+    loads.add(3, [0, 4], now=1000.0 + HALF_LIFE)
+    assert loads.lately().tolist() == [[12.0, 4.0]]
+    loads.add(3, [0, 0], now=1000.0 + 3 * HALF_LIFE)
+    assert loads.lately().tolist() == [[3.0, 1.0]]
+    assert loads.pairs.tolist() == [[24, 4]]
+
+
+def test_stages_are_counted_like_the_librarys_histogram_counts() -> None:
+    metrics, registry = Metrics(CollectorRegistry()), CollectorRegistry()
+    like = Histogram("expertd_stage_duration_seconds", "", ["stage"], buckets=LATENCY_BUCKETS, registry=registry)
+    # On a bound, on either side of it, beyond both ends.
+    for spent in (0.0, 1e-6, 1e-5, 0.0025, 0.0025000001, 0.3, 10.0, 11.0):
+        seconds = [spent * (1 + position) for position in range(len(STAGES))]
+        metrics.observe_answer(1, 1, seconds)
+        for stage, value in zip(STAGES, seconds, strict=True):
+            like.labels(stage).observe(value)
+    found, expected = (
+        {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in collected.collect()
+            if family.name == "expertd_stage_duration_seconds"
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+        for collected in (metrics.registry, registry)
+    )
+    assert found == expected
 
 
 def test_startup_phases_add_up() -> None:

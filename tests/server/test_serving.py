@@ -18,7 +18,6 @@ from expertd import __version__
 from expertd.kernels.reference import relative_error
 from expertd.proto import codec
 from expertd.proto.errors import Overloaded
-from expertd.server import handlers
 from expertd.server.app import Server
 from expertd.server.config import InvalidOption, ServerConfig
 from expertd.server.metrics import Metrics
@@ -144,10 +143,12 @@ async def test_a_full_server_reads_nothing_of_what_it_refuses(
             await execute_method(channel)(malformed)
 
 
-async def test_a_caller_who_does_not_read_is_not_read_from(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handlers, "MAX_UNREAD_BYTES", 1 << 20)
+async def test_a_caller_who_does_not_read_is_not_read_from(small_model: Path) -> None:
     count, tokens = 300, 100
-    async with running_server(small_model, ALL) as server, open_channel(server) as channel:
+    async with (
+        running_server(small_model, ALL, max_queued_bytes=1 << 20) as server,
+        open_channel(server) as channel,
+    ):
         stream = stream_method(channel)()
         request = request_for(server, random_batch(tokens, 256, 16, 4))
 
