@@ -28,9 +28,9 @@ class SharedMemoryTransport:
     def shares_memory(self) -> bool:
         return self._pools[HOST].shared
 
-    def shares_gpu_memory(self, device: torch.device) -> bool:
-        """Whether tensors on this GPU stayed there in the last calls."""
-        return device in self._pools and self._pools[device].shared
+    @property
+    def shares_gpu_memory(self) -> bool:
+        return any(pool.shared for device, pool in self._pools.items() if device != HOST)
 
     async def get_shard(self, timeout: float) -> ShardInfo:
         shard = await self._grpc.get_shard(timeout)

@@ -50,7 +50,7 @@ async def test_results_are_those_of_host_memory_and_many_calls_share_the_memory(
             results = await asyncio.gather(*map(transport.execute, calls))
             assert all(torch.equal(result.partials, right) for result, right in zip(results, expected, strict=True))
             del results
-        assert transport.shares_gpu_memory(DEVICE)
+        assert transport.shares_gpu_memory
         assert len(gpu_bytes(transport)) > 1
         assert server.local.mapped_bytes >= sum(gpu_bytes(transport))
         grown = gpu_bytes(transport)
@@ -101,7 +101,7 @@ async def test_where_gpu_memory_cannot_be_shared_host_memory_is_and_the_log_says
         transport = await connected(server)
         for _ in range(3):
             assert (await transport.execute(call_for(server, random_batch(2, 256, 16, 4)))).partials.isfinite().all()
-        assert (transport.shares_memory, transport.shares_gpu_memory(DEVICE)) == (True, False)
+        assert (transport.shares_memory, transport.shares_gpu_memory) == (True, False)
         said = [record for record in caplog.records if "no memory of" in record.message]
         assert [record.levelno for record in said] == [level]
         assert "no memory of cuda:0 is shared, its tensors go through host memory: " in said[0].message
@@ -152,11 +152,11 @@ async def test_a_lost_connection_is_made_again(small_model: Path, monkeypatch: p
         with pytest.raises(Unavailable, match="the connection of shared memory was closed"):
             await transport.execute(call)
         async with asyncio.timeout(10):
-            while transport.shares_memory or transport.shares_gpu_memory(DEVICE):
+            while transport.shares_memory or transport.shares_gpu_memory:
                 await asyncio.sleep(0.01)
         await transport.get_shard(5.0)
         assert torch.equal((await transport.execute(call)).partials, expected)
-        assert transport.shares_gpu_memory(DEVICE)
+        assert transport.shares_gpu_memory
         assert transport._pools[HOST].shared
         await transport.close()
 
