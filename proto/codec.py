@@ -462,18 +462,19 @@ def _in_segment(message: RawRequest, segment: SharedSegment, layout: Layout) -> 
         raise InvalidBatch("hidden, hidden_scales, expert_ids and weights must be empty beside segment_offset")
     memory, gpu = segment.memory, segment.gpu
     _check_end("segment_offset", message.segment_offset, layout.end, len(memory))
-    message = replace(
-        message,
-        expert_ids=memoryview(bytes(memory[layout.expert_ids])),
-        weights=memoryview(bytes(memory[layout.weights])),
-    )
+    hidden: memoryview | Tensor
+    scales: memoryview | Tensor
+    partials: memoryview | Tensor
     if not layout.on_gpu:
+        hidden, partials = memory[layout.hidden], memory[layout.partials]
         scales = memoryview(bytes(memory[layout.hidden_scales]))
-        return replace(message, hidden=memory[layout.hidden], hidden_scales=scales), memory[layout.partials]
-    if gpu is None:
+    elif gpu is None:
         raise InvalidBatch(f"gpu_offset is {message.gpu_offset}; no GPU memory was handed over with the segment")
-    _check_end("gpu_offset", message.gpu_offset, layout.gpu_end, len(gpu))
-    return replace(message, hidden=gpu[layout.hidden], hidden_scales=gpu[layout.hidden_scales]), gpu[layout.partials]
+    else:
+        _check_end("gpu_offset", message.gpu_offset, layout.gpu_end, len(gpu))
+        hidden, scales, partials = gpu[layout.hidden], gpu[layout.hidden_scales], gpu[layout.partials]
+    ids, weights = (memoryview(bytes(memory[place])) for place in (layout.expert_ids, layout.weights))
+    return replace(message, hidden=hidden, hidden_scales=scales, expert_ids=ids, weights=weights), partials
 
 
 def _check_end(field: str, offset: int | None, end: int, size: int) -> None:
