@@ -24,9 +24,8 @@ from tests.server.test_local import (
     over_grpc,
     registration_of,
     sealed_memory,
-    until,
 )
-from tests.support import request_for, running_server
+from tests.support import request_for, running_server, until
 
 GPU_BYTES = 1 << 16
 GPU_PLACES = {"hidden": 0, "hidden_scales": 1024}
