@@ -68,6 +68,7 @@ class SegmentPool:
         self._may_grow = False
         for segment in self.segments:
             segment.close()
+        self.segments.clear()
 
     def _find(self, layout: Layout, stream: torch.cuda.Stream | None) -> Slot | None:
         for segment in self.segments:

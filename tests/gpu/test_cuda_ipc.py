@@ -185,6 +185,20 @@ async def test_offsets_outside_the_memory_are_refused_and_the_connection_goes_on
     await transport.close()
 
 
+async def test_a_transport_that_is_closed_gives_its_memory_back(cluster: LocalCluster) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(GPU)[0]
+    transport, shard = await connected(cluster.addresses[0])
+    for _ in range(2):
+        await transport.execute(gpu_call(shard, 4000))
+    assert torch.cuda.mem_get_info(GPU)[0] <= free - (16 << 20)
+    await transport.close()
+    torch.cuda.empty_cache()
+    async with asyncio.timeout(20):
+        while torch.cuda.mem_get_info(GPU)[0] < free:
+            await asyncio.sleep(0.05)
+
+
 async def test_what_is_no_memory_of_this_gpu_or_less_than_was_said_is_refused(
     cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,6 +212,7 @@ async def test_what_is_no_memory_of_this_gpu_or_less_than_was_said_is_refused(
     def no_memory(size: int, device: torch.device) -> tuple[GpuMemory, int]:
         return create(size, device)[0], os.memfd_create("no-gpu-memory")
 
+    caplog.set_level(logging.WARNING, "expertd.client")
     for made in (boastful, no_memory):
         caplog.clear()
         monkeypatch.setattr(GpuMemory, "create", made)
