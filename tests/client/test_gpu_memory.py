@@ -10,7 +10,7 @@ import torch
 
 from expertd.client import segment_pool
 from expertd.client.gpu_room import GpuRoom
-from expertd.client.shared_memory import HOST, SharedMemoryTransport
+from expertd.client.shared_memory import SharedMemoryTransport
 from expertd.client.transport import GrpcTransport
 from expertd.kernels.gpu_memory import GpuMemoryError
 from expertd.proto.errors import Unavailable
@@ -159,7 +159,8 @@ async def test_a_lost_connection_is_made_again(small_model: Path, monkeypatch: p
         await transport.get_shard(5.0)
         assert torch.equal((await transport.execute(call)).partials, expected)
         assert transport.shares_gpu_memory
-        assert transport._pools[HOST].shared
+        assert transport.shares_memory
+        assert gpu_bytes(transport) == [16 * MIB]
         await transport.close()
 
 
