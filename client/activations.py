@@ -23,6 +23,9 @@ class Activations:
         if dtype != FP8:
             self._hidden = tokens.to(dtype)
             return
+        if tokens.is_cuda:
+            self._hidden, self._scales = quantize_activations(tokens)
+            return
         hidden = self._hidden = torch.empty(tokens.shape, dtype=FP8)
         scales = self._scales = torch.empty(num_tokens, self.width // BLOCK)
 

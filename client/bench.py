@@ -21,19 +21,21 @@ import torch
 import uvloop
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from expertd.client.bench_report import STAGES, Measurement, draw, print_table
 from expertd.client.cluster import LocalCluster, cache_folder
 from expertd.client.config import CoordinatorConfig
-from expertd.client.coordinator import Coordinator, MoeResult
+from expertd.client.coordinator import Coordinator
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.client.floors import EchoAddresses, Exchange, GrpcFloor, memcpy_seconds, raw_socket_seconds, running_echo
 from expertd.client.quantiles import p50_p99
+from expertd.proto.codec import StageTimings
 from expertd.proto.malloc import keep_freed_memory
 
 TOKENS = (1, 8, 64, 256, 1024, 4096, 16384)
 CALLERS = (1, 4, 16, 64)
-TRANSPORTS = ("grpc", "unix", "shm")
+TRANSPORTS = ("grpc", "unix", "shm", "cuda")
 LOCAL_EXPERTS = 32
 
 
@@ -47,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--transport",
         nargs="+",
         choices=TRANSPORTS,
-        help="gRPC, gRPC over a unix socket (its own server only), shared memory (default: all that there are)",
+        help="gRPC, gRPC over a unix socket (its own server only), shared memory, memory of the server's GPU"
+        " (default: all that there are)",
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help=f"batch sizes (default: {TOKENS})")
     parser.add_argument("--callers", type=int, nargs="+", default=list(CALLERS), help=f"callers (default: {CALLERS})")
@@ -129,7 +132,8 @@ async def _measure(
         yield _summary(what, tokens, 1, seconds, sum(seconds), exchange.total_bytes, {})
     for transport, moe in moes.items():
         for callers in arguments.callers:
-            yield await _measure_server(moe, f"expertd {transport}", exchange, tokens, callers, arguments.seconds)
+            hidden = torch.randn(tokens, moe.model.hidden_size, device="cuda" if transport == "cuda" else "cpu")
+            yield await _measure_server(moe, f"expertd {transport}", exchange, hidden, callers, arguments.seconds)
 
 
 async def _connect(
@@ -138,23 +142,39 @@ async def _connect(
     """A coordinator for each transport. Raises `BenchError` for one that cannot be had."""
     addresses = {}
     if arguments.servers is not None:
-        addresses = {"grpc": arguments.servers, "shm": arguments.servers}
+        addresses = dict.fromkeys(("grpc", "shm", "cuda"), arguments.servers)
     else:
         unix = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertd-"))) / "socket"
         cluster = await stack.enter_async_context(_own_server(arguments, unix))
-        addresses = {"grpc": cluster.addresses, "unix": [f"unix:{unix}"], "shm": cluster.addresses}
+        addresses = dict.fromkeys(TRANSPORTS, cluster.addresses) | {"unix": [f"unix:{unix}"]}
     moes = {}
     for transport in arguments.transport or addresses:
         if transport not in addresses:
             raise BenchError("--transport unix is of its own server; give --servers unix:PATH with --transport grpc")
-        chosen = config if transport == "shm" else replace(config, shared_memory_bytes=0)
+        chosen = config if transport in ("shm", "cuda") else replace(config, shared_memory_bytes=0)
         moe = await stack.enter_async_context(Coordinator(addresses[transport], chosen))
-        if transport == "shm" and len(moe.sharing_memory) < len(addresses[transport]):
-            if arguments.transport is None:
-                continue
-            raise BenchError("--transport shm: a server shares no memory with this process; see the log for why")
-        moes[transport] = moe
+        obstacle = await _obstacle(moe, transport, len(addresses[transport]))
+        if obstacle is None:
+            moes[transport] = moe
+        elif arguments.transport is not None:
+            raise BenchError(f"--transport {transport}: {obstacle}")
     return moes
+
+
+async def _obstacle(moe: Coordinator, transport: str, servers: int) -> str | None:
+    """Why a transport cannot be measured."""
+    if transport == "shm" and len(moe.sharing_memory) < servers:
+        return "a server shares no memory with this process; see the log for why"
+    if transport == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    if transport == "cuda":
+        # One token for every expert, so that every server is called.
+        experts = torch.arange(moe.model.n_routed_experts).unsqueeze(1)
+        hidden = torch.zeros(len(experts), moe.model.hidden_size, device="cuda")
+        await moe(moe.layers[0], hidden, topk_ids=experts, topk_weights=torch.ones(experts.shape))
+        if len(moe.sharing_gpu_memory) < servers:
+            return "a server shares no memory of this process's GPU; see the log for why"
+    return None
 
 
 def _own_server(arguments: argparse.Namespace, unix: Path) -> LocalCluster:
@@ -189,22 +209,23 @@ async def _measure_floor(floor: GrpcFloor, exchange: Exchange, tokens: int, seco
 
 
 async def _measure_server(
-    moe: Coordinator, what: str, exchange: Exchange, tokens: int, callers: int, seconds: float
+    moe: Coordinator, what: str, exchange: Exchange, hidden: Tensor, callers: int, seconds: float
 ) -> Measurement:
-    hidden = torch.randn(tokens, moe.model.hidden_size).bfloat16()
+    hidden, tokens = hidden.bfloat16(), len(hidden)
     experts = moe.model.n_routed_experts
     ids, weights = torch.randint(experts, (tokens, 1)), torch.rand(tokens, 1)
-    results: list[MoeResult] = []
+    timings: list[StageTimings] = []
 
     async def call() -> None:
-        results.append(await moe.execute(moe.layers[0], hidden, topk_ids=ids, topk_weights=weights))
+        result = await moe.execute(moe.layers[0], hidden, topk_ids=ids, topk_weights=weights)
+        if result.output.is_cuda:
+            torch.cuda.synchronize()
+        timings.append(result.servers[0].timings)
 
     await call()
-    results.clear()
+    timings.clear()
     times, wall = await _repeat(call, callers, seconds)
-    stages = {
-        stage: statistics.median(getattr(result.servers[0].timings, stage) for result in results) for stage in STAGES
-    }
+    stages = {stage: statistics.median(getattr(timing, stage) for timing in timings) for stage in STAGES}
     return _summary(what, tokens, callers, times, wall, exchange.total_bytes, stages)
 
 

@@ -32,7 +32,8 @@ class CoordinatorConfig:
     chunk_bytes: int = 1 << 20
     """Batches are split by tokens so that no message exceeds this, and sending, computing and receiving overlap."""
     shared_memory_bytes: int = 1 << 30
-    """At most as much is shared with each server on this machine that allows it; 0: none, everything goes over gRPC."""
+    """At most as much, of host memory and of each GPU's, is shared with each server on this machine that allows it; 0:
+    none, everything goes over gRPC."""
     shared_memory_chunk_bytes: int = 64 << 20
     """Like `chunk_bytes`, for calls through shared memory."""
     channels: int = 2

@@ -156,7 +156,7 @@ class Coordinator:
         topk_ids: Tensor | None = None,
         topk_weights: Tensor | None = None,
     ) -> MoeResult:
-        """Compute the routed experts of `layer` for `hidden` [..., H], a float tensor.
+        """Compute the routed experts of `layer` for `hidden` [..., H], a float tensor; the output is where it is.
 
         Routing comes from `topk_ids` [..., k] (global ids, any integer dtype, -1 for no expert) with `topk_weights`
         [..., k], or from `router_logits` [..., E] with the layer's gate for its bias, or from the gate alone.
@@ -190,10 +190,9 @@ class Coordinator:
         ids, weights = self._route(layer, tokens, logits, topk_ids, topk_weights)
         call = LayerCall(caller, layer, Activations(tokens, self.config.hidden_dtype))
         answers = await call.run(ids, weights)
-        sums = torch.empty(tokens.shape, dtype=torch.float32 if call.missing else self.config.output_dtype)
-        blocks = contributions([(answer.dispatch, answer.result) for answer in answers], len(tokens), BLOCK_TOKENS)
-        work = start_blocks(len(tokens), lambda rows: combine(sums[rows], blocks[rows.start // BLOCK_TOKENS]))
-        await asyncio.gather(*work)
+        dtype = torch.float32 if call.missing else self.config.output_dtype
+        sums = torch.empty(tokens.shape, dtype=dtype, device=tokens.device if tokens.is_cuda else None)
+        await _combine_all(sums, answers)
         degraded = renormalize(sums, ids, weights, call.missing) if call.missing else 0
         lost = _experts(call.missing)
         if degraded:
@@ -206,6 +205,12 @@ class Coordinator:
         """Addresses of the servers that tensors reach through shared memory."""
         members = self._connected().membership.members.values()
         return frozenset(member.transport.address for member in members if member.transport.shares_memory)
+
+    @property
+    def sharing_gpu_memory(self) -> frozenset[str]:
+        """Addresses of the servers that tensors of a GPU have reached without leaving it."""
+        members = self._connected().membership.members.values()
+        return frozenset(member.transport.address for member in members if member.transport.shares_gpu_memory)
 
     def _transport(self, address: str) -> Transport:
         grpc = GrpcTransport(address, self.config.channels, self.config.security)
@@ -227,7 +232,8 @@ class Coordinator:
         if ids is not None or weights is not None:
             if ids is None or weights is None or logits is not None:
                 raise InvalidBatch("give topk_ids and topk_weights together, and no router_logits with them")
-            ids, weights = as_rows("topk_ids", ids, len(tokens)), as_rows("topk_weights", weights, len(tokens))
+            ids = as_rows("topk_ids", ids, len(tokens)).cpu()
+            weights = as_rows("topk_weights", weights, len(tokens)).cpu()
             check_choice(ids, weights, model)
             return ids.to(torch.int32), weights.float()
         gate = self.config.gates.get(layer)
@@ -236,18 +242,30 @@ class Coordinator:
                 f"layer {layer} has no gate; give gates in CoordinatorConfig, or topk_ids and topk_weights"
             )
         if logits is None:
-            logits = router_logits(tokens, gate.weight)
-        logits = as_tokens("router_logits", logits, model.n_routed_experts)
+            logits = router_logits(tokens, gate.weight.to(tokens.device))
+        logits = as_tokens("router_logits", logits, model.n_routed_experts).cpu()
         if len(logits) != len(tokens):
             raise InvalidBatch(f"router_logits has {len(logits)} rows; hidden has {len(tokens)} tokens")
         if not logits.isfinite().all():
             raise InvalidBatch("router_logits holds NaN or infinity; they must be finite")
-        return route(logits, gate.correction_bias, model)
+        return route(logits, gate.correction_bias.cpu(), model)
 
 
 def _experts(parts: Sequence[Dispatch]) -> tuple[int, ...]:
     """Global ids, ascending."""
     return tuple(sorted({expert for part in parts for expert in part.expected_receipt()}))
+
+
+async def _combine_all(sums: Tensor, answers: Sequence[Answer]) -> None:
+    """Write what `answers` give to each token to `sums` [T, H]."""
+    parts, num_tokens = [(answer.dispatch, answer.result) for answer in answers], len(sums)
+    if sums.is_cuda:
+        combine(sums, contributions(parts, num_tokens, num_tokens)[0])
+        return
+    blocks = contributions(parts, num_tokens, BLOCK_TOKENS)
+    await asyncio.gather(
+        *start_blocks(num_tokens, lambda rows: combine(sums[rows], blocks[rows.start // BLOCK_TOKENS]))
+    )
 
 
 def _report(answers: Sequence[Answer]) -> tuple[ServerReport, ...]:

@@ -113,7 +113,7 @@ def renormalize(sums: Tensor, ids: Tensor, weights: Tensor, missing: Sequence[Di
     total = weights.masked_fill(ids < 0, 0.0).sum(dim=1)
     kept = total - lost
     factor = torch.where(affected & (kept > 0), total / kept, 1.0)
-    sums *= factor.unsqueeze(1)
+    sums *= factor.unsqueeze(1).to(sums.device)
     return int(affected.sum())
 
 
@@ -133,6 +133,9 @@ def check_receipt(dispatch: Dispatch, receipt: Mapping[int, int], server: str) -
 
 def take_rows(values: Tensor, tokens: Tensor) -> Tensor:
     """`values[tokens]` for ascending tokens, without a copy where they are all in a row."""
+    if values.is_cuda:
+        rows = _index(tokens.numpy())
+        return values[rows] if isinstance(rows, slice) else values[tokens.to(values.device)]
     return torch.from_numpy(values.view(torch.uint8).numpy()[_index(tokens.numpy())]).view(values.dtype)
 
 
@@ -157,10 +160,14 @@ def combine(out: Tensor, contributions: Sequence[Contribution]) -> None:
     if len(contributions) == 1 and len(contributions[0].sums) == len(out):
         out.copy_(contributions[0].sums)
         return
-    total = torch.zeros(out.shape)
+    total = torch.zeros(out.shape, device=out.device)
     for part in contributions:
         # The tokens of a part differ from each other, so that each of them is added.
-        total.numpy()[part.rows] += part.sums.float().numpy()
+        if out.is_cuda:
+            rows = part.rows if isinstance(part.rows, slice) else torch.from_numpy(part.rows).to(out.device)
+            total[rows] += part.sums.float()
+        else:
+            total.numpy()[part.rows] += part.sums.float().numpy()
     out.copy_(total)
 
 

@@ -115,7 +115,8 @@ class RemoteExperts:
         layer = self._layers.get(experts)
         if layer is None:
             layer = self._find(experts)
-        output = self._moe(layer, hidden.cpu(), topk_ids=topk_ids.cpu(), topk_weights=topk_weights.cpu())
+        tokens = hidden if hidden.is_cuda else hidden.cpu()
+        output = self._moe(layer, tokens, topk_ids=topk_ids, topk_weights=topk_weights)
         return output.to(hidden.device, hidden.dtype)
 
     def _find(self, experts: Any) -> int:  # noqa: ANN401

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 FIRST_BYTES = 16 << 20
 """Of the first segment; each further one doubles what there is, or is as large as a call needs."""
 REGISTRATION_SECONDS = 5.0
-SEGMENT_SHARE = 4
+SEGMENT_SHARE = 16
 """Beside GPU memory a segment has one byte for so many there: ids and weights alone, of which there are few."""
 
 
@@ -68,6 +68,7 @@ class SegmentPool:
         self._may_grow = False
         for segment in self.segments:
             segment.close()
+        self.segments.clear()
 
     def _find(self, layout: Layout, stream: torch.cuda.Stream | None) -> Slot | None:
         for segment in self.segments:

@@ -8,7 +8,7 @@ from expertd.client.segment import Slot, layout_of
 from expertd.client.segment_pool import SegmentPool
 from expertd.client.transport import GrpcTransport, answer
 from expertd.kernels.gpu_memory import stream_of
-from expertd.proto.codec import ExecuteCall, ExecuteResult, RawResponse, ShardInfo
+from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo
 from expertd.proto.errors import Unavailable
 
 HOST = torch.device("cpu")
@@ -28,9 +28,9 @@ class SharedMemoryTransport:
     def shares_memory(self) -> bool:
         return self._pools[HOST].shared
 
-    def shares_gpu_memory(self, device: torch.device) -> bool:
-        """Whether tensors on this GPU stayed there in the last calls."""
-        return device in self._pools and self._pools[device].shared
+    @property
+    def shares_gpu_memory(self) -> bool:
+        return any(pool.shared for device, pool in self._pools.items() if device != HOST)
 
     async def get_shard(self, timeout: float) -> ShardInfo:
         shard = await self._grpc.get_shard(timeout)
@@ -44,7 +44,9 @@ class SharedMemoryTransport:
         slot = await self._take(call, stream)
         if slot is None:
             return await self._grpc.execute(call)
-        return await answer(self.address, call, self._exchange(call, slot, stream), slot.partials)
+        # The caller's GPU may be busy for long: that time is not the server's.
+        await slot.write(call, stream)
+        return await answer(self.address, call, slot.segment.exchange(call, slot), slot.partials)
 
     async def until_not_serving(self) -> Unavailable:
         return await self._grpc.until_not_serving()
@@ -64,7 +66,3 @@ class SharedMemoryTransport:
             if slot is not None:
                 return slot
         return await self._pools[HOST].take(layout_of(call, on_gpu=False), None)
-
-    async def _exchange(self, call: ExecuteCall, slot: Slot, stream: torch.cuda.Stream | None) -> RawResponse:
-        await slot.write(call, stream)
-        return await slot.segment.exchange(call, slot)

@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from expertd.client.config import CoordinatorConfig
@@ -85,6 +86,11 @@ class SyncCoordinator:
         """Addresses of the servers that tensors reach through shared memory."""
         return self._coordinator.sharing_memory
 
+    @property
+    def sharing_gpu_memory(self) -> frozenset[str]:
+        """Addresses of the servers that tensors of a GPU have reached without leaving it."""
+        return self._coordinator.sharing_gpu_memory
+
     def __call__(
         self,
         layer: int,
@@ -108,7 +114,17 @@ class SyncCoordinator:
     ) -> MoeResult:
         """See `Coordinator.execute`."""
         call = self._coordinator.execute(layer, hidden, router_logits, topk_ids=topk_ids, topk_weights=topk_weights)
-        return self._wait(call)
+        if not (isinstance(hidden, Tensor) and hidden.is_cuda):
+            return self._wait(call)
+        here, there = torch.cuda.current_stream(hidden.device), torch.cuda.default_stream(hidden.device)
+        if here == there:
+            return self._wait(call)
+        # The event loop's thread works on the default stream.
+        here.synchronize()
+        result = self._wait(call)
+        there.synchronize()
+        result.output.record_stream(here)
+        return result
 
     def _wait(self, call: Coroutine[None, None, T]) -> T:
         if self._loop is None:

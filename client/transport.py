@@ -35,6 +35,10 @@ class Transport(Protocol):
     def shares_memory(self) -> bool:
         """Whether tensors reach the server through shared memory now."""
 
+    @property
+    def shares_gpu_memory(self) -> bool:
+        """Whether tensors on a GPU reach the server without leaving it now; never before the first call with such."""
+
     async def get_shard(self, timeout: float) -> ShardInfo:
         """What the server owns; waits up to `timeout` seconds for it to be reachable and ready."""
 
@@ -57,6 +61,7 @@ class GrpcTransport:
     """A few connections, each with one long-lived bidirectional stream."""
 
     shares_memory = False
+    shares_gpu_memory = False
 
     def __init__(self, address: str, channels: int = 1, security: ClientSecurity | None = None) -> None:
         self.address = address

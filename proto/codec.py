@@ -273,8 +273,9 @@ def decode_call(
         offsets = message.segment_offset or 0, message.gpu_offset
         layout = lay_out(*offsets, tokens, width, top_k, hidden_dtype, reply_dtype)
         *parts, partials = _in_segment(message, segment, layout)
-    elif message.segment_offset is not None:
-        raise InvalidBatch(f"segment_offset is {message.segment_offset}; there is no segment: send the tensors")
+    elif message.segment_offset is not None or message.gpu_offset is not None:
+        name = "gpu_offset" if message.segment_offset is None else "segment_offset"
+        raise InvalidBatch(f"{name} is {getattr(message, name)}; there is no segment: send the tensors")
     hidden, hidden_scales, expert_ids, weights = parts
     quantized = hidden_dtype == torch.float8_e4m3fn
     scales_shape = (tokens if quantized else 0, width // QUANTIZATION_BLOCK)

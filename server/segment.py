@@ -9,7 +9,7 @@ import os
 import torch
 
 from expertd.kernels.gpu_memory import GpuMemory, GpuMemoryError, current_gpu
-from expertd.proto.errors import InvalidBatch, NotPermitted, ServerFault
+from expertd.proto.errors import InvalidBatch, ServerFault
 
 
 def check_segment(descriptor: int) -> int:
@@ -55,14 +55,14 @@ def unpin(memory: memoryview) -> None:
 
 
 def open_gpu_memory(descriptor: int, size: int) -> GpuMemory:
-    """Map a caller's memory of this server's GPU. Called on the device thread; raises `NotPermitted`.
+    """Map a caller's memory of this server's GPU. Called on the device thread; raises `InvalidBatch`.
 
     To be closed on the device thread, too, after the last batch that uses it.
     """
     try:
         return GpuMemory.open(descriptor, size, current_gpu())
     except GpuMemoryError as error:
-        raise NotPermitted(f"the caller's {size} bytes of GPU memory cannot be mapped: {error}") from None
+        raise InvalidBatch(f"the {size} bytes of GPU memory cannot be mapped: {error}") from None
 
 
 def _address(memory: memoryview) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -106,13 +107,9 @@ class Slot:
         self.results = Results.allocate(largest.tokens, num_experts, largest.hidden_size, device)
         self.marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(6))
         """Begin and end of copying in, computing and copying out."""
-        self._layout: Layout | None = None
-
-    def host_batch(self, layout: Layout) -> TokenBatch:
-        """The batch in pinned memory; the last one is kept, since its views take longer to make than to fill."""
-        if self._layout != layout:
-            self._layout, self._batch = layout, layout.batch(self.host)
-        return self._batch
+        # Their views take longer to make than to fill, and most batches are as large as the one before.
+        self.host_batch = lru_cache(1)(partial(Layout.batch, memory=self.host))
+        self.device_batch = lru_cache(1)(partial(Layout.batch, memory=self.device))
 
 
 def fill_batch(requests: Sequence[TokenBatch], target: TokenBatch) -> int:
@@ -144,7 +141,7 @@ def move_batch(requests: Sequence[TokenBatch], slot: Slot, layout: Layout) -> To
     Hidden states go request by request, so that the device reads one while the next is copied to pinned memory, and
     directly where the device can read the request's own memory. A single request that is on the GPU stays where it is.
     """
-    host, device = slot.host_batch(layout), layout.batch(slot.device)
+    host, device = slot.host_batch(layout), slot.device_batch(layout)
     resident = all(request.hidden.is_cuda for request in requests)
     routing = layout.routing_bytes if resident else layout.num_bytes(0)
     slot.device[:routing].copy_(slot.host[:routing], non_blocking=True)

@@ -14,9 +14,11 @@ import pytest_asyncio
 import torch
 
 from expertd.client.cluster import LocalCluster
+from expertd.client.coordinator import Coordinator
 from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.client.segment import Slot
 from expertd.client.shared_memory import SharedMemoryTransport
+from expertd.client.sync import SyncCoordinator
 from expertd.client.transport import GrpcTransport
 from expertd.kernels.gpu_memory import GpuMemory, GpuMemoryError, current_gpu
 from expertd.proto.codec import ExecuteCall, ShardInfo
@@ -98,8 +100,35 @@ async def test_partials_are_those_of_grpc_bit_for_bit(
             assert result.partials.device == GPU
             assert result.receipt == expected.receipt
             assert torch.equal(result.partials.cpu(), expected.partials)
-    assert transport.shares_gpu_memory(GPU)
+    assert transport.shares_gpu_memory
     await asyncio.gather(transport.close(), grpc.close())
+
+
+async def test_a_coordinator_keeps_tensors_on_the_gpu_and_gives_the_bits_of_host_memory(cluster: LocalCluster) -> None:
+    async with Coordinator(cluster.addresses) as moe:
+        for tokens in (1, 100, 1500):
+            hidden = torch.randn(tokens, 1024).bfloat16()
+            ids = torch.rand(tokens, 8).argsort(dim=1)[:, :4]
+            # Some tokens have no experts at all, so that rows are gathered and spread.
+            ids[torch.rand(tokens) < 0.2] = -1
+            weights = torch.rand(tokens, 4)
+            expected = await moe(1, hidden, topk_ids=ids, topk_weights=weights)
+            output = await moe(1, hidden.to(GPU), topk_ids=ids.to(GPU), topk_weights=weights.to(GPU))
+            assert output.device == GPU
+            assert torch.equal(output.cpu(), expected)
+        assert moe.sharing_gpu_memory == {*cluster.addresses}
+
+
+def test_a_synchronous_coordinator_works_for_any_stream(cluster: LocalCluster) -> None:
+    hidden, ids, weights = torch.randn(64, 1024, device=GPU), torch.arange(4).expand(64, 4), torch.ones(64, 4)
+    with SyncCoordinator(cluster.addresses) as moe:
+        expected = moe(1, hidden, topk_ids=ids, topk_weights=weights)
+        with torch.cuda.stream(torch.cuda.Stream(GPU)):
+            for _ in range(20):
+                torch.cuda._sleep(2_000_000)
+                late = hidden.clone()
+                copy = moe(1, late, topk_ids=ids, topk_weights=weights).clone()
+                assert torch.equal(copy, expected)
 
 
 async def test_batches_of_callers_on_the_gpu_and_elsewhere_are_merged(cluster: LocalCluster) -> None:
@@ -156,6 +185,20 @@ async def test_offsets_outside_the_memory_are_refused_and_the_connection_goes_on
     await transport.close()
 
 
+async def test_a_transport_that_is_closed_gives_its_memory_back(cluster: LocalCluster) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(GPU)[0]
+    transport, shard = await connected(cluster.addresses[0])
+    for _ in range(2):
+        await transport.execute(gpu_call(shard, 4000))
+    assert torch.cuda.mem_get_info(GPU)[0] <= free - (16 << 20)
+    await transport.close()
+    torch.cuda.empty_cache()
+    async with asyncio.timeout(20):
+        while torch.cuda.mem_get_info(GPU)[0] < free:
+            await asyncio.sleep(0.05)
+
+
 async def test_what_is_no_memory_of_this_gpu_or_less_than_was_said_is_refused(
     cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,13 +212,14 @@ async def test_what_is_no_memory_of_this_gpu_or_less_than_was_said_is_refused(
     def no_memory(size: int, device: torch.device) -> tuple[GpuMemory, int]:
         return create(size, device)[0], os.memfd_create("no-gpu-memory")
 
+    caplog.set_level(logging.WARNING, "expertd.client")
     for made in (boastful, no_memory):
         caplog.clear()
         monkeypatch.setattr(GpuMemory, "create", made)
         transport, shard = await connected(cluster.addresses[0])
         result = await transport.execute(gpu_call(shard, 8))
         assert result.partials.device == GPU
-        assert not transport.shares_gpu_memory(GPU)
+        assert not transport.shares_gpu_memory
         assert "bytes of GPU memory cannot be mapped: cuMem" in caplog.text
         await transport.close()
 
@@ -212,7 +256,7 @@ async def test_a_server_without_a_gpu_is_reached_through_host_memory(
         result = await transport.execute(gpu_call(shard, 8))
         assert result.partials.device == GPU
         assert transport.shares_memory
-        assert not transport.shares_gpu_memory(GPU)
+        assert not transport.shares_gpu_memory
         assert "no memory of cuda:0 is shared, its tensors go through host memory: the server computes on no GPU" in (
             caplog.text
         )

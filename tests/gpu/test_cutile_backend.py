@@ -135,6 +135,31 @@ def test_sums_arrive_where_the_request_wants_them(tmp_path: Path, tokens: int, p
     assert torch.equal(computed.sums[1], reply), "the same request twice in one batch"
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float8", "bfloat16"])
+@pytest.mark.parametrize("tokens", [5, 400])
+def test_requests_on_the_gpu_stay_there_and_mix_with_others(
+    tmp_path: Path, tokens: int, dtype: torch.dtype | None
+) -> None:
+    made, _ = backend(tmp_path, batch_invariant=True)
+    host = host_batch(tokens)
+    if dtype is not None:
+        assert host.scales is not None
+        host = replace(host, hidden=dequantize_activations(host.hidden, host.scales).to(dtype), scales=None)
+    expected = made.submit(3, [host], torch.float32).result().sums[0].clone()
+    reply = torch.full(host.hidden.shape, torch.nan, device="cuda")
+    scales = None if host.scales is None else host.scales.cuda()
+    resident = replace(host, hidden=host.hidden.cuda(), scales=scales, reply=reply)
+    other = replace(resident, reply=torch.empty_like(reply))
+    for requests in ([resident], [host, resident], [resident, other], [resident, host, other]):
+        reply.fill_(torch.nan)
+        torch.cuda.synchronize()
+        computed = made.submit(3, requests, torch.float32).result()
+        assert torch.equal(reply.cpu(), expected)
+        for request, sums in zip(requests, computed.sums, strict=True):
+            assert sums.is_cuda == request.hidden.is_cuda
+            assert torch.equal(sums.cpu(), expected)
+
+
 def test_submit_neither_waits_for_the_device_nor_allocates_on_it(tmp_path: Path) -> None:
     made, _ = backend(tmp_path)
     for tokens in (5, 400, 2000):

@@ -89,11 +89,14 @@ class Caller:
 
 
 @contextlib.asynccontextmanager
-async def handing_over(server: Server, descriptors: list[int], ticket: bytes | None = None) -> AsyncIterator[Caller]:
+async def handing_over(
+    server: Server, descriptors: list[int], ticket: bytes | None = None, gpu_bytes: int | None = None
+) -> AsyncIterator[Caller]:
     registration = await registration_of(server)
     connection = socket.socket(socket.AF_UNIX)
     connection.connect("\0" + registration.socket.removeprefix("@"))
-    socket.send_fds(connection, [registration.ticket if ticket is None else ticket], descriptors)
+    size = b"" if gpu_bytes is None else gpu_bytes.to_bytes(8, "little")
+    socket.send_fds(connection, [(registration.ticket if ticket is None else ticket) + size], descriptors)
     reader, writer = await asyncio.open_unix_connection(sock=connection)
     try:
         yield Caller(descriptors[0] if descriptors else -1, reader, writer)

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 PNG = b"\x89PNG\r\n\x1a\n"
 EXPERTD = (sys.executable, "-P", "-m", "expertd.server.cli", "bench", "serve")
 
@@ -39,6 +42,18 @@ def test_every_transport_is_measured_and_drawn_beside_the_floors(tmp_path: Path)
     assert all(row["stages"]["compute"] > 0 for row in rows if row["what"].startswith("expertd"))
     assert "expertd shm" in ended.stdout
     assert picture.read_bytes().startswith(PNG)
+
+
+def test_memory_of_a_gpu_is_not_measured_without_one(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    ended = bench(
+        tmp_path,
+        *("--hidden-size", "256", "--intermediate-size", "128", "--backend", "torch"),
+        *("--transport", "cuda"),
+    )
+    assert ended.returncode == 2
+    assert "expertd bench serve: error: --transport cuda: torch sees no GPU here" in ended.stderr
 
 
 def test_a_transport_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
