@@ -41,6 +41,10 @@ def route(logits: Tensor, correction_bias: Tensor, config: MoeConfig) -> tuple[T
 
 def first_repeat(expert_ids: npt.NDArray[np.integer[Any]]) -> int | None:
     """The first row of [T, k] expert ids (-1 for none) that names an expert more than once."""
+    if len(expert_ids) == 1:
+        # For so few numbers NumPy takes 17 us among other work, this takes 3.
+        named = [expert for expert in expert_ids[0].tolist() if expert >= 0]
+        return None if len(set(named)) == len(named) else 0
     ordered = np.sort(expert_ids, axis=1)
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     return int(repeated.any(axis=1).argmax()) if np.logical_or.reduce(repeated, axis=None) else None

@@ -200,8 +200,8 @@ class ExpertShardHandlers:
         done = await self._scheduler.execute(caller, call.layer, batch, call.reply_dtype, timeout)
         computed = time.perf_counter()
         timings = StageTimings(decoded - arrived, done.queue, done.copy_in, done.compute, done.copy_out)
-        pairs = done.partials.pairs.tolist()
-        receipt = {expert: count for expert, count in zip(self._shard.experts, pairs, strict=True) if count}
+        pairs = done.partials.pairs.numpy()
+        receipt = {expert: count for expert, count in zip(self._shard.experts, pairs.tolist(), strict=True) if count}
         sums = done.partials.sums if call.reply_into is None else torch.empty(0, dtype=call.reply_dtype)
         response = codec.encode_result(ExecuteResult(call.request_id, sums, receipt, timings))
         if self._shadow is not None:

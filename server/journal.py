@@ -7,9 +7,13 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from expertd.proto.codec import ExecuteCall, RawRequest, StageTimings
 from expertd.proto.errors import ExpertdError, Overloaded
@@ -87,14 +91,14 @@ class Journal:
         self,
         call: ExecuteCall,
         caller: str,
-        pairs: Sequence[int],
+        pairs: npt.NDArray[np.integer[Any]],
         timings: StageTimings,
         encode: float,
         total: float,
     ) -> None:
         """Record an answer; `pairs` by local expert, times in seconds."""
         seconds = (*_IN_ORDER(timings), encode, total)
-        tokens, num_pairs = call.hidden.shape[0], sum(pairs)
+        tokens, num_pairs = call.hidden.shape[0], sum(pairs.tolist())
         self._metrics.observe_answer(tokens, num_pairs, seconds)
         self.outcomes["ok"] += 1
         self._loads.add(call.layer, pairs, time.monotonic())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ class ExpertLoads:
         self._aged_at = [-math.inf] * len(layers)
         self._rows = {layer: row for row, layer in enumerate(layers)}
 
-    def add(self, layer: int, pairs: Sequence[int], now: float) -> None:
+    def add(self, layer: int, pairs: Sequence[int] | npt.NDArray[np.integer[Any]], now: float) -> None:
         """Count `pairs`, one number for each of `experts`, at the time `now` in seconds."""
         row = self._rows[layer]
         age = now - self._aged_at[row]

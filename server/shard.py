@@ -87,7 +87,7 @@ class Shard:
         count, ids = self.config.n_routed_experts, expert_ids.numpy()
         try:
             # Unsigned, what is below -1 lies beyond the table, too.
-            local = self._local_ids[(ids + 1).view(np.uint32)]
+            local = self._local_ids.take((ids + 1).view(np.uint32))
         except IndexError:
             where, value = _first((ids < -1) | (ids >= count), ids)
             raise InvalidBatch(f"expert_ids{where} is {value}; it must be -1 or from 0 to {count - 1}") from None

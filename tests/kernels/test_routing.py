@@ -88,3 +88,4 @@ def test_repeated_experts_are_found_and_absent_slots_are_not_repeats() -> None:
     ids = torch.tensor([[1, 2, 3], [-1, -1, 4], [5, 0, 5]], dtype=torch.int32)
     assert first_repeat(ids.numpy()) == 2
     assert first_repeat(ids[:2].numpy()) is None
+    assert [first_repeat(row[None].numpy()) for row in ids] == [None, None, 0]
