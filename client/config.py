@@ -29,7 +29,7 @@ class CoordinatorConfig:
     """What servers send partial sums as: bfloat16, or float32 (twice the bytes)."""
     output_dtype: torch.dtype = torch.bfloat16
     """What calls return; sums are FP32 whatever it is."""
-    chunk_bytes: int = 1 << 20
+    chunk_bytes: int = 4 << 20
     """Batches are split by tokens so that no message exceeds this, and sending, computing and receiving overlap."""
     shared_memory_bytes: int = 1 << 30
     """At most as much, of host memory and of each GPU's, is shared with each server on this machine that allows it; 0:
