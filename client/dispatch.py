@@ -163,11 +163,12 @@ def combine(out: Tensor, contributions: Sequence[Contribution]) -> None:
     total = torch.zeros(out.shape, device=out.device)
     for part in contributions:
         # The tokens of a part differ from each other, so that each of them is added.
-        if out.is_cuda:
-            rows = part.rows if isinstance(part.rows, slice) else torch.from_numpy(part.rows).to(out.device)
-            total[rows] += part.sums.float()
-        else:
+        if not out.is_cuda:
             total.numpy()[part.rows] += part.sums.float().numpy()
+        elif isinstance(part.rows, slice):
+            total[part.rows].add_(part.sums)
+        else:
+            total.index_add_(0, torch.from_numpy(part.rows).to(out.device), part.sums.float())
     out.copy_(total)
 
 

@@ -21,7 +21,8 @@ def quantize_activations(hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise [T, H] bfloat16 or float32 to ([T, H] float8_e4m3fn, [T, H/128] float32 scales)."""
     tokens, width = hidden.shape
     blocks = hidden.float().reshape(tokens, width // BLOCK, BLOCK)
-    scales = blocks.abs().amax(dim=-1).clamp_(min=LEAST_AMAX) / FP8_MAX
+    # By a tensor: on a GPU torch would multiply with a number's reciprocal, which differs by an ulp.
+    scales = blocks.abs().amax(dim=-1).clamp_(min=LEAST_AMAX) / blocks.new_full((), FP8_MAX)
     return (blocks / scales.unsqueeze(-1)).to(FP8).reshape(tokens, width), scales
 
 

@@ -119,16 +119,20 @@ async def test_a_coordinator_keeps_tensors_on_the_gpu_and_gives_the_bits_of_host
         assert moe.sharing_gpu_memory == {*cluster.addresses}
 
 
-def test_a_synchronous_coordinator_works_for_any_stream(cluster: LocalCluster) -> None:
+async def test_a_synchronous_coordinator_works_for_any_stream(cluster: LocalCluster) -> None:
     hidden, ids, weights = torch.randn(64, 1024, device=GPU), torch.arange(4).expand(64, 4), torch.ones(64, 4)
-    with SyncCoordinator(cluster.addresses) as moe:
-        expected = moe(1, hidden, topk_ids=ids, topk_weights=weights)
-        with torch.cuda.stream(torch.cuda.Stream(GPU)):
-            for _ in range(20):
-                torch.cuda._sleep(2_000_000)
-                late = hidden.clone()
-                copy = moe(1, late, topk_ids=ids, topk_weights=weights).clone()
-                assert torch.equal(copy, expected)
+
+    def call_on_another_stream() -> None:
+        with SyncCoordinator(cluster.addresses) as moe:
+            expected = moe(1, hidden, topk_ids=ids, topk_weights=weights)
+            with torch.cuda.stream(torch.cuda.Stream(GPU)):
+                for _ in range(20):
+                    torch.cuda._sleep(2_000_000)
+                    late = hidden.clone()
+                    copy = moe(1, late, topk_ids=ids, topk_weights=weights).clone()
+                    assert torch.equal(copy, expected)
+
+    await asyncio.to_thread(call_on_another_stream)
 
 
 async def test_batches_of_callers_on_the_gpu_and_elsewhere_are_merged(cluster: LocalCluster) -> None:
