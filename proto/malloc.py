@@ -20,8 +20,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc returns blocks as large as messages at once, and the kernel hands them out again page by page,
     cleared: half of what a message of megabytes costs. The price is a process that stays as large as it ever was.
-    torch's tensors, where they are too large to be kept, come in pages of 2 MiB where the kernel has such. Call it before
-    torch allocates anything. False where the C library has no such settings.
+    torch's tensors, where they are too large to be kept, come in pages of 2 MiB where the kernel has such. Call it
+    before torch allocates anything. False where the C library has no such settings.
     """
     # Read by torch's allocator when it is first used.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
