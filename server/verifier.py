@@ -54,6 +54,8 @@ class Verifier:
             self._busy = False
 
     async def _compute(self, layer: int, batch: TokenBatch) -> Tensor:
+        # A server that drains has no time for what nobody waits for.
+        self._scheduler.check_open()
         call = ExecuteCall(
             request_id=0,
             model_fingerprint=self._shard.model_fingerprint,
