@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from expertd.client.free_list import FreeList
 from expertd.kernels.gpu_memory import GpuMemory
+from expertd.proto.free_list import FreeList
 from expertd.proto.segment import GPU_ALIGNMENT, aligned
 
 Returned: TypeAlias = tuple[int, int, torch.cuda.Event]

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from expertd.client.blocks import copy_bytes
-from expertd.client.free_list import FreeList
 from expertd.client.gpu_room import GpuRoom
 from expertd.kernels.gpu_memory import GpuMemory
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteCall, RawResponse, Registration
 from expertd.proto.errors import ExpertdError, Unavailable
 from expertd.proto.frames import Frames, check_peer, socket_address
+from expertd.proto.free_list import FreeList
 from expertd.proto.segment import GPU_SIZE_BYTES, Layout, aligned, lay_out
 
 

@@ -172,8 +172,8 @@ class RawRequest:
     top_k: int = 0
     hidden_dtype: int = 0
     reply_dtype: int = 0
-    hidden: memoryview | Tensor = EMPTY
-    hidden_scales: memoryview | Tensor = EMPTY
+    hidden: memoryview = EMPTY
+    hidden_scales: memoryview = EMPTY
     expert_ids: memoryview = EMPTY
     weights: memoryview = EMPTY
     timeout_us: int = 0
@@ -239,9 +239,36 @@ def encode_call(call: ExecuteCall, segment_offset: int | None = None, gpu_offset
     )
 
 
+def segment_layout(request: RawRequest, width: int) -> Layout | None:
+    """Where the tensors of `request` belong in a segment; None for one that is to be refused, or has none."""
+    dtypes: dict[int, torch.dtype] = {code: dtype for dtype, code in _DTYPE_CODES.items()}
+    hidden_dtype, reply_dtype = dtypes.get(request.hidden_dtype), dtypes.get(request.reply_dtype)
+    if hidden_dtype not in HIDDEN_DTYPES or reply_dtype not in REPLY_DTYPES:
+        return None
+    if request.segment_offset is not None or request.gpu_offset is not None or not request.hidden:
+        return None
+    layout = lay_out(0, None, request.num_tokens, width, request.top_k, hidden_dtype, reply_dtype)
+    tensors = (request.hidden, request.hidden_scales, request.expert_ids, request.weights)
+    places = (layout.hidden, layout.hidden_scales, layout.expert_ids, layout.weights)
+    fits = all(len(tensor) == place.stop - place.start for tensor, place in zip(tensors, places, strict=True))
+    return layout if fits else None
+
+
 def encode_cancellation(request_id: int) -> bytes:
     """The message that cancels request `request_id` of the same stream."""
     return wire.varint_field(1, CANCELLATION_ID) + wire.varint(16 << 3) + wire.varint(request_id)
+
+
+def encode_request(request: RawRequest) -> bytes:
+    """The ExecuteRequest that `parse_request` reads as `request`."""
+    parts: list[bytes | memoryview] = []
+    for number, (name, kind) in _REQUEST_FIELDS.items():
+        value = getattr(request, name)
+        if kind == wire.VARINT and value is not None:
+            parts += (wire.varint(number << 3), wire.varint(value))
+        elif kind == wire.BYTES:
+            parts += (wire.bytes_header(number, len(value)), value)
+    return b"".join(parts)
 
 
 def parse_request(data: bytes) -> RawRequest:
@@ -253,6 +280,12 @@ def parse_request(data: bytes) -> RawRequest:
         raise InvalidBatch(f"the {len(data)} bytes received are no {name}: {error}") from None
 
 
+def check_is_request(message: RawRequest) -> None:
+    """Raise `InvalidBatch` for a message that cancels a request."""
+    if message.cancels is not None:
+        raise InvalidBatch(f"cancels is {message.cancels}; it is for requests of a stream: end this call instead")
+
+
 def decode_call(
     message: RawRequest, width: int, max_top_k: int, max_tokens: int, segment: SharedSegment | None = None
 ) -> ExecuteCall:
@@ -260,8 +293,7 @@ def decode_call(
 
     Its tensors are in `segment` where one is given. Raises `InvalidBatch` when a size or dtype is outside the contract.
     """
-    if message.cancels is not None:
-        raise InvalidBatch(f"cancels is {message.cancels}; it is for requests of a stream: end this call instead")
+    check_is_request(message)
     tokens, top_k = message.num_tokens, message.top_k
     _check_range("num_tokens", tokens, 1, max_tokens)
     _check_range("top_k", top_k, 1, max_top_k)
@@ -315,6 +347,13 @@ def encode_result(result: ExecuteResult) -> bytes:
             _checksum(result.request_id, partials),
         )
     )
+
+
+def add_partials(response: bytes, request_id: int, partials: memoryview) -> bytes:
+    """The ExecuteResponse `response`, whose partials are in shared memory, with them in it."""
+    # Of fields that occur twice the last one counts: this checksum, not the one of a response without partials.
+    checksum = wire.varint(8 << 3 | wire.FIXED32), _checksum(request_id, partials)
+    return b"".join((response, wire.bytes_header(4, len(partials)), partials, *checksum))
 
 
 def encode_error(request_id: int, error: ExpertdError) -> bytes:

@@ -19,10 +19,19 @@ MAX_FRAME_BYTES = 64 * 1024
 class Frames(asyncio.Protocol):
     """One end of a connection. Callbacks run on the event loop; `on_end` is called once, after the last `on_frame`."""
 
-    def __init__(self, on_frame: Callable[[bytes], None], on_end: Callable[[Exception | None], None]) -> None:
-        """`on_end` gets what went wrong, or None when either end closed; it may still `send` what explains an error."""
+    def __init__(
+        self,
+        on_frame: Callable[[bytes], None],
+        on_end: Callable[[Exception | None], None],
+        max_bytes: int = MAX_FRAME_BYTES,
+    ) -> None:
+        """Frames of more than `max_bytes` are an error.
+
+        `on_end` gets what went wrong, or None when either end closed; it may still `send` what explains an error.
+        """
         self._on_frame = on_frame
         self._on_end = on_end
+        self._max_bytes = max_bytes
         self._received = bytearray()
         self._transport: asyncio.Transport | None = None
         self._ended = False
@@ -50,8 +59,8 @@ class Frames(asyncio.Protocol):
         received += data
         while len(received) >= LENGTH_BYTES and not self._ended:
             length = int.from_bytes(received[:LENGTH_BYTES], "little")
-            if length > MAX_FRAME_BYTES:
-                self._end(InvalidBatch(f"a frame has {length} bytes; at most {MAX_FRAME_BYTES} are read"))
+            if length > self._max_bytes:
+                self._end(InvalidBatch(f"a frame has {length} bytes; at most {self._max_bytes} are read"))
                 self.close()
                 return
             end = LENGTH_BYTES + length

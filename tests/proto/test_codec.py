@@ -53,6 +53,48 @@ def test_a_call_survives_the_wire(hidden_dtype: torch.dtype) -> None:
     assert replace(call, **tensors) == replace(back, **tensors)
 
 
+@pytest.mark.parametrize("hidden_dtype", codec.HIDDEN_DTYPES)
+def test_a_request_that_was_read_is_written_as_it_was(hidden_dtype: torch.dtype) -> None:
+    request = codec.parse_request(codec.encode_call(example_call(hidden_dtype)))
+    assert codec.parse_request(codec.encode_request(request)) == request
+    moved = replace(request, hidden=codec.EMPTY, segment_offset=0, gpu_offset=256, cancels=3, placement_epoch=None)
+    assert codec.parse_request(codec.encode_request(moved)) == moved
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_tokens": 4},
+        {"top_k": 3},
+        {"hidden": memoryview(b"1")},
+        {"hidden": codec.EMPTY, "num_tokens": 0},
+        {"hidden_dtype": 3},
+        {"reply_dtype": 0},
+        {"segment_offset": 0},
+        {"gpu_offset": 0},
+    ],
+    ids=str,
+)
+def test_only_tensors_that_are_what_their_request_says_get_a_place_in_a_segment(change: dict[str, Any]) -> None:
+    request = codec.parse_request(codec.encode_call(example_call(torch.float8_e4m3fn)))
+    layout = codec.segment_layout(request, WIDTH)
+    assert layout is not None
+    assert (layout.hidden, layout.partials) == (slice(0, 768), slice(960, 960 + 3 * WIDTH * 2))
+    assert codec.segment_layout(replace(request, **change), WIDTH) is None
+
+
+def test_partials_that_are_added_to_a_response_are_checked_like_any() -> None:
+    dtype = torch.float32
+    result = ExecuteResult(9, torch.randn(5, WIDTH), {3: 4, 200: 1}, StageTimings(compute=0.25))
+    without = codec.encode_result(replace(result, partials=torch.empty(0)))
+    partials = memoryview(result.partials.numpy().tobytes())
+    back = codec.decode_result(codec.parse_response(codec.add_partials(without, 9, partials)), 5, WIDTH, dtype)
+    assert_same_bits(back.partials, result.partials)
+    assert (back.receipt, back.timings) == (result.receipt, result.timings)
+    with pytest.raises(ServerFault, match="checksum"):
+        codec.decode_result(codec.parse_response(codec.add_partials(without, 8, partials)), 5, WIDTH, dtype)
+
+
 def test_a_call_of_views_is_sent_contiguously() -> None:
     call = example_call(torch.bfloat16)
     turned = replace(call, weights=call.weights.T.contiguous().T, hidden=torch.cat([call.hidden] * 2, 1)[:, :WIDTH])

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.client.free_list import FreeList
+from expertd.proto.free_list import FreeList
 
 SIZE = 100
 
