@@ -7,8 +7,8 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -79,13 +79,6 @@ class Journal:
             raise
         finally:
             self.in_flight -= 1
-
-    def adopt(self, request: RawRequest, metadata: Iterable[tuple[str, str | bytes]]) -> RawRequest:
-        """`request` with the caller's span from the metadata of a call, where spans are made and it names none."""
-        if self._tracer is None or request.traceparent:
-            return request
-        given = [value for key, value in metadata if key == "traceparent" and isinstance(value, str)]
-        return replace(request, traceparent=memoryview(given[0].encode())) if given else request
 
     def answered(
         self,
