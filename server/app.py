@@ -24,13 +24,17 @@ from expertd.kernels.backend import Backend, DeviceMemory
 from expertd.kernels.checkpoint import Checkpoint
 from expertd.kernels.gpu_memory import current_gpu, gpu_uuid
 from expertd.proto import codec
+from expertd.proto.loopback import UNIX
 from expertd.server.backends import choose_backend
 from expertd.server.config import Address, InvalidOption, ServerConfig
 from expertd.server.description import describe
 from expertd.server.device import DeviceOwner
 from expertd.server.failpoints import FaultyBackend, FaultyHandlers, failpoints_from_environment
+from expertd.server.front_ends import FrontEnds
+from expertd.server.grpc_options import server_options
 from expertd.server.handlers import ExpertShardHandlers
 from expertd.server.journal import Journal
+from expertd.server.link import Settings
 from expertd.server.loading import load_layers
 from expertd.server.loads import ExpertLoads
 from expertd.server.local import LocalListener, handover_socket
@@ -52,8 +56,7 @@ HEALTH_NAMES = ("", codec.SERVICE)
 SERVICES = (codec.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
 MEMORY_SECONDS = 5.0
 """Between two looks at the GPU's memory."""
-WINDOW_BYTES = 1 << 20
-"""Received by gRPC ahead of the handlers, for each stream; a message that is waited for may be larger."""
+MAX_INT = 2**31 - 1
 NOTICE_SECONDS = 0.25
 """Between the end of health and the end of connections, for callers that watch the one to leave the other."""
 
@@ -88,7 +91,7 @@ class Server:
             max_queued_bytes=config.max_queued_bytes,
             on_batch=self.metrics.observe_batch,
             on_fault=lambda error: self.watchdog.suspect(error),
-            on_abandon=lambda: self.local.disconnect(),
+            on_abandon=self._disconnect,
         )
         self.watchdog = Watchdog(self.backend, self.device, self.scheduler, config.device_timeout, self._set_serving)
         self.info = describe(config, self.shard, self.backend, self.backend_reason)
@@ -106,13 +109,15 @@ class Server:
             self.handlers = FaultyHandlers(*parts, self.failpoints)
         self.local = LocalListener(
             socket_name,
-            config.shared_memory_bytes,
+            config.shared_memory_bytes - config.front_ends * config.front_end_bytes,
             tickets,
             self.handlers.respond,
             self.device,
             gpu=on_gpu,
         )
         self.metrics.shared_memory_bytes.set_function(lambda: self.local.mapped_bytes)
+        self.front_ends = FrontEnds(config.front_ends, self.handlers.respond, self.device, gpu=on_gpu)
+        self.metrics.front_ends.set_function(lambda: self.front_ends.listening)
         self.health = health.HealthServicer()
         self.address: Address = config.listen
         self.metrics_address: Address = config.metrics
@@ -142,13 +147,15 @@ class Server:
         memory = await self.device.call(self.backend.memory)
         if memory is not None:
             self._watching = asyncio.create_task(self._watch_memory(memory))
+        await self.front_ends.until_listening()
         self.scheduler.open()
         await self._set_serving(True)
         if self.config.ready_file is not None:
             _write_atomically(
                 self.config.ready_file, {"listen": str(self.address), "metrics": str(self.metrics_address)}
             )
-        log.info("serving on %s (%s), metrics on http://%s/metrics", self.address, self.security, self.metrics_address)
+        through = f"{self.security}, {self.config.front_ends} front ends" if self.config.front_ends else self.security
+        log.info("serving on %s (%s), metrics on http://%s/metrics", self.address, through, self.metrics_address)
         self.ready.set()
 
     async def shutdown(self) -> None:
@@ -163,7 +170,9 @@ class Server:
         self.handlers.stop_reading()
         going_away = asyncio.ensure_future(self.grpc_server.stop(self.config.drain_seconds))
         await asyncio.gather(
-            self.handlers.answered(self.config.drain_seconds), self.local.stop(self.config.drain_seconds)
+            self.handlers.answered(self.config.drain_seconds),
+            self.local.stop(self.config.drain_seconds),
+            self.front_ends.stop(self.config.drain_seconds),
         )
         # What is left are watchers of health, who need not leave when they are told.
         await self.grpc_server.stop(None)
@@ -182,31 +191,18 @@ class Server:
 
     async def _listen(self) -> None:
         """Answer health checks and scrapes from the start; the other RPCs say that the server is starting."""
+        # What all callers of a front end ask of the server comes over one connection.
+        max_streams = MAX_INT if self.config.front_ends else self.config.max_streams
+        options = server_options(self.config, self.info.max_message_bytes, max_streams)
         self.grpc_server = grpc.aio.server(
             interceptors=[RpcCounter(self.metrics, SERVICES), *self.security.interceptors],
-            options=[
-                ("grpc.max_allowed_incoming_connections", self.config.max_connections),
-                ("grpc.max_concurrent_streams", self.config.max_streams),
-                ("grpc.max_receive_message_length", self.info.max_message_bytes),
-                ("grpc.max_send_message_length", self.info.max_message_bytes),
-                # Of what nobody has read yet, each stream may send so much; gRPC's own estimate allows 16 MiB and more.
-                ("grpc.http2.bdp_probe", 0),
-                ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
-                # Clients find out in seconds that a server is cut off; a ping costs nothing.
-                ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-                # Without it a second server on the same port would silently share its calls.
-                ("grpc.so_reuseport", 0),
-            ],
+            options=options,
         )
         self.handlers.register(self.grpc_server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc_server)
         reflection.enable_server_reflection(SERVICES, self.grpc_server)
         await self._set_serving(False)
-        try:
-            port = self.security.add_port(self.grpc_server, self.config.listen)
-        except RuntimeError as error:
-            raise InvalidOption(f"--listen {self.config.listen} cannot be bound: {error}") from None
-        self.address = dataclasses.replace(self.config.listen, port=port)
+        self.address = self._bind()
         if self.config.unix_socket is not None:
             self.security.add_unix_socket(self.grpc_server, self.config.unix_socket)
         try:
@@ -225,6 +221,21 @@ class Server:
         except OSError as error:
             raise InvalidOption(f"--unix-socket {self.config.unix_socket}.shm cannot be bound: {error}") from None
         await self.grpc_server.start()
+        if self.config.front_ends:
+            width, socket = self.shard.config.hidden_size, str(self.front_ends.socket)
+            self.front_ends.start(Settings(self.config, self.address, socket, width, self.info.max_message_bytes))
+
+    def _bind(self) -> Address:
+        """Listen for callers, or for the front ends that do so; the address."""
+        listen = self.config.listen
+        try:
+            if not self.config.front_ends:
+                return dataclasses.replace(listen, port=self.security.add_port(self.grpc_server, listen))
+            address = self.front_ends.reserve(listen)
+            self.grpc_server.add_insecure_port(f"{UNIX}{self.front_ends.socket}")
+            return address
+        except (OSError, RuntimeError) as error:
+            raise InvalidOption(f"--listen {listen} cannot be bound: {error}") from None
 
     def _observe(self) -> Status:
         """Export what this server is and does."""
@@ -246,6 +257,11 @@ class Server:
             queued_tokens=lambda: scheduler.queued_tokens,
             closed_because=lambda: scheduler.closed_because,
         )
+
+    def _disconnect(self) -> None:
+        """Take shared memory from everyone, now that the device may still write to it."""
+        self.local.disconnect()
+        self.front_ends.disconnect()
 
     async def _until_stopped(self, work: Coroutine[None, None, None]) -> None:
         """Run `work` until it ends or the server is stopped."""

@@ -89,6 +89,10 @@ class ServerConfig:
         default=1024, metadata=_told("connections at once; further ones are closed as they come", int)
     )
     max_streams: int = field(default=1024, metadata=_told("calls and streams at once on one connection", int))
+    front_ends: int = field(
+        default=0,
+        metadata=_told("processes that take the calls on --listen for the server; 0: it takes them itself", int),
+    )
     backend: str = field(default="auto", metadata=_told("compute backend: auto, torch (CPU) or cutile (GPU)"))
     pipeline: Pipeline = field(
         default="auto",
@@ -165,6 +169,10 @@ class ServerConfig:
                 raise InvalidOption(f"{flag(name)} is {value}; it must be greater than 0")
         if self.shared_memory_bytes < 0:
             raise InvalidOption(f"--shared-memory-bytes is {self.shared_memory_bytes}; it must be at least 0")
+        if self.front_ends < 0:
+            raise InvalidOption(f"--front-ends is {self.front_ends}; it must be at least 0")
+        if self.front_ends and not self.front_end_bytes:
+            raise InvalidOption(f"--front-ends needs --shared-memory-bytes; it is {self.shared_memory_bytes}")
         for name in ("max_batch_tokens", "max_queued_tokens"):
             value = getattr(self, name)
             if value < self.max_tokens_per_request:
@@ -175,6 +183,11 @@ class ServerConfig:
         if not 0 <= self.shadow_check_rate <= 1:
             raise InvalidOption(f"--shadow-check-rate is {self.shadow_check_rate}; it must be from 0 to 1")
         self._check_security()
+
+    @property
+    def front_end_bytes(self) -> int:
+        """Of the memory that each front end shares with the server: half of what may be shared is for them."""
+        return self.shared_memory_bytes // 2 // self.front_ends if self.front_ends else 0
 
     def _check_security(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from expertd.proto import codec
 from expertd.proto.errors import ExpertdError, InvalidBatch, NotPermitted, Overloaded
-from expertd.proto.frames import Frames, check_peer, framed, peer_of, socket_address
+from expertd.proto.frames import MAX_FRAME_BYTES, Frames, check_peer, framed, peer_of, socket_address
 from expertd.proto.loopback import UNIX
 from expertd.proto.segment import GPU_SIZE_BYTES, SharedSegment
 from expertd.server.conversation import Conversation
@@ -47,7 +47,7 @@ class LocalListener:
         self._respond = respond
         self._device = device
         self._gpu = gpu
-        self._connections: set[_Connection] = set()
+        self._connections: set[Connection] = set()
         self._serving: set[asyncio.Task[None]] = set()
         self.mapped_bytes = 0
 
@@ -112,7 +112,7 @@ class LocalListener:
                 peer.send(framed(codec.encode_error(0, error)))
             return
         conversation = Conversation(caller, memory.segment)
-        connection = _Connection(lambda message: self._respond(message, conversation))
+        connection = Connection(lambda message: self._respond(message, conversation))
         self._connections.add(connection)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(lambda: connection.frames, peer)
@@ -182,13 +182,15 @@ class _Memory:
     """To be called on the device thread before it is unmapped."""
 
 
-class _Connection:
-    """The calls in flight of one segment."""
+class Connection:
+    """The calls in flight of one connection."""
 
-    def __init__(self, respond: Callable[[bytes], Awaitable[bytes | None]]) -> None:
+    def __init__(
+        self, respond: Callable[[bytes], Awaitable[bytes | None]], max_frame_bytes: int = MAX_FRAME_BYTES
+    ) -> None:
         self._respond = respond
         self._answers: set[asyncio.Task[None]] = set()
-        self.frames = Frames(self._start, self._end)
+        self.frames = Frames(self._start, self._end, max_frame_bytes)
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def answered(self, timeout: float | None = None) -> None:

@@ -66,6 +66,7 @@ class Metrics:
         self.shared_memory_bytes = Gauge(
             "expertd_shared_memory_bytes", "Bytes of callers' memory mapped here.", registry=registry
         )
+        self.front_ends = Gauge("expertd_front_ends", "Front ends that listen.", registry=registry)
         self.layers_loaded = Gauge("expertd_layers_loaded", "Layers whose weights are loaded.", registry=registry)
         self._startup = Gauge(
             "expertd_startup_seconds",

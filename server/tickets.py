@@ -30,8 +30,7 @@ class Tickets:
         """A ticket for `peer`, a caller as gRPC names it. Raises `NotPermitted`."""
         if self._name is None:
             raise NotPermitted("this server shares no memory; start it with --shared-memory-bytes above 0")
-        if not is_here(peer):
-            raise NotPermitted(f"{peer} is not on this server's machine; only callers that are can share memory")
+        check_here(peer)
         self._forget_old()
         if len(self._issued) >= MAX_TICKETS:
             raise NotPermitted(f"{MAX_TICKETS} tickets wait to be used; ask again in {TICKET_SECONDS} s")
@@ -49,6 +48,12 @@ class Tickets:
     def _forget_old(self) -> None:
         now = time.monotonic()
         self._issued = {ticket: (peer, expires) for ticket, (peer, expires) in self._issued.items() if expires > now}
+
+
+def check_here(peer: str) -> None:
+    """Raise `NotPermitted` for a caller on another machine."""
+    if not is_here(peer):
+        raise NotPermitted(f"{peer} is not on this server's machine; only callers that are can share memory")
 
 
 def is_here(peer: str) -> bool:

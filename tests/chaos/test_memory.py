@@ -16,7 +16,7 @@ from expertd.client.shared_memory import SharedMemoryTransport
 from expertd.client.transport import GrpcTransport, Transport
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteCall, ShardInfo
-from expertd.server.app import WINDOW_BYTES
+from expertd.server.grpc_options import WINDOW_BYTES
 from tests.chaos.fleet import Fleet, ServerProcess
 from tests.chaos.load import Case, make_cases
 from tests.chaos.offers import Offers
