@@ -21,7 +21,7 @@ from expertd.kernels.gpu_memory import GpuMemory
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteCall, RawResponse, Registration
 from expertd.proto.errors import ExpertdError, Unavailable
-from expertd.proto.frames import Frames, check_peer, socket_address
+from expertd.proto.frames import AnswerFrames, check_peer, socket_address
 from expertd.proto.free_list import FreeList
 from expertd.proto.segment import GPU_SIZE_BYTES, Layout, aligned, lay_out
 
@@ -87,7 +87,7 @@ class Segment:
         """Slots that are no longer used; views may be dropped on any thread."""
         self._free = FreeList(len(memory))
         self._waiting: dict[int, tuple[asyncio.Future[RawResponse], Slot]] = {}
-        self._frames = Frames(self._on_frame, self._on_end)
+        self._frames = AnswerFrames(self._on_frame, self._on_end)
         self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = False
 

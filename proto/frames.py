@@ -89,6 +89,17 @@ class Frames(asyncio.Protocol):
             del self._on_frame, self._on_end
 
 
+class AnswerFrames(Frames):
+    """The end that asks. It reads answers even while its requests are not taken.
+
+    Of two ends that both wait for the other to read, neither would ever go on.
+    """
+
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
+
+
 def framed(message: bytes) -> bytes:
     return len(message).to_bytes(LENGTH_BYTES, "little") + message
 

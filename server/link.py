@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from expertd.proto import codec
 from expertd.proto.codec import EMPTY, RawRequest
 from expertd.proto.errors import ExpertdError, Unavailable
-from expertd.proto.frames import Frames
+from expertd.proto.frames import AnswerFrames
 from expertd.proto.free_list import FreeList
 from expertd.proto.segment import Layout, aligned
 from expertd.server.config import Address, ServerConfig
@@ -55,7 +55,7 @@ class ServerLink:
         self._free = FreeList(len(memory))
         self._numbers = itertools.count(CONTROL + 1)
         self._waiting: dict[int, tuple[asyncio.Future[bytes], _Slot | None]] = {}
-        self._frames = _AlwaysRead(self._on_frame, self._on_end, settings.max_frame_bytes)
+        self._frames = AnswerFrames(self._on_frame, self._on_end, settings.max_frame_bytes)
         self.draining: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         """Seconds to drain, once the server says so or is gone."""
         self.lost = False
@@ -140,14 +140,6 @@ class _Slot:
     offset: int
     layout: Layout
     memory: memoryview
-
-
-class _AlwaysRead(Frames):
-    """Reads answers even while its messages are not taken: of two ends that both wait, neither would ever go on."""
-
-    def pause_writing(self) -> None: ...
-
-    def resume_writing(self) -> None: ...
 
 
 def _complete(message: bytes, slot: _Slot | None) -> bytes:
