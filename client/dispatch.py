@@ -34,6 +34,8 @@ class Dispatch:
     def split(self, max_tokens: int) -> list[Dispatch]:
         """Cut into parts of at most `max_tokens` tokens, as equal as they can be."""
         parts = -(-len(self.tokens) // max_tokens)
+        if parts == 1:
+            return [self]
         pieces = zip(
             torch.tensor_split(self.tokens, parts),
             torch.tensor_split(self.expert_ids, parts),

@@ -255,6 +255,8 @@ def _count(parts: Sequence[Part], sign: int) -> None:
 
 async def _all_or_error(calls: Sequence[Coroutine[None, None, T]]) -> list[T]:
     """All results, in order; or the first error, with the other calls cancelled."""
+    if len(calls) == 1:
+        return [await calls[0]]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(call) for call in calls]
