@@ -47,6 +47,15 @@ def begin(
     return asyncio.create_task(transport.execute(call))
 
 
+async def give_up_under_way(server: Server, transport: GrpcTransport | SharedMemoryTransport, gate: Gate) -> None:
+    """Begin request 1 and cancel it when the device has it."""
+    unwanted = begin(server, transport, 1, LAYER)
+    await until(lambda: gate.reached == [LAYER])
+    unwanted.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await unwanted
+
+
 def all_free(transport: GrpcTransport | SharedMemoryTransport) -> bool:
     gc.collect()
     segments = segments_of(transport) if isinstance(transport, SharedMemoryTransport) else []
@@ -81,12 +90,7 @@ async def test_a_call_given_up_under_way_keeps_its_slot_until_the_device_is_done
 ) -> None:
     server, transport = connected
     gate = Gate(server, monkeypatch)
-    unwanted = begin(server, transport, 1, LAYER)
-    await until(lambda: gate.reached == [LAYER])
-    unwanted.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await unwanted
-    del unwanted
+    await give_up_under_way(server, transport, gate)
     await asyncio.sleep(0.2)
     assert all_free(transport) == isinstance(transport, GrpcTransport)
     gate.open()
@@ -103,12 +107,7 @@ async def test_a_server_that_knows_no_cancellation_answers_as_ever(
         codec, "_REQUEST_FIELDS", {number: field for number, field in codec._REQUEST_FIELDS.items() if number != 16}
     )
     gate = Gate(server, monkeypatch)
-    unwanted = begin(server, transport, 1, LAYER)
-    await until(lambda: gate.reached == [LAYER])
-    unwanted.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await unwanted
-    del unwanted
+    await give_up_under_way(server, transport, gate)
     await until(lambda: count_of(server, "invalid_argument") == 1)
     await asyncio.sleep(0.1)
     assert all_free(transport) == isinstance(transport, GrpcTransport)
