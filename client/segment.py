@@ -64,12 +64,12 @@ class Slot:
         if stream is None:
             for place, tensor in places:
                 if tensor is not None:
-                    await copy_bytes(place, flat_bytes(tensor))
+                    await copy_bytes(place, codec.flat_bytes(tensor))
             return
         with torch.cuda.stream(stream):
             for place, tensor in places:
                 if tensor is not None:
-                    place.copy_(flat_bytes(tensor), non_blocking=True)
+                    place.copy_(codec.flat_bytes(tensor), non_blocking=True)
         written = stream.record_event()
         while not written.query():
             await asyncio.sleep(0)
@@ -202,11 +202,6 @@ class Segment:
             if not future.done():
                 future.set_exception(error.again())
         self._waiting.clear()
-
-
-def flat_bytes(tensor: Tensor) -> Tensor:
-    """[n] uint8: the bytes of a tensor; a copy only when it is not contiguous."""
-    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def layout_of(call: ExecuteCall, *, on_gpu: bool) -> Layout:

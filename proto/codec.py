@@ -490,9 +490,14 @@ def _read_timings(message: memoryview) -> StageTimings:
     return StageTimings(*(getattr(timings, f"{stage}_ns") / 1e9 for stage in _STAGES))
 
 
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """[n] uint8: the bytes of a tensor; a copy only when it is not contiguous."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
 def _buffer(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, flat; a copy only when it is not contiguous or on a GPU."""
-    return tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data
+    return flat_bytes(tensor).cpu().numpy().data
 
 
 def _in_segment(message: RawRequest, segment: SharedSegment, layout: Layout) -> tuple[_Bytes, ...]:
