@@ -19,10 +19,14 @@ image-test: $(STAMP)  ## build the images, run them with compose and with networ
 chaos: $(STAMP)  ## faults, kills, restarts, overload, soak and fuzz at full length: about two hours
 	EXPERTD_CHAOS=full $(BIN)/pytest -s tests/chaos
 
-check: $(STAMP)  ## style, types, that the generated code matches the .proto, and that no released caller is broken
+# Modules of one folder at most.
+ROOM := 14
+check: $(STAMP)  ## style, types, rooms, that the generated code matches the .proto, and that no released caller is broken
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+	@git ls-files '*.py' | xargs dirname | sort | uniq -c | awk '$$1 > $(ROOM) { print $$2 " has " $$1 " modules, more than $(ROOM): give them rooms"; bad = 1 } END { exit bad }'
 	$(MAKE) --no-print-directory proto OUT=$$(mktemp -d) CHECK=1
 	$(BIN)/buf lint proto
 	$(BIN)/buf format --diff --exit-code proto

@@ -14,22 +14,22 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from expertd.client.activations import Activations
-from expertd.client.arguments import as_rows, as_tokens, check_choice
-from expertd.client.blocks import BLOCK_TOKENS, start_blocks
-from expertd.client.config import CoordinatorConfig
-from expertd.client.discovery import Discovery, as_discovery
-from expertd.client.dispatch import Dispatch, combine, contributions, renormalize
-from expertd.client.failover import Answer, Caller, Effort, LayerCall
-from expertd.client.membership import Membership
-from expertd.client.ownership import name_experts
-from expertd.client.shared_memory import SharedMemoryTransport
-from expertd.client.tracing import call_span
-from expertd.client.transport import GrpcTransport, Transport
-from expertd.kernels.config import MoeConfig
-from expertd.kernels.routing import route, router_logits
+from expertd.client.base.blocks import BLOCK_TOKENS, start_blocks
+from expertd.client.call.activations import Activations
+from expertd.client.call.arguments import as_rows, as_tokens, check_choice
+from expertd.client.call.dispatch import Dispatch, combine, contributions, renormalize
+from expertd.client.call.failover import Answer, Caller, Effort, LayerCall
+from expertd.client.config.coordinator import CoordinatorConfig
+from expertd.client.fleet.discovery import Discovery, as_discovery
+from expertd.client.fleet.membership import Membership
+from expertd.client.fleet.ownership import name_experts
+from expertd.client.telemetry.tracing import call_span
+from expertd.client.transport.interface import GrpcTransport, Transport
+from expertd.client.transport.shared_memory import SharedMemoryTransport
+from expertd.kernels.model.config import MoeConfig
+from expertd.kernels.numerics.routing import route, router_logits
+from expertd.proto.base.errors import ExpertdError, InvalidBatch
 from expertd.proto.codec import StageTimings
-from expertd.proto.errors import ExpertdError, InvalidBatch
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from expertd.client.config import CoordinatorConfig
+from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator, MoeResult
-from expertd.client.discovery import Discovery
-from expertd.kernels.config import MoeConfig
+from expertd.client.fleet.discovery import Discovery
+from expertd.kernels.model.config import MoeConfig
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto import wire
-from expertd.proto.errors import ExpertdError, InvalidBatch, ServerFault, error_from_status
-from expertd.proto.segment import QUANTIZATION_BLOCK, Layout, SharedSegment, lay_out
+from expertd.proto.base.errors import ExpertdError, InvalidBatch, ServerFault, error_from_status
+from expertd.proto.lane.layout import QUANTIZATION_BLOCK, Layout, SharedSegment, lay_out
 
 ShardRequest = pb.GetShardRequest
 ShardResponse = pb.GetShardResponse

@@ -20,36 +20,36 @@ from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from expertd.kernels.backend import Backend, DeviceMemory
-from expertd.kernels.checkpoint import Checkpoint
-from expertd.kernels.gpu_memory import current_gpu, gpu_uuid
+from expertd.kernels.memory.gpu import current_gpu, gpu_uuid
+from expertd.kernels.numerics.backend import Backend, DeviceMemory
+from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.proto import codec
-from expertd.proto.loopback import UNIX
-from expertd.server.backends import choose_backend
-from expertd.server.config import Address, InvalidOption, ServerConfig
-from expertd.server.description import describe
-from expertd.server.device import DeviceOwner
+from expertd.proto.base.loopback import UNIX
 from expertd.server.failpoints import FaultyBackend, FaultyHandlers, failpoints_from_environment
-from expertd.server.front_ends import FrontEnds
-from expertd.server.grpc_options import server_options
-from expertd.server.handlers import ExpertShardHandlers
-from expertd.server.journal import Journal
-from expertd.server.link import Settings
-from expertd.server.loading import load_layers
-from expertd.server.loads import ExpertLoads
-from expertd.server.local import LocalListener, handover_socket
-from expertd.server.metrics import Metrics
-from expertd.server.pages import Pages
-from expertd.server.rpc_counter import RpcCounter
-from expertd.server.scheduler import Scheduler
-from expertd.server.security import ServerSecurity
-from expertd.server.shadow import ShadowCheck
-from expertd.server.shard import Shard
-from expertd.server.status import Status
-from expertd.server.tickets import Tickets
-from expertd.server.tracing import RequestTracer
-from expertd.server.verifier import Verifier
-from expertd.server.watchdog import Watchdog
+from expertd.server.local.door import LocalListener, handover_socket
+from expertd.server.local.front_ends import FrontEnds
+from expertd.server.local.link import Settings
+from expertd.server.options.config import Address, InvalidOption, ServerConfig
+from expertd.server.rpc.description import describe
+from expertd.server.rpc.handlers import ExpertShardHandlers
+from expertd.server.rpc.limits import server_options
+from expertd.server.rpc.security import ServerSecurity
+from expertd.server.rpc.tickets import Tickets
+from expertd.server.scheduling.backends import choose_backend
+from expertd.server.scheduling.batching import Scheduler
+from expertd.server.scheduling.device import DeviceOwner
+from expertd.server.scheduling.loading import load_layers
+from expertd.server.scheduling.shadow import ShadowCheck
+from expertd.server.scheduling.shard import Shard
+from expertd.server.scheduling.verifier import Verifier
+from expertd.server.scheduling.watchdog import Watchdog
+from expertd.server.telemetry.journal import Journal
+from expertd.server.telemetry.loads import ExpertLoads
+from expertd.server.telemetry.metrics import Metrics
+from expertd.server.telemetry.pages import Pages
+from expertd.server.telemetry.rpc_counter import RpcCounter
+from expertd.server.telemetry.status import Status
+from expertd.server.telemetry.tracing import RequestTracer
 
 log = logging.getLogger(__name__)
 HEALTH_NAMES = ("", codec.SERVICE)

@@ -22,18 +22,18 @@ from typing import Any
 
 import torch
 
-from expertd.kernels.backend import Backend, LayerWeights, TokenBatch, Underway
+from expertd.kernels.numerics.backend import Backend, LayerWeights, TokenBatch, Underway
 from expertd.proto import codec, wire
 from expertd.proto.codec import RawRequest, ShardInfo
-from expertd.proto.segment import SharedSegment
-from expertd.server.config import InvalidOption
-from expertd.server.handlers import ExpertShardHandlers
-from expertd.server.journal import Journal
-from expertd.server.scheduler import Scheduler
-from expertd.server.shadow import ShadowCheck
-from expertd.server.shard import Shard
-from expertd.server.tickets import Tickets
-from expertd.server.verifier import Verifier
+from expertd.proto.lane.layout import SharedSegment
+from expertd.server.options.config import InvalidOption
+from expertd.server.rpc.handlers import ExpertShardHandlers
+from expertd.server.rpc.tickets import Tickets
+from expertd.server.scheduling.batching import Scheduler
+from expertd.server.scheduling.shadow import ShadowCheck
+from expertd.server.scheduling.shard import Shard
+from expertd.server.scheduling.verifier import Verifier
+from expertd.server.telemetry.journal import Journal
 
 log = logging.getLogger(__name__)
 VARIABLE = "EXPERTD_FAILPOINTS"

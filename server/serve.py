@@ -10,17 +10,17 @@ import torch
 import uvloop
 from prometheus_client import disable_created_metrics
 
-from expertd.kernels.backend import UnsupportedShape
-from expertd.kernels.checkpoint import CheckpointError
-from expertd.kernels.config import InvalidConfig
-from expertd.proto.malloc import keep_freed_memory
+from expertd.kernels.model.config import InvalidConfig
+from expertd.kernels.numerics.backend import UnsupportedShape
+from expertd.kernels.weights.checkpoint import CheckpointError
+from expertd.proto.base.malloc import keep_freed_memory
 from expertd.server.app import Server
-from expertd.server.config import InvalidOption, ServerConfig
-from expertd.server.logs import configure_logging
-from expertd.server.metrics import Metrics
-from expertd.server.selfcheck import SelfCheckFailed
-from expertd.server.tracing import RequestTracer, make_provider
-from expertd.server.watchdog import DeviceLost
+from expertd.server.options.config import InvalidOption, ServerConfig
+from expertd.server.scheduling.selfcheck import SelfCheckFailed
+from expertd.server.scheduling.watchdog import DeviceLost
+from expertd.server.telemetry.logs import configure_logging
+from expertd.server.telemetry.metrics import Metrics
+from expertd.server.telemetry.tracing import RequestTracer, make_provider
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
-from tests.families import CONFIGS, FamilyFolders, write_family
+from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
+from tests.support.families import CONFIGS, FamilyFolders, write_family
 
 # Threads that wait for each other by spinning take the processor from the servers under test.
 torch.set_num_threads(1)

@@ -28,8 +28,8 @@ from expertd import (
     SyncCoordinator,
     Unavailable,
 )
-from expertd.client.cluster import LocalCluster
-from expertd.client.failover import Effort
+from expertd.client.call.failover import Effort
+from expertd.client.tools.cluster import LocalCluster
 from expertd.proto.codec import StageTimings
 
 IDS, WEIGHTS = torch.tensor([[0, 5, 9, 15]]), torch.full((1, 4), 0.25)

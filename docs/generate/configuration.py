@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from docs.generate.markdown import table
-from expertd.client.config import CoordinatorConfig
-from expertd.client.security import ClientSecurity
-from expertd.server.config import ServerConfig, flag
+from expertd.client.config.coordinator import CoordinatorConfig
+from expertd.client.transport.security import ClientSecurity
+from expertd.server.options.config import ServerConfig, flag
 
 PAGE = Path(__file__).parents[1] / "configuration.md"
 HEAD = """\
 # Configuration
 
-Written by `make docs` from `server/config.py`, `client/config.py` and `client/security.py`.
+Written by `make docs` from `server/options/config.py`, `client/config/coordinator.py` and
+`client/transport/security.py`.
 """
 SERVER = """\
 ## `expertd serve`

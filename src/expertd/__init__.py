@@ -7,7 +7,7 @@ What a caller needs is here. `SyncCoordinator` is the same without `await`, for 
     async with Coordinator(["node0:50051", "node1:50051"]) as moe:
         y = await moe(layer, hidden, topk_ids=ids, topk_weights=weights)
 
-Hugging Face models: `help("expertd.client.huggingface")`. The command line: `expertd --help`.
+Hugging Face models: `help("expertd.client.integrations.huggingface")`. The command line: `expertd --help`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from expertd.client.config import CoordinatorConfig
+    from expertd.client.base.gate import Gate, load_gates
+    from expertd.client.config.coordinator import CoordinatorConfig
     from expertd.client.coordinator import Coordinator, MoeResult, ServerReport
-    from expertd.client.discovery import DnsServers, FileServers
-    from expertd.client.gate import Gate, load_gates
-    from expertd.client.security import ClientSecurity
+    from expertd.client.fleet.discovery import DnsServers, FileServers
     from expertd.client.sync import SyncCoordinator
-    from expertd.kernels.checkpoint import Checkpoint
-    from expertd.proto.errors import (
+    from expertd.client.transport.security import ClientSecurity
+    from expertd.kernels.weights.checkpoint import Checkpoint
+    from expertd.proto.base.errors import (
         DeadlineExceeded,
         ExpertdError,
         InvalidBatch,
@@ -61,17 +61,17 @@ __all__ = [
     "load_gates",
 ]
 _HOMES = {
-    "Checkpoint": "kernels.checkpoint",
-    "ClientSecurity": "client.security",
+    "Checkpoint": "kernels.weights.checkpoint",
+    "ClientSecurity": "client.transport.security",
     "Coordinator": "client.coordinator",
-    "CoordinatorConfig": "client.config",
-    "DnsServers": "client.discovery",
-    "FileServers": "client.discovery",
-    "Gate": "client.gate",
+    "CoordinatorConfig": "client.config.coordinator",
+    "DnsServers": "client.fleet.discovery",
+    "FileServers": "client.fleet.discovery",
+    "Gate": "client.base.gate",
     "MoeResult": "client.coordinator",
     "ServerReport": "client.coordinator",
     "SyncCoordinator": "client.sync",
-    "load_gates": "client.gate",
+    "load_gates": "client.base.gate",
 }
 """Modules of the public names; the others are errors."""
 
@@ -80,7 +80,7 @@ def __getattr__(name: str) -> object:
     """A public name, imported when it is first used: torch takes seconds that `expertd --help` should not."""
     if name not in __all__:
         raise AttributeError(f"module 'expertd' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    module = importlib.import_module(f"expertd.{_HOMES.get(name, 'proto.errors')}")
+    module = importlib.import_module(f"expertd.{_HOMES.get(name, 'proto.base.errors')}")
     return getattr(module, name)
 
 

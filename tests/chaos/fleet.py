@@ -22,7 +22,7 @@ from expertd.server.failpoints import VARIABLE
 
 OPTIONS = ("--backend", "torch", "--threads", "1", "--drain-seconds", "20")
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["expertd.server.cli", "expertd.server.serve"])
+FORKS.set_forkserver_preload(["expertd.cli", "expertd.server.serve"])
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ def _end_with_the_tests() -> None:
 
 def _serve(arguments: list[str], faults: str, log: Path) -> None:
     """The life of the forked process."""
-    from expertd.server import cli
+    from expertd import cli
 
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)

@@ -12,7 +12,7 @@ import atheris
 
 with atheris.instrument_imports(include=["expertd.proto"]):
     from expertd.proto import codec
-    from expertd.proto.errors import ExpertdError
+    from expertd.proto.base.errors import ExpertdError
 
 import torch
 

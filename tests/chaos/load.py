@@ -23,15 +23,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from expertd.client.config import CoordinatorConfig
+from expertd.client.base.quantiles import p50_p99
+from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
-from expertd.client.discovery import Discovery
-from expertd.client.quantiles import p50_p99
-from expertd.kernels.backend import TokenBatch
-from expertd.kernels.checkpoint import Checkpoint
-from expertd.kernels.reference import reference_partials, relative_error
-from expertd.kernels.weights import load_layer
-from expertd.proto.errors import ExpertdError
+from expertd.client.fleet.discovery import Discovery
+from expertd.kernels.numerics.backend import TokenBatch
+from expertd.kernels.oracle.reference import reference_partials, relative_error
+from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.kernels.weights.experts import load_layer
+from expertd.proto.base.errors import ExpertdError
 
 TOLERANCE = 1e-5
 """Of results whose activations and replies are not rounded; anything lost or doubled differs by far more."""

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from expertd.client.transport import Transport
-from expertd.kernels.reference import relative_error
+from expertd.client.transport.interface import Transport
+from expertd.kernels.oracle.reference import relative_error
+from expertd.proto.base.errors import ExpertdError
 from expertd.proto.codec import ExecuteCall, ShardInfo
-from expertd.proto.errors import ExpertdError
 from tests.chaos.load import TOLERANCE, Case
 
 

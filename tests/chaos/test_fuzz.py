@@ -17,13 +17,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expertd.client.transport import GrpcTransport
+from expertd.client.transport.interface import GrpcTransport
 from expertd.proto import codec, wire
 from expertd.proto import expert_shard_pb2 as pb
-from expertd.proto.errors import InvalidBatch
+from expertd.proto.base.errors import InvalidBatch
 from tests.chaos.fleet import Fleet, ServerProcess
 from tests.chaos.scale import scaled
-from tests.support import random_batch, request_for
+from tests.support.serving import random_batch, request_for
 
 MESSAGES = scaled(100_000, 2_000)
 PER_EXAMPLE = 40

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from expertd.client.base.quantiles import quantile
 from expertd.client.coordinator import Coordinator
-from expertd.client.quantiles import quantile
-from expertd.kernels.reference import relative_error
-from expertd.proto.errors import ExpertdError, Unavailable
+from expertd.kernels.oracle.reference import relative_error
+from expertd.proto.base.errors import ExpertdError, Unavailable
 from tests.chaos.fleet import Fleet
 from tests.chaos.load import CONFIG, CheckedLoad, make_cases
 from tests.chaos.scale import FULL, hold, scaled

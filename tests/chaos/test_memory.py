@@ -10,13 +10,13 @@ import grpc.aio
 import pytest
 import torch
 
-from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
-from expertd.client.security import ClientSecurity
-from expertd.client.shared_memory import SharedMemoryTransport
-from expertd.client.transport import GrpcTransport, Transport
+from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
+from expertd.client.transport.interface import GrpcTransport, Transport
+from expertd.client.transport.security import ClientSecurity
+from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteCall, ShardInfo
-from expertd.server.grpc_options import WINDOW_BYTES
+from expertd.server.rpc.limits import WINDOW_BYTES
 from tests.chaos.fleet import Fleet, ServerProcess
 from tests.chaos.load import Case, make_cases
 from tests.chaos.offers import Offers

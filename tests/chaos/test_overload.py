@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
-from expertd.client.transport import GrpcTransport
+from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
+from expertd.client.transport.interface import GrpcTransport
 from tests.chaos.fleet import Fleet, ServerProcess
 from tests.chaos.load import make_cases
 from tests.chaos.offers import Offers

@@ -11,19 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.client.config import CoordinatorConfig
+from expertd.client.base.gate import load_gates
+from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
-from expertd.client.gate import load_gates
 from expertd.client.sync import SyncCoordinator
-from expertd.client.transport import GrpcTransport
-from expertd.kernels.backend import TokenBatch
-from expertd.kernels.checkpoint import Checkpoint
-from expertd.kernels.quantize import quantize_activations
-from expertd.kernels.reference import reference_partials, relative_error
-from expertd.kernels.routing import route, router_logits
-from expertd.kernels.weights import load_layer
-from expertd.proto.codec import ExecuteCall, ExecuteResult
-from expertd.proto.errors import (
+from expertd.client.transport.interface import GrpcTransport
+from expertd.kernels.numerics.backend import TokenBatch
+from expertd.kernels.numerics.quantize import quantize_activations
+from expertd.kernels.numerics.routing import route, router_logits
+from expertd.kernels.oracle.reference import reference_partials, relative_error
+from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.kernels.weights.experts import load_layer
+from expertd.proto.base.errors import (
     DeadlineExceeded,
     InvalidBatch,
     ModelMismatch,
@@ -32,8 +31,9 @@ from expertd.proto.errors import (
     Unavailable,
     UnknownExpert,
 )
+from expertd.proto.codec import ExecuteCall, ExecuteResult
 from expertd.server.app import Server
-from tests.support import running_server
+from tests.support.serving import running_server
 
 LAYER, HIDDEN, EXPERTS, TOP_K = 1, 256, 16, 4
 EXACT = CoordinatorConfig(hidden_dtype=torch.bfloat16, reply_dtype=torch.float32, output_dtype=torch.float32)
@@ -217,7 +217,7 @@ async def test_overlapping_servers_count_each_pair_once(small_model: Path) -> No
 
 
 async def test_servers_of_different_models_are_refused(small_model: Path, tmp_path: Path) -> None:
-    from expertd.client.demo_checkpoint import write_demo_checkpoint
+    from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
     from tests.conftest import SMALL
 
     other = write_demo_checkpoint(tmp_path, replace(SMALL, seed=1))

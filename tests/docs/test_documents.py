@@ -21,8 +21,8 @@ import pytest
 import pytest_asyncio
 import torch
 
-from expertd.client.cluster import LocalCluster, LocalServer
-from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
+from expertd.client.tools.cluster import LocalCluster, LocalServer
+from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
 from tests.docs.fences import DOCUMENTS, ROOT, UNTIL_STOPPED, Fence
 
 MODEL = DemoModel(hidden_size=256, moe_intermediate_size=128, moe_layers=1, quantized=False)

@@ -6,14 +6,15 @@ compute-sanitizer --tool racecheck python -m tests.gpu.small_shapes
 
 import torch
 
-from expertd.kernels.config import MoeConfig
-from expertd.kernels.cutile.dequant_pipeline import DequantPipeline, default_config
-from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
-from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
-from expertd.kernels.cutile.launch import Gpu
-from expertd.kernels.cutile.registry import coordinator_launches
-from expertd.kernels.cutile.tiles import FEW, FEW_8, PAIRED, SPLIT_8, WIDE, LayerConfig
-from expertd.kernels.reference import reference_partials, relative_error
+from expertd.kernels.cutile.base.launch import Gpu
+from expertd.kernels.cutile.base.shape import ExpertShape
+from expertd.kernels.cutile.dequant.layer import DequantPipeline, default_config
+from expertd.kernels.cutile.fast.layer import Workspace, layer_launches
+from expertd.kernels.cutile.fast.tiles import FEW, FEW_8, PAIRED, SPLIT_8, WIDE, LayerConfig
+from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
+from expertd.kernels.cutile.tools.registry import coordinator_launches
+from expertd.kernels.model.config import MoeConfig
+from expertd.kernels.oracle.reference import reference_partials, relative_error
 
 SHAPE = ExpertShape(5, 384, 128)
 FAST_SHAPE = ExpertShape(5, 512, 256)

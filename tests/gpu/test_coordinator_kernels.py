@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from expertd.kernels.config import MoeConfig
-from expertd.kernels.cutile.quantize import quantize_activations
-from expertd.kernels.cutile.routing import route
-from expertd.kernels.quantize import quantize_activations as torch_quantize
-from expertd.kernels.routing import route as torch_route
-from tests.markers import gpu_only
+from expertd.kernels.cutile.routing.quantize import quantize_activations
+from expertd.kernels.cutile.routing.top_k import route
+from expertd.kernels.model.config import MoeConfig
+from expertd.kernels.numerics.quantize import quantize_activations as torch_quantize
+from expertd.kernels.numerics.routing import route as torch_route
+from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
 

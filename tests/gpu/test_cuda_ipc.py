@@ -13,18 +13,18 @@ import pytest
 import pytest_asyncio
 import torch
 
-from expertd.client.cluster import LocalCluster
 from expertd.client.coordinator import Coordinator
-from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
-from expertd.client.segment import Slot
-from expertd.client.shared_memory import SharedMemoryTransport
 from expertd.client.sync import SyncCoordinator
-from expertd.client.transport import GrpcTransport
-from expertd.kernels.gpu_memory import GpuMemory, GpuMemoryError, current_gpu
+from expertd.client.tools.cluster import LocalCluster
+from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
+from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.segment import Slot
+from expertd.client.transport.shared_memory import SharedMemoryTransport
+from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, current_gpu
+from expertd.proto.base.errors import InvalidBatch
 from expertd.proto.codec import ExecuteCall, ShardInfo
-from expertd.proto.errors import InvalidBatch
-from tests.markers import gpu_only
-from tests.support import call_for, random_batch
+from tests.support.markers import gpu_only
+from tests.support.serving import call_for, random_batch
 
 pytestmark = [gpu_only, pytest.mark.asyncio(loop_scope="module")]
 

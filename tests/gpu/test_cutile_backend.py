@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertd.kernels.backend import LayerWeights, Partials, TokenBatch, UnsupportedShape
-from expertd.kernels.cutile.backend import CutileBackend
-from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
-from expertd.kernels.cutile.pipeline import Pipeline
-from expertd.kernels.cutile.staging import DeviceBatch
-from expertd.kernels.quantize import dequantize_activations, quantize_activations
-from expertd.kernels.reference import reference_partials, relative_error
-from tests.markers import gpu_only
+from expertd.kernels.cutile.base.shape import ExpertShape
+from expertd.kernels.cutile.pipeline.arithmetic import Pipeline
+from expertd.kernels.cutile.run.backend import CutileBackend
+from expertd.kernels.cutile.run.staging import DeviceBatch
+from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
+from expertd.kernels.numerics.backend import LayerWeights, Partials, TokenBatch, UnsupportedShape
+from expertd.kernels.numerics.quantize import dequantize_activations, quantize_activations
+from expertd.kernels.oracle.reference import reference_partials, relative_error
+from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
 

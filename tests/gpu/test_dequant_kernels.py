@@ -4,17 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.kernels.cutile.aggregate import aggregate
-from expertd.kernels.cutile.dequant_hidden import dequant_hidden
-from expertd.kernels.cutile.dequant_weights import dequant_weights
-from expertd.kernels.cutile.fp8 import fp8_operand
-from expertd.kernels.cutile.group_gemm import TILES_M, GroupGemmConfig, candidates, group_gemm
-from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
-from expertd.kernels.cutile.silu_and_mul import silu_and_mul
-from expertd.kernels.cutile.token_sort import sort_rows
-from expertd.kernels.quantize import dequantize_activations, dequantize_weights
-from expertd.kernels.reference import relative_error
-from tests.markers import gpu_only
+from expertd.kernels.cutile.base.fp8 import fp8_operand
+from expertd.kernels.cutile.base.shape import ExpertShape
+from expertd.kernels.cutile.dequant.aggregate import aggregate
+from expertd.kernels.cutile.dequant.group_gemm import TILES_M, GroupGemmConfig, candidates, group_gemm
+from expertd.kernels.cutile.dequant.hidden import dequant_hidden
+from expertd.kernels.cutile.dequant.silu_and_mul import silu_and_mul
+from expertd.kernels.cutile.dequant.token_sort import sort_rows
+from expertd.kernels.cutile.dequant.weights import dequant_weights
+from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
+from expertd.kernels.numerics.quantize import dequantize_activations, dequantize_weights
+from expertd.kernels.oracle.reference import relative_error
+from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
 

@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.kernels.backend import TokenBatch
-from expertd.kernels.config import MoeConfig
-from expertd.kernels.cutile.dequant_pipeline import DequantConfig, DequantPipeline
-from expertd.kernels.cutile.group_gemm import candidates
-from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
-from expertd.kernels.cutile.launch import Gpu
-from expertd.kernels.quantize import dequantize_activations
-from expertd.kernels.reference import reference_partials, relative_error
-from expertd.kernels.routing import route
+from expertd.kernels.cutile.base.launch import Gpu
+from expertd.kernels.cutile.base.shape import ExpertShape
+from expertd.kernels.cutile.dequant.group_gemm import candidates
+from expertd.kernels.cutile.dequant.layer import DequantConfig, DequantPipeline
+from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
+from expertd.kernels.model.config import MoeConfig
+from expertd.kernels.numerics.backend import TokenBatch
+from expertd.kernels.numerics.quantize import dequantize_activations
+from expertd.kernels.numerics.routing import route
+from expertd.kernels.oracle.reference import reference_partials, relative_error
 from tests.gpu.flashinfer_oracle import moe_fp8_block_scale_ds_routing
-from tests.markers import gpu_only
+from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.kernels.backend import LayerWeights, TokenBatch
-from expertd.kernels.cutile.fast_layer import Workspace, layer_launches
-from expertd.kernels.cutile.inputs import ExpertShape, random_batch, random_weights
-from expertd.kernels.cutile.tiles import DEEP, FEW, FEW_8, PAIRED, SPLIT_8, WIDE, LayerConfig
-from expertd.kernels.reference import reference_partials, relative_error
-from tests.markers import gpu_only
+from expertd.kernels.cutile.base.shape import ExpertShape
+from expertd.kernels.cutile.fast.layer import Workspace, layer_launches
+from expertd.kernels.cutile.fast.tiles import DEEP, FEW, FEW_8, PAIRED, SPLIT_8, WIDE, LayerConfig
+from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
+from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
+from expertd.kernels.oracle.reference import reference_partials, relative_error
+from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
 

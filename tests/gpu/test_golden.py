@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
-from expertd.kernels.checkpoint import Checkpoint
-from expertd.kernels.cutile.backend import CutileBackend
-from expertd.kernels.cutile.pipeline import Pipeline
-from expertd.kernels.golden import BOUNDS, Agreement, compare_expert, expert_batch
-from expertd.kernels.weights import load_layer, read_expert
-from tests.markers import gpu_only
-from tests.mutations import DAMAGED, MUTATIONS, Tensors, mutate_checkpoint
+from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
+from expertd.kernels.cutile.pipeline.arithmetic import Pipeline
+from expertd.kernels.cutile.run.backend import CutileBackend
+from expertd.kernels.oracle.golden import BOUNDS, Agreement, compare_expert, expert_batch
+from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.kernels.weights.experts import load_layer, read_expert
+from tests.support.markers import gpu_only
+from tests.support.mutations import DAMAGED, MUTATIONS, Tensors, mutate_checkpoint
 
 pytestmark = gpu_only
 

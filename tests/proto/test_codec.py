@@ -7,10 +7,11 @@ import grpc
 import pytest
 import torch
 
-from expertd.kernels.config import MoeConfig
-from expertd.proto import codec, errors
+from expertd.kernels.model.config import MoeConfig
+from expertd.proto import codec
+from expertd.proto.base import errors
+from expertd.proto.base.errors import ExpertdError, InvalidBatch, Overloaded, ServerFault, error_from_status
 from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo, StageTimings
-from expertd.proto.errors import ExpertdError, InvalidBatch, Overloaded, ServerFault, error_from_status
 
 WIDTH, TOP_K = 256, 4
 

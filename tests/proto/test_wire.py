@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from expertd.proto import codec, wire
 from expertd.proto import expert_shard_pb2 as pb
+from expertd.proto.base.errors import InvalidBatch, ServerFault
 from expertd.proto.codec import ExecuteCall, ExecuteResult, StageTimings
-from expertd.proto.errors import InvalidBatch, ServerFault
 
 uint32 = st.integers(0, 2**32 - 1)
 uint64 = st.integers(0, 2**64 - 1)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from expertd.client.transport import GrpcTransport
-from expertd.proto.errors import DeadlineExceeded, ExpertdError, ServerFault, StalePlacement, Unavailable
-from expertd.server.config import InvalidOption
+from expertd.client.transport.interface import GrpcTransport
+from expertd.proto.base.errors import DeadlineExceeded, ExpertdError, ServerFault, StalePlacement, Unavailable
 from expertd.server.failpoints import SECONDS, VARIABLE, FaultyHandlers, parse_failpoints
-from expertd.server.handlers import ExpertShardHandlers
-from tests.support import call_for, random_batch, running_server
+from expertd.server.options.config import InvalidOption
+from expertd.server.rpc.handlers import ExpertShardHandlers
+from tests.support.serving import call_for, random_batch, running_server
 
 
 def strikes(text: str, kind: str = "delay") -> list[bool]:

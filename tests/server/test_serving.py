@@ -15,13 +15,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from expertd import __version__
-from expertd.kernels.reference import relative_error
+from expertd.kernels.oracle.reference import relative_error
 from expertd.proto import codec
-from expertd.proto.errors import Overloaded
+from expertd.proto.base.errors import Overloaded
 from expertd.server.app import Server
-from expertd.server.config import InvalidOption, ServerConfig
-from expertd.server.metrics import Metrics
-from tests.support import execute_method, open_channel, random_batch, request_for, running_server, stream_method
+from expertd.server.options.config import InvalidOption, ServerConfig
+from expertd.server.telemetry.metrics import Metrics
+from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server, stream_method
 
 ALL = range(16)
 SETTINGS, GOAWAY = 4, 7

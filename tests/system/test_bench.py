@@ -10,7 +10,7 @@ import pytest
 import torch
 
 PNG = b"\x89PNG\r\n\x1a\n"
-EXPERTD = (sys.executable, "-P", "-m", "expertd.server.cli", "bench", "serve")
+EXPERTD = (sys.executable, "-P", "-m", "expertd.cli", "bench", "serve")
 
 
 def bench(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

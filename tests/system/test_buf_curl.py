@@ -16,10 +16,10 @@ import torch
 from google.protobuf import json_format
 from torch import Tensor
 
-from expertd.client.transport import GrpcTransport
+from expertd.client.transport.interface import GrpcTransport
 from expertd.proto.codec import ExecuteCall, ExecuteResult
 from expertd.server.app import Server
-from tests.support import call_for, random_batch, request_for, running_server
+from tests.support.serving import call_for, random_batch, request_for, running_server
 
 SCRIPT = Path(__file__).parents[2] / "client" / "examples" / "buf-curl" / "client.sh"
 pytestmark = pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq: apt-get install jq")

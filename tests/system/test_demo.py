@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from expertd.client import demo
-from expertd.client.cluster import LocalCluster
-from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
-from expertd.kernels.checkpoint import Checkpoint
-from expertd.proto.errors import UnknownExpert
+from expertd.client.tools import demo
+from expertd.client.tools.cluster import LocalCluster
+from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
+from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.proto.base.errors import UnknownExpert
 from tests.conftest import SMALL
 
 SMALL_DEMO = ["--servers", "4"]
@@ -109,7 +109,7 @@ def test_a_folder_without_a_checkpoint_is_an_error(tmp_path: Path, capfd: pytest
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_an_interrupt_stops_every_server(small_model: Path, number: signal.Signals) -> None:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "expertd.server.cli", "demo", "--model", str(small_model), *SMALL_DEMO),
+        *(sys.executable, "-P", "-m", "expertd.cli", "demo", "--model", str(small_model), *SMALL_DEMO),
         stdout=asyncio.subprocess.PIPE,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from expertd.kernels.ranges import parse_ranges
+from expertd.kernels.model.ranges import parse_ranges
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -19,13 +19,13 @@ import pytest_asyncio
 import torch
 from torch import Tensor
 
-from expertd.client.cluster import LocalCluster, cache_folder
-from expertd.client.demo_checkpoint import DemoModel, write_demo_checkpoint
-from expertd.kernels.backend import LayerWeights, TokenBatch
-from expertd.kernels.checkpoint import Checkpoint
-from expertd.kernels.quantize import quantize_activations
-from expertd.kernels.reference import reference_partials, relative_error
-from expertd.kernels.weights import load_layer
+from expertd.client.tools.cluster import LocalCluster, cache_folder
+from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
+from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
+from expertd.kernels.numerics.quantize import quantize_activations
+from expertd.kernels.oracle.reference import reference_partials, relative_error
+from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.kernels.weights.experts import load_layer
 
 ROOT = Path(__file__).parents[2]
 NODE = ROOT / "client" / "examples" / "node"

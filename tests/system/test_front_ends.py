@@ -18,20 +18,20 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from expertd.client.cluster import LocalCluster
-from expertd.client.config import CoordinatorConfig
+from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
-from expertd.client.security import ClientSecurity
-from expertd.kernels.backend import TokenBatch
+from expertd.client.tools.cluster import LocalCluster
+from expertd.client.transport.security import ClientSecurity
+from expertd.kernels.numerics.backend import TokenBatch
 from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
-from expertd.proto.errors import Unauthenticated, Unavailable
+from expertd.proto.base.errors import Unauthenticated, Unavailable
 from expertd.server.app import Server
-from expertd.server.config import InvalidOption, ServerConfig
-from expertd.server.front_end import FrontEndHandlers
-from expertd.server.metrics import Metrics
-from tests.certificates import Authority
-from tests.support import (
+from expertd.server.local.front_end import FrontEndHandlers
+from expertd.server.options.config import InvalidOption, ServerConfig
+from expertd.server.telemetry.metrics import Metrics
+from tests.support.certificates import Authority
+from tests.support.serving import (
     ANY_PORT,
     Gate,
     count_of,
@@ -75,7 +75,7 @@ def front_ends_of(parent: int) -> set[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(words[1]) == parent and b"expertd.server.front_end" in (folder / "cmdline").read_bytes():
+            if int(words[1]) == parent and b"expertd.server.local.front_end" in (folder / "cmdline").read_bytes():
                 found.add(int(folder.name))
     return found
 

@@ -18,9 +18,9 @@ CONFINED = (
     "--security-opt=no-new-privileges",
 )
 COMPILE = """
-from expertd.kernels.cutile.inspect import compile_kernel
-from expertd.kernels.cutile.registry import shipped_launches
-from expertd.kernels.cutile.tuning import Table
+from expertd.kernels.cutile.tools.inspect import compile_kernel
+from expertd.kernels.cutile.tools.registry import shipped_launches
+from expertd.kernels.cutile.pipeline.table import Table
 launch = next(shipped_launches("sm_90", Table()))
 print(len(compile_kernel(launch.kernel, launch.args, "sm_90")))
 """

@@ -19,13 +19,13 @@ import torch
 import yaml
 from prometheus_client import CollectorRegistry, start_http_server
 
-from expertd.client.cluster import LocalCluster, even_shards
-from expertd.client.config import CoordinatorConfig
+from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
-from expertd.client.metrics import CoordinatorMetrics
-from expertd.kernels.backend import DeviceMemory
-from expertd.server.metrics import Metrics
-from tests.programs import find_program
+from expertd.client.telemetry.metrics import CoordinatorMetrics
+from expertd.client.tools.cluster import LocalCluster, even_shards
+from expertd.kernels.numerics.backend import DeviceMemory
+from expertd.server.telemetry.metrics import Metrics
+from tests.support.programs import find_program
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 RULES = sorted((DEPLOY / "prometheus" / "rules").glob("*.yml"))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.client.demo_checkpoint import write_demo_checkpoint
+from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from tests.chaos.load import SIZES
 from tests.conftest import SMALL
 from tests.system.conftest import ROOT

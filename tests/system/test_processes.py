@@ -15,19 +15,19 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertd import __version__
-from expertd.client.cluster import LocalCluster, ServerDied, even_shards
-from expertd.client.config import CoordinatorConfig
+from expertd.client.base.gate import load_gates
+from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
-from expertd.client.gate import load_gates
-from expertd.kernels.checkpoint import Checkpoint
-from expertd.kernels.reference import relative_error
-from expertd.proto.errors import Unavailable
+from expertd.client.tools.cluster import LocalCluster, ServerDied, even_shards
+from expertd.kernels.oracle.reference import relative_error
+from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.proto.base.errors import Unavailable
 
 OPTIONS = ["--backend", "torch", "--threads", "1"]
 
 
 def expertd(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "expertd.server.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "expertd.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 
@@ -67,7 +67,7 @@ async def test_health_is_serving_only_when_ready_and_sigterm_exits_0(small_model
 
 async def test_sigterm_while_starting_exits_0(small_model: Path, tmp_path: Path) -> None:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "expertd.server.cli", "serve", "--model", str(small_model), "--experts", "0-15"),
+        *(sys.executable, "-P", "-m", "expertd.cli", "serve", "--model", str(small_model), "--experts", "0-15"),
         *("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *OPTIONS),
         stderr=asyncio.subprocess.PIPE,
     )
@@ -138,7 +138,7 @@ def test_help_and_version_need_no_torch() -> None:
     assert "serve" in overview
     assert "demo" in overview
     assert "--max-queued-tokens" in expertd("serve", "--help").stdout
-    imports = "import sys, expertd.server.cli; sys.exit('torch' in sys.modules)"
+    imports = "import sys, expertd.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imports], check=False).returncode == 0
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from expertd.client.cluster import LocalCluster
 from expertd.client.coordinator import Coordinator
+from expertd.client.tools.cluster import LocalCluster
 
 OPTIONS = ["--backend", "torch", "--threads", "1"]
 CLIENT = """

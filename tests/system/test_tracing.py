@@ -18,17 +18,17 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode, Tracer
 
-from expertd.client.cluster import LocalCluster
 from expertd.client.coordinator import Coordinator
-from expertd.kernels.backend import TokenBatch
+from expertd.client.tools.cluster import LocalCluster
+from expertd.kernels.numerics.backend import TokenBatch
+from expertd.proto.base.errors import Unavailable
 from expertd.proto.codec import ExecuteCall
-from expertd.proto.errors import Unavailable
-from expertd.server.metrics import STAGES
-from expertd.server.shard import Shard
-from expertd.server.tracing import RequestTracer
+from expertd.server.scheduling.shard import Shard
+from expertd.server.telemetry.metrics import STAGES
+from expertd.server.telemetry.tracing import RequestTracer
+from tests.client.call.test_failover import call
 from tests.client.test_coordinator import EXACT, LAYER, addresses, routing, tokens
-from tests.client.test_failover import call
-from tests.support import execute_method, open_channel, random_batch, request_for, running_server
+from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server
 
 HALVES = (range(8), range(8, 16))
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -1,0 +1,180 @@
+"""Which tokens and expert ids go to which server, and whether what came back covers them: pure functions.
+
+NumPy does the small work: torch may spread even that over all cores, which costs more than the work itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expertd.client.fleet.ownership import NOBODY, name_experts
+from expertd.proto.base.errors import ServerFault, Unavailable
+from expertd.proto.codec import ExecuteResult
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dispatch:
+    """The part of a batch that one server computes."""
+
+    server: int
+    tokens: Tensor
+    """[n] int64: indices of the tokens in the batch, ascending."""
+    expert_ids: Tensor
+    """[n, k] int32: global ids of this server's experts, -1 elsewhere."""
+    weights: Tensor
+    """[n, k] float32; 0 beside a -1."""
+
+    def split(self, max_tokens: int) -> list[Dispatch]:
+        """Cut into parts of at most `max_tokens` tokens, as equal as they can be."""
+        parts = -(-len(self.tokens) // max_tokens)
+        if parts == 1:
+            return [self]
+        pieces = zip(
+            torch.tensor_split(self.tokens, parts),
+            torch.tensor_split(self.expert_ids, parts),
+            torch.tensor_split(self.weights, parts),
+            strict=True,
+        )
+        return [Dispatch(self.server, *piece) for piece in pieces]
+
+    def expected_receipt(self) -> dict[int, int]:
+        """(token, expert) pairs by global expert id."""
+        pairs = np.bincount(self.expert_ids.numpy().ravel() + 1)
+        return {expert: count for expert, count in enumerate(pairs[1:].tolist()) if count}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contribution:
+    """Partial sums of some rows of a block of tokens."""
+
+    rows: slice | npt.NDArray[np.int64]
+    sums: Tensor
+    """[n, H]."""
+
+
+def plan_dispatch(expert_ids: Tensor, weights: Tensor, owner: Tensor) -> list[Dispatch]:
+    """Split [T, k] global ids and weights by server; ascending server, each (token, expert) pair in exactly one.
+
+    `owner` is [n_routed_experts] int64: the server that computes each expert, or `NOBODY`. Raises `Unavailable`, naming
+    them, for experts that nobody computes now.
+    """
+    ids, slot_weights = expert_ids.numpy(), weights.numpy()
+    servers = np.where(ids >= 0, owner.numpy()[ids], NOBODY)
+    orphans = ids[(servers == NOBODY) & (ids >= 0)]
+    if len(orphans):
+        raise Unavailable(f"no server that can be reached owns {name_experts(np.unique(orphans).tolist())}")
+    dispatches = []
+    for server in np.unique(servers[servers != NOBODY]).tolist():
+        mine = servers == server
+        tokens = mine.any(axis=1).nonzero()[0]
+        chosen = mine[tokens]
+        dispatches.append(
+            Dispatch(
+                server=server,
+                tokens=torch.from_numpy(tokens),
+                expert_ids=torch.from_numpy(np.where(chosen, ids[tokens], np.int32(-1))),
+                weights=torch.from_numpy(np.where(chosen, slot_weights[tokens], np.float32(0))),
+            )
+        )
+    return dispatches
+
+
+def leave_out(work: Dispatch, owner: Tensor) -> tuple[Dispatch, Dispatch]:
+    """`work` without the experts that nobody computes, and those alone; `owner` as for `plan_dispatch`."""
+    wanted = work.expert_ids >= 0
+    orphaned = (owner[work.expert_ids.long()] == NOBODY) & wanted
+
+    def only(slots: Tensor) -> Dispatch:
+        return replace(
+            work,
+            expert_ids=work.expert_ids.masked_fill(~slots, -1),
+            weights=work.weights.masked_fill(~slots, 0.0),
+        )
+
+    return only(wanted & ~orphaned), only(orphaned)
+
+
+def renormalize(sums: Tensor, ids: Tensor, weights: Tensor, missing: Sequence[Dispatch]) -> int:
+    """Scale rows of `sums` [T, H] as if the weights of the experts that were computed added up to those of all.
+
+    `ids` and `weights` [T, k] are the whole call's. A token that lost all its experts keeps zeros. The number of tokens
+    that lost an expert.
+    """
+    lost = torch.zeros(len(ids))
+    affected = torch.zeros(len(ids), dtype=torch.bool)
+    for part in missing:
+        lost.index_add_(0, part.tokens, part.weights.sum(dim=1))
+        affected[part.tokens[(part.expert_ids >= 0).any(dim=1)]] = True
+    total = weights.masked_fill(ids < 0, 0.0).sum(dim=1)
+    kept = total - lost
+    factor = torch.where(affected & (kept > 0), total / kept, 1.0)
+    sums *= factor.unsqueeze(1).to(sums.device)
+    return int(affected.sum())
+
+
+def check_receipt(dispatch: Dispatch, receipt: Mapping[int, int], server: str) -> None:
+    """Raise `ServerFault`, naming the experts, unless `receipt` holds every pair of `dispatch` exactly once."""
+    expected = dispatch.expected_receipt()
+    if dict(receipt) == expected:
+        return
+    wrong = {
+        expert: (expected.get(expert, 0), receipt.get(expert, 0))
+        for expert in sorted(expected.keys() | receipt.keys())
+        if expected.get(expert, 0) != receipt.get(expert, 0)
+    }
+    listed = ", ".join(f"expert {expert}: {sent} pairs sent, {done} computed" for expert, (sent, done) in wrong.items())
+    raise ServerFault(f"{server}: the receipt does not match the request: {listed}")
+
+
+def take_rows(values: Tensor, tokens: Tensor) -> Tensor:
+    """`values[tokens]` for ascending tokens, without a copy where they are all in a row."""
+    if values.is_cuda:
+        rows = _index(tokens.numpy())
+        return values[rows] if isinstance(rows, slice) else values[tokens.to(values.device)]
+    return torch.from_numpy(values.view(torch.uint8).numpy()[_index(tokens.numpy())]).view(values.dtype)
+
+
+def contributions(
+    parts: Sequence[tuple[Dispatch, ExecuteResult]], num_tokens: int, block_tokens: int
+) -> list[list[Contribution]]:
+    """What `parts` give to each block of `block_tokens` tokens, in the order of `parts`."""
+    blocks: list[list[Contribution]] = [[] for _ in range(0, num_tokens, block_tokens)]
+    for dispatch, result in parts:
+        tokens = dispatch.tokens.numpy()
+        first, last = tokens[0] // block_tokens, tokens[-1] // block_tokens
+        edges = np.searchsorted(tokens, np.arange(first, last + 2) * block_tokens)
+        for block, (begin, end) in enumerate(pairwise(edges.tolist()), first):
+            if begin < end:
+                rows = _index(tokens[begin:end] - block * block_tokens)
+                blocks[block].append(Contribution(rows, result.partials[begin:end]))
+    return blocks
+
+
+def combine(out: Tensor, contributions: Sequence[Contribution]) -> None:
+    """Write the sums of all `contributions` to `out` [T, H], added in FP32 in their order: one order, one result."""
+    if len(contributions) == 1 and len(contributions[0].sums) == len(out):
+        out.copy_(contributions[0].sums)
+        return
+    total = torch.zeros(out.shape, device=out.device)
+    for part in contributions:
+        # The tokens of a part differ from each other, so that each of them is added.
+        if not out.is_cuda:
+            total.numpy()[part.rows] += part.sums.float().numpy()
+        elif isinstance(part.rows, slice):
+            total[part.rows].add_(part.sums)
+        else:
+            total.index_add_(0, torch.from_numpy(part.rows).to(out.device), part.sums.float())
+    out.copy_(total)
+
+
+def _index(tokens: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
+    """Ascending row numbers, as a slice where there are no gaps."""
+    first, last = int(tokens[0]), int(tokens[-1])
+    return slice(first, last + 1) if last - first + 1 == len(tokens) else tokens

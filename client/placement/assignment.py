@@ -1,0 +1,139 @@
+"""Which server should hold which experts, from the loads that were seen: pure functions over numpy arrays.
+
+Balancedness of a layer is the mean load of the servers over the largest: 1 is perfect, 1/2 means that the slowest
+server has twice the mean to do. A layer takes as long as its slowest server, so over several layers it is the sum of
+the means over the sum of the largest, each layer weighted alike. The copies of an expert share its load equally.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from expertd.client.placement.packing import Booleans, Floats, Integers, bin_loads, pack_evenly, pack_once
+
+
+class InvalidPlan(ValueError):
+    """Loads, fleet or groups from which no placement can be made; the message names the field and the bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The servers to place on: how many experts each can hold, and which of them stand together."""
+
+    slots: tuple[int, ...]
+    """Experts that each server can hold."""
+    nodes: tuple[int, ...]
+    """The node (or rack) of each server."""
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.slots or min(self.slots) < 1:
+            raise InvalidPlan(f"slots are {list(self.slots)[:8]}; give at least one server, each with 1 slot or more")
+        if not len(self.slots) == len(self.nodes) == len(self.names):
+            raise InvalidPlan("slots, nodes and names differ in length; give one of each for every server")
+        if len(set(self.names)) < len(self.names):
+            raise InvalidPlan("two servers have the same name; names must be distinct")
+
+    @classmethod
+    def uniform(cls, servers: int, slots: int, nodes: int = 1) -> Fleet:
+        """`servers` alike, in order and in equal parts on `nodes` nodes."""
+        if nodes < 1 or servers % nodes:
+            raise InvalidPlan(f"nodes is {nodes}; it must divide the number of servers, {servers}")
+        node = tuple(server * nodes // servers for server in range(servers))
+        return cls((slots,) * servers, node, tuple(f"server-{server}" for server in range(servers)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Which server holds which experts."""
+
+    held: Booleans
+    """[servers, experts]."""
+    policy: str
+    """hierarchical: groups of experts stay together on nodes; global: they do not."""
+
+    def experts_of(self, server: int) -> tuple[int, ...]:
+        return tuple(np.flatnonzero(self.held[server]).tolist())
+
+    def copies(self) -> Integers:
+        """[experts] int64: servers that hold each expert."""
+        counts: Integers = self.held.sum(axis=0, dtype=np.int64)
+        return counts
+
+    def server_loads(self, loads: Floats) -> Floats:
+        """[layers, servers] float64 for `loads` [layers, experts], in their unit."""
+        shares: Floats = bin_loads(loads.T, self.held).T
+        return shares
+
+    def balancedness(self, loads: Floats) -> float:
+        """0 to 1, over all layers of `loads` [layers, experts] that have any load; 1 when none has."""
+        shares = self.server_loads(loads)
+        shares = shares[shares.sum(axis=1) > 0]
+        return float(len(shares) / (shares.max(axis=1) / shares.mean(axis=1)).sum()) if len(shares) else 1.0
+
+
+def place(loads: Floats, fleet: Fleet, groups: int = 1) -> Placement:
+    """One placement for all layers of `loads` [layers, experts]: every expert somewhere, none twice on one server.
+
+    Experts form `groups` equal groups in order, as in group-limited routing. The groups stay together on nodes where
+    the numbers allow: nodes divide the groups or are at least as many, and each node has room for its groups. Raises
+    `InvalidPlan` for loads that are not finite numbers from 0 and for fleets with fewer slots than experts.
+    """
+    _check(loads, fleet, groups)
+    slots = np.array(fleet.slots)
+    held = _place_groups(loads.T, fleet, groups) if groups > 1 else None
+    if held is not None:
+        return Placement(held, "hierarchical")
+    return Placement(pack_evenly(loads.T, slots), "global")
+
+
+def place_layers(loads: Floats, fleet: Fleet, groups: int = 1) -> list[Placement]:
+    """A placement for each layer of `loads` [layers, experts] alone."""
+    return [place(layer[None], fleet, groups) for layer in loads]
+
+
+def _check(loads: Floats, fleet: Fleet, groups: int) -> None:
+    if loads.ndim != 2 or not loads.size:
+        raise InvalidPlan(f"loads have shape {list(loads.shape)}; they must be [layers, experts], neither of them 0")
+    if not (np.isfinite(loads).all() and (loads >= 0).all()):
+        raise InvalidPlan("loads hold a negative or not finite number; give counts or shares, 0 or more")
+    experts = loads.shape[1]
+    if groups < 1 or experts % groups:
+        raise InvalidPlan(f"groups is {groups}; it must divide the number of experts, {experts}")
+    if sum(fleet.slots) < experts:
+        raise InvalidPlan(
+            f"the fleet has {sum(fleet.slots)} slots for {experts} experts; add servers or slots to have as many"
+        )
+
+
+def _place_groups(loads: Floats, fleet: Fleet, groups: int) -> Booleans | None:
+    """[servers, experts] with whole groups on nodes, for `loads` [experts, layers]; None where that cannot be."""
+    slots, node_of = np.array(fleet.slots), np.array(fleet.nodes)
+    nodes = np.unique(node_of)
+    size = len(loads) // groups
+    each = max(1, groups // len(nodes))
+    room = min(int(slots[node_of == node].sum()) for node in nodes)
+    if (groups % len(nodes) and len(nodes) < groups) or room < each * size:
+        return None
+    group_loads = loads.reshape(groups, size, -1).sum(axis=1)
+    rooms = np.full(len(nodes), each)
+    # Even nodes are not yet even servers, so two ways to spread the groups are carried to the end.
+    spreads = [pack(group_loads, rooms) for pack in (pack_evenly, pack_once)]
+    candidates = [_fill_nodes(loads, np.repeat(spread, size, axis=1), slots, node_of) for spread in spreads]
+    return max(candidates, key=lambda held: Placement(held, "hierarchical").balancedness(loads.T))
+
+
+def _fill_nodes(loads: Floats, on_node: Booleans, slots: Integers, node_of: Integers) -> Booleans:
+    """[servers, experts]: the experts of each node, `on_node` [nodes, experts], on that node's servers."""
+    held = np.zeros((len(slots), len(loads)), np.bool_)
+    solved: dict[bytes, Booleans] = {}
+    for node, mine in zip(np.unique(node_of), on_node, strict=True):
+        servers, experts = np.flatnonzero(node_of == node), np.flatnonzero(mine)
+        # Nodes that are alike get the same answer, which is found once.
+        key = mine.tobytes() + slots[servers].tobytes()
+        if key not in solved:
+            solved[key] = pack_evenly(loads[experts], slots[servers])
+        held[np.ix_(servers, experts)] = solved[key]
+    return held

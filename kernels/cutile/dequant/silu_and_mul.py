@@ -1,0 +1,52 @@
+"""SwiGLU over rows that hold the up projection, then the gate."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import cuda.tile as ct
+from torch import Tensor
+
+from expertd.kernels.cutile.base.launch import Launch
+
+ConstInt = Annotated[int, ct.ConstantAnnotation()]
+ConstFloat = Annotated[float, ct.ConstantAnnotation()]
+LEAST_FACTOR = 1e-30
+"""Lower bound of a row's factor, so that a row of zeros has a finite reciprocal."""
+
+
+@ct.kernel(occupancy=8)
+def silu_and_mul_kernel_row_wise(
+    up_gate: ct.Array,
+    tokens: ct.Array,
+    factors: ct.Array,
+    out: ct.Array,
+    out_factors: ct.Array,
+    COLUMNS: ConstInt,
+    LEAST_FACTOR: ConstFloat,
+) -> None:
+    row = ct.bid(0)
+    if ct.load(tokens, (row,), (1,)).item() >= 0:
+        width = out.shape[1]
+        factor = ct.load(factors, (row,), (1,)).reshape((1, 1))
+        ups = up_gate.slice(1, 0, width)
+        gates = up_gate.slice(1, width, 2 * width)
+        up = ct.load(ups, (row, 0), (1, COLUMNS), padding_mode=ct.PaddingMode.ZERO).astype(ct.float32) * factor
+        gate = ct.load(gates, (row, 0), (1, COLUMNS), padding_mode=ct.PaddingMode.ZERO).astype(ct.float32) * factor
+        sigmoid = ct.truediv(1.0, 1.0 + ct.exp(-gate), rounding_mode=ct.RoundingMode.APPROX)
+        activated = gate * sigmoid * up
+        out_factor = ct.maximum(ct.max(ct.abs(activated), axis=1, keepdims=True), LEAST_FACTOR)
+        ct.store(out, (row, 0), (activated / out_factor).astype(out.dtype))
+        ct.store(out_factors, (row,), out_factor.reshape((1,)))
+
+
+def silu_and_mul(up_gate: Tensor, tokens: Tensor, factors: Tensor, out: Tensor, out_factors: Tensor) -> Launch:
+    """Write `silu(x[p, I:]) * x[p, :I]` as `out[p] * out_factors[p]`, where x[p] is `up_gate[p] * factors[p]`.
+
+    `up_gate` is [P, 2I] float32, `tokens` [P] int32, `factors` and `out_factors` [P] float32, `out` [P, I] float16 or
+    float32; one block for each row. A row's factor is its largest magnitude, so that float16 holds any row. Rows whose
+    token is negative are left as they are. The reciprocal of the sigmoid is the hardware's approximation.
+    """
+    columns = 1 << (out.shape[1] - 1).bit_length()
+    args = (up_gate, tokens, factors, out, out_factors, columns, LEAST_FACTOR)
+    return Launch(silu_and_mul_kernel_row_wise, (out.shape[0],), args)

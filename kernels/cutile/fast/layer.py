@@ -1,0 +1,161 @@
+"""The fast pipeline of one layer: FP8 products with block scales in the K loop, and a second quantisation between."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from expertd.kernels.cutile.base.launch import Launch
+from expertd.kernels.cutile.base.shape import max_row_tiles
+from expertd.kernels.cutile.fast.combine import combine
+from expertd.kernels.cutile.fast.count_pairs import TOKENS, count_pairs
+from expertd.kernels.cutile.fast.fp8_gemm import fp8_gemm
+from expertd.kernels.cutile.fast.fp8_gemm_few_rows import fp8_gemm_few_rows
+from expertd.kernels.cutile.fast.gather_rows import gather_rows
+from expertd.kernels.cutile.fast.gemm1_few_rows import gemm1_few_rows
+from expertd.kernels.cutile.fast.place_pairs import Schedule, place_pairs
+from expertd.kernels.cutile.fast.swiglu_quantize import swiglu_quantize
+from expertd.kernels.cutile.fast.tiles import GemmConfig, LayerConfig
+from expertd.kernels.model.config import BLOCK
+from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
+
+MAX_ELEMENTS = 1 << 31
+SPLIT_BYTES = 64 << 20
+SWIGLU_OCCUPANCY = 16
+"""Blocks of `swiglu_quantize` that a multiprocessor runs at once, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Device memory that a layer's kernels share; every batch overwrites it."""
+
+    rows: Tensor
+    """[R, H] float8_e4m3fn: tokens' rows in sorted order."""
+    row_scales: Tensor
+    """[H/128 * R] float32, viewed by `_scales`."""
+    up_gate: Tensor
+    """[R, 2I] bfloat16: rows of the first product, where SwiGLU is a kernel of its own."""
+    partial_up_gate: Tensor
+    """[SPLIT_BYTES / 4] float32: the first product in parts of K, for the fewest rows."""
+    inner: Tensor
+    """[R, I] float8_e4m3fn: what the first product leaves for the second."""
+    inner_scales: Tensor
+    """[I/64 * R] float32, viewed by `_scales` for quantisation blocks of 1 x q."""
+    outputs: Tensor
+    """[R, H] bfloat16: rows of the second product."""
+    schedule: Schedule
+
+    @classmethod
+    def allocate(
+        cls, max_tokens: int, slots: int, weights: LayerWeights, tile_rows: int, device: torch.device | str
+    ) -> Workspace:
+        """Room for batches of up to `max_tokens` tokens with `slots` ids each, in tiles of up to `tile_rows` rows.
+
+        Raises `ValueError` where the kernels' 32-bit offsets do not reach that far.
+        """
+        experts, width, inner = weights.down.shape
+        tiles = max_row_tiles(max_tokens, slots, experts, tile_rows)
+        rows = tiles * tile_rows
+        if rows * max(width, 2 * inner) >= MAX_ELEMENTS:
+            raise ValueError(f"{max_tokens} tokens of {slots} slots need more rows than 32-bit offsets reach")
+        blocks = -(-max_tokens // TOKENS)
+        fp8, f32, i32 = torch.float8_e4m3fn, torch.float32, torch.int32
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        return cls(
+            rows=empty(rows, width, dtype=fp8),
+            row_scales=empty(width // BLOCK * rows, dtype=f32),
+            up_gate=empty(rows, 2 * inner, dtype=torch.bfloat16),
+            partial_up_gate=empty(SPLIT_BYTES // 4, dtype=f32),
+            inner=empty(rows, inner, dtype=fp8),
+            inner_scales=empty(inner // 64 * rows, dtype=f32),
+            outputs=empty(rows, width, dtype=torch.bfloat16),
+            schedule=Schedule(
+                pair_rows=empty(max_tokens, slots, dtype=i32),
+                pairs=empty(experts, dtype=i32),
+                tile_experts=empty(max_row_tiles(max_tokens, slots, experts, 8), dtype=i32),
+                num_tiles=empty(1, dtype=i32),
+                counts=empty(blocks, 1 << (experts - 1).bit_length(), dtype=i32),
+            ),
+        )
+
+
+def layer_launches(
+    batch: TokenBatch, weights: LayerWeights, sums: Tensor, workspace: Workspace, config: LayerConfig, processors: int
+) -> list[Launch]:
+    """The kernels that compute `sums` [T, H] and `workspace.schedule.pairs` for `batch`, in order.
+
+    `batch.hidden` is FP8 with scales; T is at most what the workspace was allocated for. `processors` is the device's
+    number of multiprocessors.
+    """
+    if batch.scales is None:
+        raise ValueError("the fast pipeline takes FP8 hidden states with scales")
+    tokens, slots = batch.expert_ids.shape
+    tiles = max_row_tiles(tokens, slots, weights.num_experts, config.tile_rows)
+    schedule = _first_tokens(workspace.schedule, tokens, slots, tiles)
+    rows, inner = workspace.rows, workspace.inner
+    gemm1 = config.gemm1 if rows.shape[1] // BLOCK % config.gemm1.splits == 0 else replace(config.gemm1, splits=1)
+    fused = gemm1.few_rows and gemm1.splits == 1
+    quantum = gemm1.tile_columns if fused else BLOCK
+    row_scales = _scales(workspace.row_scales, rows, BLOCK, gemm1)
+    inner_scales = _scales(workspace.inner_scales, inner, quantum, config.gemm2)
+
+    def blocks(gemm: GemmConfig, columns: int) -> int:
+        needed = tiles * (columns // gemm.tile_columns) * gemm.splits
+        return min(needed, processors * gemm.occupancy) if gemm.persistent else needed
+
+    def product(a: Tensor, scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, gemm: GemmConfig) -> Launch:
+        grid = blocks(gemm, out.shape[2])
+        if gemm.few_rows:
+            return fp8_gemm_few_rows(a, scales, b, b_scales, schedule, out, config.tile_rows, gemm, grid)
+        return fp8_gemm(a, scales, b, b_scales, schedule, out[0], config.tile_rows, gemm, grid)
+
+    launches = [count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []
+    launches += [
+        place_pairs(batch.expert_ids, schedule, config.tile_rows),
+        gather_rows(batch.hidden, batch.scales, schedule.pair_rows, rows, row_scales),
+    ]
+    up_gate, up_gate_scales = weights.up_gate, weights.up_gate_scales
+    if fused:
+        first = (up_gate, up_gate_scales, schedule, inner, inner_scales, config.tile_rows, gemm1)
+        launches.append(gemm1_few_rows(rows, row_scales, *first, blocks(gemm1, inner.shape[1])))
+    else:
+        swiglu_blocks = min(tiles * config.tile_rows, processors * SWIGLU_OCCUPANCY)
+        products = workspace.up_gate.unsqueeze(0)
+        if gemm1.splits > 1:
+            shape = (gemm1.splits, tiles * config.tile_rows, 2 * inner.shape[1])
+            products = workspace.partial_up_gate[: math.prod(shape)].view(shape)
+        launches += [
+            product(rows, row_scales, up_gate, up_gate_scales, products, gemm1),
+            swiglu_quantize(products, schedule, inner, inner_scales, config.tile_rows, swiglu_blocks),
+        ]
+    launches += [
+        product(inner, inner_scales, weights.down, weights.down_scales, workspace.outputs.unsqueeze(0), config.gemm2),
+        combine(workspace.outputs, schedule.pair_rows, batch.weights, sums),
+    ]
+    return launches
+
+
+def _scales(memory: Tensor, rows: Tensor, quantum: int, gemm: GemmConfig) -> Tensor:
+    """`memory` as scales [K/quantum, R] of `rows` [R, K], laid out for the product that reads them.
+
+    Products of few rows find a row's next scale beside its last; the others load those of a tile's rows together.
+    """
+    scales = memory[: rows.numel() // quantum]
+    return scales.view(len(rows), -1).t() if gemm.few_rows else scales.view(-1, len(rows))
+
+
+def _first_tokens(schedule: Schedule, tokens: int, slots: int, tiles: int) -> Schedule:
+    """The part of a workspace's schedule that `tokens` tokens of `slots` ids and at most `tiles` row tiles use."""
+    return Schedule(
+        pair_rows=schedule.pair_rows.view(-1)[: tokens * slots].view(tokens, slots),
+        pairs=schedule.pairs,
+        tile_experts=schedule.tile_experts[:tiles],
+        num_tiles=schedule.num_tiles,
+        counts=schedule.counts,
+    )

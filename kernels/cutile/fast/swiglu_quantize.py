@@ -1,0 +1,75 @@
+"""SwiGLU of the first product's rows, quantised to FP8 for the second."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import cuda.tile as ct
+from torch import Tensor
+
+from expertd.kernels.cutile.base.launch import Launch
+from expertd.kernels.cutile.fast.place_pairs import Schedule
+from expertd.kernels.model.config import BLOCK
+from expertd.kernels.numerics.quantize import FP8_MAX, LEAST_AMAX
+
+ConstInt = Annotated[int, ct.ConstantAnnotation()]
+ConstFloat = Annotated[float, ct.ConstantAnnotation()]
+MINUS_LOG2_E = -1.4426950408889634
+ROWS = 4
+COLUMN_BLOCKS = 8
+"""Most quantisation blocks of a row that a block of threads takes at once."""
+
+
+@ct.kernel
+def swiglu_quantize_kernel(
+    up_gate: ct.Array,
+    num_tiles: ct.Array,
+    out: ct.Array,
+    out_scales: ct.Array,
+    SPLITS: ConstInt,
+    TILE_ROWS: ConstInt,
+    ROWS: ConstInt,
+    BLOCKS: ConstInt,
+    PARTS: ConstInt,
+    BLOCK: ConstInt,
+    MINUS_LOG2_E: ConstFloat,
+    FP8_MAX: ConstFloat,
+    LEAST_AMAX: ConstFloat,
+) -> None:
+    total = ct.load(num_tiles, (0,), (1,)).item() * (TILE_ROWS // ROWS) * PARTS
+    for tile in range(ct.bid(0), total, ct.num_blocks(0)):
+        i = tile // PARTS
+        j = tile % PARTS
+        up = ct.zeros((ROWS, BLOCKS * BLOCK), dtype=ct.float32)
+        gate = ct.zeros((ROWS, BLOCKS * BLOCK), dtype=ct.float32)
+        for split in ct.static_iter(range(SPLITS)):
+            part = ct.load(up_gate, (split, i, j), (1, ROWS, BLOCKS * BLOCK), allow_tma=False, check_bounds=False)
+            up = up + part.reshape((ROWS, BLOCKS * BLOCK)).astype(ct.float32)
+            part = ct.load(
+                up_gate, (split, i, j + PARTS), (1, ROWS, BLOCKS * BLOCK), allow_tma=False, check_bounds=False
+            )
+            gate = gate + part.reshape((ROWS, BLOCKS * BLOCK)).astype(ct.float32)
+        gate = ct.truediv(
+            gate, 1.0 + ct.exp2(gate * MINUS_LOG2_E), rounding_mode=ct.RoundingMode.APPROX, flush_to_zero=True
+        )
+        inner = (gate * up).reshape((ROWS, BLOCKS, BLOCK))
+        scale = ct.maximum(ct.max(ct.abs(inner), axis=2, keepdims=True), LEAST_AMAX) * (1.0 / FP8_MAX)
+        quantized = (inner * (1.0 / scale)).astype(out.dtype)
+        ct.store(out, (i, j), quantized.reshape((ROWS, BLOCKS * BLOCK)), allow_tma=False, check_bounds=False)
+        scale = ct.transpose(scale.reshape((ROWS, BLOCKS)))
+        ct.store(out_scales, (j, i), scale, allow_tma=False, check_bounds=False)
+
+
+def swiglu_quantize(
+    up_gate: Tensor, schedule: Schedule, out: Tensor, out_scales: Tensor, tile_rows: int, blocks: int
+) -> Launch:
+    """Write silu(gate) * up of every row tile in use to `out`, quantised in 1x128 blocks.
+
+    `up_gate` [splits, R, 2I] bfloat16 or float32, up then gate, parts of a sum; `out` [R, I] float8_e4m3fn with
+    `out_scales` [I/128, R] float32. `blocks` is the size of the grid; `tile_rows` is a multiple of `ROWS`.
+    """
+    quantized_blocks = out.shape[1] // BLOCK
+    at_once = min(COLUMN_BLOCKS, quantized_blocks & -quantized_blocks)
+    sizes = (len(up_gate), tile_rows, ROWS, at_once, quantized_blocks // at_once, BLOCK)
+    arrays = (up_gate, schedule.num_tiles, out, out_scales)
+    return Launch(swiglu_quantize_kernel, (blocks,), (*arrays, *sizes, MINUS_LOG2_E, FP8_MAX, LEAST_AMAX))

@@ -1,0 +1,101 @@
+"""How the fast pipeline cuts its work: tile sizes and compiler hints, by shape class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from expertd.kernels.cutile.base.shape import shape_class
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """What the tuner chooses for one of the two matrix products."""
+
+    few_rows: bool = False
+    """Whether the weights are the left operand (the transpose), for tiles of 8 to 64 rows."""
+    tile_columns: int = 128
+    """Rows of the weight matrix that one tile takes: 64 or 128."""
+    latency: int = 4
+    """How heavy the compiler takes the loads' traffic to be, 1 to 10: more means deeper pipelines."""
+    unroll: int = 2
+    """Blocks of K that one turn of the loop takes: with two, the scaling of one runs beside the product of the next."""
+    num_worker_warps: int = 8
+    occupancy: int = 1
+    splits: int = 1
+    """Parts of K that blocks of their own compute, where there are too few tiles; few rows and first product only."""
+    scales_in_shared: bool = False
+    """Whether the rows' scales come through shared memory, which spares registers, or straight to registers."""
+    group: int = 8
+    """Row tiles walked before the next column tile, so that one expert's weights stay in L2."""
+    persistent: bool = True
+    """As many blocks as the device runs at once, each taking tile after tile, or one block for each tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """How one shape class runs a layer."""
+
+    tile_rows: int
+    """(token, expert) pairs of a tile; every expert's rows are padded to a multiple of it."""
+    gemm1: GemmConfig
+    gemm2: GemmConfig
+
+    @property
+    def few_rows(self) -> bool:
+        """Whether either product is a transposed one."""
+        return self.gemm1.few_rows or self.gemm2.few_rows
+
+
+FEW_8 = LayerConfig(
+    8,
+    GemmConfig(few_rows=True, tile_columns=64, latency=8, unroll=1, num_worker_warps=4, occupancy=2),
+    GemmConfig(few_rows=True, tile_columns=64, latency=8, unroll=1, num_worker_warps=4, occupancy=2),
+)
+WIDE = GemmConfig()
+"""For tiles of 128 rows."""
+PAIRED = GemmConfig(num_worker_warps=4, occupancy=2, scales_in_shared=True)
+"""For tiles of 64 rows: a multiprocessor runs two blocks, so that one computes while the other stores its tile."""
+DEEP = GemmConfig(scales_in_shared=True)
+"""For few tiles of 64 rows, each of which is waited for: six blocks of K on their way at once."""
+FEW = GemmConfig(few_rows=True, latency=8, unroll=1, occupancy=2)
+SPLIT_8 = LayerConfig(8, replace(FEW_8.gemm1, splits=4), FEW_8.gemm2)
+DEFAULTS = {
+    1: SPLIT_8,
+    8: FEW_8,
+    64: LayerConfig(8, FEW_8.gemm1, FEW),
+    256: LayerConfig(16, FEW, FEW),
+    1024: LayerConfig(64, PAIRED, PAIRED),
+    2048: LayerConfig(64, PAIRED, PAIRED),
+    4096: LayerConfig(64, PAIRED, PAIRED),
+    8192: LayerConfig(128, WIDE, WIDE),
+    16384: LayerConfig(128, WIDE, WIDE),
+}
+"""By shape class, from measurements on an H200 (docs/measurements.md)."""
+
+
+def default_config(num_tokens: int, batch_invariant: bool = False) -> LayerConfig:
+    """The configuration for a shape that nothing was measured for.
+
+    If `batch_invariant`, one that rounds like that of every other shape class: no tile of few rows, whose kernels keep
+    FP32 between the first product and SwiGLU where the others keep BF16.
+    """
+    config = DEFAULTS[shape_class(num_tokens)]
+    return LayerConfig(64, DEEP, DEEP) if batch_invariant and config.few_rows else config
+
+
+def candidates(num_tokens: int) -> list[LayerConfig]:
+    """What the tuner tries for a shape class, the default first."""
+    few = [
+        LayerConfig(rows, replace(FEW, tile_columns=columns, latency=latency), replace(FEW, latency=latency))
+        for rows in (8, 16, 32)
+        for columns in (64, 128)
+        for latency in (4, 8)
+    ]
+    wide = [
+        LayerConfig(rows, replace(gemm, group=group), replace(gemm, group=group))
+        for rows, gemm in ((64, DEEP), (64, PAIRED), (128, WIDE))
+        for group in (4, 8, 16)
+    ]
+    default = default_config(num_tokens)
+    tried = few + wide[:3] if num_tokens <= 256 else wide
+    return [default, *(config for config in tried if config != default)]

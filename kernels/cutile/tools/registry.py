@@ -1,0 +1,73 @@
+"""Every kernel as it is launched in a shipped configuration: what tests compile without a GPU, and benches time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from expertd.kernels.cutile.base.fp8 import has_fp8
+from expertd.kernels.cutile.base.launch import Gpu, Launch
+from expertd.kernels.cutile.base.shape import SHAPE_CLASSES, ExpertShape
+from expertd.kernels.cutile.dequant.layer import DequantConfig, DequantPipeline, default_config
+from expertd.kernels.cutile.dequant.token_sort import sort_rows
+from expertd.kernels.cutile.fast.layer import Workspace, layer_launches
+from expertd.kernels.cutile.fast.tiles import LayerConfig
+from expertd.kernels.cutile.fast.tiles import default_config as default_layer_config
+from expertd.kernels.cutile.pipeline.table import Table
+from expertd.kernels.cutile.routing.quantize import quantize_activations
+from expertd.kernels.cutile.routing.top_k import route
+from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
+from expertd.kernels.model.config import BLOCK, MoeConfig
+from expertd.kernels.numerics.quantize import FP8
+
+META = torch.device("meta")
+V3 = ExpertShape()
+
+
+def shipped_launches(arch: str, table: Table, shape: ExpertShape = V3) -> Iterator[Launch]:
+    """The launches of every shape class on `arch` ("sm_90", ...), each kernel and signature at least once."""
+    gpu = Gpu(arch, processors=132)
+    for tokens in SHAPE_CLASSES:
+        config = table.get("dequant", shape.key(tokens), DequantConfig) or default_config(arch, tokens)
+        yield from dequant_launches(shape, tokens, config, META, gpu)
+        if has_fp8(arch):
+            fast = table.get("fast", shape.key(tokens), LayerConfig)
+            for choice in {fast or default_layer_config(tokens), default_layer_config(tokens, batch_invariant=True)}:
+                yield from fast_launches(shape, tokens, choice, META, gpu)
+            yield from coordinator_launches(MoeConfig(), tokens, META)
+
+
+def dequant_launches(
+    shape: ExpertShape, tokens: int, config: DequantConfig, device: torch.device, gpu: Gpu
+) -> list[Launch]:
+    """The grouped products of the dequant pipeline, with what they need before and after."""
+    weights, batch = random_weights(shape, device), random_batch(shape, tokens, device)
+    active = min(shape.num_experts, batch.expert_ids.numel())
+    rows = sort_rows(batch.expert_ids, shape.num_experts, active, config.tile_m)
+    pipeline = DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, device, gpu)
+    return pipeline.grouped(batch, rows, weights, config)[0]
+
+
+def fast_launches(shape: ExpertShape, tokens: int, config: LayerConfig, device: torch.device, gpu: Gpu) -> list[Launch]:
+    """The fast pipeline."""
+    weights, batch = random_weights(shape, device), random_batch(shape, tokens, device)
+    workspace = Workspace.allocate(tokens, batch.expert_ids.shape[1], weights, config.tile_rows, device)
+    sums = torch.empty(batch.hidden.shape, dtype=torch.float32, device=device)
+    return layer_launches(batch, weights, sums, workspace, config, gpu.processors)
+
+
+def coordinator_launches(model: MoeConfig, tokens: int, device: torch.device) -> list[Launch]:
+    """Routing and activation quantisation."""
+
+    def output(columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(tokens, columns, dtype=dtype, device=device)
+
+    logits = torch.randn(tokens, model.n_routed_experts, device=device)
+    bias = torch.randn(model.n_routed_experts, device=device)
+    hidden = torch.randn(tokens, model.hidden_size, device=device).bfloat16()
+    chosen = (output(model.num_experts_per_tok, torch.int32), output(model.num_experts_per_tok))
+    return [
+        route(logits, bias, *chosen, model),
+        quantize_activations(hidden, output(model.hidden_size, FP8), output(model.hidden_size // BLOCK)),
+    ]

@@ -1,0 +1,186 @@
+"""The shape of a Mixture-of-Experts model, read from a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertd.kernels.model.families import FAMILIES, Family
+
+BLOCK = 128
+"""Elements along one side of a quantisation block: 128x128 for weights, 1x128 for activations."""
+
+
+class InvalidConfig(ValueError):
+    """A model configuration that expertd cannot run; the message names the field and the bound."""
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """Counts and sizes of one model, under the names that DeepSeek-V3's config.json gives them.
+
+    Defaults are DeepSeek-V3's. Sizes are in elements. Raises `InvalidConfig` for a model that expertd cannot run.
+    """
+
+    model_type: str = "deepseek_v3"
+    hidden_size: int = 7168
+    moe_intermediate_size: int = 2048
+    n_routed_experts: int = 256
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 2.5
+    norm_topk_prob: bool = True
+    num_hidden_layers: int = 61
+    first_k_dense_replace: int = 3
+    moe_layer_freq: int = 1
+    dense_layers: tuple[int, ...] = ()
+    """Layers that are dense although those rules make them Mixtures of Experts."""
+
+    def __post_init__(self) -> None:
+        spell = self.family.spell
+        for field in ("hidden_size", "moe_intermediate_size"):
+            size = getattr(self, field)
+            if size <= 0 or size % BLOCK:
+                raise InvalidConfig(f"{spell(field)} is {size}; it must be a positive multiple of {BLOCK}")
+        for field, low in _LEAST.items():
+            if getattr(self, field) < low:
+                raise InvalidConfig(f"{spell(field)} is {getattr(self, field)}; it must be at least {low}")
+        if not 0 < self.routed_scaling_factor < math.inf:
+            raise InvalidConfig(
+                f"routed_scaling_factor is {self.routed_scaling_factor}; it must be positive and finite"
+            )
+        if self.n_routed_experts % self.n_group:
+            raise InvalidConfig(f"n_routed_experts {self.n_routed_experts} is not divisible by n_group {self.n_group}")
+        if self.topk_group > self.n_group:
+            raise InvalidConfig(f"topk_group {self.topk_group} exceeds n_group {self.n_group}")
+        if self.num_experts_per_tok > self.topk_group * self.experts_per_group:
+            raise InvalidConfig(
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds the "
+                f"{self.topk_group * self.experts_per_group} experts of topk_group {self.topk_group} groups"
+            )
+
+    @property
+    def family(self) -> Family:
+        return _family(self.model_type)
+
+    @property
+    def experts_per_group(self) -> int:
+        return self.n_routed_experts // self.n_group
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose MLP is a Mixture of Experts, ascending."""
+        return tuple(
+            layer
+            for layer in range(self.first_k_dense_replace, self.num_hidden_layers)
+            if layer % self.moe_layer_freq == 0 and layer not in self.dense_layers
+        )
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert of one layer: three matrices of FP8 with an FP32 scale a block."""
+        elements = 3 * self.hidden_size * self.moe_intermediate_size
+        return elements + 4 * elements // BLOCK**2
+
+    @classmethod
+    def from_json(cls, path: Path) -> MoeConfig:
+        """Read a `config.json`; errors name the file."""
+        try:
+            fields = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise InvalidConfig(f"{path} does not exist; give the folder of a Hugging Face checkpoint") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InvalidConfig(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise InvalidConfig(f"{path} holds a JSON {type(fields).__name__}; it must hold an object")
+        try:
+            return cls.from_hf(fields)
+        except InvalidConfig as error:
+            raise InvalidConfig(f"{path}: {error}") from None
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> MoeConfig:
+        """Build from the fields of a Hugging Face configuration, ignoring those that experts do not depend on."""
+        family = _family(fields.get("model_type"))
+        _refuse_unsupported(fields, family)
+        values = dict(family.decided)
+        for name, kind in _TYPES.items():
+            if name in values:
+                continue
+            spelling = next((one for one in family.spellings.get(name, (name,)) if fields.get(one) is not None), None)
+            if spelling is not None:
+                values[name] = _typed(spelling, fields[spelling], kind)
+            elif name in _REQUIRED:
+                raise InvalidConfig(f"missing field {family.spell(name)!r}")
+        factor = float(values.pop("routed_scaling_factor"))
+        dense = _dense_layers(fields, values["num_hidden_layers"])
+        return cls(**values, routed_scaling_factor=factor, dense_layers=dense)
+
+
+_LEAST = {
+    "n_routed_experts": 1,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 0,
+    "moe_layer_freq": 1,
+}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "model_type": str,
+    "hidden_size": int,
+    "moe_intermediate_size": int,
+    **dict.fromkeys(_LEAST, int),
+    "routed_scaling_factor": (int, float),
+    "norm_topk_prob": bool,
+}
+_REQUIRED = tuple(name for name in _TYPES if name != "moe_layer_freq")
+
+
+def _family(model_type: object) -> Family:
+    if model_type is None:
+        raise InvalidConfig("missing field 'model_type'")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise InvalidConfig(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return family
+
+
+def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:  # noqa: ANN401
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        expected = "a number" if isinstance(kind, tuple) else f"of type {kind.__name__}"
+        raise InvalidConfig(f"{name} is {value!r}; it must be {expected}")
+    return value
+
+
+def _dense_layers(fields: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Layers that `mlp_only_layers` names or `decoder_sparse_step` passes over (Qwen3-MoE)."""
+    step = _typed("decoder_sparse_step", fields.get("decoder_sparse_step", 1), int)
+    if step < 1:
+        raise InvalidConfig(f"decoder_sparse_step is {step}; it must be at least 1")
+    named = _typed("mlp_only_layers", fields.get("mlp_only_layers") or [], list)
+    return tuple(layer for layer in range(layers) if layer in named or (layer + 1) % step)
+
+
+def _refuse_unsupported(fields: Mapping[str, Any], family: Family) -> None:
+    """Refuse fields that would silently change the computation."""
+    accepted: dict[str, tuple[object, ...]] = {
+        "scoring_func": (None, family.scoring_func),
+        "topk_method": (None, "noaux_tc"),
+        "hidden_act": (None, "silu"),
+    }
+    for name, values in accepted.items():
+        if fields.get(name) not in values:
+            raise InvalidConfig(f"{name} is {fields[name]!r}; supported: {values[-1]!r}")
+    quantization = fields.get("quantization_config")
+    if quantization is None:
+        return
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method", "fp8") != "fp8":
+        raise InvalidConfig(f"quantization_config is {quantization!r}; supported: quant_method 'fp8'")
+    if quantization.get("weight_block_size", [BLOCK, BLOCK]) != [BLOCK, BLOCK]:
+        raise InvalidConfig(f"weight_block_size is {quantization['weight_block_size']}; supported: [{BLOCK}, {BLOCK}]")

@@ -1,0 +1,210 @@
+"""Reading single tensors out of a Hugging Face `safetensors` checkpoint, without loading whole files.
+
+The format: eight bytes of little-endian header length, a JSON header with each tensor's dtype, shape and byte range
+behind the header, then the data (Hugging Face safetensors, format description).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertd.kernels.model.config import MoeConfig
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+FINGERPRINT_SAMPLE_BYTES = 4096
+_MOE_TENSOR = re.compile(r"model\.layers\.\d+\.(mlp|block_sparse_moe)\.(experts\.\d+|gate)\.")
+_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message names the file, the tensor, what was expected and found."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies and what its header says of it."""
+
+    name: str
+    file: Path
+    dtype: str
+    """As safetensors spells it: F8_E4M3, BF16, F32, ..."""
+    shape: tuple[int, ...]
+    start: int
+    """Offset in the file, in bytes."""
+    num_bytes: int
+
+
+class Checkpoint:
+    """A folder with `config.json` and `safetensors` files. Reads are thread-safe and touch only the bytes asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = MoeConfig.from_json(folder / "config.json")
+        self._files = self._read_index()
+        self._headers: dict[str, dict[str, StoredTensor]] = {}
+        self._descriptors: dict[Path, int] = {}
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.folder)!r})"
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; later reads open them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def find(self, name: str) -> StoredTensor:
+        """What the checkpoint says of tensor `name`; raises `CheckpointError` when it is not there."""
+        file = self._files.get(name)
+        if file is None:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing from the checkpoint")
+        stored = self._header(file).get(name)
+        if stored is None:
+            raise CheckpointError(
+                f"{self.folder / file}: tensor {name} is missing; {INDEX} says that it is in this file"
+            )
+        return stored
+
+    def read(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+        """Read tensor `name`, which must have `shape` and one of `dtypes`."""
+        stored = self.check(name, shape, *dtypes)
+        out = torch.empty(shape, dtype=_DTYPES[stored.dtype])
+        self.read_into(stored, out)
+        return out
+
+    def check(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> StoredTensor:
+        """Find tensor `name` and compare its header with what the model's configuration asks for."""
+        stored = self.find(name)
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{stored.file}: tensor {name}: expected shape {list(shape)}, found {list(stored.shape)}"
+            )
+        if _DTYPES.get(stored.dtype) not in dtypes:
+            expected = " or ".join(_spelling(dtype) for dtype in dtypes)
+            raise CheckpointError(f"{stored.file}: tensor {name}: expected dtype {expected}, found {stored.dtype}")
+        return stored
+
+    def read_into(self, stored: StoredTensor, out: Tensor) -> None:
+        """Read the bytes of `stored` into `out`, a contiguous host tensor of the same size in bytes."""
+        view = out.view(-1).view(torch.uint8).numpy().data
+        done = 0
+        while done < stored.num_bytes:
+            count = os.preadv(self._descriptor(stored.file), [view[done:]], stored.start + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{stored.file}: tensor {stored.name}: expected {stored.num_bytes} bytes, found {done}"
+                )
+            done += count
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the experts' weights: SHA-256 over the configuration, the headers of all experts and gates, and the
+        first 4 KiB of every gate's weight, which tells apart fine-tunes that share the rest."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name in sorted(filter(_MOE_TENSOR.match, self._files)):
+            stored = self.find(name)
+            digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
+            if name.endswith(".gate.weight"):
+                length = min(FINGERPRINT_SAMPLE_BYTES, stored.num_bytes)
+                digest.update(os.pread(self._descriptor(stored.file), length, stored.start))
+        return digest.hexdigest()
+
+    def _read_index(self) -> dict[str, str]:
+        """File name of every tensor."""
+        index = self.folder / INDEX
+        if index.exists():
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                outside = [file for file in weight_map.values() if Path(file).name != file]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index}: expected JSON with a weight_map of file names: {error!r}") from None
+            if outside:
+                raise CheckpointError(f"{index}: expected names of files beside it, found {outside[0]!r}")
+            return weight_map
+        if (self.folder / SINGLE).exists():
+            return dict.fromkeys(_parse_header(self.folder / SINGLE), SINGLE)
+        raise CheckpointError(f"{self.folder}: expected {INDEX} or {SINGLE}, found neither")
+
+    def _header(self, file: str) -> dict[str, StoredTensor]:
+        if file not in self._headers:
+            self._headers[file] = _parse_header(self.folder / file)
+        return self._headers[file]
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._descriptors:
+            # setdefault: another thread may have opened the file meanwhile; the spare descriptor is closed.
+            opened = os.open(file, os.O_RDONLY)
+            if self._descriptors.setdefault(file, opened) != opened:
+                os.close(opened)
+        return self._descriptors[file]
+
+
+def _parse_header(file: Path) -> dict[str, StoredTensor]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{file}: expected a safetensors header within {size} bytes, found length {length}"
+                )
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; {INDEX} names it") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: expected a JSON safetensors header, found: {error}") from None
+    try:
+        header.pop("__metadata__", None)
+        tensors = {name: _stored(name, file, entry, 8 + length) for name, entry in header.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: malformed safetensors header: {error!r}") from None
+    _check_disjoint(file, tensors.values())
+    end = max((stored.start + stored.num_bytes for stored in tensors.values()), default=0)
+    if end > size:
+        last = max(tensors.values(), key=lambda stored: stored.start)
+        raise CheckpointError(f"{file}: truncated: tensor {last.name}: expected {end} bytes in the file, found {size}")
+    return tensors
+
+
+def _check_disjoint(file: Path, tensors: Iterable[StoredTensor]) -> None:
+    ordered = sorted(tensors, key=lambda stored: stored.start)
+    for before, after in itertools.pairwise(ordered):
+        if before.start + before.num_bytes > after.start:
+            raise CheckpointError(f"{file}: tensors {before.name} and {after.name} overlap; expected disjoint ranges")
+
+
+def _stored(name: str, file: Path, entry: dict[str, Any], data_start: int) -> StoredTensor:
+    first, last = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(isinstance(number, int) and number >= 0 for number in (first, last, *shape)) or first > last:
+        raise ValueError(f"{name}: data_offsets {entry['data_offsets']}, shape {entry['shape']}")
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is not None and last - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name}: {last - first} bytes for {entry['dtype']} {list(shape)}")
+    return StoredTensor(name, file, entry["dtype"], shape, data_start + first, last - first)
+
+
+def _spelling(dtype: torch.dtype) -> str:
+    return next(name for name, known in _DTYPES.items() if known == dtype)

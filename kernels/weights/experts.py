@@ -1,0 +1,139 @@
+"""Loading experts from a checkpoint into host memory: a layer's as backends take them, or one's as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertd.kernels.model.config import BLOCK, MoeConfig
+from expertd.kernels.numerics.backend import LayerWeights
+from expertd.kernels.numerics.quantize import FP8, dequantize_weights, quantize_weights
+from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
+
+READERS = 4
+"""Threads that read and quantise at once; a read releases the interpreter lock."""
+
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMatrices:
+    """One expert's weights as plain numbers, FP32."""
+
+    up: Tensor
+    """[I, H]."""
+    gate: Tensor
+    """[I, H]."""
+    down: Tensor
+    """[H, I]."""
+
+
+def layer_bytes(checkpoint: Checkpoint, layer: int, experts: Sequence[int]) -> int:
+    """Bytes that `load_layer` will read. Checks that every tensor is there, with the right shape and dtype."""
+    return sum(
+        stored.num_bytes
+        for expert in experts
+        for name, rows, columns in _projections(checkpoint.config)
+        for stored in _find(checkpoint, checkpoint.config.family.expert_weight(layer, expert, name), rows, columns)
+    )
+
+
+def load_layer(checkpoint: Checkpoint, layer: int, experts: Sequence[int], on_bytes: OnBytes) -> LayerWeights:
+    """Read the experts of one layer; BF16 weights are quantised. `on_bytes` hears of every tensor read.
+
+    Raises `CheckpointError` for tensors that are missing, truncated, of another shape or dtype, or badly scaled.
+    """
+    config = checkpoint.config
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    weights = LayerWeights(
+        up_gate=torch.empty(len(experts), 2 * inner, hidden, dtype=FP8),
+        up_gate_scales=torch.empty(len(experts), 2 * inner // BLOCK, hidden // BLOCK),
+        down=torch.empty(len(experts), hidden, inner, dtype=FP8),
+        down_scales=torch.empty(len(experts), hidden // BLOCK, inner // BLOCK),
+    )
+
+    def load_expert(local: int) -> None:
+        up, gate = weights.up_gate[local].chunk(2)
+        up_scales, gate_scales = weights.up_gate_scales[local].chunk(2)
+        targets = {
+            "up_proj": (up, up_scales),
+            "gate_proj": (gate, gate_scales),
+            "down_proj": (weights.down[local], weights.down_scales[local]),
+        }
+        for projection, rows, columns in _projections(config):
+            name = config.family.expert_weight(layer, experts[local], projection)
+            found = _find(checkpoint, name, rows, columns)
+            _load(checkpoint, found, *targets[projection])
+            on_bytes(sum(stored.num_bytes for stored in found))
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as readers:
+        for _ in readers.map(load_expert, range(len(experts))):
+            pass
+    return weights
+
+
+def read_expert(checkpoint: Checkpoint, layer: int, expert: int) -> ExpertMatrices:
+    """The values that a server holds for an expert: those of the FP8 blocks, to which BF16 weights are rounded.
+
+    Shares nothing with `load_layer` but the names, so that one may check the other. Raises `CheckpointError`.
+    """
+
+    def read(projection: str, rows: int, columns: int) -> Tensor:
+        name = checkpoint.config.family.expert_weight(layer, expert, projection)
+        matrix = read_matrix(checkpoint, name, rows, columns)
+        if checkpoint.find(name).dtype == "F8_E4M3":
+            return matrix
+        return dequantize_weights(*quantize_weights(matrix))
+
+    up, gate, down = (read(*projection) for projection in _projections(checkpoint.config))
+    return ExpertMatrices(up, gate, down)
+
+
+def read_matrix(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> Tensor:
+    """A weight [rows, columns] as float32, dequantised when it is stored in FP8. Raises `CheckpointError`."""
+    weight = checkpoint.read(name, (rows, columns), FP8, torch.bfloat16, torch.float32)
+    if weight.dtype != FP8:
+        return weight.float()
+    blocks = (rows // BLOCK, columns // BLOCK)
+    scales = checkpoint.read(f"{name}_scale_inv", blocks, torch.float32, torch.bfloat16)
+    return dequantize_weights(weight, scales.float())
+
+
+def _projections(config: MoeConfig) -> tuple[tuple[str, int, int], ...]:
+    """Name, rows and columns of each of an expert's matrices."""
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    return (("up_proj", inner, hidden), ("gate_proj", inner, hidden), ("down_proj", hidden, inner))
+
+
+def _find(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> tuple[StoredTensor, ...]:
+    """The stored weight, followed by its stored scales when it is FP8."""
+    weight = checkpoint.check(name, (rows, columns), FP8, torch.bfloat16)
+    if weight.dtype == "BF16":
+        return (weight,)
+    blocks = (rows // BLOCK, columns // BLOCK)
+    return (weight, checkpoint.check(f"{name}_scale_inv", blocks, torch.float32, torch.bfloat16))
+
+
+def _load(checkpoint: Checkpoint, found: tuple[StoredTensor, ...], weight: Tensor, scales: Tensor) -> None:
+    """Read one matrix into `weight` and `scales`, which are views of the layer's tensors."""
+    if len(found) == 1:
+        plain = checkpoint.read(found[0].name, found[0].shape, torch.bfloat16)
+        if not plain.isfinite().all():
+            raise CheckpointError(f"{found[0].file}: tensor {found[0].name}: expected finite values, found NaN or Inf")
+        quantized, block_scales = quantize_weights(plain)
+        weight.copy_(quantized)
+        scales.copy_(block_scales)
+        return
+    checkpoint.read_into(found[0], weight)
+    # The two NaN codes of E4M3, 0x7F and 0xFF, are the largest bytes as signed and as unsigned numbers.
+    codes = weight.view(torch.uint8).numpy()
+    if codes.max() == 0xFF or codes.view("int8").max() == 0x7F:
+        raise CheckpointError(f"{found[0].file}: tensor {found[0].name}: expected finite values, found NaN")
+    scales.copy_(checkpoint.read(found[1].name, found[1].shape, torch.float32, torch.bfloat16))
+    if not (scales.isfinite().all() and (scales >= 0).all()):
+        bad = scales[~(scales.isfinite() & (scales >= 0))][0].item()
+        raise CheckpointError(f"{found[1].file}: tensor {found[1].name}: expected finite scales >= 0, found {bad}")

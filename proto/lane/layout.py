@@ -1,0 +1,94 @@
+"""Where the tensors of a call lie in shared memory: one rule for both ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertd.proto.base.errors import InvalidBatch
+
+ALIGNMENT = 64
+"""Every tensor in a segment begins at a multiple of it."""
+GPU_ALIGNMENT = 256
+"""Likewise in GPU memory."""
+GPU_SIZE_BYTES = 8
+"""Of the number after the ticket where GPU memory is handed over, too."""
+QUANTIZATION_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSegment:
+    """What a caller shares with a server."""
+
+    memory: memoryview
+    gpu: Tensor | None = None
+    """[n] uint8 on the server's GPU, where the caller handed over such memory as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Byte ranges of one call's tensors in a segment; with `on_gpu`, hidden, scales and partials are in GPU memory."""
+
+    hidden: slice
+    hidden_scales: slice
+    expert_ids: slice
+    weights: slice
+    partials: slice
+    on_gpu: bool
+
+    @property
+    def end(self) -> int:
+        """Where the last tensor in the segment ends."""
+        return int(self.weights.stop if self.on_gpu else self.partials.stop)
+
+    @property
+    def gpu_end(self) -> int:
+        """Where the last tensor in GPU memory ends; 0 when there is none."""
+        return int(self.partials.stop) if self.on_gpu else 0
+
+
+def lay_out(
+    offset: int,
+    gpu_offset: int | None,
+    tokens: int,
+    width: int,
+    top_k: int,
+    hidden_dtype: torch.dtype,
+    reply_dtype: torch.dtype,
+) -> Layout:
+    """Place the tensors of a call one after another from `offset` on, those of a GPU from `gpu_offset` on.
+
+    Raises `InvalidBatch` for an odd offset.
+    """
+    if offset % ALIGNMENT:
+        raise InvalidBatch(f"segment_offset is {offset}; it must be a multiple of {ALIGNMENT}")
+    if gpu_offset is not None and gpu_offset % GPU_ALIGNMENT:
+        raise InvalidBatch(f"gpu_offset is {gpu_offset}; it must be a multiple of {GPU_ALIGNMENT}")
+    scales = tokens * (width // QUANTIZATION_BLOCK) * 4 if hidden_dtype == torch.float8_e4m3fn else 0
+    hidden, slots, partials = (
+        tokens * width * hidden_dtype.itemsize,
+        tokens * top_k * 4,
+        tokens * width * reply_dtype.itemsize,
+    )
+    if gpu_offset is None:
+        places = _one_after_another(offset, ALIGNMENT, hidden, scales, slots, slots, partials)
+        first, second, ids, weights, last = places
+    else:
+        ids, weights = _one_after_another(offset, ALIGNMENT, slots, slots)
+        first, second, last = _one_after_another(gpu_offset, GPU_ALIGNMENT, hidden, scales, partials)
+    return Layout(first, second, ids, weights, last, on_gpu=gpu_offset is not None)
+
+
+def aligned(length: int, alignment: int = ALIGNMENT) -> int:
+    """The next multiple of `alignment`."""
+    return -(-length // alignment) * alignment
+
+
+def _one_after_another(offset: int, alignment: int, *lengths: int) -> list[slice]:
+    places = []
+    for length in lengths:
+        places.append(slice(offset, offset + length))
+        offset = aligned(offset + length, alignment)
+    return places

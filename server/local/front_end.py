@@ -1,0 +1,140 @@
+"""A front end: a process that speaks gRPC with callers, for the process that owns the device.
+
+Started by `server/local/front_ends.py`. It ends when the server says so, or is gone; signals are the server's matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import pickle
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import grpc
+import grpc.aio
+import uvloop
+from grpc_reflection.v1alpha import reflection
+
+from expertd.proto import codec
+from expertd.proto.base.errors import NotPermitted
+from expertd.proto.base.loopback import UNIX
+from expertd.proto.base.malloc import keep_freed_memory
+from expertd.proto.codec import RawRequest
+from expertd.proto.lane.layout import SharedSegment
+from expertd.server.local.link import ServerLink, Settings
+from expertd.server.rpc.execution import Context, ExecuteHandlers
+from expertd.server.rpc.limits import server_options
+from expertd.server.rpc.security import ServerSecurity
+from expertd.server.rpc.tickets import check_here
+from expertd.server.telemetry.logs import configure_logging
+
+SETTINGS_BYTES = 1 << 16
+OURS = f"/{codec.SERVICE}/"
+REFLECTION = f"/{reflection.SERVICE_NAME}/"
+REGISTER = f"{OURS}RegisterSharedMemory"
+UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
+class FrontEndHandlers(ExecuteHandlers, grpc.GenericRpcHandler):
+    """All RPCs of a front end: the two with tensors go over the link, the others as they are over gRPC."""
+
+    def __init__(self, link: ServerLink, server: grpc.aio.Channel, max_queued_bytes: int) -> None:
+        super().__init__(max_queued_bytes)
+        self._link = link
+        self._server = server
+        self._methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            f"{OURS}Execute": grpc.unary_unary_rpc_method_handler(self.execute),
+            f"{OURS}ExecuteStream": grpc.stream_stream_rpc_method_handler(self.execute_stream),
+        }
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
+        """How a method is answered; of what passes by, one request or response is a stream of one message."""
+        found = self._methods.get(details.method)
+        return found or grpc.stream_stream_rpc_method_handler(partial(self._pass_on, details.method))
+
+    async def _answer(
+        self, request: RawRequest, caller: str, time_remaining: float | None, segment: SharedSegment | None = None
+    ) -> bytes:
+        codec.check_is_request(request)
+        if time_remaining is not None:
+            left = max(1, int(time_remaining * 1e6))
+            request = replace(request, timeout_us=min(request.timeout_us or left, left))
+        return await self._link.call(request, caller)
+
+    async def _pass_on(self, method: str, requests: AsyncIterator[bytes], context: Context) -> None:
+        if method.startswith(OURS):
+            self._track()
+        if method == REGISTER:
+            try:
+                # The server itself sees none but callers on its machine: its front ends.
+                check_here(context.peer())
+            except NotPermitted as error:
+                await context.abort(error.code, str(error))
+        metadata = [(key, value) for key, value in context.invocation_metadata() or () if key != "user-agent"]
+        timeout = context.time_remaining()
+        channel: Any = self._server
+        if method.startswith(REFLECTION):
+            call = channel.stream_stream(method)(requests, timeout=timeout, metadata=metadata)
+        else:
+            # Not as a stream: gRPC loses the status of one that the server ends while it is being written.
+            request = await anext(requests, b"")
+            call = channel.unary_stream(method)(request, timeout=timeout, metadata=metadata)
+        try:
+            async for response in call:
+                await context.write(response)
+            context.set_trailing_metadata(tuple(await call.trailing_metadata() or ()))
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
+        finally:
+            call.cancel()
+
+
+async def serve(connection: socket.socket, memory: mmap.mmap, settings: Settings) -> bool:
+    """Answer callers until the server says that it drains or is gone; whether it said so."""
+    config = settings.config
+    link = ServerLink(memory, settings)
+    await link.open(connection)
+    security = ServerSecurity(config)
+    async with grpc.aio.insecure_channel(f"{UNIX}{settings.server}", UNLIMITED) as channel:
+        handlers = FrontEndHandlers(link, channel, config.max_queued_bytes)
+        options = server_options(config, settings.max_message_bytes, config.max_streams, share_port=True)
+        server = grpc.aio.server(interceptors=security.interceptors, options=options)
+        server.add_generic_rpc_handlers((handlers,))
+        security.add_port(server, settings.listen)
+        await server.start()
+        link.say_listening()
+        seconds = await link.draining
+        handlers.stop_reading()
+        going_away = asyncio.ensure_future(server.stop(seconds))
+        await handlers.answered(seconds)
+        await server.stop(None)
+        await going_away
+    return not link.lost
+
+
+def main() -> int:
+    """Exit code 0 after a drain, 1 when the server is gone."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    connection = socket.socket(fileno=os.dup(sys.stdin.fileno()))
+    told, descriptors, _, _ = socket.recv_fds(connection, SETTINGS_BYTES, 1)
+    if not told:
+        return 1
+    # From the process that started this one, over a socket that nobody else has.
+    settings: Settings = pickle.loads(told)
+    memory = mmap.mmap(descriptors[0], settings.config.front_end_bytes)
+    os.close(descriptors[0])
+    configure_logging(settings.config.log_level, settings.config.log_format)
+    keep_freed_memory()
+    return 0 if uvloop.run(serve(connection, memory, settings)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

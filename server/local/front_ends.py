@@ -1,0 +1,227 @@
+"""The front ends of a server: started, started again when they die, and drained with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import mmap
+import os
+import pickle
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from subprocess import Popen, TimeoutExpired
+
+from expertd.proto.base.errors import ServerFault
+from expertd.proto.lane.layout import SharedSegment
+from expertd.server.local.door import CLOSE_SECONDS, Connection, Respond
+from expertd.server.local.link import ANSWER, CALL, CONTROL, Settings
+from expertd.server.local.mapping import pin, unpin
+from expertd.server.options.config import Address
+from expertd.server.rpc.conversation import Conversation
+from expertd.server.scheduling.device import DeviceOwner
+
+log = logging.getLogger(__name__)
+FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
+"""Seconds from a front end's end to the next one's start, doubled while none comes to listen."""
+DRAINED = "exit code 0"
+"""How a front end ends that was told to."""
+END_SECONDS = 2.0
+"""From the end of its link to the end of its process."""
+
+
+class FrontEnds:
+    """`count` processes that listen on one port. Lives on the event loop."""
+
+    def __init__(self, count: int, respond: Respond, device: DeviceOwner, *, gpu: bool) -> None:
+        """`respond` answers their calls; with a `gpu`, the memory that is shared with them is pinned for it."""
+        self._count = count
+        self._respond = respond
+        self._device = device
+        self._gpu = gpu
+        self._links: set[_Link] = set()
+        self._keepers: list[asyncio.Task[None]] = []
+        self._releasing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._stopping = asyncio.Event()
+
+    @property
+    def listening(self) -> int:
+        """How many listen now."""
+        return sum(link.listens for link in self._links)
+
+    def reserve(self, address: Address) -> Address:
+        """Keep a port for the front ends; `address` with it, and `self.socket` for the server to answer them on.
+
+        Raises OSError when something listens on the port.
+        """
+        family, kind, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as alone:
+            # One that does not share finds out whether anybody else is there.
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind(place)
+            port = alone.getsockname()[1]
+        self._reserved = socket.socket(family, kind)
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._reserved.bind((place[0], port, *place[2:]))
+        # Of this user's alone.
+        self._folder = tempfile.TemporaryDirectory(prefix="expertd-")
+        self.socket = Path(self._folder.name) / "server"
+        return dataclasses.replace(address, port=port)
+
+    def start(self, settings: Settings) -> None:
+        self._keepers = [asyncio.create_task(self._keep(number, settings)) for number in range(self._count)]
+
+    async def until_listening(self) -> None:
+        """Wait until all of them have begun to listen."""
+        while self.listening < self._count:
+            await self._changed.wait()
+            self._changed.clear()
+
+    def disconnect(self) -> None:
+        """Have all of them end and begin anew, so that none uses memory again that the device may still write to."""
+        for link in self._links:
+            link.connection.frames.close()
+
+    async def stop(self, seconds: float) -> None:
+        """Have them say GOAWAY and answer what is in flight, for at most `seconds`; then end them."""
+        if not self._count:
+            return
+        self._stopping.set()
+        for link in self._links:
+            link.drain(seconds)
+        if self._keepers:
+            _, late = await asyncio.wait(self._keepers, timeout=seconds + END_SECONDS)
+            for keeper in late:
+                keeper.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        if self._releasing:
+            await asyncio.wait(self._releasing, timeout=CLOSE_SECONDS)
+        self._reserved.close()
+        self._folder.cleanup()
+
+    async def _keep(self, number: int, settings: Settings) -> None:
+        """Have one front end at all times."""
+        delay = FIRST_DELAY
+        while not self._stopping.is_set():
+            try:
+                listened, end = await self._live(settings)
+            except OSError as error:
+                listened, end = False, str(error)
+            if self._stopping.is_set():
+                if end != DRAINED:
+                    log.warning("front end %d ended: %s", number, end)
+                return
+            delay = FIRST_DELAY if listened else min(2 * delay, LONGEST_DELAY)
+            log.error("front end %d ended: %s; another one starts in %g s", number, end, delay)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay)
+
+    async def _live(self, settings: Settings) -> tuple[bool, str]:
+        """The life of one front end: whether it came to listen, and how it ended. Raises OSError at its start."""
+        memory, process, connection = await _start(settings)
+        link = _Link(memory, self._respond, settings.max_frame_bytes, self._changed.set)
+        self._links.add(link)
+        pinning = asyncio.ensure_future(self._pin(memory))
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: link.connection.frames, connection)
+            if self._stopping.is_set():
+                link.drain(0.0)
+            await link.connection.ended
+        finally:
+            self._links.discard(link)
+            link.connection.frames.close()
+            release = asyncio.create_task(self._release(link, memory, pinning))
+            self._releasing.add(release)
+            release.add_done_callback(self._releasing.discard)
+            code = await _end(process)
+        return link.listens, f"exit code {code}"
+
+    async def _pin(self, memory: memoryview) -> bool:
+        """Whether `memory` is pinned; calls come through it either way."""
+        if not self._gpu:
+            return False
+        try:
+            await self._device.call(partial(pin, memory))
+        except ServerFault as error:
+            log.warning("%s: a front end's calls are slower", error)
+            return False
+        return True
+
+    async def _release(self, link: _Link, memory: memoryview, pinning: asyncio.Future[bool]) -> None:
+        """Give back `memory` once the device no longer uses it."""
+        await link.connection.answered()
+        if await pinning:
+            await self._device.call(partial(unpin, memory))
+
+
+class _Link:
+    """The server's end of the link to one front end."""
+
+    def __init__(
+        self, memory: memoryview, respond: Respond, max_frame_bytes: int, on_listening: Callable[[], None]
+    ) -> None:
+        self._segment = SharedSegment(memory)
+        self._respond = respond
+        self._on_listening = on_listening
+        self._calls: dict[int, Conversation] = {}
+        self.connection = Connection(self._answer, max_frame_bytes)
+        self.listens = False
+
+    def drain(self, seconds: float) -> None:
+        self.connection.frames.send(ANSWER.pack(CONTROL) + str(seconds).encode())
+
+    async def _answer(self, frame: bytes) -> bytes | None:
+        number, shared, length = CALL.unpack_from(frame)
+        if number == CONTROL:
+            self.listens = True
+            self._on_listening()
+            return None
+        caller, message = str(frame[CALL.size : CALL.size + length], "utf-8"), frame[CALL.size + length :]
+        conversation = self._calls.get(number)
+        if conversation is not None:
+            return await self._respond(message, conversation)
+        self._calls[number] = conversation = Conversation(caller, self._segment if shared else None)
+        try:
+            response = await self._respond(message, conversation)
+        finally:
+            del self._calls[number]
+        return None if response is None else ANSWER.pack(number) + response
+
+
+async def _start(settings: Settings) -> tuple[memoryview, Popen[bytes], socket.socket]:
+    """A new front end: the memory that it shares, its process, and the connection to it."""
+    ours, theirs = socket.socketpair()
+    descriptor = os.memfd_create("expertd-front-end", os.MFD_CLOEXEC)
+    try:
+        with theirs:
+            size = settings.config.front_end_bytes
+            os.ftruncate(descriptor, size)
+            # Its pages are taken when they are first used, the first ones first.
+            memory = memoryview(mmap.mmap(descriptor, size))
+            # -P: the folder that the server happens to be in is no place to import from.
+            command = (sys.executable, "-P", "-m", "expertd.server.local.front_end")
+            # The library's own way, not the event loop's: that one copies the page tables of all that is mapped here.
+            process = await asyncio.to_thread(lambda: Popen(command, stdin=theirs.fileno()))
+        socket.send_fds(ours, [pickle.dumps(settings)], [descriptor])
+        ours.setblocking(False)
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        os.close(descriptor)
+    return memory, process, ours
+
+
+async def _end(process: Popen[bytes]) -> int:
+    """The exit code of a front end whose link has ended; by force when it takes long."""
+    try:
+        return await asyncio.to_thread(process.wait, END_SECONDS)
+    except (TimeoutExpired, asyncio.CancelledError):
+        process.kill()
+        return await asyncio.to_thread(process.wait)

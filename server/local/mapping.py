@@ -1,0 +1,69 @@
+"""A caller's memory, mapped into the server: what it must be so that nothing its owner does can fault here."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+import torch
+
+from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, current_gpu
+from expertd.proto.base.errors import InvalidBatch, ServerFault
+
+
+def check_segment(descriptor: int) -> int:
+    """The size in bytes of a caller's memfd. Raises `InvalidBatch` for what could fault once it is mapped."""
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError:
+        raise InvalidBatch("the segment is no memfd; create it with memfd_create and MFD_ALLOW_SEALING") from None
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise InvalidBatch("the segment can shrink; add F_SEAL_SHRINK to its seals")
+    if os.fstatvfs(descriptor).f_bsize != mmap.PAGESIZE:
+        # Huge pages can be taken out from under a mapping in spite of the seal.
+        raise InvalidBatch(f"the segment has huge pages; create it with pages of {mmap.PAGESIZE} bytes")
+    size = os.fstat(descriptor).st_size
+    if size == 0:
+        raise InvalidBatch("the segment has 0 bytes; set its length with ftruncate")
+    return size
+
+
+def map_segment(descriptor: int, size: int) -> memoryview:
+    """Map a checked memfd; it is unmapped when the last view of it is gone. Takes 0.1 s for a few hundred MB.
+
+    Raises `InvalidBatch` for one that cannot be written.
+    """
+    try:
+        # Populated now, so that no request waits for pages.
+        return memoryview(mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
+    except OSError as error:
+        raise InvalidBatch(f"the segment cannot be mapped to read and write: {error.strerror}") from None
+
+
+def pin(memory: memoryview) -> None:
+    """Let the GPU copy from and to `memory` directly. Called on the device thread; raises `ServerFault`."""
+    code = torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0)
+    if int(code) != 0:
+        raise ServerFault(f"the segment's {len(memory)} bytes cannot be pinned: CUDA error {int(code)}")
+
+
+def unpin(memory: memoryview) -> None:
+    """Undo `pin` before the memory is unmapped. Called on the device thread, after the last batch that uses it."""
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(_address(memory))
+
+
+def open_gpu_memory(descriptor: int, size: int) -> GpuMemory:
+    """Map a caller's memory of this server's GPU. Called on the device thread; raises `InvalidBatch`.
+
+    To be closed on the device thread, too, after the last batch that uses it.
+    """
+    try:
+        return GpuMemory.open(descriptor, size, current_gpu())
+    except GpuMemoryError as error:
+        raise InvalidBatch(f"the {size} bytes of GPU memory cannot be mapped: {error}") from None
+
+
+def _address(memory: memoryview) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()

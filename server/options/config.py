@@ -1,0 +1,236 @@
+"""Options of `expertd serve`: one frozen dataclass, from which the command line is built."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from expertd.kernels.model.ranges import parse_ranges
+from expertd.proto.base.loopback import is_loopback
+
+Pipeline: TypeAlias = Literal["auto", "fast", "dequant"]
+BACKENDS = ("auto", "torch", "cutile")
+LOG_FORMATS = ("text", "json")
+PIPELINES: tuple[Pipeline, ...] = ("auto", "fast", "dequant")
+
+
+class InvalidOption(ValueError):
+    """An option's value is not usable; the message starts with the option's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen or connect: `host:port`, IPv6 hosts in brackets."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        host, colon, port = text.rpartition(":")
+        if not (colon and host and port.isdecimal() and int(port) < 65536):
+            raise ValueError(f"{text!r} is not host:port with a port from 0 to 65535")
+        return cls(host.strip("[]"), int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _told(summary: str, parse: Callable[[str], object] = str) -> dict[str, Any]:
+    """Metadata of an option: what `--help` says of it, and how its text is read."""
+    return {"help": summary, "parse": parse}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """One server process. Raises `InvalidOption` for values that cannot work."""
+
+    model: Path = field(metadata=_told("folder of the checkpoint: config.json and safetensors files", Path))
+    experts: tuple[int, ...] = field(
+        metadata=_told("global ids of the experts to own, such as 0-31 or 0-15,64", parse_ranges)
+    )
+    layers: tuple[int, ...] | None = field(
+        default=None, metadata=_told("layers to own, such as 3-60 (default: all MoE layers)", parse_ranges)
+    )
+    listen: Address = field(
+        default=Address("127.0.0.1", 50051),
+        metadata=_told("address of the gRPC service; port 0 picks a free one", Address.parse),
+    )
+    unix_socket: Path | None = field(
+        default=None,
+        metadata=_told("path of a unix socket to serve gRPC on too: plaintext, for this user's processes alone", Path),
+    )
+    metrics: Address = field(
+        default=Address("127.0.0.1", 9464),
+        metadata=_told("address of the Prometheus endpoint; port 0 picks a free one", Address.parse),
+    )
+    tls_cert: Path | None = field(
+        default=None, metadata=_told("PEM file of this server's certificate chain; turns TLS on", Path)
+    )
+    tls_key: Path | None = field(default=None, metadata=_told("PEM file of its private key, not encrypted", Path))
+    tls_client_ca: Path | None = field(
+        default=None, metadata=_told("PEM file of authorities: callers must show a certificate of one of them", Path)
+    )
+    auth_token_file: Path | None = field(
+        default=None, metadata=_told("file of bearer tokens, one a line: callers must send one of them", Path)
+    )
+    insecure: bool = field(
+        default=False, metadata=_told("allow plaintext on --listen addresses that other machines can reach", bool)
+    )
+    shared_memory_bytes: int = field(
+        default=4 << 30,
+        metadata=_told("memory that callers on this machine may share with the server, all together; 0: none", int),
+    )
+    max_connections: int = field(
+        default=1024, metadata=_told("connections at once; further ones are closed as they come", int)
+    )
+    max_streams: int = field(default=1024, metadata=_told("calls and streams at once on one connection", int))
+    front_ends: int = field(
+        default=0,
+        metadata=_told("processes that take the calls on --listen for the server; 0: it takes them itself", int),
+    )
+    backend: str = field(default="auto", metadata=_told("compute backend: auto, torch (CPU) or cutile (GPU)"))
+    pipeline: Pipeline = field(
+        default="auto",
+        metadata=_told("arithmetic of the cutile backend: fast (FP8), dequant (FP16, more exact) or auto: the faster"),
+    )
+    batch_invariant: bool = field(
+        default=False,
+        metadata=_told("a token's bits never depend on the rest of its batch; the torch backend is always so", bool),
+    )
+    threads: int | None = field(
+        default=None, metadata=_told("CPU threads of the torch backend (default: all cores)", int)
+    )
+    max_tokens_per_request: int = field(default=4096, metadata=_told("largest request, in tokens", int))
+    max_batch_tokens: int = field(default=16384, metadata=_told("largest device batch, in tokens", int))
+    max_queued_tokens: int = field(
+        default=65536, metadata=_told("tokens that may wait before requests are refused", int)
+    )
+    max_queued_bytes: int = field(
+        default=1 << 30, metadata=_told("bytes of tensors that may wait before requests are refused", int)
+    )
+    device_timeout: float = field(
+        default=30.0,
+        metadata=_told(
+            "seconds without a sign of the device after which requests are refused, twice that: exit", float
+        ),
+    )
+    locality: str = field(
+        default="", metadata=_told("where this server is, such as a zone; coordinators prefer servers of their own")
+    )
+    shadow_check_rate: float = field(
+        default=0.0,
+        metadata=_told("share of requests of which one token is computed again from the checkpoint, on the CPU", float),
+    )
+    drain_seconds: float = field(
+        default=30.0, metadata=_told("longest wait for requests in flight on SIGTERM, in seconds", float)
+    )
+    ready_file: Path | None = field(
+        default=None, metadata=_told("file to write when serving: JSON with the bound addresses", Path)
+    )
+    per_expert_metrics: bool = field(
+        default=False, metadata=_told("export the pairs of every expert of every layer, for 'expertd plan'", bool)
+    )
+    trace_endpoint: str | None = field(
+        default=None,
+        metadata=_told(
+            "OTLP endpoint (gRPC), such as http://collector:4317, for spans of the requests that callers trace;"
+            " needs expertd[otel]"
+        ),
+    )
+    log_level: str = field(
+        default="info", metadata=_told("debug (with a line for every request), info, warning or error")
+    )
+    log_format: str = field(default="text", metadata=_told("text, or json: one object a line"))
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise InvalidOption(f"--backend is {self.backend!r}; choose from {', '.join(BACKENDS)}")
+        if self.pipeline not in PIPELINES:
+            raise InvalidOption(f"--pipeline is {self.pipeline!r}; choose from {', '.join(PIPELINES)}")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise InvalidOption(f"--log-level is {self.log_level!r}; choose from debug, info, warning, error")
+        if self.log_format not in LOG_FORMATS:
+            raise InvalidOption(f"--log-format is {self.log_format!r}; choose from {', '.join(LOG_FORMATS)}")
+        for name in (
+            "threads",
+            "max_connections",
+            "max_streams",
+            "max_tokens_per_request",
+            "drain_seconds",
+            "device_timeout",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InvalidOption(f"{flag(name)} is {value}; it must be greater than 0")
+        if self.shared_memory_bytes < 0:
+            raise InvalidOption(f"--shared-memory-bytes is {self.shared_memory_bytes}; it must be at least 0")
+        if self.front_ends < 0:
+            raise InvalidOption(f"--front-ends is {self.front_ends}; it must be at least 0")
+        if self.front_ends and not self.front_end_bytes:
+            raise InvalidOption(f"--front-ends needs --shared-memory-bytes; it is {self.shared_memory_bytes}")
+        for name in ("max_batch_tokens", "max_queued_tokens"):
+            value = getattr(self, name)
+            if value < self.max_tokens_per_request:
+                raise InvalidOption(
+                    f"{flag(name)} is {value}; it must be at least --max-tokens-per-request"
+                    f" {self.max_tokens_per_request}"
+                )
+        if not 0 <= self.shadow_check_rate <= 1:
+            raise InvalidOption(f"--shadow-check-rate is {self.shadow_check_rate}; it must be from 0 to 1")
+        self._check_security()
+
+    @property
+    def front_end_bytes(self) -> int:
+        """Of the memory that each front end shares with the server: half of what may be shared is for them."""
+        return self.shared_memory_bytes // 2 // self.front_ends if self.front_ends else 0
+
+    def _check_security(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("key", "cert") if self.tls_cert is None else ("cert", "key")
+            raise InvalidOption(f"--tls-{given} needs --tls-{missing} with it")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise InvalidOption("--tls-client-ca needs --tls-cert and --tls-key with it")
+        if self.tls_cert is not None and self.insecure:
+            raise InvalidOption("--insecure contradicts --tls-cert; give one of them")
+        if self.tls_cert is None and not self.insecure and not is_loopback(self.listen.host):
+            raise InvalidOption(
+                f"--listen {self.listen} would take plaintext from other machines; give --tls-cert and --tls-key,"
+                " or --insecure in a network that protects traffic itself"
+            )
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        for option in dataclasses.fields(cls):
+            if option.metadata["parse"] is bool:
+                parser.add_argument(flag(option.name), action="store_true", help=option.metadata["help"])
+                continue
+            required = option.default is dataclasses.MISSING
+            default = "" if required or option.default is None else f" (default: {option.default})"
+            parser.add_argument(
+                flag(option.name),
+                required=required,
+                metavar=option.name.rpartition("_")[2].upper(),
+                help=option.metadata["help"] + default,
+            )
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> ServerConfig:
+        values: dict[str, Any] = {}
+        for option in dataclasses.fields(cls):
+            text = getattr(arguments, option.name)
+            if text is not None:
+                try:
+                    values[option.name] = option.metadata["parse"](text)
+                except ValueError as error:
+                    raise InvalidOption(f"{flag(option.name)}: {error}") from None
+        return cls(**values)
+
+
+def flag(name: str) -> str:
+    """The option that sets field `name`."""
+    return "--" + name.replace("_", "-")

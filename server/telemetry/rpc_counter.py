@@ -1,0 +1,92 @@
+"""Counting RPCs by method and status, refusals of other interceptors included."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from google.protobuf import descriptor_pool
+
+from expertd.server.telemetry.metrics import Metrics
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Count: TypeAlias = Callable[[str], None]
+KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+
+
+class RpcCounter(grpc.aio.ServerInterceptor):
+    """The outermost interceptor. Only methods of `services` count: callers must not be able to make up series."""
+
+    def __init__(self, metrics: Metrics, services: Sequence[str]) -> None:
+        """`services` are full names of services whose descriptors are loaded."""
+        self._counts: dict[str, Count] = {}
+        for name in services:
+            for method in descriptor_pool.Default().FindServiceByName(name).methods:
+                count = partial(metrics.count_rpc, _kind(method.client_streaming, method.server_streaming))
+                self._counts[f"/{name}/{method.name}"] = partial(count, name, method.name)
+                count(name, method.name, "OK", 0)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        handler = await continuation(handler_call_details)
+        count = self._counts.get(handler_call_details.method)
+        if handler is None or count is None:
+            return handler
+        behaviors = {kind: getattr(handler, kind) for kind in KINDS}
+        counted = {kind: _counted(behavior, count) for kind, behavior in behaviors.items() if behavior is not None}
+        return handler._replace(**counted)  # type: ignore[attr-defined, no-any-return]
+
+
+def _counted(behavior: Callable[..., Any], count: Count) -> Callable[..., Any]:
+    if inspect.isasyncgenfunction(behavior):
+
+        async def generate(request: object, context: Context) -> AsyncIterator[object]:
+            with _counting(context, count):
+                async for response in behavior(request, context):
+                    yield response
+
+        return generate
+
+    async def call(request: object, context: Context) -> object:
+        with _counting(context, count):
+            return await behavior(request, context)
+
+    return call
+
+
+@contextlib.contextmanager
+def _counting(context: Context, count: Count) -> Iterator[None]:
+    code = grpc.StatusCode.CANCELLED
+    try:
+        yield
+        code = _code(context) or grpc.StatusCode.OK
+    except grpc.aio.AbortError:
+        code = _code(context) or grpc.StatusCode.UNKNOWN
+        raise
+    except Exception:
+        code = grpc.StatusCode.UNKNOWN
+        raise
+    finally:
+        count(code.name)
+
+
+def _code(context: Context) -> grpc.StatusCode | None:
+    """The status that was set; gRPC keeps it as a number."""
+    number = context.code()
+    return next((code for code in grpc.StatusCode if number in (code, code.value[0])), None)
+
+
+def _kind(client_streaming: bool, server_streaming: bool) -> str:
+    """The words of the gRPC libraries' own metrics."""
+    if client_streaming and server_streaming:
+        return "bidi_stream"
+    return "client_stream" if client_streaming else "server_stream" if server_streaming else "unary"

@@ -1,0 +1,88 @@
+"""What the status page and `expertd top` show of a server."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from expertd.kernels.model.ranges import format_ranges
+from expertd.proto.codec import ShardInfo
+from expertd.server.options.config import ServerConfig
+from expertd.server.telemetry.journal import Answered, Journal
+from expertd.server.telemetry.loads import ExpertLoads
+from expertd.server.telemetry.metrics import STAGES
+
+RATE_SECONDS = 60.0
+"""Span of the rates and quantiles, or that of the answers which the journal remembers when it is shorter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """One server, to be looked at from any thread."""
+
+    config: ServerConfig
+    info: ShardInfo
+    address: str
+    journal: Journal
+    loads: ExpertLoads
+    queued_tokens: Callable[[], int]
+    closed_because: Callable[[], str | None]
+    started: float = dataclasses.field(default_factory=time.time)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All of it as JSON values; times in seconds."""
+        now = time.time()
+        answers, errors = tuple(self.journal.answers), tuple(self.journal.errors)
+        return {
+            "address": self.address,
+            "version": self.info.version,
+            "backend": self.info.backend,
+            "backend_reason": self.info.backend_reason,
+            "device": self.info.device,
+            "model": str(self.config.model),
+            "model_fingerprint": self.info.model_fingerprint,
+            "ready": self.closed_because() is None,
+            "reason": self.closed_because(),
+            "time": now,
+            "uptime": now - self.started,
+            "queue": {"tokens": self.queued_tokens(), "capacity": self.config.max_queued_tokens},
+            "in_flight": self.journal.in_flight,
+            **_lately([answer for answer in answers if answer.time > now - RATE_SECONDS], self._span(answers, now)),
+            "outcomes": dict(self.journal.outcomes),
+            "errors": [dataclasses.asdict(error) for error in reversed(errors)],
+            "loads": {
+                "layers": self.loads.layers,
+                "experts": self.loads.experts,
+                "pairs": self.loads.pairs.tolist(),
+                "lately": self.loads.lately().round(3).tolist(),
+                "balance": self.loads.balance(),
+            },
+            "config": {
+                option.name: _as_text(getattr(self.config, option.name)) for option in dataclasses.fields(self.config)
+            },
+        }
+
+    def _span(self, answers: Sequence[Answered], now: float) -> float:
+        """Seconds that the remembered answers cover, at most `RATE_SECONDS`."""
+        full = len(answers) == self.journal.answers.maxlen
+        return min(RATE_SECONDS, now - (answers[0].time if full else self.started))
+
+
+def _lately(answers: Sequence[Answered], span: float) -> dict[str, Any]:
+    seconds = np.array([answer.seconds for answer in answers]).reshape(-1, len(STAGES))
+    p50, p99 = np.quantile(seconds, (0.5, 0.99), axis=0) if len(answers) else (np.zeros(len(STAGES)),) * 2
+    return {
+        "span": span,
+        "requests_per_second": len(answers) / span,
+        "tokens_per_second": sum(answer.tokens for answer in answers) / span,
+        "stages": {stage: {"p50": p50[i], "p99": p99[i]} for i, stage in enumerate(STAGES)} if answers else {},
+    }
+
+
+def _as_text(value: object) -> str:
+    """As on the command line; all tuples are experts or layers."""
+    return format_ranges(value) if isinstance(value, tuple) else "" if value is None else str(value)

@@ -1,0 +1,83 @@
+"""OpenTelemetry spans of requests that their callers trace, made from the times that are measured anyway."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from expertd.server.options.config import InvalidOption, ServerConfig
+from expertd.server.telemetry.metrics import STAGES
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
+    from opentelemetry.trace import TracerProvider as AnyProvider
+
+EXPORT_SECONDS = 5.0
+Attributes = Mapping[str, str | int]
+
+
+def make_provider(config: ServerConfig) -> TracerProvider | None:
+    """What sends spans to `--trace-endpoint`. Raises `InvalidOption` when OpenTelemetry is not installed."""
+    if config.trace_endpoint is None:
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise InvalidOption(f"--trace-endpoint needs OpenTelemetry: pip install 'expertd[otel]' ({error})") from None
+    provider = TracerProvider(resource=Resource.create({"service.name": "expertd"}))
+    exporter = OTLPSpanExporter(config.trace_endpoint, timeout=EXPORT_SECONDS)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
+
+
+class RequestTracer:
+    """Makes the spans of a request when it is over: one of the request, one of each of its stages."""
+
+    def __init__(self, provider: AnyProvider) -> None:
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._tracer = provider.get_tracer("expertd.server")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def answered(self, traceparent: str, attributes: Attributes, seconds: Mapping[str, float]) -> None:
+        """A request ended now that took `seconds`: total, and by stage. The stages are laid end to end."""
+        from opentelemetry.trace import set_span_in_context
+
+        end = time.time_ns()
+        begin = end - _nanoseconds(seconds["total"])
+        span = self._start(traceparent, attributes, begin)
+        if span is None:
+            return
+        within = set_span_in_context(span)
+        for stage in STAGES[:-1]:
+            stage_end = begin + _nanoseconds(seconds[stage])
+            self._tracer.start_span(f"expertd.{stage}", within, start_time=begin).end(stage_end)
+            begin = stage_end
+        span.end(end)
+
+    def refused(self, traceparent: str, attributes: Attributes, message: str) -> None:
+        """A request ended now in an error."""
+        from opentelemetry.trace import Status, StatusCode
+
+        span = self._start(traceparent, attributes, time.time_ns())
+        if span is not None:
+            span.set_status(Status(StatusCode.ERROR, message))
+            span.end()
+
+    def _start(self, traceparent: str, attributes: Attributes, begin: int) -> Span | None:
+        """A child of the caller's span; None when that is malformed or not sampled."""
+        from opentelemetry.trace import SpanKind, get_current_span
+
+        caller = self._propagator.extract({"traceparent": traceparent})
+        if not get_current_span(caller).get_span_context().trace_flags.sampled:
+            return None
+        return self._tracer.start_span("expertd.request", caller, SpanKind.SERVER, attributes, start_time=begin)
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)

@@ -1,0 +1,56 @@
+"""The `expertd` command. Each subcommand lives in a module of its own, imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from expertd import __version__
+
+COMMANDS = {
+    "serve": ("expertd.server.serve", "serve experts of a model from this machine"),
+    "demo": ("expertd.client.tools.demo", "run eight servers and a coordinator here and compare with transformers"),
+    "bench serve": ("expertd.client.tools.bench", "measure a server beside the floors of the same bytes"),
+    "bench kernels": ("expertd.kernels.cutile.tools.bench", "measure the GPU kernels beside the floors of this GPU"),
+    "doctor": ("expertd.server.doctor.checkup", "check this machine for what 'expertd serve' needs"),
+    "health": ("expertd.client.tools.health", "ask a server whether it serves, for container health checks"),
+    "verify": ("expertd.client.tools.verify", "compare running servers with an FP32 reference from the checkpoint"),
+    "top": ("expertd.client.tools.top", "watch running servers in the terminal"),
+    "plan": ("expertd.client.placement.plan", "plan which server holds which experts, from recorded loads"),
+    "tune": ("expertd.kernels.cutile.tools.tune", "measure kernel configurations on this GPU and keep the best"),
+}
+"""Command -> module with `add_arguments(parser)` and `run(arguments) -> exit code`, and its one-line help."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    # Only the command that is called is imported: torch alone takes seconds.
+    for name, (module_name, summary) in COMMANDS.items():
+        words = name.split()
+        if arguments[: len(words)] == words:
+            parser = argparse.ArgumentParser(prog=f"expertd {name}", description=f"{summary[0].upper()}{summary[1:]}.")
+            module = importlib.import_module(module_name)
+            module.add_arguments(parser)
+            code: int = module.run(parser.parse_args(arguments[len(words) :]))
+            return code
+    return _overview().parse_args(arguments)  # type: ignore[return-value]
+
+
+def _overview() -> argparse.ArgumentParser:
+    """What answers --help, --version and everything that is no command; it always exits."""
+    lines = [f"  {name:14}{summary}" for name, (_, summary) in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="expertd",
+        usage="expertd command [options]",
+        description="Expert-parallel Mixture-of-Experts as a service.",
+        epilog="commands:\n" + "\n".join(lines) + "\n\n'expertd command --help' lists its options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"expertd {__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Servers that die, return, refuse or answer late: every pair once, or an error."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertd.client.config.coordinator import CoordinatorConfig
+from expertd.client.coordinator import Coordinator
+from expertd.kernels.oracle.reference import relative_error
+from expertd.proto.base.errors import DeadlineExceeded, Overloaded, ServerFault, Unavailable
+from expertd.server.app import Server
+from expertd.server.options.config import Address
+from tests.client.test_coordinator import EXACT, LAYER, addresses, oracle, routing, tokens
+from tests.support.serving import running_server
+
+HALVES = (range(8), range(8, 16))
+QUICK = replace(EXACT, connect_timeout=1.0)
+
+
+@contextlib.asynccontextmanager
+async def running_replicas(model: Path, count: int = 2, **options: Any) -> AsyncIterator[list[list[Server]]]:  # noqa: ANN401
+    """`count` servers for each half of the experts."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield [
+            [await stack.enter_async_context(running_server(model, half, **options)) for _ in range(count)]
+            for half in HALVES
+        ]
+
+
+def flat(replicas: list[list[Server]]) -> list[str]:
+    return addresses([server for half in replicas for server in half])
+
+
+def computed_tokens(server: Server) -> float:
+    return server.metrics.registry.get_sample_value("expertd_tokens_total") or 0.0
+
+
+async def call(moe: Coordinator, seed: int = 0, count: int = 20) -> Tensor:
+    ids, weights = routing(count, seed)
+    return await moe(LAYER, tokens(count, seed), topk_ids=ids, topk_weights=weights)
+
+
+def expected(model: Path, seed: int = 0, count: int = 20) -> Tensor:
+    return oracle(model, tokens(count, seed), *routing(count, seed))
+
+
+async def stop(server: Server) -> None:
+    """Stop a server and wait until nobody listens on its ports any more."""
+    server.stop()
+    for address in (server.address, server.metrics_address):
+        with contextlib.suppress(ConnectionError):
+            while True:
+                _, writer = await asyncio.open_connection(address.host, address.port)
+                writer.close()
+                await asyncio.sleep(0.02)
+
+
+async def test_calls_go_on_without_an_error_while_a_replica_stops(small_model: Path) -> None:
+    async with running_replicas(small_model) as replicas, Coordinator(flat(replicas), QUICK) as moe:
+        right = expected(small_model)
+        stopping: asyncio.Task[None] | None = None
+        for number in range(40):
+            if number == 10:
+                stopping = asyncio.create_task(stop(replicas[0][0]))
+            outputs = await asyncio.gather(*(call(moe) for _ in range(4)))
+            assert all(relative_error(output, right) < 1e-5 for output in outputs)
+        assert stopping is not None
+        await stopping
+        assert computed_tokens(replicas[0][1]) > 0
+
+
+async def test_without_an_owner_the_error_names_the_experts_and_calls_for_others_go_on(small_model: Path) -> None:
+    async with running_replicas(small_model, count=1) as replicas, Coordinator(flat(replicas), QUICK) as moe:
+        await stop(replicas[0][0])
+        one = torch.ones(1, 1)
+        nobody = r"^layer 1: no server that can be reached owns expert 3; out of use: 127\.0\.0\.1:\d+: "
+        with pytest.raises(Unavailable, match=nobody):
+            await moe(LAYER, tokens(1), topk_ids=torch.tensor([[3]]), topk_weights=one)
+        output = await moe(LAYER, tokens(1), topk_ids=torch.tensor([[9]]), topk_weights=one)
+        assert relative_error(output, oracle(small_model, tokens(1), torch.tensor([[9]]), one)) < 1e-5
+
+
+async def test_a_server_that_returns_is_used_again_within_two_seconds(small_model: Path) -> None:
+    async with running_server(small_model, range(16)) as first, Coordinator(addresses([first]), QUICK) as moe:
+        await call(moe)
+        await stop(first)
+        with pytest.raises(Unavailable):
+            await call(moe)
+        again = Address("127.0.0.1", first.address.port)
+        async with running_server(small_model, range(16), listen=again):
+            started = asyncio.get_running_loop().time()
+            while asyncio.get_running_loop().time() - started < 2:
+                with contextlib.suppress(Unavailable):
+                    assert relative_error(await call(moe), expected(small_model)) < 1e-5
+                    break
+            else:
+                pytest.fail("the server was back for two seconds and not used")
+
+
+async def test_a_server_that_returns_with_other_experts_is_asked_for_those(small_model: Path) -> None:
+    async with (
+        running_server(small_model, range(16)) as everything,
+        running_server(small_model, range(8)) as changing,
+        Coordinator(addresses([everything, changing]), QUICK) as moe,
+    ):
+        await stop(changing)
+        for seed in range(3):
+            await call(moe, seed)
+        async with running_server(
+            small_model, range(8, 16), listen=Address("127.0.0.1", changing.address.port)
+        ) as back:
+            for _ in range(100):
+                outputs = await asyncio.gather(*(call(moe, seed) for seed in range(4)))
+                for seed, output in enumerate(outputs):
+                    assert relative_error(output, expected(small_model, seed)) < 1e-5
+                if computed_tokens(back):
+                    break
+            else:
+                pytest.fail("the server that returned was never asked")
+
+
+async def test_a_missing_replica_at_the_start_is_found_later(small_model: Path) -> None:
+    async with running_server(small_model, range(16)) as first:
+        async with running_server(small_model, range(16)) as placeholder:
+            address = placeholder.address
+        async with Coordinator([str(address), str(first.address)], QUICK) as moe:
+            await call(moe)
+            async with running_server(small_model, range(16), listen=address) as late:
+                for _ in range(300):
+                    await asyncio.gather(*(call(moe) for _ in range(4)))
+                    if computed_tokens(late):
+                        break
+                else:
+                    pytest.fail("the late replica was never asked")
+
+
+async def test_idle_replicas_share_concurrent_calls(small_model: Path) -> None:
+    async with running_replicas(small_model) as replicas, Coordinator(flat(replicas), QUICK) as moe:
+        await asyncio.gather(*(call(moe, seed) for seed in range(20)))
+        assert all(computed_tokens(server) > 0 for half in replicas for server in half)
+
+
+async def test_an_overloaded_replica_is_passed_over_and_stays_in_use(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_replicas(small_model) as replicas, Coordinator(flat(replicas), QUICK) as moe:
+
+        async def refuse(*_: object) -> None:
+            raise Overloaded("99 tokens are queued")
+
+        full = replicas[0][0]
+        monkeypatch.setattr(full.scheduler, "execute", refuse)
+        for seed in range(8):
+            assert relative_error(await call(moe, seed), expected(small_model, seed)) < 1e-5
+        monkeypatch.undo()
+        await asyncio.gather(*(call(moe, seed) for seed in range(8)))
+        assert computed_tokens(full) > 0
+
+
+async def test_a_server_that_fails_is_replaced_by_its_replica(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_replicas(small_model) as replicas, Coordinator(flat(replicas), QUICK) as moe:
+
+        async def fail(*_: object) -> None:
+            raise ServerFault("the device failed: RuntimeError: CUDA error")
+
+        for half in replicas:
+            monkeypatch.setattr(half[0].scheduler, "execute", fail)
+        for seed in range(10):
+            assert relative_error(await call(moe, seed), expected(small_model, seed)) < 1e-5
+
+
+async def test_a_server_that_hangs_costs_one_attempt(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(QUICK, attempt_timeout=0.2)
+    async with running_replicas(small_model) as replicas, Coordinator(flat(replicas), config) as moe:
+
+        async def hang(*_: object) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(replicas[0][0].scheduler, "execute", hang)
+        started = asyncio.get_running_loop().time()
+        assert relative_error(await call(moe), expected(small_model)) < 1e-5
+        assert asyncio.get_running_loop().time() - started < 2
+
+
+async def test_the_callers_own_time_limit_takes_no_server_out_of_use(small_model: Path) -> None:
+    hurried = replace(QUICK, call_timeout=0.001)
+    async with running_server(small_model, range(16)) as server, Coordinator(addresses([server]), hurried) as moe:
+        with pytest.raises(DeadlineExceeded):
+            await call(moe, count=3000)
+        assert moe.backends == {"torch"}
+
+
+async def test_attempts_are_bounded(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = 0
+
+    async def refuse(*_: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        raise Overloaded("always full")
+
+    async with running_server(small_model, range(16)) as server:
+        monkeypatch.setattr(server.scheduler, "execute", refuse)
+        async with Coordinator(addresses([server]), replace(QUICK, max_attempts=3)) as moe:
+            with pytest.raises(Overloaded, match="always full"):
+                await call(moe)
+    assert attempts == 3
+
+
+@pytest.mark.parametrize("field", ["call_timeout", "attempt_timeout", "connect_timeout", "max_attempts"])
+def test_limits_must_be_positive(field: str) -> None:
+    limits: dict[str, Any] = {field: 0}
+    with pytest.raises(ValueError, match=f"{field} is 0; it must be greater than 0"):
+        CoordinatorConfig(**limits)

@@ -1,0 +1,187 @@
+"""Callers whose tensors are on the server's GPU, with a stand-in for it: the same bits, or host memory."""
+
+import asyncio
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from expertd.client.transport import segment_pool
+from expertd.client.transport.gpu_room import GpuRoom
+from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.shared_memory import SharedMemoryTransport
+from expertd.kernels.memory.gpu import GpuMemoryError
+from expertd.proto.base.errors import Unavailable
+from expertd.server.app import Server
+from tests.support import stand_in_gpu
+from tests.support.serving import call_for, random_batch, running_server
+from tests.support.stand_in_gpu import DEVICE, StandInMemory, StandInStream, as_stream
+
+ALL = range(16)
+MIB = 1 << 20
+
+
+async def connected(server: Server, max_bytes: int = 64 * MIB) -> SharedMemoryTransport:
+    transport = SharedMemoryTransport(GrpcTransport(str(server.address)), max_bytes)
+    await transport.get_shard(5.0)
+    return transport
+
+
+def gpu_bytes(transport: SharedMemoryTransport) -> list[int]:
+    return [segment.size for segment in transport._pools[DEVICE].segments]
+
+
+async def test_results_are_those_of_host_memory_and_many_calls_share_the_memory(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment_pool, "FIRST_BYTES", 64 << 10)
+    async with running_server(small_model, ALL) as server:
+        calls = [
+            call_for(server, random_batch(tokens, 256, 16, 4, seed=tokens), request_id=tokens)
+            for tokens in range(1, 60)
+        ]
+        host = await connected(server)
+        expected = [(await host.execute(call)).partials.clone() for call in calls]
+        stand_in_gpu.install(monkeypatch, server)
+        transport = await connected(server)
+        for _ in range(3):
+            results = await asyncio.gather(*map(transport.execute, calls))
+            assert all(torch.equal(result.partials, right) for result, right in zip(results, expected, strict=True))
+            del results
+        assert transport.shares_gpu_memory
+        assert len(gpu_bytes(transport)) > 1
+        assert server.local.mapped_bytes >= sum(gpu_bytes(transport))
+        grown = gpu_bytes(transport)
+        for call in calls:
+            await transport.execute(call)
+        assert gpu_bytes(transport) == grown
+        await asyncio.gather(transport.close(), host.close())
+
+
+async def test_without_room_on_the_gpu_tensors_go_through_host_memory(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_server(small_model, ALL) as server:
+        stand_in_gpu.install(monkeypatch, server)
+        transport = await connected(server, max_bytes=64 << 10)
+        small, large = random_batch(2, 256, 16, 4), random_batch(50, 256, 16, 4)
+        first = await transport.execute(call_for(server, small))
+        assert gpu_bytes(transport) == [64 << 10]
+        second = await transport.execute(call_for(server, large))
+        assert torch.equal(first.partials, (await transport.execute(call_for(server, small))).partials)
+        assert second.partials.isfinite().all()
+        assert gpu_bytes(transport) == [64 << 10]
+        await transport.close()
+
+
+REFUSALS = {
+    "another GPU": ("gpu_uuid", lambda device: "GPU-another", logging.INFO, "the server computes on GPU-stand-in; the"),
+    "CUDA says no": ("GpuMemory", None, logging.WARNING, "cuMemCreate: CUDA_ERROR_NOT_SUPPORTED"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+async def test_where_gpu_memory_cannot_be_shared_host_memory_is_and_the_log_says_why_once(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level(logging.INFO, "expertd.client")
+    attribute, value, level, reason = REFUSALS[name]
+    async with running_server(small_model, ALL) as server:
+        stand_in_gpu.install(monkeypatch, server)
+        if value is None:
+
+            def refuse(size: int, device: torch.device) -> tuple[StandInMemory, int]:
+                raise GpuMemoryError("cuMemCreate: CUDA_ERROR_NOT_SUPPORTED")
+
+            monkeypatch.setattr(StandInMemory, "create", refuse)
+        else:
+            monkeypatch.setattr(segment_pool, attribute, value)
+        transport = await connected(server)
+        for _ in range(3):
+            assert (await transport.execute(call_for(server, random_batch(2, 256, 16, 4)))).partials.isfinite().all()
+        assert (transport.shares_memory, transport.shares_gpu_memory) == (True, False)
+        said = [record for record in caplog.records if "no memory of" in record.message]
+        assert [record.levelno for record in said] == [level]
+        assert "no memory of cuda:0 is shared, its tensors go through host memory: " in said[0].message
+        assert reason in said[0].message
+        await transport.close()
+
+
+async def test_a_server_without_a_gpu_is_called_through_host_memory(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "expertd.client")
+    async with running_server(small_model, ALL) as server:
+        stand_in_gpu.install(monkeypatch, server)
+        monkeypatch.setattr(server.handlers._tickets, "_gpu", "")
+        transport = await connected(server)
+        assert (await transport.execute(call_for(server, random_batch(2, 256, 16, 4)))).partials.isfinite().all()
+        assert "the server computes on no GPU; the tensors are on GPU-stand-in" in caplog.text
+        await transport.close()
+
+
+async def test_a_call_is_announced_when_its_stream_has_written_the_tensors(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_server(small_model, ALL) as server:
+        stream = stand_in_gpu.install(monkeypatch, server)
+        transport = await connected(server)
+        call = call_for(server, random_batch(2, 256, 16, 4))
+        await transport.execute(call)
+        stream.busy = True
+        # Its time begins when it is announced.
+        waiting = asyncio.create_task(transport.execute(replace(call, timeout=5.0)))
+        given_up = asyncio.create_task(transport.execute(replace(call, request_id=8)))
+        await asyncio.sleep(0.2)
+        given_up.cancel()
+        await asyncio.wait((waiting, given_up), timeout=0.2)
+        assert (server.journal.in_flight, waiting.done(), given_up.cancelled()) == (0, False, True)
+        stream.busy = False
+        assert (await waiting).partials.isfinite().all()
+        await transport.close()
+
+
+async def test_a_lost_connection_is_made_again(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_server(small_model, ALL) as server:
+        stand_in_gpu.install(monkeypatch, server)
+        transport = await connected(server)
+        call = call_for(server, random_batch(2, 256, 16, 4))
+        expected = (await transport.execute(call)).partials.clone()
+        for connection in server.local._connections:
+            connection.frames.close()
+        with pytest.raises(Unavailable, match="the connection of shared memory was closed"):
+            await transport.execute(call)
+        async with asyncio.timeout(10):
+            while transport.shares_memory or transport.shares_gpu_memory:
+                await asyncio.sleep(0.01)
+        await transport.get_shard(5.0)
+        assert torch.equal((await transport.execute(call)).partials, expected)
+        assert transport.shares_gpu_memory
+        assert transport.shares_memory
+        assert gpu_bytes(transport) == [16 * MIB]
+        await transport.close()
+
+
+def test_a_range_is_given_out_again_when_nobody_reads_it() -> None:
+    memory, _ = StandInMemory.create(1024, DEVICE)
+    room = GpuRoom(memory)  # type: ignore[arg-type]
+    reading, other = StandInStream(), as_stream(StandInStream())
+    taken = room.take(500, as_stream(reading))
+    assert taken is not None
+    offset, tensor = taken
+    assert (offset, len(tensor)) == (0, 512)
+    kept = tensor[100:200]
+    assert room.take(513, other) is None
+    del taken, tensor
+    assert room.take(513, other) is None, "a view is kept"
+    reading.busy = True
+    del kept
+    second = room.take(512, other)
+    assert second is not None
+    assert second[0] == 512, "its stream still reads the first"
+    third = room.take(512, other)
+    assert third is not None
+    assert third[0] == 0
+    assert not reading.busy, "waited for"

@@ -1,0 +1,276 @@
+"""Coordinators and servers that share memory: the same bits as over gRPC, and gRPC where there is no room."""
+
+import asyncio
+import gc
+import logging
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertd.client.config.coordinator import CoordinatorConfig
+from expertd.client.coordinator import Coordinator
+from expertd.client.transport import segment_pool
+from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.security import ClientSecurity
+from expertd.client.transport.segment import Segment
+from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
+from expertd.proto.base.errors import DeadlineExceeded, Unavailable
+from expertd.proto.codec import ExecuteCall
+from expertd.server.app import Server
+from tests.client.test_coordinator import EXACT, LAYER, routing, tokens
+from tests.support.serving import Gate, call_for, random_batch, running_server, until
+
+ALL = range(16)
+DEFAULT = CoordinatorConfig()
+# H 256, top 4, bfloat16 both ways: 1 token takes 1152 bytes, 40 tokens 42 KB.
+
+
+async def call(moe: Coordinator, count: int, seed: int = 0) -> Tensor:
+    ids, weights = routing(count, seed)
+    return await moe(LAYER, tokens(count, seed), topk_ids=ids, topk_weights=weights)
+
+
+def transport_of(moe: Coordinator) -> SharedMemoryTransport:
+    transport = next(iter(moe._connected().membership.members.values())).transport
+    assert isinstance(transport, SharedMemoryTransport)
+    return transport
+
+
+@pytest.mark.parametrize("config", [DEFAULT, EXACT], ids=["float8", "bfloat16"])
+async def test_results_are_those_of_grpc_bit_for_bit(small_model: Path, config: CoordinatorConfig) -> None:
+    async with (
+        running_server(small_model, ALL, max_tokens_per_request=500) as server,
+        Coordinator([str(server.address)], replace(config, shared_memory_bytes=0)) as over_grpc,
+        Coordinator([str(server.address)], config) as shared,
+        Coordinator([str(server.address)], replace(config, shared_memory_chunk_bytes=50_000)) as split,
+    ):
+        assert over_grpc.sharing_memory == frozenset()
+        assert shared.sharing_memory == split.sharing_memory == {str(server.address)}
+        for count in (1, 40, 1300):
+            expected = await call(over_grpc, count)
+            assert torch.equal(await call(shared, count), expected)
+            assert torch.equal(await call(split, count), expected)
+
+
+async def test_with_a_token_and_over_a_unix_socket(small_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("first-secret")
+    path = tmp_path / "expertd.sock"
+    config = replace(DEFAULT, security=ClientSecurity(token="first-secret"))
+    options = {"auth_token_file": tmp_path / "tokens", "unix_socket": path}
+    async with running_server(small_model, ALL, **options), Coordinator([f"unix:{path}"], config) as moe:
+        assert moe.sharing_memory == {f"unix:{path}"}
+        assert (await call(moe, 3)).isfinite().all()
+
+
+async def test_many_calls_at_once_use_slots_again_and_memory_grows_as_needed(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment_pool, "FIRST_BYTES", 64 << 10)
+    config = replace(DEFAULT, shared_memory_bytes=256 << 10)
+    async with (
+        running_server(small_model, ALL) as server,
+        Coordinator([str(server.address)], replace(DEFAULT, shared_memory_bytes=0)) as over_grpc,
+        Coordinator([str(server.address)], config) as moe,
+    ):
+        expected = [await call(over_grpc, 40, seed) for seed in range(20)]
+        for _ in range(5):
+            results = await asyncio.gather(*(call(moe, 40, seed) for seed in range(20)))
+            assert all(torch.equal(result, right) for result, right in zip(results, expected, strict=True))
+        assert server.local.mapped_bytes == 256 << 10
+        segments = segments_of(transport_of(moe))
+        assert [segment.size >> 10 for segment in segments] == [64, 64, 128]
+        assert [free_bytes(segment) for segment in segments] == [segment.size for segment in segments]
+
+
+def segments_of(transport: SharedMemoryTransport) -> list[Segment]:
+    return transport._pools[HOST].segments
+
+
+def free_bytes(segment: Segment) -> int:
+    """The longest part that is free."""
+    while segment.given_back:
+        segment._free.give_back(*segment.given_back.popleft())
+    return max((end - start for start, end in segment._free._free), default=0)
+
+
+async def test_calls_without_room_go_over_grpc(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(DEFAULT, shared_memory_bytes=16 << 10)
+    async with (
+        running_server(small_model, ALL) as server,
+        Coordinator([str(server.address)], replace(DEFAULT, shared_memory_bytes=0)) as over_grpc,
+        Coordinator([str(server.address)], config) as moe,
+    ):
+        sent: list[int] = []
+        execute = GrpcTransport.execute
+
+        async def note(self: GrpcTransport, call: ExecuteCall) -> Any:  # noqa: ANN401
+            sent.append(len(call.hidden))
+            return await execute(self, call)
+
+        expected = await call(over_grpc, 300)
+        monkeypatch.setattr(GrpcTransport, "execute", note)
+        await call(moe, 2)
+        assert torch.equal(await call(moe, 300), expected)
+        assert sent == [300]
+
+
+@pytest.mark.parametrize(
+    ("options", "level", "reason"),
+    [
+        ({"shared_memory_bytes": 0}, logging.INFO, "this server shares no memory; start it with --shared-memory-bytes"),
+        ({"shared_memory_bytes": 4096}, logging.WARNING, "the segment has 16777216 bytes; 4096 are left"),
+    ],
+    ids=["off", "no room"],
+)
+async def test_where_memory_is_refused_calls_go_over_grpc_and_the_log_says_why(
+    small_model: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any], level: int, reason: str
+) -> None:
+    caplog.set_level(logging.INFO, "expertd.client")
+    async with running_server(small_model, ALL, **options) as server, Coordinator([str(server.address)]) as moe:
+        assert moe.sharing_memory == frozenset()
+        assert (await call(moe, 3)).isfinite().all()
+        said = [record for record in caplog.records if record.name == "expertd.client.transport.segment_pool"]
+        assert [record.levelno for record in said] == [level]
+        assert f"{server.address}: no memory is shared, calls go over gRPC: " in said[0].message
+        assert reason in said[0].message
+
+
+async def test_a_socket_that_cannot_be_reached_falls_back_too(
+    small_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_server(small_model, ALL) as server:
+        server.handlers._tickets._name = "@expertd-elsewhere"
+        async with Coordinator([str(server.address)]) as moe:
+            assert moe.sharing_memory == frozenset()
+            assert (await call(moe, 3)).isfinite().all()
+    assert "calls go over gRPC: [Errno 111] Connection refused" in caplog.text
+
+
+async def shared_transport(server: Server) -> SharedMemoryTransport:
+    transport = SharedMemoryTransport(GrpcTransport(str(server.address)), 1 << 20)
+    await transport.get_shard(5.0)
+    assert transport.shares_memory
+    return transport
+
+
+async def test_a_slot_is_the_servers_until_it_has_answered_even_when_nobody_waits(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_server(small_model, ALL) as server:
+        transport = await shared_transport(server)
+        segment = segments_of(transport)[0]
+        gate = Gate(server, monkeypatch)
+        with pytest.raises(DeadlineExceeded, match=rf"^{server.address}: no answer within 0\.1 s"):
+            await transport.execute(call_for(server, random_batch(8, 256, 16, 4), timeout=0.1))
+        # Neither the event loop nor the error's traceback must be what keeps the slot.
+        await asyncio.sleep(0.05)
+        gc.collect()
+        assert free_bytes(segment) < segment.size
+        gate.open()
+        await until(lambda: free_bytes(segment) == segment.size)
+        await transport.close()
+
+
+async def test_a_slot_is_the_callers_while_the_partials_are_in_use(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server:
+        transport = await shared_transport(server)
+        segment = segments_of(transport)[0]
+        first = await transport.execute(call_for(server, random_batch(8, 256, 16, 4)))
+        kept, copy = first.partials[3:], first.partials[3:].clone()
+        del first
+        for seed in range(20):
+            await transport.execute(call_for(server, random_batch(8, 256, 16, 4, seed=seed)))
+        assert torch.equal(kept, copy)
+        assert free_bytes(segment) < segment.size
+        del kept
+        await asyncio.sleep(0)  # The event loop holds the last answer until its next turn.
+        assert free_bytes(segment) == segment.size
+        await transport.close()
+
+
+async def test_a_lost_connection_fails_its_calls_and_is_made_again(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = asyncio.Event()
+    async with running_server(small_model, ALL) as server, Coordinator([str(server.address)]) as moe:
+        expected = await call(moe, 5)
+        transport = transport_of(moe)
+
+        async def hang(*_: object) -> None:
+            arrived.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(server.scheduler, "execute", hang)
+        waiting = asyncio.create_task(transport.execute(call_for(server, random_batch(8, 256, 16, 4))))
+        await arrived.wait()
+        monkeypatch.undo()
+        for connection in server.local._connections:
+            connection.frames.close()
+        with pytest.raises(Unavailable, match=rf"^{server.address}: the connection of shared memory was closed"):
+            await waiting
+        assert not transport.shares_memory
+        assert torch.equal(await call(moe, 5), expected)
+        await transport.get_shard(5.0)
+        assert transport.shares_memory
+        assert torch.equal(await call(moe, 5), expected)
+
+
+async def test_memory_that_a_stuck_device_may_still_write_to_is_not_used_again(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted, release = threading.Event(), threading.Event()
+    async with running_server(small_model, ALL) as server, Coordinator([str(server.address)]) as moe:
+        expected = await call(moe, 5)
+        transport = transport_of(moe)
+        submit = server.backend.submit
+
+        def stick(*arguments: Any) -> Any:  # noqa: ANN401
+            submitted.set()
+            release.wait(20)
+            return submit(*arguments)
+
+        monkeypatch.setattr(server.backend, "submit", stick)
+        waiting = asyncio.create_task(transport.execute(call_for(server, random_batch(8, 256, 16, 4))))
+        assert await asyncio.to_thread(submitted.wait, 20)
+        server.scheduler.abandon("stuck")
+        with pytest.raises(Unavailable, match="the connection of shared memory was closed"):
+            await waiting
+        assert not transport.shares_memory
+        release.set()
+        server.scheduler.open()
+        await transport.get_shard(5.0)
+        assert transport.shares_memory
+        assert torch.equal(await call(moe, 5), expected)
+
+
+async def test_calls_survive_servers_that_stop(small_model: Path) -> None:
+    async with (
+        running_server(small_model, ALL) as lasting,
+        running_server(small_model, ALL) as stopping,
+        Coordinator([str(stopping.address), str(lasting.address)]) as moe,
+    ):
+        assert len(moe.sharing_memory) == 2
+        expected = await call(moe, 5)
+        for number in range(40):
+            if number == 10:
+                stopping.stop()
+            results = await asyncio.gather(*(call(moe, 5) for _ in range(4)))
+            assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"shared_memory_bytes": -1}, "shared_memory_bytes is -1; it must be at least 0"),
+        ({"shared_memory_chunk_bytes": 0}, "shared_memory_chunk_bytes is 0; it must be at least 1"),
+        ({"channels": 0}, "channels is 0; it must be at least 1"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        CoordinatorConfig(**fields)

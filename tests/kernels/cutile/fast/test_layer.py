@@ -1,0 +1,59 @@
+"""What the fast pipeline launches, seen without a GPU."""
+
+import pytest
+import torch
+
+from expertd.kernels.cutile.base.launch import Gpu
+from expertd.kernels.cutile.base.shape import ExpertShape
+from expertd.kernels.cutile.fast.layer import Workspace
+from expertd.kernels.cutile.fast.tiles import default_config
+from expertd.kernels.cutile.tools.inputs import random_weights
+from expertd.kernels.cutile.tools.registry import META, V3, fast_launches
+
+H200 = Gpu("sm_90", processors=132)
+
+
+def names(tokens: int, shape: ExpertShape = V3) -> list[str]:
+    return [launch.name for launch in fast_launches(shape, tokens, default_config(tokens), META, H200)]
+
+
+def test_one_token_splits_the_first_product() -> None:
+    assert names(1) == [
+        "place_pairs",
+        "gather_rows",
+        "fp8_gemm_few_rows",
+        "swiglu_quantize",
+        "fp8_gemm_few_rows",
+        "combine",
+    ]
+
+
+def test_an_odd_number_of_blocks_is_not_split() -> None:
+    assert "gemm1_few_rows" in names(1, ExpertShape(8, 2176, 640))
+
+
+def test_many_tokens_are_counted_first() -> None:
+    assert names(4096) == [
+        "count_pairs",
+        "place_pairs",
+        "gather_rows",
+        "fp8_gemm",
+        "swiglu_quantize",
+        "fp8_gemm",
+        "combine",
+    ]
+
+
+def test_grids_of_products_fit_the_device() -> None:
+    for tokens in (1, 64, 1024, 16384):
+        config = default_config(tokens)
+        most = 132 * max(config.gemm1.occupancy, config.gemm2.occupancy)
+        launches = fast_launches(V3, tokens, config, META, H200)
+        assert all(launch.grid[0] <= most for launch in launches if "gemm" in launch.name)
+
+
+def test_a_workspace_beyond_32_bit_offsets_is_refused() -> None:
+    weights = random_weights(ExpertShape(2, 8192, 128), torch.device("meta"))
+    Workspace.allocate(65536, 2, weights, 128, "meta")
+    with pytest.raises(ValueError, match="32-bit"):
+        Workspace.allocate(262144, 2, weights, 128, "meta")

@@ -1,0 +1,98 @@
+"""Every kernel in every shipped configuration compiles without a GPU, and spills no registers on the H200."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import cuda.tile as ct
+import pytest
+import torch
+
+import expertd.kernels.cutile.pipeline.table
+from expertd.kernels.cutile.base.launch import Gpu, Launch
+from expertd.kernels.cutile.dequant.group_gemm import GroupGemmConfig, group_gemm
+from expertd.kernels.cutile.fast.tiles import PAIRED, LayerConfig
+from expertd.kernels.cutile.pipeline.table import SHIPPED, Table
+from expertd.kernels.cutile.tools.inspect import Resources, compile_kernel, inspect_kernel, signature
+from expertd.kernels.cutile.tools.registry import META, V3, fast_launches, shipped_launches
+from tests.support.serving import forked_processes
+
+PROCESSES = 2
+SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
+"""Shared memory of one of the H200's multiprocessors, and what it takes of that for itself with every block."""
+TUNED = Path(expertd.kernels.cutile.pipeline.table.__file__).parent / "tuned"
+
+
+def shipped_table(gpu: str) -> Table:
+    return Table.from_json(json.loads((TUNED / SHIPPED[gpu]).read_text()))
+
+
+@cache
+def unique_launches(arch: str, gpu: str | None = None) -> list[Launch]:
+    """One launch for each kernel, signature and set of hints, in the choices shipped for `gpu` or the default ones."""
+    launches = {}
+    for launch in shipped_launches(arch, Table() if gpu is None else shipped_table(gpu)):
+        launches[launch.kernel, signature(launch.kernel, launch.args).symbol] = launch
+    return list(launches.values())
+
+
+def name(launch: Launch) -> str:
+    constants = [value for value in launch.args if not isinstance(value, torch.Tensor)]
+    return f"{launch.name}{constants}"
+
+
+def build(index: int, arch: str) -> tuple[str, str | None]:
+    """Compile one launch; kernels do not travel between processes, so that each has a list of its own."""
+    launch = unique_launches(arch)[index]
+    try:
+        compile_kernel(launch.kernel, launch.args, arch)
+    except ct.TileError as error:
+        return name(launch), str(error)
+    return name(launch), None
+
+
+def inspect_shipped(index: int, gpu: str, arch: str) -> tuple[str, Resources]:
+    launch = unique_launches(arch, gpu)[index]
+    return name(launch), inspect_kernel(launch.kernel, launch.args, arch)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_every_default_configuration_compiles(arch: str) -> None:
+    count = len(unique_launches(arch))
+    with forked_processes(PROCESSES) as pool:
+        results = list(pool.map(build, range(count), [arch] * count))
+    assert not {kernel: error for kernel, error in results if error is not None}
+
+
+def test_nothing_shipped_for_the_h200_spills() -> None:
+    gpu, arch = "NVIDIA H200", "sm_90"
+    count = len(unique_launches(arch, gpu))
+    with forked_processes(PROCESSES) as pool:
+        results = list(pool.map(inspect_shipped, range(count), [gpu] * count, [arch] * count))
+    assert not {kernel: resources for kernel, resources in results if resources.spills}
+    products = [resources for kernel, resources in results if "gemm" in kernel]
+    assert products
+    assert all("HGMMA" in used.matrix or "QGMMA" in used.matrix for used in products)
+
+
+def test_two_blocks_of_paired_tiles_share_a_multiprocessor() -> None:
+    launches = fast_launches(V3, 4096, LayerConfig(64, PAIRED, PAIRED), META, Gpu("sm_90", processors=132))
+    products = [launch for launch in launches if launch.name == "fp8_gemm"]
+    assert len(products) == 2
+    for launch in products:
+        resources = inspect_kernel(launch.kernel, launch.args, "sm_90")
+        assert PAIRED.occupancy * (resources.shared + RESERVED_BYTES) <= SHARED_BYTES
+
+
+def test_spills_are_seen() -> None:
+    def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    a, b = meta(1024, 2048, dtype=torch.bfloat16), meta(8, 4096, 2048, dtype=torch.bfloat16)
+    tiles = (meta(8, dtype=torch.int32), meta(1, dtype=torch.int32))
+    too_large = GroupGemmConfig(tile_n=256, tile_k=128, num_worker_warps=4, occupancy=2, latency=8)
+    launch = group_gemm(a, b, *tiles, meta(1024, 4096, dtype=torch.float32), 128, too_large, 132)
+    resources = inspect_kernel(launch.kernel, launch.args, "sm_90")
+    assert resources.spills
+    assert resources.stack > 0
+    assert resources.local_accesses > 0

@@ -1,0 +1,128 @@
+"""The shadow check: what it says of right and wrong servers, and that it stays out of the way."""
+
+import asyncio
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+import torch
+
+from expertd.kernels.numerics.backend import TokenBatch
+from expertd.kernels.torch.backend import TorchBackend
+from expertd.kernels.weights.experts import read_expert
+from expertd.proto import expert_shard_pb2 as pb
+from expertd.server.app import Server
+from expertd.server.scheduling.shadow import WAITING
+from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server
+
+EXPERTS, HIDDEN, TOP_K = 16, 256, 4
+
+
+def checks(server: Server, outcome: str) -> float:
+    value = server.metrics.registry.get_sample_value("expertd_shadow_checks_total", {"outcome": outcome})
+    assert value is not None
+    return value
+
+
+async def until(server: Server, outcome: str, count: float) -> None:
+    async with asyncio.timeout(30):
+        while checks(server, outcome) < count:
+            await asyncio.sleep(0.01)
+
+
+async def execute(channel: grpc.aio.Channel, server: Server, batch: TokenBatch, **changes: Any) -> pb.ExecuteResponse:  # noqa: ANN401
+    response: pb.ExecuteResponse = await execute_method(channel)(request_for(server, batch, **changes))
+    return response
+
+
+@pytest.mark.parametrize("reply_dtype", [torch.float32, torch.bfloat16])
+async def test_answers_of_a_right_server_are_right(small_model: Path, reply_dtype: torch.dtype) -> None:
+    async with running_server(small_model, range(EXPERTS), shadow_check_rate=1.0) as server:
+        async with open_channel(server) as channel:
+            for seed in range(5):
+                batch = random_batch(9, HIDDEN, EXPERTS, TOP_K, seed=seed)
+                await execute(channel, server, batch, reply_dtype=reply_dtype)
+                await until(server, "ok", seed + 1)
+        assert checks(server, "mismatch") == 0
+        errors = server.metrics.registry.get_sample_value("expertd_shadow_relative_error_sum")
+        assert errors is not None
+        assert errors / 5 < (1e-6 if reply_dtype == torch.float32 else 5e-3)
+
+
+async def test_a_damaged_expert_is_counted_and_named(small_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running_server(small_model, range(4, 12), shadow_check_rate=1.0) as server:
+        assert isinstance(server.backend, TorchBackend)
+        server.backend._layers[1][1][3] *= 1.05
+        batch = random_batch(1, HIDDEN, EXPERTS, 1, absent=0.0)
+        batch.expert_ids[:] = 7
+        async with open_channel(server) as channel:
+            await execute(channel, server, batch)
+        await until(server, "mismatch", 1)
+    assert "shadow check: layer 1, experts [7]: relative error 0.05 exceeds 0.005" in caplog.text
+
+
+async def test_a_busy_check_drops_and_never_makes_requests_wait(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+
+    def waiting(*arguments: Any) -> Any:  # noqa: ANN401
+        released.wait()
+        return read_expert(*arguments)
+
+    monkeypatch.setattr("expertd.server.scheduling.shadow.read_expert", waiting)
+    batch = random_batch(3, HIDDEN, EXPERTS, TOP_K, absent=0.0)
+    async with running_server(small_model, range(EXPERTS), shadow_check_rate=1.0) as server:
+        async with open_channel(server) as channel:
+            for _ in range(WAITING + 3):
+                await execute(channel, server, batch)
+        # One may have been taken out of the queue already.
+        assert checks(server, "dropped") in (2, 3)
+        assert checks(server, "ok") == 0
+        released.set()
+        await until(server, "ok", WAITING + 3 - checks(server, "dropped"))
+
+
+async def test_a_checkpoint_that_went_away_does_not_stop_serving(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("expertd.server.scheduling.shadow.read_expert", failing)
+    batch = random_batch(3, HIDDEN, EXPERTS, TOP_K, absent=0.0)
+    async with running_server(small_model, range(EXPERTS), shadow_check_rate=1.0) as server:
+        for count in (1, 2):
+            async with open_channel(server) as channel:
+                await execute(channel, server, batch)
+            await until(server, "failed", count)
+
+
+async def test_without_the_option_there_is_neither_thread_nor_metric(small_model: Path) -> None:
+    async with running_server(small_model, range(EXPERTS)) as server:
+        assert server.shadow is None
+        assert server.metrics.registry.get_sample_value("expertd_shadow_checks_total", {"outcome": "ok"}) is None
+        assert "shadow-check" not in {thread.name for thread in threading.enumerate()}
+
+
+async def test_the_rate_is_the_share_of_requests(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Draws(random.Random):
+        values = iter([0.1, 0.9, 0.24, 0.25, 0.6])
+
+        def random(self) -> float:
+            return next(self.values)
+
+        def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
+            return start - 1
+
+    monkeypatch.setattr("expertd.server.scheduling.shadow.random", Draws())
+    batch = random_batch(3, HIDDEN, EXPERTS, TOP_K)
+    async with running_server(small_model, range(EXPERTS), shadow_check_rate=0.25) as server:
+        async with open_channel(server) as channel:
+            for _ in range(5):
+                await execute(channel, server, batch)
+        await until(server, "ok", 2)
+    assert checks(server, "ok") == 2

@@ -1,0 +1,93 @@
+"""Small seeded models of the supported families, written by transformers, with their experts in FP8 blocks beside."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig
+
+from expertd.kernels.numerics.quantize import dequantize_weights, quantize_weights
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "vocab_size": 1024,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    # Large enough for experts to matter and for logits to be decided.
+    "initializer_range": 0.08,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+CONFIGS: dict[str, Any] = {
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZES,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
+    "glm4_moe": Glm4MoeConfig(
+        **SIZES,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_group=2,
+        topk_group=1,
+        routed_scaling_factor=1.5,
+        first_k_dense_replace=1,
+        use_qk_norm=True,
+    ),
+    "mixtral": MixtralConfig(**SIZES, intermediate_size=128, num_local_experts=16, num_experts_per_tok=2),
+}
+
+
+@dataclass(frozen=True)
+class FamilyFolders:
+    """One model three times; the experts of the last two have equal values."""
+
+    plain: Path
+    """BF16, as transformers saves it."""
+    quantized: Path
+    """Experts in FP8 with `weight_scale_inv`, all else BF16: what servers read."""
+    floats: Path
+    """FP32."""
+
+
+def write_family(folder: Path, model_type: str) -> FamilyFolders:
+    """Write the model of `CONFIGS[model_type]` under `folder`."""
+    torch.manual_seed(11)
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(copy.deepcopy(CONFIGS[model_type])).to(torch.bfloat16)
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias.normal_(std=0.05)
+    folders = FamilyFolders(folder / "plain", folder / "quantized", folder / "floats")
+    model.save_pretrained(folders.plain)
+    quantized, floats = {}, {}
+    for name, weight in load_file(folders.plain / "model.safetensors").items():
+        if ".experts." not in name:
+            quantized[name], floats[name] = weight, weight.float()
+            continue
+        stored, scales = quantize_weights(weight)
+        quantized |= {name: stored, f"{name}_scale_inv": scales}
+        floats[name] = dequantize_weights(stored, scales)
+    config = json.loads((folders.plain / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    _save(folders.quantized, quantized, config | {"quantization_config": fp8})
+    _save(folders.floats, floats, config | {"dtype": "float32"})
+    return folders
+
+
+def _save(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,34 @@
+"""Programs that tests run but do not need: a skip says where to get them."""
+
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from expertd.client.tools.cluster import cache_folder
+
+
+def find_program(*names: str, package: str) -> str:
+    """The first of `names` that is installed, or a skip that names the Debian package."""
+    for name in names:
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    pytest.skip(f"{names[0]} is not installed (Debian: apt-get install {package})")
+
+
+def node_modules(manifest: Path) -> Path:
+    """The packages of a package.json, installed once for every content of it, or a skip when they cannot be had."""
+    content = manifest.read_bytes()
+    folder = cache_folder() / "node" / hashlib.sha256(content).hexdigest()[:16]
+    if not (folder / "complete").exists():
+        npm = find_program("npm", package="npm")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "package.json").write_bytes(content)
+        done = subprocess.run([npm, "install", "--no-audit", "--no-fund"], cwd=folder, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"npm cannot install {manifest}: {done.stderr}")
+        (folder / "complete").touch()
+    return folder / "node_modules"
