@@ -28,8 +28,7 @@ from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from expertd.client.transport.interface import GrpcTransport, Transport
 from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.kernels.numerics.backend import Partials, TokenBatch, Underway
-from expertd.proto import codec
-from expertd.proto.codec import ExecuteCall
+from expertd.proto.codec import ExecuteCall, request, response
 from expertd.server.app import Server
 from expertd.server.scheduling import batching as scheduler
 from expertd.server.scheduling.device import BatchOutcome
@@ -69,8 +68,8 @@ def collect_unchecked(layer: int, requests: Sequence[TokenBatch], count: int, un
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
     with (
-        mock.patch.object(codec, "_check_range", nothing),
-        mock.patch.object(codec, "_checksum", no_checksum),
+        mock.patch.object(request, "_check_range", nothing),
+        mock.patch.object(response, "_checksum", no_checksum),
     ):
         yield
 
