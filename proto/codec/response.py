@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from crc32c import crc32c
@@ -14,26 +15,26 @@ from torch import Tensor
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import ExpertdError, InvalidBatch, ServerFault, error_from_status
 from expertd.proto.codec.raw import RawResponse
-from expertd.proto.codec.schema import RESPONSE
+from expertd.proto.codec.schema import RESPONSE, TIMINGS
 from expertd.proto.codec.tensors import DTYPE_CODES, buffer, check_dtype, from_bytes
 
 PUSHBACK = "grpc-retry-pushback-ms"
 """Trailing metadata of a refused unary call: milliseconds until the server expects to have room."""
 
 
-@dataclass(frozen=True, slots=True)
-class StageTimings:
+class StageTimings(NamedTuple):
     """Seconds that one request spent in each stage of a server."""
 
     decode: float = 0.0
     queue: float = 0.0
+    """In which nothing was done for it: waiting for the device, and between its stages."""
     copy_in: float = 0.0
     compute: float = 0.0
     copy_out: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.decode + self.queue + self.copy_in + self.compute + self.copy_out
+        return sum(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,6 @@ class ExecuteResult:
     receipt: Mapping[int, int]
     """Computed (token, expert) pairs by global expert id; experts without pairs are absent."""
     timings: StageTimings
-
-
-_STAGES = tuple(StageTimings.__dataclass_fields__)
 
 
 def encode_result(result: ExecuteResult) -> bytes:
@@ -121,10 +119,9 @@ def _checksum(request_id: int, partials: memoryview) -> bytes:
 
 
 def _write_timings(timings: StageTimings) -> bytes:
-    nanoseconds = {f"{stage}_ns": round(getattr(timings, stage) * 1e9) for stage in _STAGES}
-    return pb.Timings(**nanoseconds).SerializeToString()
+    return TIMINGS.write({f"{stage}_ns": round(seconds * 1e9) for stage, seconds in timings._asdict().items()})
 
 
 def _read_timings(message: memoryview) -> StageTimings:
-    timings = pb.Timings.FromString(bytes(message))
-    return StageTimings(*(getattr(timings, f"{stage}_ns") / 1e9 for stage in _STAGES))
+    found: dict[str, Any] = TIMINGS.read(message)
+    return StageTimings(*(found.get(f"{stage}_ns", 0) / 1e9 for stage in StageTimings._fields))

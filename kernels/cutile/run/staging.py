@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertd.kernels.model.config import BLOCK
-from expertd.kernels.numerics.backend import Computed, TokenBatch
+from expertd.kernels.numerics.backend import Computed, DeviceSeconds, TokenBatch
 from expertd.kernels.numerics.quantize import FP8
 
 ALIGNMENT = 256
@@ -222,7 +222,7 @@ class DeviceBatch:
         started = time.perf_counter()
         sums = tuple(map(_delivered, self.requests, self.sums))
         copied_out += time.perf_counter() - started
-        return Computed(sums, pairs, self.staged + copied_in, computed, copied_out)
+        return Computed(sums, pairs, DeviceSeconds(self.staged + copied_in, computed, copied_out))
 
 
 def _delivered(request: TokenBatch, sums: Tensor) -> Tensor:
