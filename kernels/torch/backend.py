@@ -73,10 +73,10 @@ class TorchBackend:
         first = 0
         for expert, count in enumerate(order.counts.tolist()):
             pairs = slice(first, first + count)
-            tokens, slots = order.tokens[pairs], order.slots[pairs]
+            tokens, choices = order.tokens[pairs], order.choices[pairs]
             if count:
                 rows = _expert_ffn(hidden[tokens], up_gate[expert], down[expert])
-                sums.index_add_(0, tokens, rows * pair_weights[slots])
+                sums.index_add_(0, tokens, rows * pair_weights[choices])
             first += count
         return Partials(sums=sums, pairs=order.counts.to(torch.int32))
 
