@@ -40,7 +40,7 @@ class MessageSchema:
             for field, (_, kind) in zip(fields, self.fields.values(), strict=True)
         }
 
-    def read(self, data: bytes | bytearray | memoryview) -> dict[str, wire.Value | list[int]]:
+    def read(self, data: bytes | bytearray) -> dict[str, wire.Value | list[int]]:
         """The fields that `data` has, bytes as views of it. Raises `wire.MalformedMessage`."""
         return wire.read_known(memoryview(data), self.fields)
 
@@ -68,4 +68,3 @@ class MessageSchema:
 
 REQUEST = MessageSchema(pb.ExecuteRequest)
 RESPONSE = MessageSchema(pb.ExecuteResponse)
-TIMINGS = MessageSchema(pb.Timings)
