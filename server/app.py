@@ -18,7 +18,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app, start_http_server
 
 from expertd.kernels.memory.gpu import current_gpu, gpu_uuid
 from expertd.kernels.numerics.backend import Backend, DeviceMemory
@@ -48,7 +48,7 @@ from expertd.server.telemetry.loads import ExpertLoads
 from expertd.server.telemetry.metrics import Metrics
 from expertd.server.telemetry.pages import Pages
 from expertd.server.telemetry.rpc_counter import RpcCounter
-from expertd.server.telemetry.status import Status
+from expertd.server.telemetry.status import Status, build_of, placement_of
 from expertd.server.telemetry.tracing import RequestTracer
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Server:
             max_batch_tokens=config.max_batch_tokens,
             max_queued_tokens=config.max_queued_tokens,
             max_queued_bytes=config.max_queued_bytes,
-            on_batch=self.metrics.observe_batch,
+            metrics=self.metrics,
             on_fault=lambda error: self.watchdog.suspect(error),
             on_abandon=self._disconnect,
         )
@@ -212,7 +212,9 @@ class Server:
         except OSError as error:
             raise InvalidOption(f"--metrics {self.config.metrics} cannot be bound: {error}") from None
         self.metrics_address = dataclasses.replace(self.config.metrics, port=self._metrics_server.server_port)
-        self._metrics_server.set_app(Pages(self._observe(), self.metrics.application(), asyncio.get_running_loop()))
+        self._metrics_server.set_app(
+            Pages(self._observe(), make_wsgi_app(self.metrics.registry), asyncio.get_running_loop())
+        )
         self.device.start()
         if self.shadow is not None:
             self.shadow.start()
@@ -240,14 +242,10 @@ class Server:
     def _observe(self) -> Status:
         """Export what this server is and does."""
         scheduler = self.scheduler
-        self.metrics.describe(self.info)
-        self.metrics.watch_loads(self.loads, self.config.per_expert_metrics)
-        self.metrics.watch(
-            queue_tokens=lambda: scheduler.queued_tokens,
-            queue_capacity=self.config.max_queued_tokens,
-            in_flight=lambda: self.journal.in_flight,
-            ready=lambda: scheduler.closed_because is None,
-        )
+        self.metrics.build.info(build_of(self.info))
+        self.metrics.placement.info(placement_of(self.info))
+        if self.config.per_expert_metrics:
+            self.metrics.export(self.metrics.expert_pairs)
         return Status(
             config=self.config,
             info=self.info,
@@ -277,15 +275,16 @@ class Server:
     def _shadow_check(self) -> ShadowCheck | None:
         if self.config.shadow_check_rate == 0:
             return None
-        rate, registry = self.config.shadow_check_rate, self.metrics.registry
-        return ShadowCheck(self.checkpoint, self.shard, self.backend.name, rate, registry)
+        rate = self.config.shadow_check_rate
+        return ShadowCheck(self.checkpoint, self.shard, self.backend.name, rate, self.metrics)
 
     async def _watch_memory(self, memory: DeviceMemory) -> None:
         """On the device thread, which alone calls the backend."""
-        tell = self.metrics.watch_device()
+        self.metrics.export(self.metrics.device_busy, self.metrics.device_memory)
         found: DeviceMemory | None = memory
         while found is not None:
-            tell(found)
+            for kind, size in dataclasses.asdict(found).items():
+                self.metrics.device_memory.labels(kind).set(size)
             await asyncio.sleep(MEMORY_SECONDS)
             found = await self.device.call(self.backend.memory)
 

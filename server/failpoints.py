@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from expertd.kernels.numerics.backend import Backend, LayerWeights, TokenBatch, Underway
-from expertd.proto import codec, wire
+from expertd.proto import codec
 from expertd.proto.codec import RawRequest, ShardInfo
+from expertd.proto.codec.schema import RESPONSE
 from expertd.proto.lane.layout import SharedSegment
 from expertd.server.options.config import InvalidOption
 from expertd.server.rpc.handlers import ExpertShardHandlers
@@ -191,7 +192,8 @@ class FaultyHandlers(ExpertShardHandlers):
             answer = _with_a_flipped_bit(answer)
         if strikes("wrong_receipt"):
             # A repeated field goes on where it occurs again: one more pair of this server's first expert.
-            answer += wire.packed_field(5, self._shard.experts[:1]) + wire.packed_field(6, (request.num_tokens + 1,))
+            more = {"receipt_experts": self._shard.experts[:1], "receipt_pairs": (request.num_tokens + 1,)}
+            answer = RESPONSE.write(more, begin=answer)
         return answer
 
     def _begin_placement(self, epoch: int) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from expertd.proto.codec import StageTimings
 
-STAGES = tuple(StageTimings.__dataclass_fields__)
+STAGES = StageTimings._fields
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -75,17 +75,23 @@ class Partials:
     """[E] int32: (token, expert) pairs computed for each local expert."""
 
 
+class DeviceSeconds(NamedTuple):
+    """What one batch took on the device, stage by stage."""
+
+    copy_in: float
+    compute: float
+    copy_out: float
+
+
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """One device batch in host memory, with its seconds by stage."""
+    """One device batch in host memory."""
 
     sums: tuple[Tensor, ...]
     """[T, H] for each of the batch's requests, in their order."""
     pairs: Tensor
     """[E] int32: (token, expert) pairs computed for each local expert, over all requests."""
-    copy_in: float
-    compute: float
-    copy_out: float
+    seconds: DeviceSeconds
 
 
 class Underway(Protocol):
@@ -132,7 +138,7 @@ class Backend(Protocol):
         """Do after the last `load_layer` what would make the first batches slow, such as compiling."""
 
     def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> Underway:
-        """Start computing several requests, of one dtype and one number of slots a token, as one batch."""
+        """Start computing several requests, of one dtype and one top_k, as one batch."""
 
     def synchronize(self) -> None:
         """Wait until the device has done everything that it was asked for; raises what it met. Called by any thread."""

@@ -21,13 +21,13 @@ def reference_partials(batch: TokenBatch, weights: LayerWeights, dtype: torch.dt
         hidden = dequantize_activations(batch.hidden, batch.scales).to(dtype)
     sums = torch.zeros_like(hidden)
     for expert in range(weights.num_experts):
-        token, slot = (batch.expert_ids == expert).nonzero(as_tuple=True)
+        token, choice = (batch.expert_ids == expert).nonzero(as_tuple=True)
         if not len(token):
             continue
         up_gate = dequantize_weights(weights.up_gate[expert], weights.up_gate_scales[expert]).to(dtype)
         down = dequantize_weights(weights.down[expert], weights.down_scales[expert]).to(dtype)
         up, gate = (hidden[token] @ up_gate.T).chunk(2, dim=-1)
-        sums.index_add_(0, token, (silu(gate) * up) @ down.T * batch.weights[token, slot, None].to(dtype))
+        sums.index_add_(0, token, (silu(gate) * up) @ down.T * batch.weights[token, choice, None].to(dtype))
     return sums
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, silu
 
-from expertd.kernels.numerics.backend import Computed, LayerWeights, Partials, TokenBatch
+from expertd.kernels.numerics.backend import Computed, DeviceSeconds, LayerWeights, Partials, TokenBatch
 from expertd.kernels.numerics.quantize import dequantize_activations, dequantize_weights
 from expertd.kernels.numerics.token_sort import sort_pairs
 
@@ -55,9 +55,7 @@ class TorchBackend:
             Computed(
                 sums=tuple(map(_replied, requests, sums)),
                 pairs=partials.pairs,
-                copy_in=merged - started,
-                compute=computed - merged,
-                copy_out=time.perf_counter() - computed,
+                seconds=DeviceSeconds(merged - started, computed - merged, time.perf_counter() - computed),
             )
         )
 
@@ -75,10 +73,10 @@ class TorchBackend:
         first = 0
         for expert, count in enumerate(order.counts.tolist()):
             pairs = slice(first, first + count)
-            tokens, slots = order.tokens[pairs], order.slots[pairs]
+            tokens, choices = order.tokens[pairs], order.choices[pairs]
             if count:
                 rows = _expert_ffn(hidden[tokens], up_gate[expert], down[expert])
-                sums.index_add_(0, tokens, rows * pair_weights[slots])
+                sums.index_add_(0, tokens, rows * pair_weights[choices])
             first += count
         return Partials(sums=sums, pairs=order.counts.to(torch.int32))
 

@@ -67,16 +67,16 @@ def lay_out(
     if gpu_offset is not None and gpu_offset % GPU_ALIGNMENT:
         raise InvalidBatch(f"gpu_offset is {gpu_offset}; it must be a multiple of {GPU_ALIGNMENT}")
     scales = tokens * (width // QUANTIZATION_BLOCK) * 4 if hidden_dtype == torch.float8_e4m3fn else 0
-    hidden, slots, partials = (
+    hidden, choices, partials = (
         tokens * width * hidden_dtype.itemsize,
         tokens * top_k * 4,
         tokens * width * reply_dtype.itemsize,
     )
     if gpu_offset is None:
-        places = _one_after_another(offset, ALIGNMENT, hidden, scales, slots, slots, partials)
+        places = _one_after_another(offset, ALIGNMENT, hidden, scales, choices, choices, partials)
         first, second, ids, weights, last = places
     else:
-        ids, weights = _one_after_another(offset, ALIGNMENT, slots, slots)
+        ids, weights = _one_after_another(offset, ALIGNMENT, choices, choices)
         first, second, last = _one_after_another(gpu_offset, GPU_ALIGNMENT, hidden, scales, partials)
     return Layout(first, second, ids, weights, last, on_gpu=gpu_offset is not None)
 

@@ -119,7 +119,7 @@ class ExpertShardHandlers(ExecuteHandlers):
         timeout = min((limit for limit in (call.timeout, time_remaining) if limit is not None), default=None)
         done = await self._scheduler.execute(caller, call.layer, batch, call.reply_dtype, timeout)
         computed = time.perf_counter()
-        timings = StageTimings(decoded - arrived, done.queue, done.copy_in, done.compute, done.copy_out)
+        timings = StageTimings(decoded - arrived, done.waited, *done.seconds)
         pairs = done.partials.pairs.numpy()
         receipt = {expert: count for expert, count in zip(self._shard.experts, pairs.tolist(), strict=True) if count}
         sums = done.partials.sums if call.reply_into is None else torch.empty(0, dtype=call.reply_dtype)

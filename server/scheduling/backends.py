@@ -28,7 +28,7 @@ def choose_backend(config: ServerConfig, model: MoeConfig) -> tuple[Backend, str
             config.pipeline,
             batch_invariant=config.batch_invariant,
             max_batch_tokens=config.max_batch_tokens,
-            max_slots=model.num_experts_per_tok,
+            max_top_k=model.num_experts_per_tok,
         )
     except UnsupportedShape as error:
         raise InvalidOption(f"--pipeline {config.pipeline} cannot run here: {error}") from None

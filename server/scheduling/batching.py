@@ -14,6 +14,7 @@ from expertd.proto.base.errors import DeadlineExceeded, ExpertdError, ServerFaul
 from expertd.server.scheduling.admission import Admission
 from expertd.server.scheduling.device import BatchOutcome, DeviceOwner, collect, reject
 from expertd.server.scheduling.queue import Completed, FairQueue, Job
+from expertd.server.telemetry.metrics import Metrics
 
 OVERLAP_TOKENS = 256
 """A batch smaller than this gains more by growing while another is under way than by overlapping with it."""
@@ -31,20 +32,19 @@ class Scheduler:
         max_batch_tokens: int,
         max_queued_tokens: int,
         max_queued_bytes: int,
-        on_batch: Callable[[int, float], None] = lambda tokens, compute: None,
+        metrics: Metrics,
         on_fault: Callable[[BaseException], None] = lambda error: None,
         on_abandon: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_batch` is told of every computed device batch, its tokens and the seconds of its computation.
+        """`on_fault` is told what the backend raised unexpectedly.
 
-        `on_fault` is told what the backend raised unexpectedly; `on_abandon` is called before those are answered whose
-        tensors the device may still use.
+        `on_abandon` is called before those are answered whose tensors the device may still use.
         """
         self._backend = backend
         self._device = device
         self._num_experts = num_experts
         self._max_batch_tokens = max_batch_tokens
-        self._on_batch = on_batch
+        self._metrics = metrics
         self._on_fault = on_fault
         self._on_abandon = on_abandon
         self._queue = FairQueue()
@@ -53,6 +53,9 @@ class Scheduler:
         self._under_way: list[int] = []
         self.closed_because: str | None = "the server is starting"
         self._refusing = True
+        metrics.queue_capacity.set(max_queued_tokens)
+        metrics.queue_tokens.set_function(lambda: self.queued_tokens)
+        metrics.ready.set_function(lambda: self.closed_because is None)
 
     @property
     def queued_tokens(self) -> int:
@@ -143,7 +146,11 @@ class Scheduler:
         start = partial(self._backend.submit, jobs[0].layer, requests, jobs[0].reply_dtype)
         finish = partial(collect, jobs[0].layer, requests, self._num_experts)
         outcome = self._device.run(start, finish, alone=alone)
-        outcome.add_done_callback(partial(self._finish, jobs, tokens, time.perf_counter()))
+        now = time.perf_counter()
+        outcome.add_done_callback(partial(self._finish, jobs, tokens, now))
+        wait = self._metrics.queue_wait.labels(jobs[0].layer)
+        for job in jobs:
+            wait.observe(now - job.arrived)
 
     def _finish(self, jobs: list[Job], tokens: int, started: float, outcome: asyncio.Future[BatchOutcome]) -> None:
         self._under_way.remove(tokens)
@@ -151,7 +158,8 @@ class Scheduler:
         now = time.perf_counter()
         if error is None:
             self._admission.computed(tokens, now - started)
-            self._on_batch(tokens, outcome.result().compute)
+            self._metrics.batch_tokens.observe(tokens)
+            self._metrics.device_busy.inc(outcome.result().seconds.compute)
         elif not isinstance(error, ExpertdError):
             self._on_fault(error)
         for position, job in enumerate(jobs):
@@ -164,10 +172,8 @@ class Scheduler:
                 job.future.set_result(
                     Completed(
                         partials=result.partials[position],
-                        queue=now - job.arrived - result.copy_in - result.compute - result.copy_out,
-                        copy_in=result.copy_in,
-                        compute=result.compute,
-                        copy_out=result.copy_out,
+                        waited=now - job.arrived - sum(result.seconds),
+                        seconds=result.seconds,
                     )
                 )
         self._start_next()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertd.kernels.numerics.backend import Partials, TokenBatch, Underway
+from expertd.kernels.numerics.backend import DeviceSeconds, Partials, TokenBatch, Underway
 from expertd.proto.base.errors import ServerFault
 
 S = TypeVar("S")
@@ -75,12 +75,10 @@ class DeviceOwner:
 
 @dataclass(frozen=True, slots=True)
 class BatchOutcome:
-    """Results of merged requests, in the order in which they were given, with the batch's seconds by stage."""
+    """Results of merged requests, in the order in which they were given, with what their batch took."""
 
     partials: tuple[Partials, ...]
-    copy_in: float
-    compute: float
-    copy_out: float
+    seconds: DeviceSeconds
 
 
 def collect(layer: int, requests: Sequence[TokenBatch], num_experts: int, underway: Underway) -> BatchOutcome:
@@ -99,9 +97,7 @@ def collect(layer: int, requests: Sequence[TokenBatch], num_experts: int, underw
         partials=tuple(
             Partials(sums, torch.from_numpy(counted)) for sums, counted in zip(computed.sums, pairs, strict=True)
         ),
-        copy_in=computed.copy_in,
-        compute=computed.compute,
-        copy_out=computed.copy_out,
+        seconds=computed.seconds,
     )
 
 

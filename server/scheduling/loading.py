@@ -18,7 +18,7 @@ from expertd.kernels.weights.experts import layer_bytes, load_layer
 from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.selfcheck import self_check
 from expertd.server.scheduling.shard import Shard
-from expertd.server.telemetry.metrics import Metrics
+from expertd.server.telemetry.metrics import Metrics, adding_seconds
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +49,15 @@ async def load_layers(
 
         reading = read(shard.layers[0])
         for layer, following in zip(shard.layers, (*shard.layers[1:], None), strict=True):
-            with metrics.startup_phase("read"):
+            with adding_seconds(metrics.startup.labels("read")):
                 weights = await reading
             if following is not None:
                 # The disk and the device work at once, with two layers in host memory.
                 reading = read(following)
             bar.update(task, description=f"layer {layer}")
-            with metrics.startup_phase("load"):
+            with adding_seconds(metrics.startup.labels("load")):
                 await device.call(partial(backend.load_layer, layer, weights))
-            with metrics.startup_phase("self_check"):
+            with adding_seconds(metrics.startup.labels("self_check")):
                 error = await device.call(partial(self_check, backend, layer, weights))
             worst = max(worst, error)
             metrics.weights_bytes.inc(weights.num_bytes)
@@ -72,7 +72,7 @@ async def load_layers(
         worst,
     )
     started = time.perf_counter()
-    with metrics.startup_phase("warm_up"):
+    with adding_seconds(metrics.startup.labels("warm_up")):
         await device.call(backend.warm_up)
     log.info("warmed up in %.1f s", time.perf_counter() - started)
 

@@ -10,23 +10,22 @@ from typing import TypeAlias
 
 import torch
 
-from expertd.kernels.numerics.backend import Partials, TokenBatch
+from expertd.kernels.numerics.backend import DeviceSeconds, Partials, TokenBatch
 
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """One request's result, with its seconds by stage."""
+    """One request's result."""
 
     partials: Partials
-    queue: float
-    """Waiting for the device, and between its stages."""
-    copy_in: float
-    compute: float
-    copy_out: float
+    waited: float
+    """Seconds in which nothing was done for it: its time in the queue, and between the stages of its batch."""
+    seconds: DeviceSeconds
+    """Of its whole batch."""
 
 
 Kind: TypeAlias = tuple[int, torch.dtype, int, torch.dtype]
-"""Layer, dtype of the hidden states, slots a token, dtype of the reply: requests of one kind can share a batch."""
+"""Layer, dtype of the hidden states, top_k, dtype of the reply: requests of one kind can share a batch."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

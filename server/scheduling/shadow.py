@@ -10,7 +10,6 @@ import random
 import threading
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
 from torch import Tensor
 
 from expertd.kernels.numerics.backend import TokenBatch
@@ -19,13 +18,13 @@ from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import read_expert
 from expertd.server.scheduling.shard import Shard
+from expertd.server.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 WAITING = 8
 """Tokens that may wait for the check; further ones are dropped."""
 BOUNDS = {"torch": 5e-3, "cutile": 6e-2}
 """Relative error of one token, by backend: replies may be BF16, and cutile rounds BF16 hidden states to FP8 as well."""
-ERROR_BUCKETS = (*(mantissa * 10.0**decade for decade in range(-7, 0) for mantissa in (1.0, 3.0)), 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +39,7 @@ class _Sample:
 class ShadowCheck:
     """Checks on a thread of its own; never makes a request wait."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, shard: Shard, backend: str, rate: float, registry: CollectorRegistry
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, shard: Shard, backend: str, rate: float, metrics: Metrics) -> None:
         """`rate` is the share of requests of which a token is checked."""
         self._checkpoint = checkpoint
         self._shard = shard
@@ -50,20 +47,8 @@ class ShadowCheck:
         self._rate = rate
         self._samples: queue.Queue[_Sample | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._run, name="shadow-check", daemon=True)
-        self._errors = Histogram(
-            "expertd_shadow_relative_error",
-            "Relative error of single tokens against the reference from the checkpoint.",
-            buckets=ERROR_BUCKETS,
-            registry=registry,
-        )
-        self._checks = Counter(
-            "expertd_shadow_checks",
-            "Sampled tokens by outcome: ok, mismatch, dropped because the check was busy, or failed to be computed.",
-            ["outcome"],
-            registry=registry,
-        )
-        for outcome in ("ok", "mismatch", "dropped", "failed"):
-            self._checks.labels(outcome)
+        self._metrics = metrics
+        metrics.export(metrics.shadow_errors, metrics.shadow_checks)
 
     def start(self) -> None:
         self._thread.start()
@@ -86,7 +71,7 @@ class ShadowCheck:
         try:
             self._samples.put_nowait(_Sample(layer, token, _copy(answer[row])))
         except queue.Full:
-            self._checks.labels("dropped").inc()
+            self._metrics.shadow_checks.labels("dropped").inc()
 
     def _run(self) -> None:
         while (sample := self._samples.get()) is not None:
@@ -95,7 +80,7 @@ class ShadowCheck:
             except Exception:
                 # The checkpoint may be out of reach for a while; serving does not depend on it.
                 log.exception("the shadow check of a token of layer %d failed", sample.layer)
-                self._checks.labels("failed").inc()
+                self._metrics.shadow_checks.labels("failed").inc()
 
     def _check(self, sample: _Sample) -> None:
         expected = sample.answer.float().new_zeros(sample.answer.shape)
@@ -104,11 +89,11 @@ class ShadowCheck:
             matrices = read_expert(self._checkpoint, sample.layer, self._shard.experts[local])
             expected += expert_reference(sample.token, local, matrices)
         error = relative_error(sample.answer, expected)
-        self._errors.observe(math.inf if math.isnan(error) else error)
+        self._metrics.shadow_errors.observe(math.inf if math.isnan(error) else error)
         if error <= self._bound:
-            self._checks.labels("ok").inc()
+            self._metrics.shadow_checks.labels("ok").inc()
             return
-        self._checks.labels("mismatch").inc()
+        self._metrics.shadow_checks.labels("mismatch").inc()
         log.error(
             "shadow check: layer %d, experts %s: relative error %.3g exceeds %g; run 'expertd verify' on this server",
             sample.layer,

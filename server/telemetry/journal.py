@@ -9,7 +9,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from expertd.server.telemetry.tracing import RequestTracer
 log = logging.getLogger(__name__)
 REMEMBERED_ANSWERS = 1000
 REMEMBERED_ERRORS = 20
-_IN_ORDER = attrgetter(*StageTimings.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +59,10 @@ class Journal:
         self.outcomes: Counter[str] = Counter()
         self.in_flight = 0
         self.errors: deque[Refused] = deque(maxlen=REMEMBERED_ERRORS)
+        self._answered = metrics.requests.labels("ok")
+        metrics.in_flight.set_function(lambda: self.in_flight)
+        metrics.load_balance.set_function(lambda: (((layer,), ratio) for layer, ratio in loads.balance().items()))
+        metrics.expert_pairs.set_function(loads.by_expert)
 
     @contextlib.contextmanager
     def request(self, request: RawRequest, caller: str) -> Iterator[None]:
@@ -90,9 +92,12 @@ class Journal:
         total: float,
     ) -> None:
         """Record an answer; `pairs` by local expert, times in seconds."""
-        seconds = (*_IN_ORDER(timings), encode, total)
+        seconds = (*timings, encode, total)
         tokens, num_pairs = call.hidden.shape[0], sum(pairs.tolist())
-        self._metrics.observe_answer(tokens, num_pairs, seconds)
+        self._answered.inc()
+        self._metrics.tokens.inc(tokens)
+        self._metrics.pairs.inc(num_pairs)
+        self._metrics.stages.observe(seconds)
         self.outcomes["ok"] += 1
         self._loads.add(call.layer, pairs, time.monotonic())
         self.answers.append(Answered(time.time(), tokens, seconds))
@@ -106,7 +111,7 @@ class Journal:
             self._tracer.answered(call.traceparent, fields, dict(zip(STAGES, seconds, strict=True)))
 
     def _refused(self, request: RawRequest, caller: str, outcome: str, message: str) -> None:
-        self._metrics.count_request(outcome)
+        self._metrics.requests.labels(outcome).inc()
         self.outcomes[outcome] += 1
         self.errors.append(Refused(time.time(), outcome, caller, message))
         fields: dict[str, str | int] = {"request_id": request.request_id, "caller": caller, "layer": request.layer}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,12 @@ class ExpertLoads:
             self._aged_by[row] += (self.pairs[row] - self._aged_by[row]) * (1 - 0.5 ** (age / HALF_LIFE))
             self._aged_at[row] = now
         self.pairs[row] += pairs
+
+    def by_expert(self) -> Iterator[tuple[tuple[int, int], int]]:
+        """Layer and expert, and the pairs that it got since the start."""
+        for layer, row in zip(self.layers, self.pairs.tolist(), strict=True):
+            for expert, count in zip(self.experts, row, strict=True):
+                yield (layer, expert), count
 
     def lately(self) -> npt.NDArray[np.float64]:
         """[layers, experts]: pairs of the last minutes, old ones counting less. Compare within a layer only."""

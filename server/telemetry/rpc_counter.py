@@ -11,12 +11,13 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 from google.protobuf import descriptor_pool
+from prometheus_client import Counter
 
 from expertd.server.telemetry.metrics import Metrics
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Count: TypeAlias = Callable[[str], None]
+ByCode: TypeAlias = Callable[[str], Counter]
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
@@ -25,12 +26,13 @@ class RpcCounter(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: Metrics, services: Sequence[str]) -> None:
         """`services` are full names of services whose descriptors are loaded."""
-        self._counts: dict[str, Count] = {}
+        self._counters: dict[str, ByCode] = {}
         for name in services:
             for method in descriptor_pool.Default().FindServiceByName(name).methods:
-                count = partial(metrics.count_rpc, _kind(method.client_streaming, method.server_streaming))
-                self._counts[f"/{name}/{method.name}"] = partial(count, name, method.name)
-                count(name, method.name, "OK", 0)
+                kind = _kind(method.client_streaming, method.server_streaming)
+                by_code = partial(metrics.rpcs.labels, kind, name, method.name)
+                self._counters[f"/{name}/{method.name}"] = by_code
+                by_code("OK")
 
     async def intercept_service(
         self,
@@ -38,33 +40,33 @@ class RpcCounter(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         handler = await continuation(handler_call_details)
-        count = self._counts.get(handler_call_details.method)
-        if handler is None or count is None:
+        by_code = self._counters.get(handler_call_details.method)
+        if handler is None or by_code is None:
             return handler
         behaviors = {kind: getattr(handler, kind) for kind in KINDS}
-        counted = {kind: _counted(behavior, count) for kind, behavior in behaviors.items() if behavior is not None}
+        counted = {kind: _counted(behavior, by_code) for kind, behavior in behaviors.items() if behavior is not None}
         return handler._replace(**counted)  # type: ignore[attr-defined, no-any-return]
 
 
-def _counted(behavior: Callable[..., Any], count: Count) -> Callable[..., Any]:
+def _counted(behavior: Callable[..., Any], by_code: ByCode) -> Callable[..., Any]:
     if inspect.isasyncgenfunction(behavior):
 
         async def generate(request: object, context: Context) -> AsyncIterator[object]:
-            with _counting(context, count):
+            with _counting(context, by_code):
                 async for response in behavior(request, context):
                     yield response
 
         return generate
 
     async def call(request: object, context: Context) -> object:
-        with _counting(context, count):
+        with _counting(context, by_code):
             return await behavior(request, context)
 
     return call
 
 
 @contextlib.contextmanager
-def _counting(context: Context, count: Count) -> Iterator[None]:
+def _counting(context: Context, by_code: ByCode) -> Iterator[None]:
     code = grpc.StatusCode.CANCELLED
     try:
         yield
@@ -76,7 +78,7 @@ def _counting(context: Context, count: Count) -> Iterator[None]:
         code = grpc.StatusCode.UNKNOWN
         raise
     finally:
-        count(code.name)
+        by_code(code.name).inc()
 
 
 def _code(context: Context) -> grpc.StatusCode | None:

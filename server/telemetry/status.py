@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from expertd.kernels.model.ranges import format_ranges
 from expertd.proto.codec import ShardInfo
@@ -70,6 +72,26 @@ class Status:
         """Seconds that the remembered answers cover, at most `RATE_SECONDS`."""
         full = len(answers) == self.journal.answers.maxlen
         return min(RATE_SECONDS, now - (answers[0].time if full else self.started))
+
+
+def build_of(info: ShardInfo) -> dict[str, str]:
+    """What runs, as the labels of `expertd_build_info`."""
+    return {
+        "version": info.version,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "backend": info.backend,
+        "device": info.device,
+    }
+
+
+def placement_of(info: ShardInfo) -> dict[str, str]:
+    """What is owned, as the labels of `expertd_placement_info`."""
+    return {
+        "model_fingerprint": info.model_fingerprint,
+        "layers": format_ranges(info.layers),
+        "experts": format_ranges(info.experts),
+    }
 
 
 def _lately(answers: Sequence[Answered], span: float) -> dict[str, Any]:

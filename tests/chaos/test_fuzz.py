@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from expertd.client.transport.interface import GrpcTransport
-from expertd.proto import codec, wire
+from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import InvalidBatch
+from expertd.proto.codec import wire
 from tests.chaos.fleet import Fleet, ServerProcess
 from tests.chaos.scale import scaled
 from tests.support.serving import random_batch, request_for
@@ -150,10 +151,10 @@ def edits(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     if kind == "number":
         field, value = draw(st.sampled_from([1, 3, 4, 5, 6, 7, 8, 13, 16])), draw(NUMBERS)
         # The last of several occurrences counts.
-        return lambda message: message + wire.varint(field << 3) + wire.varint(value)
+        return lambda message: message + wire.tag(field, wire.VARINT) + wire.varint(value)
     field = draw(st.sampled_from([9, 10, 11, 12])) if kind == "tensor" else 2
     content = draw(st.binary(max_size=80)) * draw(st.sampled_from([1, 1, 16]))
-    return lambda message: message + wire.bytes_header(field, len(content)) + content
+    return lambda message: message + wire.tag(field, wire.BYTES) + wire.varint(len(content)) + content
 
 
 def _overwritten(message: bytes, places: Sequence[tuple[float, int]]) -> bytes:

@@ -11,7 +11,8 @@ from expertd.kernels.model.config import MoeConfig
 from expertd.proto import codec
 from expertd.proto.base import errors
 from expertd.proto.base.errors import ExpertdError, InvalidBatch, Overloaded, ServerFault, error_from_status
-from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo, StageTimings
+from expertd.proto.codec import ExecuteCall, ExecuteResult, RawRequest, RawResponse, ShardInfo, StageTimings
+from expertd.proto.codec.schema import REQUEST, RESPONSE, MessageSchema
 
 WIDTH, TOP_K = 256, 4
 
@@ -179,3 +180,10 @@ def test_message_bytes_bounds_every_message(tokens: int, width: int, top_k: int)
     receipt = dict.fromkeys(range(256), 2**31)
     result = ExecuteResult(2**63, torch.zeros(tokens, width), receipt, StageTimings(1e3, 1e3, 1e3, 1e3, 1e3))
     assert len(codec.encode_result(result)) <= bound
+
+
+@pytest.mark.parametrize(("raw", "schema"), [(RawRequest, REQUEST), (RawResponse, RESPONSE)])
+def test_raw_messages_have_the_contracts_fields_in_its_order(
+    raw: type[RawRequest | RawResponse], schema: MessageSchema
+) -> None:
+    assert tuple(raw.__dataclass_fields__) == schema.names

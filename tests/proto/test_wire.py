@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd.proto import codec, wire
+from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import InvalidBatch, ServerFault
-from expertd.proto.codec import ExecuteCall, ExecuteResult, StageTimings
+from expertd.proto.codec import ExecuteCall, ExecuteResult, StageTimings, wire
+from expertd.proto.codec.schema import REQUEST, RESPONSE
 
 uint32 = st.integers(0, 2**32 - 1)
 uint64 = st.integers(0, 2**64 - 1)
@@ -77,15 +78,14 @@ def test_any_field_order_unknown_fields_and_repeated_fields_are_understood(
     message: pb.ExecuteRequest, data: st.DataObject
 ) -> None:
     unknown = [
-        wire.varint_field(1000, 7),
-        wire.bytes_header(77, 3) + b"abc",
-        wire.varint(78 << 3 | wire.FIXED32) + b"1234",
-        wire.varint(79 << 3 | wire.FIXED64) + b"12345678",
-        wire.varint(9 << 3 | wire.VARINT) + b"\x05",  # `hidden` with the wire type of a number: unknown too
+        wire.tag(1000, wire.VARINT) + b"\x07",
+        wire.tag(77, wire.BYTES) + b"\x03abc",
+        wire.tag(78, wire.FIXED32) + b"1234",
+        wire.tag(79, wire.FIXED64) + b"12345678",
+        wire.tag(9, wire.VARINT) + b"\x05",  # `hidden` with the wire type of a number: unknown too
     ]
     pieces = data.draw(st.permutations(fields_of(message.SerializeToString()) + unknown))
-    again = wire.varint_field(4, 5) + wire.varint_field(4, 6)
-    mixed = b"".join(pieces) + again
+    mixed = REQUEST.write({"layer": 6}, begin=REQUEST.write({"layer": 5}, begin=b"".join(pieces)))
     raw = codec.parse_request(mixed)
     assert_read_alike(raw, pb.ExecuteRequest.FromString(mixed))
     assert raw.layer == 6
@@ -106,8 +106,9 @@ def test_responses_are_read_as_the_generated_class_reads_them(message: pb.Execut
 
 
 def test_receipts_are_read_unpacked_too() -> None:
-    unpacked = b"".join(wire.varint_field(5, expert) + wire.varint_field(6, 2) for expert in (3, 9))
-    raw = codec.parse_response(unpacked + wire.packed_field(5, (300, 4)))
+    experts, pairs = wire.tag(5, wire.VARINT), wire.tag(6, wire.VARINT)
+    unpacked = b"".join(experts + wire.varint(expert) + pairs + b"\x02" for expert in (3, 9))
+    raw = codec.parse_response(RESPONSE.write({"receipt_experts": (300, 4)}, begin=unpacked))
     assert (raw.receipt_experts, raw.receipt_pairs) == ([3, 9, 300, 4], [2, 2])
 
 

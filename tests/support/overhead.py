@@ -28,8 +28,7 @@ from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from expertd.client.transport.interface import GrpcTransport, Transport
 from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.kernels.numerics.backend import Partials, TokenBatch, Underway
-from expertd.proto import codec
-from expertd.proto.codec import ExecuteCall
+from expertd.proto.codec import ExecuteCall, request, response
 from expertd.server.app import Server
 from expertd.server.scheduling import batching as scheduler
 from expertd.server.scheduling.device import BatchOutcome
@@ -63,14 +62,24 @@ def admit_unchecked(shard: Shard, call: ExecuteCall) -> TokenBatch:
 def collect_unchecked(layer: int, requests: Sequence[TokenBatch], count: int, underway: Underway) -> BatchOutcome:
     computed = underway.result()
     pairs = torch.from_numpy(np.bincount(requests[0].expert_ids.numpy().ravel() + 1, minlength=count + 1)[1:])
-    return BatchOutcome((Partials(computed.sums[0], pairs),), computed.copy_in, computed.compute, computed.copy_out)
+    return BatchOutcome((Partials(computed.sums[0], pairs),), computed.seconds)
+
+
+class Unrecorded:
+    """Series that nobody counts."""
+
+    def labels(self, *values: object) -> Unrecorded:
+        return self
+
+    inc = observe = staticmethod(nothing)
+    queue_wait = batch_tokens = device_busy = property(lambda self: self)
 
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
     with (
-        mock.patch.object(codec, "_check_range", nothing),
-        mock.patch.object(codec, "_checksum", no_checksum),
+        mock.patch.object(request, "_check_range", nothing),
+        mock.patch.object(response, "_checksum", no_checksum),
     ):
         yield
 
@@ -82,7 +91,7 @@ def bare(server: Server) -> Iterator[None]:
         unchecked(),
         mock.patch.object(server.journal, "request", no_request),
         mock.patch.object(server.journal, "answered", nothing),
-        mock.patch.object(server.scheduler, "_on_batch", nothing),
+        mock.patch.object(server.scheduler, "_metrics", Unrecorded()),
         mock.patch.object(server.scheduler, "check_room", nothing),
         mock.patch.object(Shard, "admit", admit_unchecked),
         mock.patch.object(scheduler, "collect", collect_unchecked),

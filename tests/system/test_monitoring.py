@@ -23,7 +23,6 @@ from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.telemetry.metrics import CoordinatorMetrics
 from expertd.client.tools.cluster import LocalCluster, even_shards
-from expertd.kernels.numerics.backend import DeviceMemory
 from expertd.server.telemetry.metrics import Metrics
 from tests.support.programs import find_program
 
@@ -95,8 +94,11 @@ def _rules() -> Iterator[dict[str, Any]]:
 def _gpu() -> CollectorRegistry:
     """What a server on a GPU exports beside the rest; there is none here."""
     metrics = Metrics(CollectorRegistry())
-    metrics.watch_device()(DeviceMemory(size=80 << 30, free=8 << 30, allocated=60 << 30, reserved=70 << 30))
-    metrics.observe_batch(64, 0.5)
+    metrics.export(metrics.device_busy, metrics.device_memory)
+    for kind, gigabytes in {"size": 80, "free": 8, "allocated": 60, "reserved": 70}.items():
+        metrics.device_memory.labels(kind).set(gigabytes << 30)
+    metrics.batch_tokens.observe(64)
+    metrics.device_busy.inc(0.5)
     return metrics.registry
 
 

@@ -28,8 +28,8 @@ def shape_class(num_tokens: int) -> int:
     return next((bound for bound in SHAPE_CLASSES if num_tokens <= bound), SHAPE_CLASSES[-1])
 
 
-def max_row_tiles(num_tokens: int, slots: int, num_experts: int, tile_rows: int) -> int:
-    """Most row tiles that `num_tokens` tokens with `slots` expert ids each can need, rounded up."""
-    pairs = num_tokens * min(slots, num_experts)
+def max_row_tiles(num_tokens: int, top_k: int, num_experts: int, tile_rows: int) -> int:
+    """Most row tiles that `num_tokens` tokens with `top_k` expert ids each can need, rounded up."""
+    pairs = num_tokens * min(top_k, num_experts)
     tiles = min(pairs, num_experts + pairs // tile_rows)
     return -(-tiles // TILE_COUNT_STEP) * TILE_COUNT_STEP

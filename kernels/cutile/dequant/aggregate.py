@@ -21,21 +21,21 @@ def aggregate_kernel(
     token = ct.bid(0)
     column = ct.bid(1)
     total = ct.zeros((1, COLUMNS), dtype=ct.float32)
-    for slot in range(positions.shape[1]):
-        position = ct.load(positions, (token, slot), (1, 1)).item()
+    for choice in range(positions.shape[1]):
+        position = ct.load(positions, (token, choice), (1, 1)).item()
         if position >= 0:
-            weight = ct.load(weights, (token, slot), (1, 1)) * ct.load(factors, (position,), (1,)).reshape((1, 1))
+            weight = ct.load(weights, (token, choice), (1, 1)) * ct.load(factors, (position,), (1,)).reshape((1, 1))
             row = ct.load(rows, (position, column), (1, COLUMNS), padding_mode=ct.PaddingMode.ZERO)
             total = total + row.astype(ct.float32) * weight
     ct.store(out, (token, column), total.astype(out.dtype))
 
 
 def aggregate(rows: Tensor, factors: Tensor, positions: Tensor, weights: Tensor, out: Tensor) -> Launch:
-    """Write the sum of `weights[t, j] * rows[p] * factors[p]` over the slots j to `out[t]`, p being `positions[t, j]`.
+    """Write the sum of `weights[t, j] * rows[p] * factors[p]` over the choices j to `out[t]`, p is `positions[t, j]`.
 
-    Slots with p < 0 are left out. `rows` is [P, H] float32 or bfloat16, `factors` [P] float32, `positions` [T, k]
+    Choices with p < 0 are left out. `rows` is [P, H] float32 or bfloat16, `factors` [P] float32, `positions` [T, k]
     int32, `weights` [T, k] float32, `out` [T, H] float32 or bfloat16. This is `index_add` turned round: each token
-    collects its rows in the order of its slots, so that its bits depend on nothing else.
+    collects its rows in the order of its choices, so that its bits depend on nothing else.
     """
     tokens, width = out.shape
     grid = (tokens, ct.cdiv(width, COLUMNS))

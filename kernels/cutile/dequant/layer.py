@@ -47,7 +47,7 @@ class DequantPipeline:
     """Runs batches over the weights of any layer of one shape.
 
     Keeps room for one layer's FP16 weights (2.8 GB for DeepSeek-V3's 32 experts); a batch takes 6H + 10I bytes more for
-    each of its slots from PyTorch's allocator, at most 8.6 GB for 16384 tokens of 8 slots.
+    each of its choices from PyTorch's allocator, at most 8.6 GB for 16384 tokens of 8 choices.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class DequantPipeline:
         """The partial sums [T, H] float32 of a device batch, without waiting for the device.
 
         `active_experts` is an upper bound on the different experts in the batch, where the caller knows one that is
-        better than the number of experts and slots. `Partials.pairs` counts what was computed.
+        better than the number of experts and choices. `Partials.pairs` counts what was computed.
         """
         bounds = (weights.num_experts, batch.expert_ids.numel(), active_experts)
         active = max(1, min(bound for bound in bounds if bound is not None))

@@ -18,7 +18,7 @@ class ExpertRows:
     tokens: Tensor
     """[R] int32: the token of each row; -1 for a row that pads a tile or is unused."""
     positions: Tensor
-    """[T, k] int32: the row of each slot; -1 for a slot without an expert."""
+    """[T, k] int32: the row of each choice; -1 for one without an expert."""
     experts: Tensor
     """[S] int32: the experts that have rows, ascending, then -1."""
     tile_slots: Tensor
@@ -40,10 +40,10 @@ def sort_rows(expert_ids: Tensor, num_experts: int, max_active: int, tile_rows: 
     ends = counts.cumsum(0)
     tile_counts = (counts + tile_rows - 1) // tile_rows
     tile_ends = tile_counts.cumsum(0)
-    num_tokens, slots = expert_ids.shape
-    tiles = max_row_tiles(num_tokens, slots, max_active, tile_rows)
+    num_tokens, top_k = expert_ids.shape
+    tiles = max_row_tiles(num_tokens, top_k, max_active, tile_rows)
 
-    pair = torch.arange(len(order.slots), device=expert_ids.device)
+    pair = torch.arange(len(order.choices), device=expert_ids.device)
     slot = torch.searchsorted(ends, pair, right=True)
     used = slot < len(ends)
     slot = slot.clamp(max=len(ends) - 1)
@@ -51,7 +51,7 @@ def sort_rows(expert_ids: Tensor, num_experts: int, max_active: int, tile_rows: 
     # One row more than there are takes what is not a pair.
     tokens = order.tokens.new_full((tiles * tile_rows + 1,), -1)
     tokens.scatter_(0, torch.where(used, rows, tiles * tile_rows), torch.where(used, order.tokens, -1))
-    positions = torch.empty_like(rows).scatter_(0, order.slots, torch.where(used, rows, -1))
+    positions = torch.empty_like(rows).scatter_(0, order.choices, torch.where(used, rows, -1))
     tile = torch.arange(tiles, device=expert_ids.device)
     return ExpertRows(
         tokens=tokens[:-1].to(torch.int32),

@@ -1,4 +1,4 @@
-"""The weighted sum of each token's expert rows, in the order of its slots."""
+"""The weighted sum of each token's expert rows, in the order of its choices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS = 4096
 """Elements of a row that a block sums, in batches that fill the device."""
 SMALL_COLUMNS = 512
 EAGER_TOKENS = 128
-"""Up to this many tokens all slots are read at once; beyond it, slots without a pair are skipped with a branch."""
+"""Up to this many tokens all choices are read at once; beyond it, choices without a pair are skipped with a branch."""
 
 
 @ct.kernel
@@ -23,20 +23,20 @@ def combine_kernel(
     pair_rows: ct.Array,
     weights: ct.Array,
     out: ct.IndexedWithInt64[ct.Array],
-    SLOTS: ConstInt,
+    TOP_K: ConstInt,
     WIDTH: ConstInt,
     COLUMNS: ConstInt,
     EAGER: ConstInt,
 ) -> None:
     token = ct.bid(0)
-    slots = ct.arange(SLOTS, dtype=ct.int32)
-    sources = ct.gather(pair_rows, (token, slots), padding_value=-1)
-    slot_weights = ct.gather(weights, (token, slots), mask=sources >= 0, padding_value=0.0)
+    choices = ct.arange(TOP_K, dtype=ct.int32)
+    sources = ct.gather(pair_rows, (token, choices), padding_value=-1)
+    choice_weights = ct.gather(weights, (token, choices), mask=sources >= 0, padding_value=0.0)
     column = ct.bid(1) * COLUMNS + ct.arange(COLUMNS, dtype=ct.int32)
     total = ct.zeros((COLUMNS,), dtype=ct.float32)
-    for slot in ct.static_iter(range(SLOTS)):
-        source = ct.extract(sources, (slot,), (1,)).item()
-        weight = ct.extract(slot_weights, (slot,), (1,)).item()
+    for choice in ct.static_iter(range(TOP_K)):
+        source = ct.extract(sources, (choice,), (1,)).item()
+        weight = ct.extract(choice_weights, (choice,), (1,)).item()
         if EAGER:
             mask = (source >= 0) & (column < WIDTH)
             total = total + ct.gather(rows, (source, column), mask=mask, check_bounds=False).astype(ct.float32) * weight
@@ -50,10 +50,10 @@ def combine(rows: Tensor, pair_rows: Tensor, weights: Tensor, out: Tensor) -> La
     """Write `sum over j of weights[t, j] * rows[pair_rows[t, j]]` to `out[t]`, pairs with row -1 left out.
 
     `rows` is [R, H] bfloat16 or float32, `pair_rows` [T, k] int32, `weights` [T, k] float32, `out` [T, H] bfloat16 or
-    float32. The sum is in FP32, one slot after the other.
+    float32. The sum is in FP32, one choice after the other.
     """
     tokens, width = out.shape
-    slots = 1 << (pair_rows.shape[1] - 1).bit_length()
+    padded_top_k = 1 << (pair_rows.shape[1] - 1).bit_length()
     columns, eager = (SMALL_COLUMNS, 1) if tokens <= EAGER_TOKENS else (COLUMNS, 0)
     grid = (tokens, ct.cdiv(width, columns))
-    return Launch(combine_kernel, grid, (rows, pair_rows, weights, out, slots, width, columns, eager))
+    return Launch(combine_kernel, grid, (rows, pair_rows, weights, out, padded_top_k, width, columns, eager))

@@ -16,14 +16,14 @@ TOKENS = 128
 
 @ct.kernel
 def count_pairs_kernel(
-    expert_ids: ct.Array, counts: ct.Array, SLOTS: ConstInt, EXPERTS: ConstInt, TOKENS: ConstInt
+    expert_ids: ct.Array, counts: ct.Array, TOP_K: ConstInt, EXPERTS: ConstInt, TOKENS: ConstInt
 ) -> None:
     block = ct.bid(0)
     token = block * TOKENS + ct.arange(TOKENS, dtype=ct.int32).reshape((TOKENS, 1))
     expert = ct.arange(EXPERTS, dtype=ct.int32).reshape((1, EXPERTS))
     members = ct.zeros((TOKENS, EXPERTS), dtype=ct.int32)
-    for slot in range(SLOTS):
-        chosen = ct.gather(expert_ids, (token, slot), padding_value=-1)
+    for choice in range(TOP_K):
+        chosen = ct.gather(expert_ids, (token, choice), padding_value=-1)
         members = members + (chosen == expert).astype(ct.int32)
     ct.store(counts, (block, 0), ct.sum(members, axis=0, keepdims=True))
 
@@ -33,5 +33,5 @@ def count_pairs(expert_ids: Tensor, counts: Tensor) -> Launch:
 
     `expert_ids` is [T, k] int32, `counts` [at least T / TOKENS, experts rounded up to a power of two] int32.
     """
-    tokens, slots = expert_ids.shape
-    return Launch(count_pairs_kernel, (ct.cdiv(tokens, TOKENS),), (expert_ids, counts, slots, counts.shape[1], TOKENS))
+    tokens, top_k = expert_ids.shape
+    return Launch(count_pairs_kernel, (ct.cdiv(tokens, TOKENS),), (expert_ids, counts, top_k, counts.shape[1], TOKENS))

@@ -20,20 +20,20 @@ def gather_rows_kernel(
     pair_rows: ct.Array,
     rows: ct.Array,
     row_scales: ct.Array,
-    SLOTS: ConstInt,
+    TOP_K: ConstInt,
     WORDS: ConstInt,
     SCALES: ConstInt,
 ) -> None:
     token = ct.bid(0)
-    slots = ct.arange(SLOTS, dtype=ct.int32).reshape((1, SLOTS))
-    targets = ct.gather(pair_rows, (token, slots), padding_value=-1)
+    choices = ct.arange(TOP_K, dtype=ct.int32).reshape((1, TOP_K))
+    targets = ct.gather(pair_rows, (token, choices), padding_value=-1)
     if ct.max(targets) >= 0:
         values = ct.load(hidden, (token, 0), (1, WORDS), padding_mode=ct.PaddingMode.ZERO, allow_tma=False)
         value_scales = ct.load(
             scales, (token, 0), (1, SCALES), padding_mode=ct.PaddingMode.ZERO, allow_tma=False
         ).reshape((SCALES, 1))
-        for slot in ct.static_iter(range(SLOTS)):
-            row = ct.extract(targets, (0, slot), (1, 1)).item()
+        for choice in ct.static_iter(range(TOP_K)):
+            row = ct.extract(targets, (0, choice), (1, 1)).item()
             if row >= 0:
                 ct.store(rows, (row, 0), values, allow_tma=False)
                 ct.store(row_scales, (0, row), value_scales, allow_tma=False)

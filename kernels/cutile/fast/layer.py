@@ -50,17 +50,17 @@ class Workspace:
 
     @classmethod
     def allocate(
-        cls, max_tokens: int, slots: int, weights: LayerWeights, tile_rows: int, device: torch.device | str
+        cls, max_tokens: int, top_k: int, weights: LayerWeights, tile_rows: int, device: torch.device | str
     ) -> Workspace:
-        """Room for batches of up to `max_tokens` tokens with `slots` ids each, in tiles of up to `tile_rows` rows.
+        """Room for batches of up to `max_tokens` tokens with `top_k` ids each, in tiles of up to `tile_rows` rows.
 
         Raises `ValueError` where the kernels' 32-bit offsets do not reach that far.
         """
         experts, width, inner = weights.down.shape
-        tiles = max_row_tiles(max_tokens, slots, experts, tile_rows)
+        tiles = max_row_tiles(max_tokens, top_k, experts, tile_rows)
         rows = tiles * tile_rows
         if rows * max(width, 2 * inner) >= MAX_ELEMENTS:
-            raise ValueError(f"{max_tokens} tokens of {slots} slots need more rows than 32-bit offsets reach")
+            raise ValueError(f"{max_tokens} tokens of {top_k} top_k need more rows than 32-bit offsets reach")
         blocks = -(-max_tokens // TOKENS)
         fp8, f32, i32 = torch.float8_e4m3fn, torch.float32, torch.int32
 
@@ -76,9 +76,9 @@ class Workspace:
             inner_scales=empty(inner // 64 * rows, dtype=f32),
             outputs=empty(rows, width, dtype=torch.bfloat16),
             schedule=Schedule(
-                pair_rows=empty(max_tokens, slots, dtype=i32),
+                pair_rows=empty(max_tokens, top_k, dtype=i32),
                 pairs=empty(experts, dtype=i32),
-                tile_experts=empty(max_row_tiles(max_tokens, slots, experts, 8), dtype=i32),
+                tile_experts=empty(max_row_tiles(max_tokens, top_k, experts, 8), dtype=i32),
                 num_tiles=empty(1, dtype=i32),
                 counts=empty(blocks, 1 << (experts - 1).bit_length(), dtype=i32),
             ),
@@ -95,9 +95,9 @@ def layer_launches(
     """
     if batch.scales is None:
         raise ValueError("the fast pipeline takes FP8 hidden states with scales")
-    tokens, slots = batch.expert_ids.shape
-    tiles = max_row_tiles(tokens, slots, weights.num_experts, config.tile_rows)
-    schedule = _first_tokens(workspace.schedule, tokens, slots, tiles)
+    tokens, top_k = batch.expert_ids.shape
+    tiles = max_row_tiles(tokens, top_k, weights.num_experts, config.tile_rows)
+    schedule = _first_tokens(workspace.schedule, tokens, top_k, tiles)
     rows, inner = workspace.rows, workspace.inner
     gemm1 = config.gemm1 if rows.shape[1] // BLOCK % config.gemm1.splits == 0 else replace(config.gemm1, splits=1)
     fused = gemm1.few_rows and gemm1.splits == 1
@@ -150,10 +150,10 @@ def _scales(memory: Tensor, rows: Tensor, quantum: int, gemm: GemmConfig) -> Ten
     return scales.view(len(rows), -1).t() if gemm.few_rows else scales.view(-1, len(rows))
 
 
-def _first_tokens(schedule: Schedule, tokens: int, slots: int, tiles: int) -> Schedule:
-    """The part of a workspace's schedule that `tokens` tokens of `slots` ids and at most `tiles` row tiles use."""
+def _first_tokens(schedule: Schedule, tokens: int, top_k: int, tiles: int) -> Schedule:
+    """The part of a workspace's schedule that `tokens` tokens of `top_k` ids and at most `tiles` row tiles use."""
     return Schedule(
-        pair_rows=schedule.pair_rows.view(-1)[: tokens * slots].view(tokens, slots),
+        pair_rows=schedule.pair_rows.view(-1)[: tokens * top_k].view(tokens, top_k),
         pairs=schedule.pairs,
         tile_experts=schedule.tile_experts[:tiles],
         num_tiles=schedule.num_tiles,

@@ -41,7 +41,7 @@ def place_pairs_kernel(
     pairs: ct.Array,
     tile_experts: ct.Array,
     num_tiles: ct.Array,
-    SLOTS: ConstInt,
+    TOP_K: ConstInt,
     EXPERTS: ConstInt,
     LOCAL: ConstInt,
     TOKENS: ConstInt,
@@ -54,8 +54,8 @@ def place_pairs_kernel(
     token = block * TOKENS + ct.arange(TOKENS, dtype=ct.int32).reshape((TOKENS, 1))
     expert = ct.arange(EXPERTS, dtype=ct.int32).reshape((1, EXPERTS))
     members = ct.zeros((TOKENS, EXPERTS), dtype=ct.int32)
-    for slot in range(SLOTS):
-        chosen = ct.gather(expert_ids, (token, slot), padding_value=-1)
+    for choice in range(TOP_K):
+        chosen = ct.gather(expert_ids, (token, choice), padding_value=-1)
         members = members + ((chosen == expert) & (expert < LOCAL)).astype(ct.int32)
     if BLOCKS == 1:
         total = ct.sum(members, axis=0, keepdims=True)
@@ -72,11 +72,11 @@ def place_pairs_kernel(
     earlier = (ct.arange(TOKENS, dtype=ct.int32).reshape((1, TOKENS)) < token - block * TOKENS).astype(ct.float16)
     rank = ct.mma(earlier, members.astype(ct.float16), ct.zeros((TOKENS, EXPERTS), dtype=ct.float32))
     row = (tile_ends - tiles) * TILE_ROWS + before + rank.astype(ct.int32)
-    for slot in range(SLOTS):
-        chosen = ct.gather(expert_ids, (token, slot), padding_value=-1)
+    for choice in range(TOP_K):
+        chosen = ct.gather(expert_ids, (token, choice), padding_value=-1)
         here = (chosen == expert) & (expert < LOCAL)
         placed = ct.sum(ct.where(here, row + 1, 0), axis=1, keepdims=True) - 1
-        ct.scatter(pair_rows, (token, slot), placed)
+        ct.scatter(pair_rows, (token, choice), placed)
     if block == 0:
         ct.scatter(pairs, expert.reshape((EXPERTS,)), total.reshape((EXPERTS,)))
         ct.store(num_tiles, (0,), ct.sum(tiles, axis=1))
@@ -91,12 +91,12 @@ def place_pairs(expert_ids: Tensor, schedule: Schedule, tile_rows: int) -> Launc
 
     An id that is no local expert's is taken as none.
     """
-    tokens, slots = expert_ids.shape
+    tokens, top_k = expert_ids.shape
     block_tokens = min(TOKENS, max(16, 1 << (tokens - 1).bit_length()))
     blocks = ct.cdiv(tokens, block_tokens)
     # Compiled once a shape class, not once a number of blocks.
     padded_blocks = 1 << (ct.cdiv(max(tokens, shape_class(tokens)), TOKENS) - 1).bit_length() if blocks > 1 else 1
     experts = schedule.counts.shape[1]
-    sizes = (slots, experts, len(schedule.pairs), block_tokens, padded_blocks, tile_rows, MAP_TILES)
+    sizes = (top_k, experts, len(schedule.pairs), block_tokens, padded_blocks, tile_rows, MAP_TILES)
     arrays = (schedule.counts, schedule.pair_rows, schedule.pairs, schedule.tile_experts, schedule.num_tiles)
     return Launch(place_pairs_kernel, (blocks,), (expert_ids, *arrays, *sizes))

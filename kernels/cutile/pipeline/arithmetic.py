@@ -46,7 +46,7 @@ class FastLayer:
         device: torch.device,
         *,
         max_tokens: int,
-        max_slots: int,
+        max_top_k: int,
         batch_invariant: bool,
         max_graph_tokens: int,
     ) -> None:
@@ -55,7 +55,7 @@ class FastLayer:
         self._table, self._gpu = table, gpu
         self._max_tokens = max_tokens
         self._batch_invariant = batch_invariant
-        self._workspace = Workspace.allocate(max_tokens, max_slots, weights, MAX_TILE_ROWS, device)
+        self._workspace = Workspace.allocate(max_tokens, max_top_k, weights, MAX_TILE_ROWS, device)
         width = self._shape.hidden_size
         self._quantized = torch.empty(max_tokens, width, dtype=FP8, device=device)
         self._scales = torch.empty(max_tokens, width // BLOCK, device=device)

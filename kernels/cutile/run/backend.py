@@ -19,9 +19,9 @@ from expertd.kernels.cutile.pipeline.arithmetic import DequantLayer, FastLayer, 
 from expertd.kernels.cutile.pipeline.table import DEFAULT_CACHE, Machine, load_table
 from expertd.kernels.cutile.run.replay import Replay
 from expertd.kernels.cutile.run.staging import (
+    BatchShape,
+    Bay,
     DeviceBatch,
-    Layout,
-    Slot,
     fill_routing,
     move_batch,
     move_sums,
@@ -48,7 +48,7 @@ class CutileBackend:
     `pipeline` is "fast" (FP8 products, relative error below 3e-2), "dequant" (FP16 products, below 1e-3) or "auto":
     `choose_pipeline`. A token's bits never depend on the order of its batch; with `batch_invariant` they do not depend
     on its size either. Batches of up to `max_batch_tokens` tokens are taken; kernels compute at most `max_tokens` at
-    once, longer batches in parts. Tokens have at most `max_slots` experts.
+    once, longer batches in parts. Tokens have at most `max_top_k` experts.
     """
 
     name = "cutile"
@@ -61,7 +61,7 @@ class CutileBackend:
         batch_invariant: bool = False,
         max_batch_tokens: int = SHAPE_CLASSES[-1],
         max_tokens: int = SHAPE_CLASSES[-1],
-        max_slots: int = 8,
+        max_top_k: int = 8,
         device: str = "cuda",
         cache: Path = DEFAULT_CACHE,
     ) -> None:
@@ -73,10 +73,10 @@ class CutileBackend:
         self._batch_invariant = batch_invariant
         self._max_batch_tokens = max_batch_tokens
         self._max_tokens = max_tokens
-        self._max_slots = max_slots
+        self._max_top_k = max_top_k
         self._table = load_table(Machine.detect(), cache)
         self._layers: dict[int, LayerWeights] = {}
-        self._slots: SimpleQueue[Slot] = SimpleQueue()
+        self._bays: SimpleQueue[Bay] = SimpleQueue()
         self._inward, self._outward = (torch.cuda.Stream(self._device) for _ in range(2))
 
     @property
@@ -116,39 +116,39 @@ class CutileBackend:
 
     @torch.inference_mode()
     def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> DeviceBatch:
-        tokens, slots = sum(request.num_tokens for request in requests), requests[0].expert_ids.shape[1]
-        if slots > self._max_slots:
-            raise UnsupportedShape(f"{slots} experts a token exceed max_slots {self._max_slots}")
+        tokens, top_k = sum(request.num_tokens for request in requests), requests[0].expert_ids.shape[1]
+        if top_k > self._max_top_k:
+            raise UnsupportedShape(f"{top_k} experts a token exceed max_top_k {self._max_top_k}")
         if tokens > self._max_batch_tokens:
             raise UnsupportedShape(f"{tokens} tokens exceed max_batch_tokens {self._max_batch_tokens}")
-        layout = Layout(tokens, slots, self._shape.hidden_size, requests[0].hidden.dtype)
+        shape = BatchShape(tokens, top_k, self._shape.hidden_size, requests[0].hidden.dtype)
         if tokens <= self._compute.max_graph_tokens:
-            padded = replace(layout, tokens=min(shape_class(tokens), self._compute.max_graph_tokens))
+            padded = replace(shape, tokens=min(shape_class(tokens), self._compute.max_graph_tokens))
             batch = self._replay.submit(layer, requests, padded, reply_dtype)
             if batch is not None:
                 return batch
-        slot = self._slots.get_nowait()
+        bay = self._bays.get_nowait()
         try:
-            return self._stream(slot, layer, requests, layout, reply_dtype)
+            return self._stream(bay, layer, requests, shape, reply_dtype)
         except BaseException:
-            self._slots.put(slot)
+            self._bays.put(bay)
             raise
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
 
     def _stream(
-        self, slot: Slot, layer: int, requests: Sequence[TokenBatch], layout: Layout, reply_dtype: torch.dtype
+        self, bay: Bay, layer: int, requests: Sequence[TokenBatch], shape: BatchShape, reply_dtype: torch.dtype
     ) -> DeviceBatch:
         """Copy in, compute and copy out on a stream each, to overlap those of the batches before and after."""
-        started, marks = time.perf_counter(), slot.marks
+        started, marks = time.perf_counter(), bay.marks
         kernels = torch.cuda.current_stream(self._device)
-        results = slot.results.used(layout.tokens, reply_dtype)
-        fill_routing(requests, slot.host_batch(layout))
+        results = bay.results.used(shape.tokens, reply_dtype)
+        fill_routing(requests, bay.host_batch(shape))
         staged = time.perf_counter() - started
         with torch.cuda.stream(self._inward):
             marks[0].record()
-            batch = move_batch(requests, slot, layout)
+            batch = move_batch(requests, bay, shape)
             marks[1].record()
         kernels.wait_event(marks[1])
         marks[2].record()
@@ -161,7 +161,7 @@ class CutileBackend:
             pairs = pinned(results.pairs.shape, torch.int32).copy_(results.pairs, non_blocking=True)
             sums = move_sums(requests, computed)
             marks[5].record()
-        return DeviceBatch(requests, sums, pairs, marks, staged, partial(self._slots.put, slot))
+        return DeviceBatch(requests, sums, pairs, marks, staged, partial(self._bays.put, bay))
 
     def memory(self) -> DeviceMemory:
         free, size = torch.cuda.mem_get_info(self._device)
@@ -174,9 +174,9 @@ class CutileBackend:
 
     def _allocate(self, weights: LayerWeights) -> None:
         experts, width = self._shape.num_experts, self._shape.hidden_size
-        largest = Layout(self._max_batch_tokens, self._max_slots, width, torch.bfloat16)
+        largest = BatchShape(self._max_batch_tokens, self._max_top_k, width, torch.bfloat16)
         for _ in range(self.depth):
-            self._slots.put(Slot(largest, experts, self._device))
+            self._bays.put(Bay(largest, experts, self._device))
         common = (weights, self._table, self._gpu, self._device)
         if self._pipeline == "dequant":
             self._compute: Layer = DequantLayer(*common, batch_invariant=self._batch_invariant)
@@ -184,7 +184,7 @@ class CutileBackend:
             self._compute = FastLayer(
                 *common,
                 max_tokens=min(self._max_tokens, self._max_batch_tokens),
-                max_slots=self._max_slots,
+                max_top_k=self._max_top_k,
                 batch_invariant=self._batch_invariant,
                 max_graph_tokens=GRAPH_TOKENS,
             )
@@ -194,7 +194,7 @@ class CutileBackend:
     def _blank(self, tokens: int, dtype: torch.dtype) -> TokenBatch:
         """A batch of zeros whose first token goes to expert 0, for warming up."""
         width = self._shape.hidden_size
-        ids = torch.full((tokens, self._max_slots), -1, dtype=torch.int32)
+        ids = torch.full((tokens, self._max_top_k), -1, dtype=torch.int32)
         ids[0, 0] = 0
         scales = torch.ones(tokens, width // BLOCK) if dtype == FP8 else None
         return TokenBatch(torch.zeros(tokens, width, dtype=dtype), scales, ids, torch.ones(ids.shape))

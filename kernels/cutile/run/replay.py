@@ -10,8 +10,8 @@ import torch
 
 from expertd.kernels.cutile.pipeline.arithmetic import Layer
 from expertd.kernels.cutile.run.staging import (
+    BatchShape,
     DeviceBatch,
-    Layout,
     Results,
     fill_batch,
     move_resident,
@@ -26,7 +26,7 @@ class Replay:
 
     def __init__(
         self,
-        largest: Layout,
+        largest: BatchShape,
         num_experts: int,
         compute: Layer,
         layers: Mapping[int, LayerWeights],
@@ -43,10 +43,10 @@ class Replay:
         self._end = torch.cuda.Event(enable_timing=True)
         self._compute = compute
         self._layers = layers
-        self._graphs: dict[tuple[int, Layout, torch.dtype, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, BatchShape, torch.dtype, bool], torch.cuda.CUDAGraph] = {}
         # Views of the memory take longer to make than to fill.
-        self._host_batch = cache(partial(Layout.batch, memory=self._host))
-        self._device_batch = cache(partial(Layout.batch, memory=self._memory))
+        self._host_batch = cache(partial(BatchShape.batch, memory=self._host))
+        self._device_batch = cache(partial(BatchShape.batch, memory=self._memory))
         self._free = True
 
     def forget(self, layer: int) -> None:
@@ -55,9 +55,9 @@ class Replay:
             del self._graphs[key]
 
     def submit(
-        self, layer: int, requests: Sequence[TokenBatch], layout: Layout, reply_dtype: torch.dtype
+        self, layer: int, requests: Sequence[TokenBatch], shape: BatchShape, reply_dtype: torch.dtype
     ) -> DeviceBatch | None:
-        """Start computing requests, padded to `layout`; None for those that cannot be computed so.
+        """Start computing requests, padded to `shape`; None for those that cannot be computed so.
 
         That is while the batch before has not been waited for, and where the hidden states of some but not all requests
         are on the GPU already.
@@ -65,12 +65,12 @@ class Replay:
         resident = requests[0].hidden.is_cuda
         if not self._free or any(request.hidden.is_cuda != resident for request in requests):
             return None
-        graph = self._graph(layer, layout, reply_dtype, resident)
+        graph = self._graph(layer, shape, reply_dtype, resident)
         started = time.perf_counter()
-        tokens = fill_batch(requests, self._host_batch(layout))
+        tokens = fill_batch(requests, self._host_batch(shape))
         staged = time.perf_counter() - started
         if resident:
-            move_resident(requests, self._device_batch(layout))
+            move_resident(requests, self._device_batch(shape))
         graph.replay()
         sums = move_sums(requests, self._results.used(tokens, reply_dtype).sums(reply_dtype))
         self._end.record()
@@ -82,14 +82,14 @@ class Replay:
     def _release(self) -> None:
         self._free = True
 
-    def _graph(self, layer: int, layout: Layout, reply_dtype: torch.dtype, resident: bool) -> torch.cuda.CUDAGraph:
+    def _graph(self, layer: int, shape: BatchShape, reply_dtype: torch.dtype, resident: bool) -> torch.cuda.CUDAGraph:
         """The graph of a padded batch, captured when it is first asked for. `resident`: it copies no hidden states."""
-        key = (layer, layout, reply_dtype, resident)
+        key = (layer, shape, reply_dtype, resident)
         if key not in self._graphs:
-            results = self._results.used(layout.tokens, reply_dtype)
-            batch = self._device_batch(layout)
-            used = layout.routing_bytes if resident else layout.num_bytes(layout.tokens)
-            self._host_batch(layout).expert_ids.fill_(-1)
+            results = self._results.used(shape.tokens, reply_dtype)
+            batch = self._device_batch(shape)
+            used = shape.routing_bytes if resident else shape.num_bytes(shape.tokens)
+            self._host_batch(shape).expert_ids.fill_(-1)
 
             def work(mark: Callable[[int], None]) -> None:
                 mark(0)

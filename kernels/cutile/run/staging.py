@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertd.kernels.model.config import BLOCK
-from expertd.kernels.numerics.backend import Computed, TokenBatch
+from expertd.kernels.numerics.backend import Computed, DeviceSeconds, TokenBatch
 from expertd.kernels.numerics.quantize import FP8
 
 ALIGNMENT = 256
@@ -19,14 +19,14 @@ ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class BatchShape:
     """Where the parts of a batch of T tokens lie in one stretch of memory, so that a single copy can move them all.
 
     The hidden states are last: a copy that ends after the last token in use moves no more than it must.
     """
 
     tokens: int
-    slots: int
+    top_k: int
     hidden_size: int
     dtype: torch.dtype
     """Of the hidden states: float8_e4m3fn, which comes with scales, or bfloat16."""
@@ -48,8 +48,8 @@ class Layout:
     @property
     def _fields(self) -> tuple[tuple[str, torch.dtype, int], ...]:
         return (
-            ("expert_ids", torch.int32, self.slots),
-            ("weights", torch.float32, self.slots),
+            ("expert_ids", torch.int32, self.top_k),
+            ("weights", torch.float32, self.top_k),
             ("scales", torch.float32, self.hidden_size // BLOCK if self.dtype == FP8 else 0),
             ("hidden", self.dtype, self.hidden_size),
         )
@@ -97,10 +97,10 @@ class Results:
         return self.memory[_aligned(4 * self.num_experts) :].view(dtype).view(-1, self.hidden_size)
 
 
-class Slot:
+class Bay:
     """What one batch occupies while it is under way."""
 
-    def __init__(self, largest: Layout, num_experts: int, device: torch.device) -> None:
+    def __init__(self, largest: BatchShape, num_experts: int, device: torch.device) -> None:
         size = largest.num_bytes(largest.tokens)
         self.host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         self.device = torch.empty(size, dtype=torch.uint8, device=device)
@@ -108,8 +108,8 @@ class Slot:
         self.marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(6))
         """Begin and end of copying in, computing and copying out."""
         # Their views take longer to make than to fill, and most batches are as large as the one before.
-        self.host_batch = lru_cache(1)(partial(Layout.batch, memory=self.host))
-        self.device_batch = lru_cache(1)(partial(Layout.batch, memory=self.device))
+        self.host_batch = lru_cache(1)(partial(BatchShape.batch, memory=self.host))
+        self.device_batch = lru_cache(1)(partial(BatchShape.batch, memory=self.device))
 
 
 def fill_batch(requests: Sequence[TokenBatch], target: TokenBatch) -> int:
@@ -135,16 +135,16 @@ def fill_routing(requests: Sequence[TokenBatch], target: TokenBatch) -> int:
     return tokens
 
 
-def move_batch(requests: Sequence[TokenBatch], slot: Slot, layout: Layout) -> TokenBatch:
-    """Copy requests, whose routing is in the slot's pinned memory, to the device on the current stream.
+def move_batch(requests: Sequence[TokenBatch], bay: Bay, shape: BatchShape) -> TokenBatch:
+    """Copy requests, whose routing is in the bay's pinned memory, to the device on the current stream.
 
     Hidden states go request by request, so that the device reads one while the next is copied to pinned memory, and
     directly where the device can read the request's own memory. A single request that is on the GPU stays where it is.
     """
-    host, device = slot.host_batch(layout), slot.device_batch(layout)
+    host, device = bay.host_batch(shape), bay.device_batch(shape)
     resident = all(request.hidden.is_cuda for request in requests)
-    routing = layout.routing_bytes if resident else layout.num_bytes(0)
-    slot.device[:routing].copy_(slot.host[:routing], non_blocking=True)
+    routing = shape.routing_bytes if resident else shape.num_bytes(0)
+    bay.device[:routing].copy_(bay.host[:routing], non_blocking=True)
     if resident and len(requests) == 1:
         return replace(device, hidden=requests[0].hidden, scales=requests[0].scales)
     for request, rows in zip(requests, _rows(requests), strict=True):
@@ -222,7 +222,7 @@ class DeviceBatch:
         started = time.perf_counter()
         sums = tuple(map(_delivered, self.requests, self.sums))
         copied_out += time.perf_counter() - started
-        return Computed(sums, pairs, self.staged + copied_in, computed, copied_out)
+        return Computed(sums, pairs, DeviceSeconds(self.staged + copied_in, computed, copied_out))
 
 
 def _delivered(request: TokenBatch, sums: Tensor) -> Tensor:

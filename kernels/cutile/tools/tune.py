@@ -146,8 +146,8 @@ class TuningBench:
     def fast(self, tokens: int, config: LayerConfig) -> float:
         """Microseconds of a layer in the fast pipeline, with uniform routing."""
         batch, reference = self._case(tokens)
-        slots = batch.expert_ids.shape[1]
-        workspace = Workspace.allocate(tokens, slots, self._weights, config.tile_rows, self._device)
+        top_k = batch.expert_ids.shape[1]
+        workspace = Workspace.allocate(tokens, top_k, self._weights, config.tile_rows, self._device)
         sums = torch.full_like(reference, torch.nan)
         launches = layer_launches(batch, self._weights, sums, workspace, config, self.gpu.processors)
 

@@ -14,9 +14,9 @@ from expertd.client.coordinator import Coordinator
 from expertd.client.transport.interface import GrpcTransport
 from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.kernels.oracle.reference import relative_error
-from expertd.proto import codec
 from expertd.proto.base.errors import DeadlineExceeded
 from expertd.proto.codec import ExecuteResult
+from expertd.proto.codec.schema import REQUEST
 from expertd.server.app import Server
 from tests.client.call.test_failover import call, expected
 from tests.client.test_coordinator import EXACT, addresses
@@ -104,7 +104,7 @@ async def test_a_server_that_knows_no_cancellation_answers_as_ever(
 ) -> None:
     server, transport = connected
     monkeypatch.setattr(
-        codec, "_REQUEST_FIELDS", {number: field for number, field in codec._REQUEST_FIELDS.items() if number != 16}
+        REQUEST, "fields", {number: field for number, field in REQUEST.fields.items() if field[0] != "cancels"}
     )
     gate = Gate(server, monkeypatch)
     await give_up_under_way(server, transport, gate)

@@ -94,7 +94,7 @@ def test_sorted_pairs_are_by_expert_then_token() -> None:
     assert order.counts.tolist() == [3, 1, 3, 0]
     pairs = int(order.counts.sum())
     assert order.tokens[:pairs].tolist() == [0, 1, 3, 3, 0, 1, 3]
-    assert ids.reshape(-1)[order.slots[:pairs]].tolist() == [0, 0, 0, 1, 2, 2, 2]
+    assert ids.reshape(-1)[order.choices[:pairs]].tolist() == [0, 0, 0, 1, 2, 2, 2]
 
 
 def test_64_tokens_on_32_experts_take_well_under_50_ms() -> None:

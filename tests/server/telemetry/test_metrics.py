@@ -18,7 +18,7 @@ from expertd.kernels.numerics.backend import DeviceMemory
 from expertd.kernels.torch.backend import TorchBackend
 from expertd.proto import codec
 from expertd.server.telemetry.loads import HALF_LIFE, ExpertLoads
-from expertd.server.telemetry.metrics import LATENCY_BUCKETS, STAGES, Metrics
+from expertd.server.telemetry.metrics import LATENCY_BUCKETS, STAGES, Metrics, adding_seconds
 from tests.support.programs import find_program
 from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server, stream_method
 
@@ -151,6 +151,20 @@ async def test_pairs_of_every_expert_are_exported_on_request_alone(small_model: 
             assert registry.get_sample_value("expertd_load_balance_ratio", {"layer": "1"}) is None
 
 
+async def test_the_wait_in_the_queue_is_told_by_layer(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server, open_channel(server) as channel:
+        for layer, requests in ((1, 1), (2, 3)):
+            for _ in range(requests):
+                answer = await execute_method(channel)(request_for(server, random_batch(4, 256, 16, 4), layer=layer))
+        value = server.metrics.registry.get_sample_value
+        waits = [value("expertd_queue_wait_seconds_count", {"layer": layer}) for layer in ("1", "2", "3")]
+        assert waits == [1, 3, None]
+        assert 0 < (value("expertd_queue_wait_seconds_sum", {"layer": "1"}) or 0) < 1
+        stage = value("expertd_stage_duration_seconds_sum", {"stage": "queue"}) or 0
+        assert sum(value("expertd_queue_wait_seconds_sum", {"layer": layer}) or 0 for layer in ("1", "2")) < stage
+        assert answer.timings.queue_ns > 0
+
+
 async def test_callers_cannot_make_up_series(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server, open_channel(server) as channel:
         execute = execute_method(channel)
@@ -194,7 +208,7 @@ def test_stages_are_counted_like_the_librarys_histogram_counts() -> None:
     # On a bound, on either side of it, beyond both ends.
     for spent in (0.0, 1e-6, 1e-5, 0.0025, 0.0025000001, 0.3, 10.0, 11.0):
         seconds = [spent * (1 + position) for position in range(len(STAGES))]
-        metrics.observe_answer(1, 1, seconds)
+        metrics.stages.observe(seconds)
         for stage, value in zip(STAGES, seconds, strict=True):
             like.labels(stage).observe(value)
     found, expected = (
@@ -213,6 +227,6 @@ def test_stages_are_counted_like_the_librarys_histogram_counts() -> None:
 def test_startup_phases_add_up() -> None:
     metrics = Metrics(CollectorRegistry())
     for _ in range(2):
-        with metrics.startup_phase("load"):
+        with adding_seconds(metrics.startup.labels("load")):
             pass
     assert (metrics.registry.get_sample_value("expertd_startup_seconds", {"phase": "load"}) or 0) > 0

@@ -6,7 +6,7 @@ import torch
 from expertd.kernels.cutile.base.shape import ExpertShape
 from expertd.kernels.cutile.pipeline.arithmetic import choose_pipeline
 from expertd.kernels.cutile.pipeline.table import Choice, Table
-from expertd.kernels.cutile.run.staging import ALIGNMENT, Layout, Results
+from expertd.kernels.cutile.run.staging import ALIGNMENT, BatchShape, Results
 
 SHAPE = ExpertShape()
 
@@ -38,9 +38,9 @@ def test_the_pipeline_is_the_one_measured_faster_for_the_largest_class(arch: str
 def test_a_layout_packs_a_batch_without_overlap_and_ends_with_the_hidden_states(
     tokens: int, dtype: torch.dtype
 ) -> None:
-    layout = Layout(tokens, slots=3, hidden_size=384, dtype=dtype)
-    memory = torch.full((layout.num_bytes(tokens),), 255, dtype=torch.uint8)
-    batch = layout.batch(memory)
+    shape = BatchShape(tokens, top_k=3, hidden_size=384, dtype=dtype)
+    memory = torch.full((shape.num_bytes(tokens),), 255, dtype=torch.uint8)
+    batch = shape.batch(memory)
     parts = [part for part in (batch.expert_ids, batch.weights, batch.scales, batch.hidden) if part is not None]
     assert [tuple(part.shape) for part in parts] == [(tokens, 3), (tokens, 3), (tokens, 3), (tokens, 384)][
         -len(parts) :
@@ -50,7 +50,7 @@ def test_a_layout_packs_a_batch_without_overlap_and_ends_with_the_hidden_states(
         assert part.view(torch.uint8).min() == 255, "not written by another part"
         part.view(torch.uint8).zero_()
     assert batch.hidden.view(torch.uint8).view(-1)[-1:].data_ptr() == memory[-1:].data_ptr()
-    assert layout.num_bytes(0) == batch.hidden.data_ptr() - memory.data_ptr()
+    assert shape.num_bytes(0) == batch.hidden.data_ptr() - memory.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

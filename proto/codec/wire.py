@@ -37,28 +37,23 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def varint_field(number: int, value: int) -> bytes:
-    """A numeric field; zero is the default and takes no bytes."""
-    return varint(number << 3 | VARINT) + varint(value) if value else b""
+def tag(number: int, kind: int) -> bytes:
+    """What precedes a field's number, its four bytes, or its length and content."""
+    return varint(number << 3 | (BYTES if kind == REPEATED else kind))
 
 
-def bytes_header(number: int, length: int) -> bytes:
-    """What precedes the `length` bytes of a string, bytes, message or packed field; nothing for an empty one."""
-    return varint(number << 3 | BYTES) + varint(length) if length else b""
-
-
-def packed_field(number: int, values: Sequence[int]) -> bytes:
-    """A repeated numeric field."""
-    content = b"".join(map(varint, values))
-    return bytes_header(number, len(content)) + content
+def packed(values: Sequence[int]) -> bytes:
+    """The content of a repeated numeric field."""
+    return b"".join(map(varint, values))
 
 
 def read_fields(message: memoryview) -> Iterator[tuple[int, int, Value]]:
     """Field number, wire type and value of every field, in the order of the bytes. Raises `MalformedMessage`."""
     position, end = 0, len(message)
     while position < end:
-        tag, position = _read_varint(message, position)
-        number, kind = tag >> 3, tag & 7
+        head = message[position]
+        head, position = (head, position + 1) if head < 0x80 else _read_varint(message, position)
+        number, kind = head >> 3, head & 7
         if not 0 < number < 1 << 29:
             raise MalformedMessage(f"field number {number} at byte {position}")
         if kind == VARINT:
@@ -88,13 +83,15 @@ def read_known(message: memoryview, schema: Schema) -> dict[str, Value | list[in
         elif wanted == REPEATED:
             numbers = [value] if isinstance(value, int) else _unpack(value) if kind == BYTES else []
             repeated.setdefault(name, []).extend(numbers)
-    return values | repeated
+    return values | repeated if repeated else values
 
 
-def _unpack(packed: memoryview) -> list[int]:
+def _unpack(content: memoryview) -> list[int]:
+    if max(content, default=0) < 0x80:
+        return list(content)
     numbers, position = [], 0
-    while position < len(packed):
-        number, position = _read_varint(packed, position)
+    while position < len(content):
+        number, position = _read_varint(content, position)
         numbers.append(number)
     return numbers
 

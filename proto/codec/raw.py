@@ -1,0 +1,87 @@
+"""The two large messages, field by field and unchecked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from expertd.proto.base.errors import InvalidBatch, ServerFault
+from expertd.proto.codec.schema import REQUEST, RESPONSE
+from expertd.proto.codec.wire import MalformedMessage
+
+EMPTY = memoryview(b"")
+CANCELLATION_ID = 2**64 - 1
+"""The request_id of messages that cancel other requests; coordinators number theirs from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawRequest:
+    """The fields of an ExecuteRequest; tensors are views of the received bytes, or of a segment's."""
+
+    request_id: int = 0
+    model_fingerprint: memoryview = EMPTY
+    placement_epoch: int | None = None
+    layer: int = 0
+    num_tokens: int = 0
+    top_k: int = 0
+    hidden_dtype: int = 0
+    reply_dtype: int = 0
+    hidden: memoryview = EMPTY
+    hidden_scales: memoryview = EMPTY
+    expert_ids: memoryview = EMPTY
+    weights: memoryview = EMPTY
+    timeout_us: int = 0
+    segment_offset: int | None = None
+    traceparent: memoryview = EMPTY
+    cancels: int | None = None
+    gpu_offset: int | None = None
+
+    @property
+    def num_tensor_bytes(self) -> int:
+        return len(self.hidden) + len(self.hidden_scales) + len(self.expert_ids) + len(self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class RawResponse:
+    """The fields of an ExecuteResponse; the partials are a view of the received bytes."""
+
+    request_id: int = 0
+    error: memoryview | None = None
+    partials_dtype: int = 0
+    partials: memoryview = EMPTY
+    receipt_experts: Sequence[int] = ()
+    receipt_pairs: Sequence[int] = ()
+    timings: memoryview = EMPTY
+    checksum: memoryview = EMPTY
+
+
+def parse_request(data: bytes) -> RawRequest:
+    """Read a serialized ExecuteRequest; bytes that are none raise `InvalidBatch`."""
+    try:
+        return RawRequest(**REQUEST.read(data))  # type: ignore[arg-type]
+    except MalformedMessage as error:
+        raise InvalidBatch(f"the {len(data)} bytes received are no {REQUEST.full_name}: {error}") from None
+
+
+def parse_response(data: bytes | bytearray) -> RawResponse:
+    """Read a serialized ExecuteResponse; bytes that are none raise `ServerFault`."""
+    try:
+        return RawResponse(**RESPONSE.read(data))  # type: ignore[arg-type]
+    except MalformedMessage as error:
+        raise ServerFault(f"malformed response of {len(data)} bytes: {error}") from None
+
+
+def encode_request(request: RawRequest) -> bytes:
+    """The ExecuteRequest that `parse_request` reads as `request`."""
+    return REQUEST.write({name: getattr(request, name) for name in REQUEST.names})
+
+
+def encode_cancellation(request_id: int) -> bytes:
+    """The message that cancels request `request_id` of the same stream."""
+    return REQUEST.write({"request_id": CANCELLATION_ID, "cancels": request_id})
+
+
+def check_is_request(message: RawRequest) -> None:
+    """Raise `InvalidBatch` for a message that cancels a request."""
+    if message.cancels is not None:
+        raise InvalidBatch(f"cancels is {message.cancels}; it is for requests of a stream: end this call instead")
