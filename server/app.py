@@ -8,122 +8,75 @@ import json
 import logging
 import os
 import signal
-import time
 from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import cast
 
-import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
-from grpc_reflection.v1alpha import reflection
-from prometheus_client import make_wsgi_app, start_http_server
-
-from expertd.kernels.memory.gpu import current_gpu, gpu_uuid
 from expertd.kernels.numerics.backend import Backend, DeviceMemory
 from expertd.kernels.weights.checkpoint import Checkpoint
-from expertd.proto import codec
-from expertd.proto.base.loopback import UNIX
-from expertd.server.failpoints import FaultyBackend, FaultyHandlers, failpoints_from_environment
-from expertd.server.local.door import LocalListener, handover_socket
-from expertd.server.local.front_ends import FrontEnds
-from expertd.server.local.link import Settings
-from expertd.server.options.config import Address, InvalidOption, ServerConfig
-from expertd.server.rpc.description import describe
+from expertd.proto.codec import ShardInfo
+from expertd.server.failpoints import Failpoints
+from expertd.server.options.config import Address, ServerConfig
+from expertd.server.rpc.door import Door, GrpcDoor
 from expertd.server.rpc.handlers import ExpertShardHandlers
-from expertd.server.rpc.limits import server_options
+from expertd.server.rpc.health import Health
 from expertd.server.rpc.security import ServerSecurity
-from expertd.server.rpc.tickets import Tickets
-from expertd.server.scheduling.backends import choose_backend
 from expertd.server.scheduling.batching import Scheduler
 from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.loading import load_layers
 from expertd.server.scheduling.shadow import ShadowCheck
 from expertd.server.scheduling.shard import Shard
-from expertd.server.scheduling.verifier import Verifier
 from expertd.server.scheduling.watchdog import Watchdog
 from expertd.server.telemetry.journal import Journal
-from expertd.server.telemetry.loads import ExpertLoads
 from expertd.server.telemetry.metrics import Metrics
 from expertd.server.telemetry.pages import Pages
-from expertd.server.telemetry.rpc_counter import RpcCounter
-from expertd.server.telemetry.status import Status, build_of, placement_of
-from expertd.server.telemetry.tracing import RequestTracer
 
 log = logging.getLogger(__name__)
-HEALTH_NAMES = ("", codec.SERVICE)
-SERVICES = (codec.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
 MEMORY_SECONDS = 5.0
 """Between two looks at the GPU's memory."""
-MAX_INT = 2**31 - 1
 NOTICE_SECONDS = 0.25
 """Between the end of health and the end of connections, for callers that watch the one to leave the other."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Server:
-    """One expertd server. `await run()` returns once a signal or `stop()` has ended it and it has drained."""
+    """One expertd server, as `assembly` puts it together.
 
-    def __init__(self, config: ServerConfig, metrics: Metrics, tracer: RequestTracer | None = None) -> None:
-        """Opens the checkpoint. Raises `InvalidOption`, `InvalidConfig` or `CheckpointError`."""
-        self.config = config
-        self.metrics = metrics
-        self.security = ServerSecurity(config)
-        self.checkpoint = Checkpoint(config.model)
-        self.shard = Shard(
-            config=self.checkpoint.config,
-            model_fingerprint=self.checkpoint.fingerprint,
-            placement_epoch=time.time_ns() // 1000,
-            layers=config.layers or self.checkpoint.config.moe_layers,
-            experts=config.experts,
-        )
-        self.backend, self.backend_reason = choose_backend(config, self.checkpoint.config)
-        self.failpoints = failpoints_from_environment()
-        if self.failpoints is not None:
-            self.backend = cast(Backend, FaultyBackend(self.backend, self.failpoints))
-        self.device = DeviceOwner()
-        self.scheduler = Scheduler(
-            self.backend,
-            self.device,
-            len(config.experts),
-            max_batch_tokens=config.max_batch_tokens,
-            max_queued_tokens=config.max_queued_tokens,
-            max_queued_bytes=config.max_queued_bytes,
-            metrics=self.metrics,
-            on_fault=lambda error: self.watchdog.suspect(error),
-            on_abandon=self._disconnect,
-        )
-        self.watchdog = Watchdog(self.backend, self.device, self.scheduler, config.device_timeout, self._set_serving)
-        self.info = describe(config, self.shard, self.backend, self.backend_reason)
-        self.loads = ExpertLoads(self.shard.layers, self.shard.experts)
-        self.journal = Journal(self.metrics, self.loads, tracer)
-        verifier = Verifier(self.checkpoint, self.shard, self.scheduler, config.max_tokens_per_request)
-        self.shadow = self._shadow_check()
-        socket_name = handover_socket(config.shared_memory_bytes, config.unix_socket)
-        on_gpu = self.backend.name == "cutile"
-        tickets = Tickets(socket_name, gpu_uuid(current_gpu()) if on_gpu else "")
-        parts = (self.shard, self.info, self.scheduler, verifier, self.shadow, self.journal, tickets)
-        if self.failpoints is None:
-            self.handlers = ExpertShardHandlers(*parts)
-        else:
-            self.handlers = FaultyHandlers(*parts, self.failpoints)
-        self.local = LocalListener(
-            socket_name,
-            config.shared_memory_bytes - config.front_ends * config.front_end_bytes,
-            tickets,
-            self.handlers.respond,
-            self.device,
-            gpu=on_gpu,
-        )
-        self.metrics.shared_memory_bytes.set_function(lambda: self.local.mapped_bytes)
-        self.front_ends = FrontEnds(config.front_ends, self.handlers.respond, self.device, gpu=on_gpu)
-        self.metrics.front_ends.set_function(lambda: self.front_ends.listening)
-        self.health = health.HealthServicer()
-        self.address: Address = config.listen
-        self.metrics_address: Address = config.metrics
-        self.ready = asyncio.Event()
-        self._stopping = asyncio.Event()
-        self._watching: asyncio.Task[None] | None = None
+    `await run()` returns once a signal or `stop()` has ended it and it has drained.
+    """
+
+    config: ServerConfig
+    metrics: Metrics
+    security: ServerSecurity
+    failpoints: Failpoints | None
+    checkpoint: Checkpoint
+    shard: Shard
+    backend: Backend
+    info: ShardInfo
+    device: DeviceOwner
+    scheduler: Scheduler
+    watchdog: Watchdog
+    shadow: ShadowCheck | None
+    journal: Journal
+    handlers: ExpertShardHandlers
+    health: Health
+    entrance: GrpcDoor
+    """The one of `doors` at --listen."""
+    doors: tuple[Door, ...]
+    pages: Pages
+    ready: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+    _stopping: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+    _watching: asyncio.Task[None] | None = field(init=False, default=None)
+
+    @property
+    def address(self) -> Address:
+        """Where it answers callers."""
+        return self.entrance.address
+
+    @property
+    def metrics_address(self) -> Address:
+        return self.pages.address
 
     async def run(self) -> None:
         self._install_signal_handlers()
@@ -142,14 +95,15 @@ class Server:
         """Load and check the weights, then turn healthy."""
         if self.failpoints is not None:
             log.warning("failpoints are on, for tests only: %s", self.failpoints)
-        log.info("backend %s on %s (%s)", self.backend.name, self.backend.device, self.backend_reason)
+        log.info("backend %s on %s (%s)", self.info.backend, self.info.device, self.info.backend_reason)
         await load_layers(self.checkpoint, self.shard, self.backend, self.device, self.metrics)
         memory = await self.device.call(self.backend.memory)
         if memory is not None:
             self._watching = asyncio.create_task(self._watch_memory(memory))
-        await self.front_ends.until_listening()
+        for door in self.doors:
+            await door.until_listening()
         self.scheduler.open()
-        await self._set_serving(True)
+        await self.health.set_serving(True)
         if self.config.ready_file is not None:
             _write_atomically(
                 self.config.ready_file, {"listen": str(self.address), "metrics": str(self.metrics_address)}
@@ -163,27 +117,18 @@ class Server:
         log.info("draining for at most %g s", self.config.drain_seconds)
         draining = "the server is draining; use another replica"
         self.scheduler.close(draining, refusing=False)
-        await self._set_serving(False)
+        await self.health.set_serving(False)
         # Requests that are on their way are answered yet, so that callers who watch health have none to repeat.
         await asyncio.sleep(NOTICE_SECONDS)
         self.scheduler.close(draining)
-        self.handlers.stop_reading()
-        going_away = asyncio.ensure_future(self.grpc_server.stop(self.config.drain_seconds))
-        await asyncio.gather(
-            self.handlers.answered(self.config.drain_seconds),
-            self.local.stop(self.config.drain_seconds),
-            self.front_ends.stop(self.config.drain_seconds),
-        )
-        # What is left are watchers of health, who need not leave when they are told.
-        await self.grpc_server.stop(None)
-        await going_away
+        await asyncio.gather(*(door.drain(self.config.drain_seconds) for door in self.doors))
+        await asyncio.gather(*(door.close() for door in self.doors))
         if self._watching is not None:
             self._watching.cancel()
         self.device.stop()
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.stop)
-        await asyncio.to_thread(self._metrics_server.shutdown)
-        self._metrics_server.server_close()
+        await self.pages.stop()
         self.checkpoint.close()
         if self.config.ready_file is not None:
             self.config.ready_file.unlink(missing_ok=True)
@@ -191,75 +136,14 @@ class Server:
 
     async def _listen(self) -> None:
         """Answer health checks and scrapes from the start; the other RPCs say that the server is starting."""
-        # What all callers of a front end ask of the server comes over one connection.
-        max_streams = MAX_INT if self.config.front_ends else self.config.max_streams
-        options = server_options(self.config, self.info.max_message_bytes, max_streams)
-        self.grpc_server = grpc.aio.server(
-            interceptors=[RpcCounter(self.metrics, SERVICES), *self.security.interceptors],
-            options=options,
-        )
-        self.handlers.register(self.grpc_server)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc_server)
-        reflection.enable_server_reflection(SERVICES, self.grpc_server)
-        await self._set_serving(False)
-        self.address = self._bind()
-        if self.config.unix_socket is not None:
-            self.security.add_unix_socket(self.grpc_server, self.config.unix_socket)
-        try:
-            self._metrics_server, _ = start_http_server(
-                self.config.metrics.port, self.config.metrics.host, self.metrics.registry
-            )
-        except OSError as error:
-            raise InvalidOption(f"--metrics {self.config.metrics} cannot be bound: {error}") from None
-        self.metrics_address = dataclasses.replace(self.config.metrics, port=self._metrics_server.server_port)
-        self._metrics_server.set_app(
-            Pages(self._observe(), make_wsgi_app(self.metrics.registry), asyncio.get_running_loop())
-        )
+        await self.health.set_serving(False)
+        self.entrance.bind()
+        self.pages.start()
         self.device.start()
         if self.shadow is not None:
             self.shadow.start()
-        try:
-            self.local.start()
-        except OSError as error:
-            raise InvalidOption(f"--unix-socket {self.config.unix_socket}.shm cannot be bound: {error}") from None
-        await self.grpc_server.start()
-        if self.config.front_ends:
-            width, socket = self.shard.config.hidden_size, str(self.front_ends.socket)
-            self.front_ends.start(Settings(self.config, self.address, socket, width, self.info.max_message_bytes))
-
-    def _bind(self) -> Address:
-        """Listen for callers, or for the front ends that do so; the address."""
-        listen = self.config.listen
-        try:
-            if not self.config.front_ends:
-                return dataclasses.replace(listen, port=self.security.add_port(self.grpc_server, listen))
-            address = self.front_ends.reserve(listen)
-            self.grpc_server.add_insecure_port(f"{UNIX}{self.front_ends.socket}")
-            return address
-        except (OSError, RuntimeError) as error:
-            raise InvalidOption(f"--listen {listen} cannot be bound: {error}") from None
-
-    def _observe(self) -> Status:
-        """Export what this server is and does."""
-        scheduler = self.scheduler
-        self.metrics.build.info(build_of(self.info))
-        self.metrics.placement.info(placement_of(self.info))
-        if self.config.per_expert_metrics:
-            self.metrics.export(self.metrics.expert_pairs)
-        return Status(
-            config=self.config,
-            info=self.info,
-            address=str(self.address),
-            journal=self.journal,
-            loads=self.loads,
-            queued_tokens=lambda: scheduler.queued_tokens,
-            closed_because=lambda: scheduler.closed_because,
-        )
-
-    def _disconnect(self) -> None:
-        """Take shared memory from everyone, now that the device may still write to it."""
-        self.local.disconnect()
-        self.front_ends.disconnect()
+        for door in self.doors:
+            await door.listen()
 
     async def _until_stopped(self, work: Coroutine[None, None, None]) -> None:
         """Run `work` until it ends or the server is stopped."""
@@ -271,12 +155,6 @@ class Server:
             working.result()
         else:
             working.cancel()
-
-    def _shadow_check(self) -> ShadowCheck | None:
-        if self.config.shadow_check_rate == 0:
-            return None
-        rate = self.config.shadow_check_rate
-        return ShadowCheck(self.checkpoint, self.shard, self.backend.name, rate, self.metrics)
 
     async def _watch_memory(self, memory: DeviceMemory) -> None:
         """On the device thread, which alone calls the backend."""
@@ -298,11 +176,6 @@ class Server:
             log.warning("second signal: ending at once, requests in flight are lost")
             os._exit(128 + number)
         self.stop()
-
-    async def _set_serving(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse
-        for name in HEALTH_NAMES:
-            await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
 
 def _write_atomically(path: Path, content: dict[str, str]) -> None:

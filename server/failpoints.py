@@ -18,23 +18,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from expertd.kernels.numerics.backend import Backend, LayerWeights, TokenBatch, Underway
+from expertd.kernels.numerics.backend import Backend, DeviceMemory, LayerWeights, TokenBatch, Underway
 from expertd.proto import codec
-from expertd.proto.codec import RawRequest, ShardInfo
 from expertd.proto.codec.schema import RESPONSE
-from expertd.proto.lane.layout import SharedSegment
 from expertd.server.options.config import InvalidOption
-from expertd.server.rpc.handlers import ExpertShardHandlers
-from expertd.server.rpc.tickets import Tickets
-from expertd.server.scheduling.batching import Scheduler
-from expertd.server.scheduling.shadow import ShadowCheck
-from expertd.server.scheduling.shard import Shard
-from expertd.server.scheduling.verifier import Verifier
-from expertd.server.telemetry.journal import Journal
+from expertd.server.rpc.executor import ShardExecutor
+from expertd.server.rpc.incoming import Incoming
 
 log = logging.getLogger(__name__)
 VARIABLE = "EXPERTD_FAILPOINTS"
@@ -121,8 +113,20 @@ class FaultyBackend:
         self._armed = False
         self._broken = False
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._backend, name)
+    @property
+    def name(self) -> str:
+        return self._backend.name
+
+    @property
+    def device(self) -> str:
+        return self._backend.device
+
+    @property
+    def depth(self) -> int:
+        return self._backend.depth
+
+    def memory(self) -> DeviceMemory | None:
+        return self._backend.memory()
 
     def load_layer(self, layer: int, weights: LayerWeights) -> None:
         if self._failpoints.strikes("slow_loading"):
@@ -158,47 +162,37 @@ class FaultyBackend:
             raise RuntimeError("failpoint device_error")
 
 
-class FaultyHandlers(ExpertShardHandlers):
-    """RPCs on whose answers faults strike."""
+class FaultyExecutor:
+    """A shard's executor on whose answers faults strike."""
 
-    def __init__(
-        self,
-        shard: Shard,
-        info: ShardInfo,
-        scheduler: Scheduler,
-        verifier: Verifier,
-        shadow: ShadowCheck | None,
-        journal: Journal,
-        tickets: Tickets,
-        failpoints: Failpoints,
-    ) -> None:
-        super().__init__(shard, info, scheduler, verifier, shadow, journal, tickets)
+    def __init__(self, executor: ShardExecutor, failpoints: Failpoints) -> None:
+        self._executor = executor
         self._failpoints = failpoints
 
-    async def _answer(
-        self, request: RawRequest, caller: str, time_remaining: float | None, segment: SharedSegment | None = None
-    ) -> bytes:
+    async def answer(self, incoming: Incoming) -> bytes:
         strikes = self._failpoints.strikes
         if strikes("stale_epoch"):
-            self._begin_placement(self._shard.placement_epoch + 1)
+            _begin_placement(self._executor, self._executor.shard.placement_epoch + 1)
         if strikes("drop"):
             await asyncio.sleep(self._failpoints.seconds("drop"))
         if strikes("delay"):
             await asyncio.sleep(self._failpoints.seconds("delay"))
         if strikes("reset"):
-            _reset_connection(caller)
-        answer = await super()._answer(request, caller, time_remaining, segment)
-        if segment is None and strikes("corrupt_reply"):
+            _reset_connection(incoming.caller)
+        answer = await self._executor.answer(incoming)
+        if incoming.segment is None and strikes("corrupt_reply"):
             answer = _with_a_flipped_bit(answer)
         if strikes("wrong_receipt"):
             # A repeated field goes on where it occurs again: one more pair of this server's first expert.
-            more = {"receipt_experts": self._shard.experts[:1], "receipt_pairs": (request.num_tokens + 1,)}
+            pairs = (incoming.request.num_tokens + 1,)
+            more = {"receipt_experts": self._executor.shard.experts[:1], "receipt_pairs": pairs}
             answer = RESPONSE.write(more, begin=answer)
         return answer
 
-    def _begin_placement(self, epoch: int) -> None:
-        self._shard = replace(self._shard, placement_epoch=epoch)
-        self._info = replace(self._info, placement_epoch=epoch)
+
+def _begin_placement(executor: ShardExecutor, epoch: int) -> None:
+    executor.shard = replace(executor.shard, placement_epoch=epoch)
+    executor.info = replace(executor.info, placement_epoch=epoch)
 
 
 def _crash() -> None:

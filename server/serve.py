@@ -14,7 +14,7 @@ from expertd.kernels.model.config import InvalidConfig
 from expertd.kernels.numerics.backend import UnsupportedShape
 from expertd.kernels.weights.checkpoint import CheckpointError
 from expertd.proto.base.malloc import keep_freed_memory
-from expertd.server.app import Server
+from expertd.server.assembly import assemble
 from expertd.server.options.config import InvalidOption, ServerConfig
 from expertd.server.scheduling.selfcheck import SelfCheckFailed
 from expertd.server.scheduling.watchdog import DeviceLost
@@ -59,7 +59,7 @@ def _serve(config: ServerConfig) -> None:
     tracer = None if provider is None else RequestTracer(provider)
 
     async def main() -> None:
-        await Server(config, Metrics(), tracer).run()
+        await assemble(config, Metrics(), tracer).run()
 
     try:
         uvloop.run(main())

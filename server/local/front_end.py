@@ -5,7 +5,6 @@ Started by `server/local/front_ends.py`. It ends when the server says so, or is 
 
 from __future__ import annotations
 
-import asyncio
 import mmap
 import os
 import pickle
@@ -26,11 +25,11 @@ from expertd.proto import codec
 from expertd.proto.base.errors import NotPermitted
 from expertd.proto.base.loopback import UNIX
 from expertd.proto.base.malloc import keep_freed_memory
-from expertd.proto.codec import RawRequest
-from expertd.proto.lane.layout import SharedSegment
 from expertd.server.local.link import ServerLink, Settings
+from expertd.server.rpc.door import GrpcDoor
 from expertd.server.rpc.execution import Context, ExecuteHandlers
-from expertd.server.rpc.limits import server_options
+from expertd.server.rpc.incoming import Incoming
+from expertd.server.rpc.limits import UNLIMITED, server_options
 from expertd.server.rpc.security import ServerSecurity
 from expertd.server.rpc.tickets import check_here
 from expertd.server.telemetry.logs import configure_logging
@@ -39,19 +38,32 @@ SETTINGS_BYTES = 1 << 16
 OURS = f"/{codec.SERVICE}/"
 REFLECTION = f"/{reflection.SERVICE_NAME}/"
 REGISTER = f"{OURS}RegisterSharedMemory"
-UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
-class FrontEndHandlers(ExecuteHandlers, grpc.GenericRpcHandler):
+class LinkExecutor:
+    """Answers with what the server says."""
+
+    def __init__(self, link: ServerLink) -> None:
+        self._link = link
+
+    async def answer(self, incoming: Incoming) -> bytes:
+        request = incoming.request
+        codec.check_is_request(request)
+        if incoming.time_remaining is not None:
+            left = max(1, int(incoming.time_remaining * 1e6))
+            request = replace(request, timeout_us=min(request.timeout_us or left, left))
+        return await self._link.call(request, incoming.caller)
+
+
+class FrontEndHandlers(grpc.GenericRpcHandler):
     """All RPCs of a front end: the two with tensors go over the link, the others as they are over gRPC."""
 
-    def __init__(self, link: ServerLink, server: grpc.aio.Channel, max_queued_bytes: int) -> None:
-        super().__init__(max_queued_bytes)
-        self._link = link
+    def __init__(self, execution: ExecuteHandlers, server: grpc.aio.Channel) -> None:
+        self._execution = execution
         self._server = server
         self._methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            f"{OURS}Execute": grpc.unary_unary_rpc_method_handler(self.execute),
-            f"{OURS}ExecuteStream": grpc.stream_stream_rpc_method_handler(self.execute_stream),
+            f"{OURS}Execute": grpc.unary_unary_rpc_method_handler(execution.execute),
+            f"{OURS}ExecuteStream": grpc.stream_stream_rpc_method_handler(execution.execute_stream),
         }
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
@@ -59,18 +71,9 @@ class FrontEndHandlers(ExecuteHandlers, grpc.GenericRpcHandler):
         found = self._methods.get(details.method)
         return found or grpc.stream_stream_rpc_method_handler(partial(self._pass_on, details.method))
 
-    async def _answer(
-        self, request: RawRequest, caller: str, time_remaining: float | None, segment: SharedSegment | None = None
-    ) -> bytes:
-        codec.check_is_request(request)
-        if time_remaining is not None:
-            left = max(1, int(time_remaining * 1e6))
-            request = replace(request, timeout_us=min(request.timeout_us or left, left))
-        return await self._link.call(request, caller)
-
     async def _pass_on(self, method: str, requests: AsyncIterator[bytes], context: Context) -> None:
         if method.startswith(OURS):
-            self._track()
+            self._execution.track()
         if method == REGISTER:
             try:
                 # The server itself sees none but callers on its machine: its front ends.
@@ -102,20 +105,21 @@ async def serve(connection: socket.socket, memory: mmap.mmap, settings: Settings
     link = ServerLink(memory, settings)
     await link.open(connection)
     security = ServerSecurity(config)
+    execution = ExecuteHandlers(LinkExecutor(link), config.max_queued_bytes)
     async with grpc.aio.insecure_channel(f"{UNIX}{settings.server}", UNLIMITED) as channel:
-        handlers = FrontEndHandlers(link, channel, config.max_queued_bytes)
-        options = server_options(config, settings.max_message_bytes, config.max_streams, share_port=True)
-        server = grpc.aio.server(interceptors=security.interceptors, options=options)
-        server.add_generic_rpc_handlers((handlers,))
-        security.add_port(server, settings.listen)
-        await server.start()
+
+        def make() -> grpc.aio.Server:
+            options = server_options(config, settings.max_message_bytes, front_end=True)
+            server = grpc.aio.server(interceptors=security.interceptors, options=options)
+            server.add_generic_rpc_handlers((FrontEndHandlers(execution, channel),))
+            return server
+
+        door = GrpcDoor(settings.listen, execution, make, security.add_port)
+        door.bind()
+        await door.listen()
         link.say_listening()
-        seconds = await link.draining
-        handlers.stop_reading()
-        going_away = asyncio.ensure_future(server.stop(seconds))
-        await handlers.answered(seconds)
-        await server.stop(None)
-        await going_away
+        await door.drain(await link.draining)
+        await door.close()
     return not link.lost
 
 

@@ -13,18 +13,21 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 
+import grpc.aio
+
 from expertd.proto.base.errors import ServerFault
+from expertd.proto.base.loopback import UNIX
 from expertd.proto.lane.layout import SharedSegment
-from expertd.server.local.door import CLOSE_SECONDS, Connection, Respond
+from expertd.server.local.connection import Connection
+from expertd.server.local.door import CLOSE_SECONDS
+from expertd.server.local.gpu import Gpu, Release
 from expertd.server.local.link import ANSWER, CALL, CONTROL, Settings
-from expertd.server.local.mapping import pin, unpin
-from expertd.server.options.config import Address
+from expertd.server.options.config import Address, ServerConfig
 from expertd.server.rpc.conversation import Conversation
-from expertd.server.scheduling.device import DeviceOwner
+from expertd.server.rpc.incoming import Executor
 
 log = logging.getLogger(__name__)
 FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
@@ -36,13 +39,16 @@ END_SECONDS = 2.0
 
 
 class FrontEnds:
-    """`count` processes that listen on one port. Lives on the event loop."""
+    """Processes that listen on one port. Lives on the event loop."""
 
-    def __init__(self, count: int, respond: Respond, device: DeviceOwner, *, gpu: bool) -> None:
-        """`respond` answers their calls; with a `gpu`, the memory that is shared with them is pinned for it."""
-        self._count = count
-        self._respond = respond
-        self._device = device
+    def __init__(
+        self, config: ServerConfig, hidden_size: int, max_message_bytes: int, executor: Executor, gpu: Gpu
+    ) -> None:
+        """`executor` answers their calls; with a `gpu`, the memory that is shared with them is pinned for it."""
+        self._config = config
+        self._hidden_size = hidden_size
+        self._max_message_bytes = max_message_bytes
+        self._executor = executor
         self._gpu = gpu
         self._links: set[_Link] = set()
         self._keepers: list[asyncio.Task[None]] = []
@@ -55,8 +61,8 @@ class FrontEnds:
         """How many listen now."""
         return sum(link.listens for link in self._links)
 
-    def reserve(self, address: Address) -> Address:
-        """Keep a port for the front ends; `address` with it, and `self.socket` for the server to answer them on.
+    def add_port(self, server: grpc.aio.Server, address: Address) -> int:
+        """Take the port at `address` for the front ends, and have `server` answer them on `self.socket` instead.
 
         Raises OSError when something listens on the port.
         """
@@ -65,41 +71,42 @@ class FrontEnds:
             # One that does not share finds out whether anybody else is there.
             alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             alone.bind(place)
-            port = alone.getsockname()[1]
+            port: int = alone.getsockname()[1]
         self._reserved = socket.socket(family, kind)
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._reserved.bind((place[0], port, *place[2:]))
         # Of this user's alone.
         self._folder = tempfile.TemporaryDirectory(prefix="expertd-")
         self.socket = Path(self._folder.name) / "server"
-        return dataclasses.replace(address, port=port)
+        server.add_insecure_port(f"{UNIX}{self.socket}")
+        self._listen = dataclasses.replace(address, port=port)
+        return port
 
-    def start(self, settings: Settings) -> None:
-        self._keepers = [asyncio.create_task(self._keep(number, settings)) for number in range(self._count)]
+    async def listen(self) -> None:
+        settings = Settings(self._config, self._listen, str(self.socket), self._hidden_size, self._max_message_bytes)
+        self._keepers = [asyncio.create_task(self._keep(number, settings)) for number in range(self._config.front_ends)]
 
     async def until_listening(self) -> None:
-        """Wait until all of them have begun to listen."""
-        while self.listening < self._count:
+        while self.listening < self._config.front_ends:
             await self._changed.wait()
             self._changed.clear()
 
     def disconnect(self) -> None:
-        """Have all of them end and begin anew, so that none uses memory again that the device may still write to."""
+        """All of them end and begin anew."""
         for link in self._links:
             link.connection.frames.close()
 
-    async def stop(self, seconds: float) -> None:
-        """Have them say GOAWAY and answer what is in flight, for at most `seconds`; then end them."""
-        if not self._count:
-            return
+    async def drain(self, seconds: float) -> None:
+        """Have them say GOAWAY and do so; then they end."""
         self._stopping.set()
         for link in self._links:
             link.drain(seconds)
-        if self._keepers:
-            _, late = await asyncio.wait(self._keepers, timeout=seconds + END_SECONDS)
-            for keeper in late:
-                keeper.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        _, late = await asyncio.wait(self._keepers, timeout=seconds + END_SECONDS)
+        for keeper in late:
+            keeper.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+    async def close(self) -> None:
         if self._releasing:
             await asyncio.wait(self._releasing, timeout=CLOSE_SECONDS)
         self._reserved.close()
@@ -125,7 +132,7 @@ class FrontEnds:
     async def _live(self, settings: Settings) -> tuple[bool, str]:
         """The life of one front end: whether it came to listen, and how it ended. Raises OSError at its start."""
         memory, process, connection = await _start(settings)
-        link = _Link(memory, self._respond, settings.max_frame_bytes, self._changed.set)
+        link = _Link(memory, self._executor, settings.max_frame_bytes, self._changed.set)
         self._links.add(link)
         pinning = asyncio.ensure_future(self._pin(memory))
         try:
@@ -136,47 +143,43 @@ class FrontEnds:
         finally:
             self._links.discard(link)
             link.connection.frames.close()
-            release = asyncio.create_task(self._release(link, memory, pinning))
+            release = asyncio.create_task(self._release(link, pinning))
             self._releasing.add(release)
             release.add_done_callback(self._releasing.discard)
             code = await _end(process)
         return link.listens, f"exit code {code}"
 
-    async def _pin(self, memory: memoryview) -> bool:
-        """Whether `memory` is pinned; calls come through it either way."""
-        if not self._gpu:
-            return False
+    async def _pin(self, memory: memoryview) -> Release | None:
+        """Calls come through `memory` whether it can be pinned or not."""
         try:
-            await self._device.call(partial(pin, memory))
+            return await self._gpu.pin(memory)
         except ServerFault as error:
             log.warning("%s: a front end's calls are slower", error)
-            return False
-        return True
+            return None
 
-    async def _release(self, link: _Link, memory: memoryview, pinning: asyncio.Future[bool]) -> None:
-        """Give back `memory` once the device no longer uses it."""
-        await link.connection.answered()
-        if await pinning:
-            await self._device.call(partial(unpin, memory))
+    async def _release(self, link: _Link, pinning: asyncio.Future[Release | None]) -> None:
+        """Give back what was pinned once the device no longer uses it."""
+        await link.connection.idle()
+        await self._gpu.release(await pinning)
 
 
 class _Link:
     """The server's end of the link to one front end."""
 
     def __init__(
-        self, memory: memoryview, respond: Respond, max_frame_bytes: int, on_listening: Callable[[], None]
+        self, memory: memoryview, executor: Executor, max_frame_bytes: int, on_listening: Callable[[], None]
     ) -> None:
         self._segment = SharedSegment(memory)
-        self._respond = respond
+        self._executor = executor
         self._on_listening = on_listening
         self._calls: dict[int, Conversation] = {}
-        self.connection = Connection(self._answer, max_frame_bytes)
+        self.connection = Connection(self._respond, max_frame_bytes)
         self.listens = False
 
     def drain(self, seconds: float) -> None:
         self.connection.frames.send(ANSWER.pack(CONTROL) + str(seconds).encode())
 
-    async def _answer(self, frame: bytes) -> bytes | None:
+    async def _respond(self, frame: bytes) -> bytes | None:
         number, shared, length = CALL.unpack_from(frame)
         if number == CONTROL:
             self.listens = True
@@ -185,10 +188,10 @@ class _Link:
         caller, message = str(frame[CALL.size : CALL.size + length], "utf-8"), frame[CALL.size + length :]
         conversation = self._calls.get(number)
         if conversation is not None:
-            return await self._respond(message, conversation)
-        self._calls[number] = conversation = Conversation(caller, self._segment if shared else None)
+            return await conversation.respond(message)
+        self._calls[number] = conversation = Conversation(caller, self._executor, self._segment if shared else None)
         try:
-            response = await self._respond(message, conversation)
+            response = await conversation.respond(message)
         finally:
             del self._calls[number]
         return None if response is None else ANSWER.pack(number) + response

@@ -1,4 +1,4 @@
-"""A caller's memory, mapped into the server: what it must be so that nothing its owner does can fault here."""
+"""A caller's segment, mapped into the server: what it must be so that nothing its owner does can fault here."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import fcntl
 import mmap
 import os
 
-import torch
-
-from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, current_gpu
-from expertd.proto.base.errors import InvalidBatch, ServerFault
+from expertd.proto.base.errors import InvalidBatch
 
 
 def check_segment(descriptor: int) -> int:
@@ -39,31 +36,3 @@ def map_segment(descriptor: int, size: int) -> memoryview:
         return memoryview(mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
     except OSError as error:
         raise InvalidBatch(f"the segment cannot be mapped to read and write: {error.strerror}") from None
-
-
-def pin(memory: memoryview) -> None:
-    """Let the GPU copy from and to `memory` directly. Called on the device thread; raises `ServerFault`."""
-    code = torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0)
-    if int(code) != 0:
-        raise ServerFault(f"the segment's {len(memory)} bytes cannot be pinned: CUDA error {int(code)}")
-
-
-def unpin(memory: memoryview) -> None:
-    """Undo `pin` before the memory is unmapped. Called on the device thread, after the last batch that uses it."""
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(_address(memory))
-
-
-def open_gpu_memory(descriptor: int, size: int) -> GpuMemory:
-    """Map a caller's memory of this server's GPU. Called on the device thread; raises `InvalidBatch`.
-
-    To be closed on the device thread, too, after the last batch that uses it.
-    """
-    try:
-        return GpuMemory.open(descriptor, size, current_gpu())
-    except GpuMemoryError as error:
-        raise InvalidBatch(f"the {size} bytes of GPU memory cannot be mapped: {error}") from None
-
-
-def _address(memory: memoryview) -> int:
-    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()

@@ -1,4 +1,4 @@
-"""One stream or local connection: who calls, and which of their requests are being answered."""
+"""One stream or connection: who calls, and which of their requests are being answered."""
 
 from __future__ import annotations
 
@@ -7,19 +7,36 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, cast
 
-from expertd.proto.base.errors import Cancelled
+from expertd.proto import codec
+from expertd.proto.base.errors import Cancelled, ExpertdError
 from expertd.proto.lane.layout import SharedSegment
+from expertd.server.rpc.incoming import Executor, Incoming
 
 
 class Conversation:
-    """What the requests of one stream or local connection have in common. Lives on the event loop."""
+    """What the requests of one caller's stream or connection have in common. Lives on the event loop."""
 
-    def __init__(self, caller: str, segment: SharedSegment | None = None) -> None:
+    def __init__(self, caller: str, executor: Executor, segment: SharedSegment | None = None) -> None:
         """`segment` is where the tensors lie that the caller's messages do not carry."""
-        self.caller = caller
-        self.segment = segment
+        self._caller = caller
+        self._executor = executor
+        self._segment = segment
         self._in_flight: dict[int, asyncio.Task[Any]] = {}
         self._cancelled: set[asyncio.Task[Any]] = set()
+
+    async def respond(self, message: bytes) -> bytes | None:
+        """The response to one message; what is wrong with a request is in it. None: there is to be none."""
+        request_id = 0
+        try:
+            request = codec.parse_request(message)
+            if request.cancels is not None:
+                self.cancel(request.cancels)
+                return None
+            request_id = request.request_id
+            with self.request(request_id):
+                return await self._executor.answer(Incoming(request, self._caller, segment=self._segment))
+        except ExpertdError as error:
+            return codec.encode_error(request_id, error)
 
     @contextlib.contextmanager
     def request(self, request_id: int) -> Iterator[None]:

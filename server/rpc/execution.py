@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -17,65 +16,62 @@ from expertd.proto import codec
 from expertd.proto.base.errors import ExpertdError
 from expertd.proto.base.loopback import UNIX
 from expertd.proto.codec import RawRequest
-from expertd.proto.lane.layout import SharedSegment
 from expertd.server.rpc.backlog import Backlog
 from expertd.server.rpc.conversation import Conversation
+from expertd.server.rpc.incoming import Executor, Incoming
 
 Context: TypeAlias = grpc.aio.ServicerContext[object, object]
 BACKLOG_FACTOR = 2
 """Times --max-queued-bytes: a single stream, which gets half of the backlog, is refused before it is not read from."""
 
 
-class ExecuteHandlers(ABC):
+class ExecuteHandlers:
     """The two RPCs of one process, and the calls and streams that are open."""
 
-    def __init__(self, max_queued_bytes: int) -> None:
+    def __init__(self, executor: Executor, max_queued_bytes: int) -> None:
+        self.executor = executor
         self._readers: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
         self._streams = itertools.count(1)
         self._backlog = Backlog(BACKLOG_FACTOR * max_queued_bytes)
-
-    @abstractmethod
-    async def _answer(
-        self, request: RawRequest, caller: str, time_remaining: float | None, segment: SharedSegment | None = None
-    ) -> bytes:
-        """The response to one request, whose tensors are in `segment` where one is given; raises `ExpertdError`."""
 
     def stop_reading(self) -> None:
         """End every stream once the requests already read from it are answered."""
         for reader in self._readers:
             reader.cancel()
 
-    async def answered(self, timeout: float) -> None:
+    async def idle(self, timeout: float) -> None:
         """Wait until all calls and streams have ended and their answers are sent, for at most `timeout` seconds."""
         if self._calls:
             await asyncio.wait(self._calls, timeout=timeout)
 
-    def _track(self) -> None:
+    def track(self) -> None:
+        """Have the drain wait for the RPC that is being answered, as for those of this class."""
         call = asyncio.current_task()
         if call is not None:
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
 
     async def execute(self, data: bytes, context: Context) -> bytes:
-        self._track()
+        self.track()
         try:
             request = _adopt(codec.parse_request(data), context.invocation_metadata() or ())
-            return await self._answer(request, context.peer(), context.time_remaining())
+            return await self.executor.answer(Incoming(request, context.peer(), context.time_remaining()))
         except ExpertdError as error:
             await context.abort(error.code, str(error), _pushback(error))
 
     async def execute_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        self._track()
+        self.track()
         share, writing = self._backlog.open(), asyncio.Lock()
         # Connections over a unix socket have no names to tell callers apart by.
         peer = context.peer()
-        conversation = Conversation(f"{peer} stream {next(self._streams)}" if peer.startswith(UNIX) else peer)
+        caller = f"{peer} stream {next(self._streams)}" if peer.startswith(UNIX) else peer
+        conversation = Conversation(caller, self.executor)
 
         async def respond(data: bytes) -> None:
             num_bytes = len(data)
             try:
-                response = await self.respond(data, conversation)
+                response = await conversation.respond(data)
                 # The answer may wait for long; the request need not.
                 del data
                 if response is not None:
@@ -96,20 +92,6 @@ class ExecuteHandlers(ABC):
             reader = answers.create_task(read())
             self._readers.add(reader)
             reader.add_done_callback(self._readers.discard)
-
-    async def respond(self, data: bytes, conversation: Conversation) -> bytes | None:
-        """The response to one message of a stream; what is wrong with a request is in it. None: there is to be none."""
-        request_id = 0
-        try:
-            request = codec.parse_request(data)
-            if request.cancels is not None:
-                conversation.cancel(request.cancels)
-                return None
-            request_id = request.request_id
-            with conversation.request(request_id):
-                return await self._answer(request, conversation.caller, None, conversation.segment)
-        except ExpertdError as error:
-            return codec.encode_error(request_id, error)
 
 
 def _adopt(request: RawRequest, metadata: Iterable[tuple[str, str | bytes]]) -> RawRequest:

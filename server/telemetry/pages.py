@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from importlib.resources import files
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
+from prometheus_client import make_wsgi_app, start_http_server
+
+from expertd.server.options.config import Address, InvalidOption
+from expertd.server.telemetry.metrics import Metrics
 from expertd.server.telemetry.status import Status
 
 Answer = tuple[str, str, bytes]
@@ -25,13 +30,13 @@ HEADERS = [
 
 
 class Pages:
-    """The WSGI application of the metrics port. Runs on threads of its own."""
+    """The metrics port and its WSGI application, which runs on threads of its own."""
 
-    def __init__(self, status: Status, metrics: WSGIApplication, loop: asyncio.AbstractEventLoop) -> None:
-        """`metrics` answers /metrics; `loop` is the one whose life /healthz tells."""
+    def __init__(self, address: Address, status: Status, metrics: Metrics) -> None:
+        self.address = address
         self._status = status
-        self._metrics = metrics
-        self._loop = loop
+        self._registry = metrics.registry
+        self._metrics: WSGIApplication = make_wsgi_app(metrics.registry)
         self._page = files("expertd.server.telemetry").joinpath("status.html").read_bytes()
         self._answers: dict[str, Callable[[], Answer]] = {
             "/": lambda: ("200 OK", HTML, self._page),
@@ -39,6 +44,20 @@ class Pages:
             "/healthz": self._alive,
             "/readyz": self._ready,
         }
+
+    def start(self) -> None:
+        """Listen; /healthz tells of the running event loop. Raises `InvalidOption`."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._server, _ = start_http_server(self.address.port, self.address.host, self._registry)
+        except OSError as error:
+            raise InvalidOption(f"--metrics {self.address} cannot be bound: {error}") from None
+        self._server.set_app(self)
+        self.address = dataclasses.replace(self.address, port=self._server.server_port)
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._server.shutdown)
+        self._server.server_close()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]

@@ -28,7 +28,7 @@ class Status:
 
     config: ServerConfig
     info: ShardInfo
-    address: str
+    address: Callable[[], str]
     journal: Journal
     loads: ExpertLoads
     queued_tokens: Callable[[], int]
@@ -40,7 +40,7 @@ class Status:
         now = time.time()
         answers, errors = tuple(self.journal.answers), tuple(self.journal.errors)
         return {
-            "address": self.address,
+            "address": self.address(),
             "version": self.info.version,
             "backend": self.info.backend,
             "backend_reason": self.info.backend_reason,

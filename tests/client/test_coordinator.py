@@ -259,7 +259,7 @@ async def test_a_stream_that_ended_is_opened_again(small_model: Path) -> None:
     hidden, (ids, weights) = tokens(5), routing(5)
     async with running_server(small_model, range(EXPERTS)) as server, Coordinator([str(server.address)]) as moe:
         first = await moe(LAYER, hidden, topk_ids=ids, topk_weights=weights)
-        server.handlers.stop_reading()
+        server.handlers.execution.stop_reading()
         await asyncio.sleep(0.1)
         assert torch.equal(await moe(LAYER, hidden, topk_ids=ids, topk_weights=weights), first)
 

@@ -8,9 +8,9 @@ import pytest
 
 from expertd.client.transport.interface import GrpcTransport
 from expertd.proto.base.errors import DeadlineExceeded, ExpertdError, ServerFault, StalePlacement, Unavailable
-from expertd.server.failpoints import SECONDS, VARIABLE, FaultyHandlers, parse_failpoints
+from expertd.server.failpoints import SECONDS, VARIABLE, FaultyExecutor, parse_failpoints
 from expertd.server.options.config import InvalidOption
-from expertd.server.rpc.handlers import ExpertShardHandlers
+from expertd.server.rpc.executor import ShardExecutor
 from tests.support.serving import call_for, random_batch, running_server
 
 
@@ -44,7 +44,7 @@ def test_what_cannot_be_meant_is_refused(text: str, complaint: str) -> None:
 async def test_without_the_variable_a_server_has_none_of_it(small_model: Path) -> None:
     async with running_server(small_model, range(16)) as server:
         assert server.failpoints is None
-        assert type(server.handlers) is ExpertShardHandlers
+        assert type(server.handlers.execution.executor) is ShardExecutor
         assert type(server.backend).__name__ == "TorchBackend"
 
 
@@ -66,7 +66,7 @@ async def test_faults_reach_the_caller_as_errors(
     async with running_server(small_model, range(16), drain_seconds=0.2) as server:
         # An error that ends the server is for the tests of the watchdog.
         monkeypatch.setattr(server.watchdog, "suspect", lambda error: None)
-        assert isinstance(server.handlers, FaultyHandlers)
+        assert isinstance(server.handlers.execution.executor, FaultyExecutor)
         transport = GrpcTransport(str(server.address))
         try:
             call = call_for(server, random_batch(2, 256, 16, 4), timeout=0.5)

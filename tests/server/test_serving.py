@@ -19,6 +19,7 @@ from expertd.kernels.oracle.reference import relative_error
 from expertd.proto import codec
 from expertd.proto.base.errors import Overloaded
 from expertd.server.app import Server
+from expertd.server.assembly import assemble
 from expertd.server.options.config import InvalidOption, ServerConfig
 from expertd.server.telemetry.metrics import Metrics
 from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server, stream_method
@@ -278,7 +279,7 @@ def test_layers_and_experts_outside_the_model_are_refused(
     small_model: Path, options: dict[str, tuple[int, ...]], complaint: str
 ) -> None:
     with pytest.raises(InvalidOption, match=complaint):
-        Server(ServerConfig(**({"model": small_model, "experts": (0,)} | options)), Metrics(CollectorRegistry()))  # type: ignore[arg-type]
+        assemble(ServerConfig(**({"model": small_model, "experts": (0,)} | options)), Metrics(CollectorRegistry()))  # type: ignore[arg-type]
 
 
 async def test_a_port_in_use_is_refused_with_the_option(small_model: Path) -> None:
@@ -292,4 +293,4 @@ async def test_a_port_in_use_is_refused_with_the_option(small_model: Path) -> No
                 **{option: taken, free: type(taken)("127.0.0.1", 0)},  # type: ignore[arg-type]
             )
             with pytest.raises(InvalidOption, match=f"--{option} {taken} cannot be bound"):
-                await Server(config, Metrics(CollectorRegistry())).run()
+                await assemble(config, Metrics(CollectorRegistry())).run()

@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 import pytest
@@ -21,10 +21,12 @@ from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.codec import ExecuteCall, ShardInfo
 from expertd.server.app import Server
+from expertd.server.assembly import assemble
 from expertd.server.options.config import Address, ServerConfig
 from expertd.server.telemetry.metrics import Metrics
 from expertd.server.telemetry.tracing import RequestTracer
 
+D = TypeVar("D")
 ANY_PORT = Address("127.0.0.1", 0)
 
 
@@ -34,7 +36,7 @@ async def running_server(model: Path, experts: range, **options: Any) -> AsyncIt
     tracer: RequestTracer | None = options.pop("tracer", None)
     defaults: dict[str, Any] = {"listen": ANY_PORT, "metrics": ANY_PORT, "backend": "torch"}
     config = ServerConfig(model=model, experts=tuple(experts), **(defaults | options))
-    server = Server(config, Metrics(CollectorRegistry()), tracer)
+    server = assemble(config, Metrics(CollectorRegistry()), tracer)
     running = asyncio.create_task(server.run())
     ready = asyncio.create_task(server.ready.wait())
     await asyncio.wait((running, ready), return_when=asyncio.FIRST_COMPLETED)
@@ -66,6 +68,12 @@ class Gate:
 
     def open(self) -> None:
         self._opened.set()
+
+
+def door(server: Server, kind: type[D]) -> D:
+    """The one of a server's doors that is of this kind."""
+    (found,) = (door for door in server.doors if isinstance(door, kind))
+    return found
 
 
 async def until(condition: Callable[[], bool]) -> None:

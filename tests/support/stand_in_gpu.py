@@ -15,6 +15,8 @@ from torch import Tensor
 
 from expertd.kernels.memory.gpu import GpuMemoryError
 from expertd.server.app import Server
+from expertd.server.local.door import LocalDoor
+from tests.support.serving import door
 
 DEVICE = torch.device("cuda", 0)
 UUID = "GPU-stand-in"
@@ -85,12 +87,12 @@ def as_stream(stream: StandInStream) -> torch.cuda.Stream:
 def install(monkeypatch: pytest.MonkeyPatch, server: Server) -> StandInStream:
     """Let `server`, and clients in this process, take tensors in host memory for a GPU's; the stream of all calls."""
     stream = StandInStream()
-    monkeypatch.setattr(server.local, "_gpu", True)
+    monkeypatch.setattr(door(server, LocalDoor).gpu, "present", True)
     monkeypatch.setattr(server.handlers._tickets, "_gpu", UUID)
-    monkeypatch.setattr("expertd.server.local.mapping.current_gpu", lambda: DEVICE)
-    monkeypatch.setattr("expertd.server.local.mapping.GpuMemory", StandInMemory)
-    monkeypatch.setattr("expertd.server.local.door.pin", lambda memory: None)
-    monkeypatch.setattr("expertd.server.local.door.unpin", lambda memory: None)
+    monkeypatch.setattr("expertd.server.local.gpu.current_gpu", lambda: DEVICE)
+    monkeypatch.setattr("expertd.server.local.gpu.GpuMemory", StandInMemory)
+    monkeypatch.setattr("expertd.server.local.gpu.pin", lambda memory: None)
+    monkeypatch.setattr("expertd.server.local.gpu.unpin", lambda memory: None)
     monkeypatch.setattr("expertd.client.transport.segment_pool.GpuMemory", StandInMemory)
     monkeypatch.setattr("expertd.client.transport.segment_pool.gpu_uuid", lambda device: UUID)
     monkeypatch.setattr("expertd.client.transport.shared_memory.stream_of", lambda tensor: stream)

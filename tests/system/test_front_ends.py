@@ -27,14 +27,18 @@ from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import Unauthenticated, Unavailable
 from expertd.server.app import Server
+from expertd.server.assembly import assemble
 from expertd.server.local.front_end import FrontEndHandlers
+from expertd.server.local.front_ends import FrontEnds
 from expertd.server.options.config import InvalidOption, ServerConfig
+from expertd.server.rpc.execution import ExecuteHandlers
 from expertd.server.telemetry.metrics import Metrics
 from tests.support.certificates import Authority
 from tests.support.serving import (
     ANY_PORT,
     Gate,
     count_of,
+    door,
     execute_method,
     open_channel,
     random_batch,
@@ -275,9 +279,9 @@ async def test_callers_on_other_machines_get_no_ticket_whatever_they_say(server:
     async def requests() -> AsyncIterator[bytes]:
         yield b""
 
-    address = f"unix:{server.front_ends.socket}"
+    address = f"unix:{door(server, FrontEnds).socket}"
     async with grpc.aio.insecure_channel(address) as channel:
-        handlers: Any = FrontEndHandlers(None, channel, 1)  # type: ignore[arg-type]
+        handlers: Any = FrontEndHandlers(ExecuteHandlers(None, 1), channel)  # type: ignore[arg-type]
         method: Any = handlers.service(Details()).stream_stream
         with pytest.raises(Refused, match=r"ipv4:192\.0\.2\.1:5 is not on this server's machine"):
             await method(requests(), Remote())
@@ -288,7 +292,7 @@ async def test_a_second_server_on_the_port_is_refused(server: Server, small_mode
         model=small_model, experts=(0,), listen=server.address, metrics=ANY_PORT, backend="torch", front_ends=1
     )
     with pytest.raises(InvalidOption, match=rf"--listen {server.address} cannot be bound: .*in use"):
-        await Server(config, Metrics(CollectorRegistry())).run()
+        await assemble(config, Metrics(CollectorRegistry())).run()
 
 
 async def call_until(stop: asyncio.Event, moe: Coordinator, hidden: Tensor, right: Tensor) -> int:
@@ -323,8 +327,8 @@ async def test_a_killed_front_end_comes_back_and_no_call_fails(
         assert len(before) == 2
         for process in before:
             os.kill(process, signal.SIGKILL)
-            await until(lambda: server.front_ends.listening < 2)
-            await until(lambda: server.front_ends.listening == 2)
+            await until(lambda: door(server, FrontEnds).listening < 2)
+            await until(lambda: door(server, FrontEnds).listening == 2)
     assert not front_ends_of(os.getpid()) & before
     assert "front end 0 ended: exit code -9; another one starts in 0.1 s" in caplog.text
     await until(lambda: server.journal.in_flight == 0)
@@ -338,11 +342,11 @@ async def test_memory_is_taken_back_from_front_ends_before_a_stuck_device_may_wr
     async with open_channel(server) as channel:
         call = asyncio.ensure_future(execute_method(channel)(request_for(server, BATCH), timeout=20))
         await until(lambda: gate.reached == [1])
-        server.front_ends.disconnect()
+        door(server, FrontEnds).disconnect()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-    await until(lambda: server.front_ends.listening == 2)
+    await until(lambda: door(server, FrontEnds).listening == 2)
     assert not front_ends_of(os.getpid()) & before
     gate.open()
 

@@ -15,8 +15,9 @@ from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.kernels.memory.gpu import GpuMemoryError
 from expertd.proto.base.errors import Unavailable
 from expertd.server.app import Server
+from expertd.server.local.door import LocalDoor
 from tests.support import stand_in_gpu
-from tests.support.serving import call_for, random_batch, running_server
+from tests.support.serving import call_for, door, random_batch, running_server
 from tests.support.stand_in_gpu import DEVICE, StandInMemory, StandInStream, as_stream
 
 ALL = range(16)
@@ -52,7 +53,7 @@ async def test_results_are_those_of_host_memory_and_many_calls_share_the_memory(
             del results
         assert transport.shares_gpu_memory
         assert len(gpu_bytes(transport)) > 1
-        assert server.local.mapped_bytes >= sum(gpu_bytes(transport))
+        assert door(server, LocalDoor).mapped_bytes >= sum(gpu_bytes(transport))
         grown = gpu_bytes(transport)
         for call in calls:
             await transport.execute(call)
@@ -149,7 +150,7 @@ async def test_a_lost_connection_is_made_again(small_model: Path, monkeypatch: p
         transport = await connected(server)
         call = call_for(server, random_batch(2, 256, 16, 4))
         expected = (await transport.execute(call)).partials.clone()
-        for connection in server.local._connections:
+        for connection in door(server, LocalDoor)._connections:
             connection.frames.close()
         with pytest.raises(Unavailable, match="the connection of shared memory was closed"):
             await transport.execute(call)

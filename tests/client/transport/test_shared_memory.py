@@ -22,8 +22,9 @@ from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.proto.base.errors import DeadlineExceeded, Unavailable
 from expertd.proto.codec import ExecuteCall
 from expertd.server.app import Server
+from expertd.server.local.door import LocalDoor
 from tests.client.test_coordinator import EXACT, LAYER, routing, tokens
-from tests.support.serving import Gate, call_for, random_batch, running_server, until
+from tests.support.serving import Gate, call_for, door, random_batch, running_server, until
 
 ALL = range(16)
 DEFAULT = CoordinatorConfig()
@@ -81,7 +82,7 @@ async def test_many_calls_at_once_use_slots_again_and_memory_grows_as_needed(
         for _ in range(5):
             results = await asyncio.gather(*(call(moe, 40, seed) for seed in range(20)))
             assert all(torch.equal(result, right) for result, right in zip(results, expected, strict=True))
-        assert server.local.mapped_bytes == 256 << 10
+        assert door(server, LocalDoor).mapped_bytes == 256 << 10
         segments = segments_of(transport_of(moe))
         assert [segment.size >> 10 for segment in segments] == [64, 64, 128]
         assert [free_bytes(segment) for segment in segments] == [segment.size for segment in segments]
@@ -209,7 +210,7 @@ async def test_a_lost_connection_fails_its_calls_and_is_made_again(
         waiting = asyncio.create_task(transport.execute(call_for(server, random_batch(8, 256, 16, 4))))
         await arrived.wait()
         monkeypatch.undo()
-        for connection in server.local._connections:
+        for connection in door(server, LocalDoor)._connections:
             connection.frames.close()
         with pytest.raises(Unavailable, match=rf"^{server.address}: the connection of shared memory was closed"):
             await waiting

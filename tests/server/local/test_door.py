@@ -20,8 +20,18 @@ from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.lane.frames import MAX_FRAME_BYTES
 from expertd.server.app import Server
+from expertd.server.local.door import LocalDoor
 from expertd.server.scheduling.shard import Shard
-from tests.support.serving import Gate, execute_method, open_channel, random_batch, request_for, running_server, until
+from tests.support.serving import (
+    Gate,
+    door,
+    execute_method,
+    open_channel,
+    random_batch,
+    request_for,
+    running_server,
+    until,
+)
 
 SEGMENT_BYTES = 1 << 16
 BATCH = random_batch(4, hidden=256, experts=16, top_k=4, absent=0.0)
@@ -265,13 +275,13 @@ BAD_SEGMENTS: dict[str, tuple[Callable[[], list[int]], grpc.StatusCode, str]] = 
 @pytest.mark.parametrize("name", BAD_SEGMENTS)
 async def test_bad_segments_are_refused(server: Server, name: str) -> None:
     make, code, message = BAD_SEGMENTS[name]
-    await until(lambda: server.local.mapped_bytes == 0)
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
     async with handing_over(server, make()) as caller:
         answer = await caller.answer()
         assert answer.error.code == code.value[0]
         assert message in answer.error.message
         assert await caller.reader.read() == b""
-    assert server.local.mapped_bytes == 0
+    assert door(server, LocalDoor).mapped_bytes == 0
 
 
 async def test_huge_pages_are_refused(server: Server) -> None:
@@ -309,7 +319,7 @@ async def test_processes_of_other_users_are_refused(server: Server, monkeypatch:
 
 
 async def test_a_silent_connection_is_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertd.server.local.door.HANDOVER_SECONDS", 0.05)
+    monkeypatch.setattr("expertd.server.local.handover.HANDOVER_SECONDS", 0.05)
     registration = await registration_of(server)
     connection = socket.socket(socket.AF_UNIX)
     connection.connect("\0" + registration.socket.removeprefix("@"))
@@ -323,7 +333,7 @@ async def test_a_silent_connection_is_closed(server: Server, monkeypatch: pytest
 async def test_a_closed_connection_gives_its_memory_back_even_with_calls_in_flight(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await until(lambda: server.local.mapped_bytes == 0)
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
     arrived = asyncio.Event()
 
     async def hang(*_: object) -> None:
@@ -331,26 +341,26 @@ async def test_a_closed_connection_gives_its_memory_back_even_with_calls_in_flig
         await asyncio.Event().wait()
 
     async with accepted(server) as caller:
-        assert (server.local.mapped_bytes, mappings()) == (SEGMENT_BYTES, 1)
+        assert (door(server, LocalDoor).mapped_bytes, mappings()) == (SEGMENT_BYTES, 1)
         monkeypatch.setattr(server.scheduler, "execute", hang)
         caller.send(caller.place(request_for(server, BATCH)))
         await arrived.wait()
-    await until(lambda: server.local.mapped_bytes == 0)
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
     assert mappings() == 0
 
 
 async def test_memory_of_a_closed_connection_is_given_back_only_when_the_device_is_done_with_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await until(lambda: server.local.mapped_bytes == 0)
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
     gate = Gate(server, monkeypatch)
     async with accepted(server) as caller:
         caller.send(caller.place(request_for(server, BATCH)))
         await until(lambda: bool(gate.reached))
     await asyncio.sleep(0.2)
-    assert (server.local.mapped_bytes, mappings()) == (SEGMENT_BYTES, 1)
+    assert (door(server, LocalDoor).mapped_bytes, mappings()) == (SEGMENT_BYTES, 1)
     gate.open()
-    await until(lambda: server.local.mapped_bytes == 0)
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
     assert mappings() == 0
 
 

@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.server.app import Server
+from expertd.server.local.door import LocalDoor
 from tests.server.local.test_door import (
     BATCH,
     INVALID,
@@ -25,7 +26,7 @@ from tests.server.local.test_door import (
     sealed_memory,
 )
 from tests.support import stand_in_gpu
-from tests.support.serving import request_for, running_server, until
+from tests.support.serving import door, request_for, running_server, until
 
 GPU_BYTES = 1 << 16
 GPU_PLACES = {"hidden": 0, "hidden_scales": 1024}
@@ -89,12 +90,12 @@ async def test_a_closed_connection_gives_the_memory_back_on_the_device_thread(
     monkeypatch.setattr(
         stand_in_gpu.StandInMemory, "close", lambda memory: closed.append(threading.current_thread().name)
     )
-    await until(lambda: server.local.mapped_bytes == 0)
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
     async with handing_over(server, [sealed_memory(), gpu_memory()], gpu_bytes=GPU_BYTES) as caller:
         assert (await caller.answer()) == pb.ExecuteResponse()
-        assert server.local.mapped_bytes == 2 * GPU_BYTES
+        assert door(server, LocalDoor).mapped_bytes == 2 * GPU_BYTES
         assert stand_ins() > 0
-    await until(lambda: server.local.mapped_bytes == 0)
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
     assert closed == ["device-owner"]
     await until(lambda: stand_ins() == 0)
 
@@ -117,7 +118,7 @@ async def test_memory_that_cannot_be_mapped_or_is_too_much_is_refused(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stand_in_gpu.install(monkeypatch, server)
-    await until(lambda: server.local.mapped_bytes == 0)
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
     # A log that is kept keeps errors, and with them what was mapped where they were raised.
     caplog.set_level(logging.ERROR, "expertd.server.local.door")
     gc.collect()
@@ -132,7 +133,7 @@ async def test_memory_that_cannot_be_mapped_or_is_too_much_is_refused(
         code, message = await refusal(server, handed_over, said)
         assert code == INVALID
         assert "the second one and the size belong together" in message
-    assert server.local.mapped_bytes == 0
+    assert door(server, LocalDoor).mapped_bytes == 0
     gc.collect()
     assert descriptors() == before
 

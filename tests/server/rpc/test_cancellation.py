@@ -220,7 +220,7 @@ async def test_a_call_of_its_own_is_ended_not_cancelled_by_a_message(server: Ser
 
 
 async def test_who_is_gone_is_not_told_of_the_cancellation() -> None:
-    conversation = Conversation("caller")
+    conversation = Conversation("caller", None)  # type: ignore[arg-type]
 
     async def answer() -> None:
         with conversation.request(1):

@@ -13,7 +13,7 @@ from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.transport.security import ClientSecurity
 from expertd.proto.base.errors import Unauthenticated
-from expertd.server.app import Server
+from expertd.server.assembly import assemble
 from expertd.server.options.config import InvalidOption, ServerConfig
 from expertd.server.telemetry.metrics import Metrics
 from tests.support.certificates import Authority
@@ -76,7 +76,7 @@ async def test_a_socket_in_use_is_refused_and_one_left_behind_is_taken_over(smal
     async with running_server(small_model, ALL, unix_socket=path):
         config = ServerConfig(model=small_model, experts=(0,), listen=ANY_PORT, metrics=ANY_PORT, unix_socket=path)
         with pytest.raises(InvalidOption, match=rf"--unix-socket {path} is in use"):
-            await Server(config, Metrics(CollectorRegistry())).run()
+            await assemble(config, Metrics(CollectorRegistry())).run()
         _, writer = await asyncio.open_unix_connection(path)
         writer.close()
 
@@ -85,4 +85,4 @@ async def test_a_path_that_cannot_be_bound_is_refused(small_model: Path, tmp_pat
     long = tmp_path / ("x" * 120)
     config = ServerConfig(model=small_model, experts=(0,), listen=ANY_PORT, metrics=ANY_PORT, unix_socket=long)
     with pytest.raises(InvalidOption, match=r"--unix-socket .*xxx cannot be bound"):
-        await Server(config, Metrics(CollectorRegistry())).run()
+        await assemble(config, Metrics(CollectorRegistry())).run()

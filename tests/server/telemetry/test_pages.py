@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from expertd import __version__
 from expertd.server import app
 from expertd.server.app import Server
+from expertd.server.assembly import assemble
 from expertd.server.options.config import ServerConfig
 from expertd.server.telemetry import pages
 from expertd.server.telemetry.metrics import STAGES, Metrics
@@ -98,7 +99,7 @@ async def test_probes_follow_the_life_of_the_server(small_model: Path, monkeypat
 
     monkeypatch.setattr(app, "load_layers", load)
     config = ServerConfig(model=small_model, experts=tuple(ALL), listen=ANY_PORT, metrics=ANY_PORT, backend="torch")
-    server = Server(config, Metrics(CollectorRegistry()))
+    server = assemble(config, Metrics(CollectorRegistry()))
     running = asyncio.create_task(server.run())
     while server.metrics_address.port == 0:
         await asyncio.sleep(0.01)
