@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -17,18 +17,20 @@ from torch import Tensor
 from expertd.client.base.blocks import BLOCK_TOKENS, start_blocks
 from expertd.client.call.activations import Activations
 from expertd.client.call.arguments import as_rows, as_tokens, check_choice
-from expertd.client.call.dispatch import Dispatch, combine, contributions, renormalize
+from expertd.client.call.dispatch import Work, combine, contributions, renormalize
 from expertd.client.call.failover import Answer, Caller, Effort, LayerCall
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.fleet.discovery import Discovery, as_discovery
 from expertd.client.fleet.membership import Membership
 from expertd.client.fleet.ownership import name_experts
 from expertd.client.telemetry.tracing import call_span
-from expertd.client.transport.interface import GrpcTransport, Transport
-from expertd.client.transport.shared_memory import SharedMemoryTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
+from expertd.client.transport.interface import Transport
+from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.routing import route, router_logits
 from expertd.proto.base.errors import ExpertdError, InvalidBatch
+from expertd.proto.base.tasks import Tasks
 from expertd.proto.codec import StageTimings
 
 log = logging.getLogger(__name__)
@@ -75,10 +77,20 @@ class Coordinator:
     Every (token, expert) pair is in the result exactly once, or the call raises an `ExpertdError`.
     """
 
-    def __init__(self, servers: Sequence[str] | Discovery, config: CoordinatorConfig | None = None) -> None:
-        """`servers` are `host:port` or `unix:PATH` addresses that together own every expert, or what finds them."""
+    def __init__(
+        self,
+        servers: Sequence[str] | Discovery,
+        config: CoordinatorConfig | None = None,
+        *,
+        open_transport: Callable[[str], Transport] | None = None,
+    ) -> None:
+        """`servers` are `host:port` or `unix:PATH` addresses that together own every expert, or what finds them.
+
+        `open_transport` makes a connection to an address; without it, they are what `config` asks for.
+        """
         self.config = config or CoordinatorConfig()
         self._discovery = as_discovery(servers)
+        self._open_transport = open_transport or self._transport
         self._caller: Caller | None = None
 
     async def connect(self) -> Self:
@@ -89,11 +101,10 @@ class Coordinator:
         if self._caller is not None:
             return self
         config = self.config
-        membership = Membership(
-            self._discovery, self._transport, config.locality, complete=config.on_missing == "error"
-        )
+        tasks = Tasks(config.metrics.background_failed)
+        membership = Membership(self._discovery, self._open_transport, tasks, complete=config.on_missing == "error")
         try:
-            await membership.connect(self.config.connect_timeout)
+            await membership.connect(config.connect_timeout)
         except BaseException:
             await membership.close()
             raise
@@ -203,19 +214,22 @@ class Coordinator:
     @property
     def sharing_memory(self) -> frozenset[str]:
         """Addresses of the servers that tensors reach through shared memory."""
-        members = self._connected().membership.members.values()
-        return frozenset(member.transport.address for member in members if member.transport.shares_memory)
+        return frozenset(address for address, devices in self._shared_devices().items() if HOST in devices)
 
     @property
     def sharing_gpu_memory(self) -> frozenset[str]:
         """Addresses of the servers that tensors of a GPU have reached without leaving it."""
-        members = self._connected().membership.members.values()
-        return frozenset(member.transport.address for member in members if member.transport.shares_gpu_memory)
+        return frozenset(address for address, devices in self._shared_devices().items() if devices - {HOST})
+
+    def _shared_devices(self) -> dict[str, frozenset[torch.device]]:
+        transports = [member.transport for member in self._connected().membership.members.values()]
+        return {transport.address: transport.shared_devices for transport in transports}
 
     def _transport(self, address: str) -> Transport:
-        grpc = GrpcTransport(address, self.config.channels, self.config.security)
-        most = self.config.shared_memory_bytes
-        return SharedMemoryTransport(grpc, most) if most else grpc
+        config = self.config
+        grpc = GrpcTransport(address, config.channels, config.security, config.chunk_bytes)
+        most = config.shared_memory_bytes
+        return SharedMemoryTransport(grpc, most, config.shared_memory_chunk_bytes) if most else grpc
 
     def _connected(self) -> Caller:
         if self._caller is None:
@@ -251,7 +265,7 @@ class Coordinator:
         return route(logits, gate.correction_bias.cpu(), model)
 
 
-def _experts(parts: Sequence[Dispatch]) -> tuple[int, ...]:
+def _experts(parts: Sequence[Work]) -> tuple[int, ...]:
     """Global ids, ascending."""
     return tuple(sorted({expert for part in parts for expert in part.expected_receipt()}))
 
