@@ -11,8 +11,9 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
+from expertd.client.call.result import MoeResult
 from expertd.client.config.coordinator import CoordinatorConfig
-from expertd.client.coordinator import Coordinator, MoeResult
+from expertd.client.coordinator import Coordinator
 from expertd.client.fleet.discovery import Discovery
 from expertd.client.transport.interface import Transport
 from expertd.kernels.model.config import MoeConfig

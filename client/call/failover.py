@@ -22,11 +22,12 @@ from expertd.client.call.budget import RetryBudget
 from expertd.client.call.choice import candidates, choose
 from expertd.client.call.dispatch import Dispatch, Work, check_receipt, leave_out, plan_dispatch
 from expertd.client.call.hedging import Lateness
+from expertd.client.call.result import Answer, Effort
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.fleet.membership import LOST, Member, Membership
 from expertd.client.telemetry.tracing import attempt_span
 from expertd.proto.base.errors import DeadlineExceeded, ExpertdError, Overloaded, Unavailable
-from expertd.proto.codec import ExecuteCall, ExecuteResult
+from expertd.proto.codec import ExecuteCall
 
 T = TypeVar("T")
 BACKOFF_SECONDS = 0.025
@@ -35,34 +36,11 @@ Part = tuple[Member, Dispatch]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back for one dispatch."""
-
-    dispatch: Dispatch
-    result: ExecuteResult
-    address: str
-    round_trip: float
-    """Seconds."""
-
-
-@dataclass(frozen=True, slots=True)
 class Failure:
     """Who failed, and how."""
 
     member: Member
     error: ExpertdError
-
-
-@dataclass(slots=True)
-class Effort:
-    """What a call took beside its first attempts."""
-
-    retries: int = 0
-    """Attempts after one that failed."""
-    failovers: int = 0
-    """Of those, on another server."""
-    hedges: int = 0
-    """Attempts beside one that was late."""
 
 
 class Caller:

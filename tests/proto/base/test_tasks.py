@@ -45,7 +45,7 @@ async def test_kept_work_begins_again_after_longer_and_longer_pauses_until_it_re
         if len(begun) <= 4:
             await fail()
 
-    monkeypatch.setattr(module.random, "uniform", lambda low, high: (low + high) / 2)
+    monkeypatch.setattr("random.uniform", lambda low, high: (low + high) / 2)
     tasks = Tasks(lambda: failures.append(None))
     await tasks.keep(work, "watching")
     assert (len(begun), len(failures)) == (5, 4)
