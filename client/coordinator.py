@@ -6,64 +6,32 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from expertd.client.base.blocks import BLOCK_TOKENS, start_blocks
 from expertd.client.call.activations import Activations
 from expertd.client.call.arguments import as_rows, as_tokens, check_choice
-from expertd.client.call.dispatch import Dispatch, combine, contributions, renormalize
-from expertd.client.call.failover import Answer, Caller, Effort, LayerCall
+from expertd.client.call.dispatch import renormalize
+from expertd.client.call.failover import Caller, LayerCall
+from expertd.client.call.result import MoeResult, combine_all, experts_of, report
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.fleet.discovery import Discovery, as_discovery
 from expertd.client.fleet.membership import Membership
 from expertd.client.fleet.ownership import name_experts
 from expertd.client.telemetry.tracing import call_span
-from expertd.client.transport.interface import GrpcTransport, Transport
-from expertd.client.transport.shared_memory import SharedMemoryTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
+from expertd.client.transport.interface import Transport
+from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.routing import route, router_logits
 from expertd.proto.base.errors import ExpertdError, InvalidBatch
-from expertd.proto.codec import StageTimings
+from expertd.proto.base.tasks import Tasks
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ServerReport:
-    """What one server did for one call."""
-
-    address: str
-    tokens: int
-    pairs: int
-    round_trip: float
-    """Seconds from sending to the decoded answer; of a split batch, the longest part's."""
-    timings: StageTimings
-    """The server's own account; of a split batch, the slowest part's."""
-
-
-@dataclass(frozen=True, slots=True)
-class MoeResult:
-    """The output of one layer with how it came about."""
-
-    output: Tensor
-    """[..., H] of the coordinator's output dtype: sum over each token's experts of weight * expert(hidden)."""
-    servers: tuple[ServerReport, ...]
-    effort: Effort
-    degraded_tokens: int = 0
-    """Tokens that lack experts because nobody computed them; 0 unless `on_missing` is "renormalize"."""
-    missing_experts: tuple[int, ...] = ()
-    """Global ids of the experts that they lack."""
-
-    def __repr__(self) -> str:
-        servers = ", ".join(f"{server.address} {server.round_trip * 1e3:.1f} ms" for server in self.servers)
-        degraded = f"; {self.degraded_tokens} tokens lack experts" if self.degraded_tokens else ""
-        return f"MoeResult(output {list(self.output.shape)} {self.output.dtype}; {servers}{degraded})"
 
 
 class Coordinator:
@@ -75,10 +43,20 @@ class Coordinator:
     Every (token, expert) pair is in the result exactly once, or the call raises an `ExpertdError`.
     """
 
-    def __init__(self, servers: Sequence[str] | Discovery, config: CoordinatorConfig | None = None) -> None:
-        """`servers` are `host:port` or `unix:PATH` addresses that together own every expert, or what finds them."""
+    def __init__(
+        self,
+        servers: Sequence[str] | Discovery,
+        config: CoordinatorConfig | None = None,
+        *,
+        open_transport: Callable[[str], Transport] | None = None,
+    ) -> None:
+        """`servers` are `host:port` or `unix:PATH` addresses that together own every expert, or what finds them.
+
+        `open_transport` makes a connection to an address; without it, they are what `config` asks for.
+        """
         self.config = config or CoordinatorConfig()
         self._discovery = as_discovery(servers)
+        self._open_transport = open_transport or self._transport
         self._caller: Caller | None = None
 
     async def connect(self) -> Self:
@@ -89,11 +67,10 @@ class Coordinator:
         if self._caller is not None:
             return self
         config = self.config
-        membership = Membership(
-            self._discovery, self._transport, config.locality, complete=config.on_missing == "error"
-        )
+        tasks = Tasks(config.metrics.background_failed)
+        membership = Membership(self._discovery, self._open_transport, tasks, complete=config.on_missing == "error")
         try:
-            await membership.connect(self.config.connect_timeout)
+            await membership.connect(config.connect_timeout)
         except BaseException:
             await membership.close()
             raise
@@ -192,30 +169,32 @@ class Coordinator:
         answers = await call.run(ids, weights)
         dtype = torch.float32 if call.missing else self.config.output_dtype
         sums = torch.empty(tokens.shape, dtype=dtype, device=tokens.device if tokens.is_cuda else None)
-        await _combine_all(sums, answers)
+        await combine_all(sums, answers)
         degraded = renormalize(sums, ids, weights, call.missing) if call.missing else 0
-        lost = _experts(call.missing)
+        lost = experts_of(call.missing)
         if degraded:
             log.warning("layer %d: %d of %d tokens lack %s", layer, degraded, len(tokens), name_experts(lost))
         output = sums.to(self.config.output_dtype).reshape(hidden.shape)
-        return MoeResult(output, _report(answers), call.effort, degraded, lost)
+        return MoeResult(output, report(answers), call.effort, degraded, lost)
 
     @property
     def sharing_memory(self) -> frozenset[str]:
         """Addresses of the servers that tensors reach through shared memory."""
-        members = self._connected().membership.members.values()
-        return frozenset(member.transport.address for member in members if member.transport.shares_memory)
+        return frozenset(transport.address for transport in self._transports() if HOST in transport.shared_devices)
 
     @property
     def sharing_gpu_memory(self) -> frozenset[str]:
         """Addresses of the servers that tensors of a GPU have reached without leaving it."""
-        members = self._connected().membership.members.values()
-        return frozenset(member.transport.address for member in members if member.transport.shares_gpu_memory)
+        return frozenset(transport.address for transport in self._transports() if transport.shared_devices - {HOST})
+
+    def _transports(self) -> list[Transport]:
+        return [member.transport for member in self._connected().membership.members.values()]
 
     def _transport(self, address: str) -> Transport:
-        grpc = GrpcTransport(address, self.config.channels, self.config.security)
-        most = self.config.shared_memory_bytes
-        return SharedMemoryTransport(grpc, most) if most else grpc
+        config = self.config
+        grpc = GrpcTransport(address, config.channels, config.security, config.chunk_bytes)
+        most = config.shared_memory_bytes
+        return SharedMemoryTransport(grpc, most, config.shared_memory_chunk_bytes) if most else grpc
 
     def _connected(self) -> Caller:
         if self._caller is None:
@@ -249,37 +228,3 @@ class Coordinator:
         if not logits.isfinite().all():
             raise InvalidBatch("router_logits holds NaN or infinity; they must be finite")
         return route(logits, gate.correction_bias.cpu(), model)
-
-
-def _experts(parts: Sequence[Dispatch]) -> tuple[int, ...]:
-    """Global ids, ascending."""
-    return tuple(sorted({expert for part in parts for expert in part.expected_receipt()}))
-
-
-async def _combine_all(sums: Tensor, answers: Sequence[Answer]) -> None:
-    """Write what `answers` give to each token to `sums` [T, H]."""
-    parts, num_tokens = [(answer.dispatch, answer.result) for answer in answers], len(sums)
-    if sums.is_cuda:
-        combine(sums, contributions(parts, num_tokens, num_tokens)[0])
-        return
-    blocks = contributions(parts, num_tokens, BLOCK_TOKENS)
-    await asyncio.gather(
-        *start_blocks(num_tokens, lambda rows: combine(sums[rows], blocks[rows.start // BLOCK_TOKENS]))
-    )
-
-
-def _report(answers: Sequence[Answer]) -> tuple[ServerReport, ...]:
-    """The answers by server, in the order in which the servers first occur."""
-    reports = []
-    for address in dict.fromkeys(answer.address for answer in answers):
-        mine = [answer for answer in answers if answer.address == address]
-        reports.append(
-            ServerReport(
-                address=address,
-                tokens=sum(len(answer.dispatch.tokens) for answer in mine),
-                pairs=sum(sum(answer.result.receipt.values()) for answer in mine),
-                round_trip=max(answer.round_trip for answer in mine),
-                timings=max((answer.result.timings for answer in mine), key=lambda timings: timings.total),
-            )
-        )
-    return tuple(reports)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from expertd.client.call.result import MoeResult
 from expertd.client.config.coordinator import CoordinatorConfig
-from expertd.client.coordinator import Coordinator, MoeResult
+from expertd.client.coordinator import Coordinator
 from expertd.client.fleet.discovery import Discovery
+from expertd.client.transport.interface import Transport
 from expertd.kernels.model.config import MoeConfig
 
 T = TypeVar("T")
@@ -29,9 +31,15 @@ class SyncCoordinator:
     `moe = SyncCoordinator(servers).connect()` in one cell, calls in others, `moe.close()` in the last.
     """
 
-    def __init__(self, servers: Sequence[str] | Discovery, config: CoordinatorConfig | None = None) -> None:
-        """`servers` are `host:port` addresses that together own every expert, or what finds them."""
-        self._coordinator = Coordinator(servers, config)
+    def __init__(
+        self,
+        servers: Sequence[str] | Discovery,
+        config: CoordinatorConfig | None = None,
+        *,
+        open_transport: Callable[[str], Transport] | None = None,
+    ) -> None:
+        """See `Coordinator`."""
+        self._coordinator = Coordinator(servers, config, open_transport=open_transport)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 

@@ -28,7 +28,7 @@ from expertd import (
     SyncCoordinator,
     Unavailable,
 )
-from expertd.client.call.failover import Effort
+from expertd.client.call.result import Effort
 from expertd.client.tools.cluster import LocalCluster
 from expertd.proto.codec import StageTimings
 

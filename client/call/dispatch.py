@@ -6,32 +6,33 @@ NumPy does the small work: torch may spread even that over all cores, which cost
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertd.client.fleet.ownership import NOBODY, name_experts
+from expertd.client.call.choice import NOBODY
+from expertd.client.fleet.ownership import name_experts
 from expertd.proto.base.errors import ServerFault, Unavailable
 from expertd.proto.codec import ExecuteResult
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dispatch:
-    """The part of a batch that one server computes."""
+class Work:
+    """Some tokens of a batch, and what is wanted of experts for them."""
 
-    server: int
     tokens: Tensor
     """[n] int64: indices of the tokens in the batch, ascending."""
     expert_ids: Tensor
-    """[n, k] int32: global ids of this server's experts, -1 elsewhere."""
+    """[n, k] int32: global ids, -1 for none."""
     weights: Tensor
     """[n, k] float32; 0 beside a -1."""
 
-    def split(self, max_tokens: int) -> list[Dispatch]:
+    def split(self, max_tokens: int) -> list[Self]:
         """Cut into parts of at most `max_tokens` tokens, as equal as they can be."""
         parts = -(-len(self.tokens) // max_tokens)
         if parts == 1:
@@ -42,12 +43,19 @@ class Dispatch:
             torch.tensor_split(self.weights, parts),
             strict=True,
         )
-        return [Dispatch(self.server, *piece) for piece in pieces]
+        return [replace(self, tokens=tokens, expert_ids=ids, weights=weights) for tokens, ids, weights in pieces]
 
     def expected_receipt(self) -> dict[int, int]:
         """(token, expert) pairs by global expert id."""
         pairs = np.bincount(self.expert_ids.numpy().ravel() + 1)
         return {expert: count for expert, count in enumerate(pairs[1:].tolist()) if count}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dispatch(Work):
+    """The part of it that one server computes: what others do is -1 here."""
+
+    server: int = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,14 +67,14 @@ class Contribution:
     """[n, H]."""
 
 
-def plan_dispatch(expert_ids: Tensor, weights: Tensor, owner: Tensor) -> list[Dispatch]:
+def plan_dispatch(expert_ids: Tensor, weights: Tensor, chosen: Tensor) -> list[Dispatch]:
     """Split [T, k] global ids and weights by server; ascending server, each (token, expert) pair in exactly one.
 
-    `owner` is [n_routed_experts] int64: the server that computes each expert, or `NOBODY`. Raises `Unavailable`, naming
-    them, for experts that nobody computes now.
+    `chosen` is [n_routed_experts] int64: the server that is to compute each expert, or `NOBODY`. Raises `Unavailable`,
+    naming them, for experts that nobody computes now.
     """
-    ids, slot_weights = expert_ids.numpy(), weights.numpy()
-    servers = np.where(ids >= 0, owner.numpy()[ids], NOBODY)
+    ids, pair_weights = expert_ids.numpy(), weights.numpy()
+    servers = np.where(ids >= 0, chosen.numpy()[ids], NOBODY)
     orphans = ids[(servers == NOBODY) & (ids >= 0)]
     if len(orphans):
         raise Unavailable(f"no server that can be reached owns {name_experts(np.unique(orphans).tolist())}")
@@ -74,34 +82,34 @@ def plan_dispatch(expert_ids: Tensor, weights: Tensor, owner: Tensor) -> list[Di
     for server in np.unique(servers[servers != NOBODY]).tolist():
         mine = servers == server
         tokens = mine.any(axis=1).nonzero()[0]
-        chosen = mine[tokens]
+        pairs = mine[tokens]
         dispatches.append(
             Dispatch(
                 server=server,
                 tokens=torch.from_numpy(tokens),
-                expert_ids=torch.from_numpy(np.where(chosen, ids[tokens], np.int32(-1))),
-                weights=torch.from_numpy(np.where(chosen, slot_weights[tokens], np.float32(0))),
+                expert_ids=torch.from_numpy(np.where(pairs, ids[tokens], np.int32(-1))),
+                weights=torch.from_numpy(np.where(pairs, pair_weights[tokens], np.float32(0))),
             )
         )
     return dispatches
 
 
-def leave_out(work: Dispatch, owner: Tensor) -> tuple[Dispatch, Dispatch]:
-    """`work` without the experts that nobody computes, and those alone; `owner` as for `plan_dispatch`."""
+def leave_out(work: Work, chosen: Tensor) -> tuple[Work, Work]:
+    """`work` without the experts that nobody computes, and those alone; `chosen` as for `plan_dispatch`."""
     wanted = work.expert_ids >= 0
-    orphaned = (owner[work.expert_ids.long()] == NOBODY) & wanted
+    orphaned = (chosen[work.expert_ids.long()] == NOBODY) & wanted
 
-    def only(slots: Tensor) -> Dispatch:
+    def only(pairs: Tensor) -> Work:
         return replace(
             work,
-            expert_ids=work.expert_ids.masked_fill(~slots, -1),
-            weights=work.weights.masked_fill(~slots, 0.0),
+            expert_ids=work.expert_ids.masked_fill(~pairs, -1),
+            weights=work.weights.masked_fill(~pairs, 0.0),
         )
 
     return only(wanted & ~orphaned), only(orphaned)
 
 
-def renormalize(sums: Tensor, ids: Tensor, weights: Tensor, missing: Sequence[Dispatch]) -> int:
+def renormalize(sums: Tensor, ids: Tensor, weights: Tensor, missing: Sequence[Work]) -> int:
     """Scale rows of `sums` [T, H] as if the weights of the experts that were computed added up to those of all.
 
     `ids` and `weights` [T, k] are the whole call's. A token that lost all its experts keeps zeros. The number of tokens
@@ -119,9 +127,9 @@ def renormalize(sums: Tensor, ids: Tensor, weights: Tensor, missing: Sequence[Di
     return int(affected.sum())
 
 
-def check_receipt(dispatch: Dispatch, receipt: Mapping[int, int], server: str) -> None:
-    """Raise `ServerFault`, naming the experts, unless `receipt` holds every pair of `dispatch` exactly once."""
-    expected = dispatch.expected_receipt()
+def check_receipt(work: Work, receipt: Mapping[int, int], server: str) -> None:
+    """Raise `ServerFault`, naming the experts, unless `receipt` holds every pair of `work` exactly once."""
+    expected = work.expected_receipt()
     if dict(receipt) == expected:
         return
     wrong = {

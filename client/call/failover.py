@@ -19,14 +19,15 @@ from torch import Tensor
 
 from expertd.client.call.activations import Activations
 from expertd.client.call.budget import RetryBudget
-from expertd.client.call.dispatch import Dispatch, check_receipt, leave_out, plan_dispatch
+from expertd.client.call.choice import candidates, choose
+from expertd.client.call.dispatch import Dispatch, Work, check_receipt, leave_out, plan_dispatch
 from expertd.client.call.hedging import Lateness
+from expertd.client.call.result import Answer, Effort
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.fleet.membership import LOST, Member, Membership
-from expertd.client.fleet.ownership import NOBODY
 from expertd.client.telemetry.tracing import attempt_span
 from expertd.proto.base.errors import DeadlineExceeded, ExpertdError, Overloaded, Unavailable
-from expertd.proto.codec import ExecuteCall, ExecuteResult
+from expertd.proto.codec import ExecuteCall
 
 T = TypeVar("T")
 BACKOFF_SECONDS = 0.025
@@ -35,34 +36,11 @@ Part = tuple[Member, Dispatch]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back for one dispatch."""
-
-    dispatch: Dispatch
-    result: ExecuteResult
-    address: str
-    round_trip: float
-    """Seconds."""
-
-
-@dataclass(frozen=True, slots=True)
 class Failure:
     """Who failed, and how."""
 
     member: Member
     error: ExpertdError
-
-
-@dataclass(slots=True)
-class Effort:
-    """What a call took beside its first attempts."""
-
-    retries: int = 0
-    """Attempts after one that failed."""
-    failovers: int = 0
-    """Of those, on another server."""
-    hedges: int = 0
-    """Attempts beside one that was late."""
 
 
 class Caller:
@@ -74,6 +52,14 @@ class Caller:
         self.request_ids = itertools.count(1)
         self.budget = RetryBudget(config.retry_ratio, config.retry_burst)
         self.lateness = None if config.hedge_quantile is None else Lateness(config.hedge_quantile)
+        # Coordinators that start together must not all prefer the same one of two idle replicas.
+        self._first = random.random()
+
+    def choose(self, layer: int, avoid: Member | None) -> Tensor:
+        """[n_routed_experts] int64: number of the member to ask for each expert, or `NOBODY`; `avoid` only in need."""
+        owned = self.membership.ownership.owned[layer]
+        known = candidates(self.membership.owners, self.config.locality, self._first, time.monotonic())
+        return choose(owned, known, None if avoid is None else avoid.number)
 
 
 class LayerCall:
@@ -87,7 +73,7 @@ class LayerCall:
         self._activations = activations
         self._deadline = time.monotonic() + caller.config.call_timeout
         self.effort = Effort()
-        self.missing: list[Dispatch] = []
+        self.missing: list[Work] = []
         """What nobody computed, where the caller allows that."""
 
     async def run(self, ids: Tensor, weights: Tensor) -> list[Answer]:
@@ -96,11 +82,11 @@ class LayerCall:
         Raises the last error of a part whose attempts or time ran out, unless what is missing may be left out.
         """
         try:
-            return await self._place(Dispatch(NOBODY, torch.arange(len(ids)), ids, weights), attempt=1)
+            return await self._place(Work(torch.arange(len(ids)), ids, weights), attempt=1)
         finally:
             self._config.metrics.spent(self.effort.retries, self.effort.failovers, self.effort.hedges)
 
-    async def _place(self, work: Dispatch, attempt: int, failed: Failure | None = None) -> list[Answer]:
+    async def _place(self, work: Work, attempt: int, failed: Failure | None = None) -> list[Answer]:
         """Send `work` to owners of its experts, waiting a little for owners that are out of use.
 
         After a failure, the member that failed is asked again only when nobody else owns the experts.
@@ -108,15 +94,15 @@ class LayerCall:
         if attempt > 1:
             await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempt - 2) * random.uniform(0.5, 1.5))
         while True:
-            owners = self._membership.owners(self._layer, avoid=failed.member if failed else None)
+            chosen = self._caller.choose(self._layer, avoid=failed.member if failed else None)
             try:
-                parts = self._parts(work, owners)
+                parts = self._parts(work, chosen)
             except Unavailable as nobody:
                 patience = min(self._config.owner_timeout, self._deadline - time.monotonic())
                 if await self._membership.wait_for_change(patience):
                     continue
                 if self._config.on_missing == "renormalize":
-                    work, missing = leave_out(work, owners)
+                    work, missing = leave_out(work, chosen)
                     self.missing.append(missing)
                     continue
                 raise Unavailable(f"layer {self._layer}: {nobody}{self._membership.out_of_use()}") from None
@@ -125,17 +111,17 @@ class LayerCall:
                 self.effort.failovers += any(member is not failed.member for member, _ in parts)
             return await self._send_all(parts, attempt)
 
-    def _parts(self, work: Dispatch, owners: Tensor) -> list[Part]:
+    def _parts(self, work: Work, chosen: Tensor) -> list[Part]:
         """`work` by server, in messages of bounded size. Raises `Unavailable` for experts that nobody computes now."""
         parts: list[Part] = []
-        for planned in plan_dispatch(work.expert_ids, work.weights, owners):
+        for planned in plan_dispatch(work.expert_ids, work.weights, chosen):
             member = self._membership.members[planned.server]
             dispatch = replace(planned, tokens=work.tokens[planned.tokens])
             parts.extend((member, piece) for piece in dispatch.split(self._chunk_tokens(member)))
         return parts
 
     def _chunk_tokens(self, member: Member) -> int:
-        chunk = self._config.chunk_tokens(self._activations.width, shares_memory=member.transport.shares_memory)
+        chunk = self._config.chunk_tokens(self._activations.width, member.transport.chunk_bytes)
         return min(chunk, member.shard.max_tokens_per_request) if member.shard else chunk
 
     async def _send_all(self, parts: Sequence[Part], attempt: int) -> list[Answer]:
@@ -202,7 +188,7 @@ class LayerCall:
     def _others(self, member: Member, dispatch: Dispatch) -> list[Part]:
         """How servers beside `member` would compute `dispatch`; empty when they cannot."""
         try:
-            parts = self._parts(dispatch, self._membership.owners(self._layer, avoid=member))
+            parts = self._parts(dispatch, self._caller.choose(self._layer, avoid=member))
         except Unavailable:
             return []
         return [] if any(other is member for other, _ in parts) else parts

@@ -10,6 +10,7 @@ import torch
 
 from expertd.client.base.gate import Gate
 from expertd.client.telemetry.metrics import CoordinatorMetrics
+from expertd.client.transport import grpc_streams, shared_memory
 from expertd.client.transport.security import ClientSecurity
 from expertd.proto.codec import HIDDEN_DTYPES, REPLY_DTYPES
 
@@ -29,12 +30,12 @@ class CoordinatorConfig:
     """What servers send partial sums as: bfloat16, or float32 (twice the bytes)."""
     output_dtype: torch.dtype = torch.bfloat16
     """What calls return; sums are FP32 whatever it is."""
-    chunk_bytes: int = 4 << 20
+    chunk_bytes: int = grpc_streams.CHUNK_BYTES
     """Batches are split by tokens so that no message exceeds this, and sending, computing and receiving overlap."""
     shared_memory_bytes: int = 1 << 30
     """At most as much, of host memory and of each GPU's, is shared with each server on this machine that allows it; 0:
     none, everything goes over gRPC."""
-    shared_memory_chunk_bytes: int = 64 << 20
+    shared_memory_chunk_bytes: int = shared_memory.CHUNK_BYTES
     """Like `chunk_bytes`, for calls through shared memory."""
     channels: int = 2
     """Connections to each server; chunks go to the one with the least in flight."""
@@ -88,8 +89,7 @@ class CoordinatorConfig:
         if self.shared_memory_bytes < 0:
             raise ValueError(f"shared_memory_bytes is {self.shared_memory_bytes}; it must be at least 0")
 
-    def chunk_tokens(self, hidden_size: int, *, shares_memory: bool) -> int:
+    def chunk_tokens(self, hidden_size: int, chunk_bytes: int) -> int:
         """Tokens of a chunk: as many as keep both the request and the reply within the bytes, at least one."""
         widest = max(self.hidden_dtype.itemsize, self.reply_dtype.itemsize)
-        most = self.shared_memory_chunk_bytes if shares_memory else self.chunk_bytes
-        return max(1, most // (hidden_size * widest))
+        return max(1, chunk_bytes // (hidden_size * widest))

@@ -1,4 +1,4 @@
-"""The servers of a coordinator: which there are, which are alive, what they own now, and how busy they are."""
+"""The servers of a coordinator: which there are, which are alive, and what they own now."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from functools import partial
 
 from expertd.client.fleet.discovery import Discovery
-from expertd.client.fleet.ownership import NOBODY, Ownership, check_complete, resolve_ownership
+from expertd.client.fleet.ownership import Ownership, check_complete, resolve_ownership
 from expertd.client.transport.interface import Transport
 from expertd.proto.base.errors import (
     Cancelled,
@@ -26,6 +24,7 @@ from expertd.proto.base.errors import (
     Unavailable,
     UnknownExpert,
 )
+from expertd.proto.base.tasks import Tasks
 from expertd.proto.codec import ShardInfo
 
 log = logging.getLogger(__name__)
@@ -34,10 +33,6 @@ PROBE_SECONDS = 0.25
 LONGEST_PAUSE = 2.0
 """Seconds before a look at a server that answers its probes and fails its calls."""
 PROBE_TIMEOUT = 2.0
-AVOIDED = 1e12
-"""Load in tokens that stands for 'only if nobody else has the expert'."""
-ELSEWHERE = 4096
-"""Load in tokens that being in another locality is like: so much more must be outstanding here before one is asked."""
 LOST = (Unavailable, DeadlineExceeded, Cancelled, ServerFault, StalePlacement, UnknownExpert, ModelMismatch)
 """Errors after which a server is not used until it has answered a probe."""
 
@@ -67,22 +62,20 @@ class Membership:
     """Finds out which servers there are and what they own, takes those that fail out of use until they answer again."""
 
     def __init__(
-        self, discovery: Discovery, open_transport: Callable[[str], Transport], locality: str, *, complete: bool
+        self, discovery: Discovery, open_transport: Callable[[str], Transport], tasks: Tasks, *, complete: bool
     ) -> None:
-        """With `complete`, connecting fails unless every expert has an owner."""
+        """`tasks` are closed with it. With `complete`, connecting fails unless every expert has an owner."""
         self.members: dict[int, Member] = {}
+        self.owners: tuple[Member, ...] = ()
+        """Whose shards `ownership` has, row by row."""
         self._discovery = discovery
         self._open_transport = open_transport
-        self._locality = locality
+        self._tasks = tasks
         self._complete = complete
-        self._rows: tuple[Member, ...] = ()
         self._ownership: Ownership | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._next_number = 0
         self._last_loss = -math.inf
         self._changed = asyncio.Event()
-        # Coordinators that start together must not all prefer the same one of two idle replicas.
-        self._first = random.random()
 
     @property
     def ownership(self) -> Ownership:
@@ -122,28 +115,12 @@ class Membership:
         for member in members:
             self._follow(member)
         if math.isfinite(self._discovery.seconds):
-            self._start(self._discover())
+            self._tasks.keep(self._discover, f"looking for servers in {self._discovery}")
 
     async def close(self) -> None:
         self._ownership = None
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.close()
         await asyncio.gather(*(member.transport.close() for member in self.members.values()))
-
-    def owners(self, layer: int, avoid: Member | None = None) -> Tensor:
-        """[n_routed_experts] int64: number of the member to ask for each expert, or `NOBODY`.
-
-        It is the least busy one, of this coordinator's locality where there is a choice; `avoid` only in need.
-        """
-        now = time.monotonic()
-        loads = [
-            self._load(member, row, now) + (AVOIDED if member is avoid else 0.0)
-            for row, member in enumerate(self._rows)
-        ]
-        numbers = torch.tensor([*(member.number for member in self._rows), NOBODY])
-        return numbers[self.ownership.choose(layer, loads)]
 
     def report(self, member: Member, error: ExpertdError) -> None:
         """Tell that a call to `member` failed; it is taken out of use unless it is only busy."""
@@ -173,14 +150,6 @@ class Membership:
             return False
         return True
 
-    def _load(self, member: Member, row: int, now: float) -> float:
-        if member.shard is None or not member.in_use:
-            return math.inf
-        load = member.outstanding_tokens + (row / len(self._rows) + self._first) % 1.0
-        if self._locality and member.shard.locality != self._locality:
-            load += ELSEWHERE
-        return load + (AVOIDED if member.busy_until > now else 0.0)
-
     def _add(self, address: str) -> Member:
         member = Member(self._next_number, self._open_transport(address))
         self._next_number += 1
@@ -188,13 +157,7 @@ class Membership:
         return member
 
     def _follow(self, member: Member) -> None:
-        member.follower = self._start(self._keep(member))
-
-    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        member.follower = self._tasks.keep(partial(self._keep, member), f"watching {member.transport.address}")
 
     async def _discover(self) -> None:
         """Look for servers that came or went, for ever."""
@@ -212,7 +175,7 @@ class Membership:
                     self._follow(self._add(address))
             for address in known.keys() - set(found):
                 log.warning("%s leaves", address)
-                self._start(self._retire(known[address]))
+                self._tasks.start(self._retire(known[address]), f"parting with {address}")
 
     async def _retire(self, member: Member) -> None:
         """Ask `member` no more, and part with it when it has answered."""
@@ -269,5 +232,5 @@ class Membership:
         known = [(member, member.shard) for member in self.members.values() if member.shard is not None]
         # When all servers were replaced at once, what the former ones owned remains known until a new one has answered.
         if known:
-            self._rows = tuple(member for member, _ in known)
+            self.owners = tuple(member for member, _ in known)
             self._ownership = resolve_ownership([(member.transport.address, shard) for member, shard in known])

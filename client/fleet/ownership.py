@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from expertd.kernels.model.config import MoeConfig
 from expertd.proto.base.errors import ModelMismatch, UnknownExpert
 from expertd.proto.codec import ShardInfo
-
-NOBODY = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,14 +30,6 @@ class Ownership:
         """Raise `UnknownExpert` for a layer that no server has."""
         if layer not in self.owned:
             raise UnknownExpert(f"layer {layer} is on no server; layers served: {list(self.layers)}")
-
-    def choose(self, layer: int, loads: Sequence[float]) -> Tensor:
-        """[n_routed_experts] int64: for each expert the owner with the least of `loads`, or `NOBODY`.
-
-        Servers with infinite load are never chosen.
-        """
-        costs = np.where(self.owned[layer].numpy(), np.array(loads)[:, None], np.inf)
-        return torch.from_numpy(np.where(np.isfinite(costs.min(axis=0)), costs.argmin(axis=0), NOBODY))
 
 
 def resolve_ownership(servers: Sequence[tuple[str, ShardInfo]]) -> Ownership:

@@ -1,8 +1,8 @@
-"""Which server should hold which experts, from the loads that were seen: pure functions over numpy arrays.
+"""Which server should hold which experts, from the heat that was seen: pure functions over numpy arrays.
 
-Balancedness of a layer is the mean load of the servers over the largest: 1 is perfect, 1/2 means that the slowest
+Balancedness of a layer is the mean heat of the servers over the largest: 1 is perfect, 1/2 means that the slowest
 server has twice the mean to do. A layer takes as long as its slowest server, so over several layers it is the sum of
-the means over the sum of the largest, each layer weighted alike. The copies of an expert share its load equally.
+the means over the sum of the largest, each layer weighted alike. The copies of an expert share its heat equally.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from expertd.client.placement.packing import Booleans, Floats, Integers, bin_loa
 
 
 class InvalidPlan(ValueError):
-    """Loads, fleet or groups from which no placement can be made; the message names the field and the bound."""
+    """Heat, fleet or groups from which no placement can be made; the message names the field and the bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,44 +62,44 @@ class Placement:
         counts: Integers = self.held.sum(axis=0, dtype=np.int64)
         return counts
 
-    def server_loads(self, loads: Floats) -> Floats:
-        """[layers, servers] float64 for `loads` [layers, experts], in their unit."""
-        shares: Floats = bin_loads(loads.T, self.held).T
+    def server_heat(self, heat: Floats) -> Floats:
+        """[layers, servers] float64 for `heat` [layers, experts], in its unit."""
+        shares: Floats = bin_loads(heat.T, self.held).T
         return shares
 
-    def balancedness(self, loads: Floats) -> float:
-        """0 to 1, over all layers of `loads` [layers, experts] that have any load; 1 when none has."""
-        shares = self.server_loads(loads)
+    def balancedness(self, heat: Floats) -> float:
+        """0 to 1, over all layers of `heat` [layers, experts] that have any; 1 when none has."""
+        shares = self.server_heat(heat)
         shares = shares[shares.sum(axis=1) > 0]
         return float(len(shares) / (shares.max(axis=1) / shares.mean(axis=1)).sum()) if len(shares) else 1.0
 
 
-def place(loads: Floats, fleet: Fleet, groups: int = 1) -> Placement:
-    """One placement for all layers of `loads` [layers, experts]: every expert somewhere, none twice on one server.
+def place(heat: Floats, fleet: Fleet, groups: int = 1) -> Placement:
+    """One placement for all layers of `heat` [layers, experts]: every expert somewhere, none twice on one server.
 
     Experts form `groups` equal groups in order, as in group-limited routing. The groups stay together on nodes where
     the numbers allow: nodes divide the groups or are at least as many, and each node has room for its groups. Raises
-    `InvalidPlan` for loads that are not finite numbers from 0 and for fleets with fewer slots than experts.
+    `InvalidPlan` for heat that is not finite numbers from 0 and for fleets with fewer slots than experts.
     """
-    _check(loads, fleet, groups)
+    _check(heat, fleet, groups)
     slots = np.array(fleet.slots)
-    held = _place_groups(loads.T, fleet, groups) if groups > 1 else None
+    held = _place_groups(heat.T, fleet, groups) if groups > 1 else None
     if held is not None:
         return Placement(held, "hierarchical")
-    return Placement(pack_evenly(loads.T, slots), "global")
+    return Placement(pack_evenly(heat.T, slots), "global")
 
 
-def place_layers(loads: Floats, fleet: Fleet, groups: int = 1) -> list[Placement]:
-    """A placement for each layer of `loads` [layers, experts] alone."""
-    return [place(layer[None], fleet, groups) for layer in loads]
+def place_layers(heat: Floats, fleet: Fleet, groups: int = 1) -> list[Placement]:
+    """A placement for each layer of `heat` [layers, experts] alone."""
+    return [place(layer[None], fleet, groups) for layer in heat]
 
 
-def _check(loads: Floats, fleet: Fleet, groups: int) -> None:
-    if loads.ndim != 2 or not loads.size:
-        raise InvalidPlan(f"loads have shape {list(loads.shape)}; they must be [layers, experts], neither of them 0")
-    if not (np.isfinite(loads).all() and (loads >= 0).all()):
+def _check(heat: Floats, fleet: Fleet, groups: int) -> None:
+    if heat.ndim != 2 or not heat.size:
+        raise InvalidPlan(f"loads have shape {list(heat.shape)}; they must be [layers, experts], neither of them 0")
+    if not (np.isfinite(heat).all() and (heat >= 0).all()):
         raise InvalidPlan("loads hold a negative or not finite number; give counts or shares, 0 or more")
-    experts = loads.shape[1]
+    experts = heat.shape[1]
     if groups < 1 or experts % groups:
         raise InvalidPlan(f"groups is {groups}; it must divide the number of experts, {experts}")
     if sum(fleet.slots) < experts:
@@ -108,32 +108,32 @@ def _check(loads: Floats, fleet: Fleet, groups: int) -> None:
         )
 
 
-def _place_groups(loads: Floats, fleet: Fleet, groups: int) -> Booleans | None:
-    """[servers, experts] with whole groups on nodes, for `loads` [experts, layers]; None where that cannot be."""
+def _place_groups(heat: Floats, fleet: Fleet, groups: int) -> Booleans | None:
+    """[servers, experts] with whole groups on nodes, for `heat` [experts, layers]; None where that cannot be."""
     slots, node_of = np.array(fleet.slots), np.array(fleet.nodes)
     nodes = np.unique(node_of)
-    size = len(loads) // groups
+    size = len(heat) // groups
     each = max(1, groups // len(nodes))
     room = min(int(slots[node_of == node].sum()) for node in nodes)
     if (groups % len(nodes) and len(nodes) < groups) or room < each * size:
         return None
-    group_loads = loads.reshape(groups, size, -1).sum(axis=1)
+    group_heat = heat.reshape(groups, size, -1).sum(axis=1)
     rooms = np.full(len(nodes), each)
     # Even nodes are not yet even servers, so two ways to spread the groups are carried to the end.
-    spreads = [pack(group_loads, rooms) for pack in (pack_evenly, pack_once)]
-    candidates = [_fill_nodes(loads, np.repeat(spread, size, axis=1), slots, node_of) for spread in spreads]
-    return max(candidates, key=lambda held: Placement(held, "hierarchical").balancedness(loads.T))
+    spreads = [pack(group_heat, rooms) for pack in (pack_evenly, pack_once)]
+    candidates = [_fill_nodes(heat, np.repeat(spread, size, axis=1), slots, node_of) for spread in spreads]
+    return max(candidates, key=lambda held: Placement(held, "hierarchical").balancedness(heat.T))
 
 
-def _fill_nodes(loads: Floats, on_node: Booleans, slots: Integers, node_of: Integers) -> Booleans:
+def _fill_nodes(heat: Floats, on_node: Booleans, slots: Integers, node_of: Integers) -> Booleans:
     """[servers, experts]: the experts of each node, `on_node` [nodes, experts], on that node's servers."""
-    held = np.zeros((len(slots), len(loads)), np.bool_)
+    held = np.zeros((len(slots), len(heat)), np.bool_)
     solved: dict[bytes, Booleans] = {}
     for node, mine in zip(np.unique(node_of), on_node, strict=True):
         servers, experts = np.flatnonzero(node_of == node), np.flatnonzero(mine)
         # Nodes that are alike get the same answer, which is found once.
         key = mine.tobytes() + slots[servers].tobytes()
         if key not in solved:
-            solved[key] = pack_evenly(loads[experts], slots[servers])
+            solved[key] = pack_evenly(heat[experts], slots[servers])
         held[np.ix_(servers, experts)] = solved[key]
     return held

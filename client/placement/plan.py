@@ -1,4 +1,4 @@
-"""`expertd plan`: from recorded loads and a fleet to the `--experts` of every server."""
+"""`expertd plan`: from recorded heat and a fleet to the `--experts` of every server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expertd.client.placement.assignment import Fleet, InvalidPlan, Placement, place
-from expertd.client.placement.loads import parse_json, read_loads
+from expertd.client.placement.heat import parse_json, read_heat
 from expertd.client.placement.packing import Floats
 from expertd.client.placement.simulate import Simulation, plot, simulate
 from expertd.kernels.model.config import MoeConfig
@@ -83,16 +83,16 @@ def read_fleet(file: Path) -> Fleet:
     )
 
 
-def describe(placement: Placement, fleet: Fleet, layers: tuple[int, ...], loads: Floats) -> dict[str, Any]:
+def describe(placement: Placement, fleet: Fleet, layers: tuple[int, ...], heat: Floats) -> dict[str, Any]:
     """What `--output` holds; expected_load is a server's share of a mean server, averaged over layers."""
-    busy = loads[loads.sum(axis=1) > 0]
-    shares = placement.server_loads(busy)
+    busy = heat[heat.sum(axis=1) > 0]
+    shares = placement.server_heat(busy)
     relative = (shares / shares.mean(axis=1, keepdims=True)).mean(axis=0) if len(busy) else np.ones(len(fleet.slots))
     return {
         "policy": placement.policy,
-        "balancedness": placement.balancedness(loads),
+        "balancedness": placement.balancedness(heat),
         "balancedness_by_layer": {
-            layer: placement.balancedness(row[None]) for layer, row in zip(layers, loads, strict=True)
+            layer: placement.balancedness(row[None]) for layer, row in zip(layers, heat, strict=True)
         },
         "servers": [
             {
@@ -110,13 +110,13 @@ def _plan(arguments: argparse.Namespace, console: Console) -> None:
         raise InvalidPlan("give --loads and either --fleet or --servers, or --simulate alone")
     if arguments.plot is not None:
         raise InvalidPlan("--plot draws a simulation; give --simulate with it")
-    layers, loads = read_loads(arguments.loads)
+    layers, heat = read_heat(arguments.loads)
     if arguments.fleet is None:
         fleet = Fleet.uniform(arguments.servers, arguments.slots, arguments.nodes)
     else:
         fleet = read_fleet(arguments.fleet)
-    placement = place(loads, fleet, arguments.groups)
-    plan = describe(placement, fleet, layers, loads)
+    placement = place(heat, fleet, arguments.groups)
+    plan = describe(placement, fleet, layers, heat)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(plan, indent=1) + "\n")
     table = Table("server", "--experts", "load / mean", box=SIMPLE)
@@ -127,7 +127,7 @@ def _plan(arguments: argparse.Namespace, console: Console) -> None:
         console.print(f"and {len(fleet.slots) - SHOWN_SERVERS} more servers; --output FILE has them all")
     copies = Counter(placement.copies().tolist())
     console.print(
-        f"{placement.policy} placement of {loads.shape[1]} experts, layers {format_ranges(layers)}; "
+        f"{placement.policy} placement of {heat.shape[1]} experts, layers {format_ranges(layers)}; "
         + ", ".join(
             f"{experts} with {count} cop{'y' if count == 1 else 'ies'}" for count, experts in sorted(copies.items())
         )

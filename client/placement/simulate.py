@@ -41,20 +41,20 @@ def simulate(config: MoeConfig, slots: int, zipf: float, tokens: int = 4096) -> 
     generator = torch.Generator().manual_seed(0)
     ranks = torch.randperm(config.n_routed_experts, generator=generator) + 1
     seen, fresh = (_routed(config, ranks.float(), zipf, tokens, generator) for _ in range(2))
-    loads = np.bincount(seen.ravel(), minlength=config.n_routed_experts)[None].astype(np.float64)
-    fresh_loads = np.bincount(fresh.ravel(), minlength=config.n_routed_experts)[None].astype(np.float64)
+    heat = np.bincount(seen.ravel(), minlength=config.n_routed_experts)[None].astype(np.float64)
+    fresh_heat = np.bincount(fresh.ravel(), minlength=config.n_routed_experts)[None].astype(np.float64)
     for servers in FLEETS:
         if servers * slots < config.n_routed_experts:
             continue
         for groups in (config.n_group, 1):
-            placement = place(loads, Fleet.uniform(servers, slots, servers), groups)
+            placement = place(heat, Fleet.uniform(servers, slots, servers), groups)
             if groups > 1 and placement.policy == "global":
                 continue
             servers_per_token = fan_out(placement, fresh)
             yield Simulation(
                 servers=servers,
                 policy=placement.policy,
-                balancedness=placement.balancedness(fresh_loads),
+                balancedness=placement.balancedness(fresh_heat),
                 fan_out=servers_per_token,
                 bytes_per_token=servers_per_token * bytes_per_visit(config),
             )
@@ -64,7 +64,7 @@ def fan_out(placement: Placement, expert_ids: Integers) -> float:
     """Mean number of distinct servers over tokens [T, k], when a caller takes one random share of all copies.
 
     A caller draws u from [0, 1) and sends expert e, with c copies, to the floor(u * c)-th of its servers in order: all
-    copies get equal load, and experts with the same servers go to the same one.
+    copies get equal heat, and experts with the same servers go to the same one.
     """
     copies = placement.copies()
     first = np.concatenate(([0], copies.cumsum()[:-1]))

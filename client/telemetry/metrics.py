@@ -58,6 +58,11 @@ class CoordinatorMetrics:
             "Tokens answered without some of their experts, as their caller allowed.",
             registry=registry,
         )
+        self._background = Counter(
+            "expertd_coordinator_background_errors",
+            "Failures of what finds and watches servers in the background, each logged as an error; it begins again.",
+            registry=registry,
+        )
 
     def answered(self, tokens: int, degraded: int, seconds: float) -> None:
         """A call of `tokens` tokens has its output; `degraded` of them lack experts."""
@@ -79,3 +84,7 @@ class CoordinatorMetrics:
         self._retries.inc(retries)
         self._failovers.inc(failovers)
         self._hedges.inc(hedges)
+
+    def background_failed(self) -> None:
+        """What runs in the background failed, and begins again if it goes on for ever."""
+        self._background.inc()

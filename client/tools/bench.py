@@ -204,7 +204,7 @@ def _own_server(arguments: argparse.Namespace, unix: Path) -> LocalCluster:
 
 def _exchange(config: CoordinatorConfig, hidden_size: int, tokens: int) -> Exchange:
     """The bytes of a call with one expert a token, cut like the coordinator cuts them."""
-    chunk = min(tokens, config.chunk_tokens(hidden_size, shares_memory=False))
+    chunk = min(tokens, config.chunk_tokens(hidden_size, config.chunk_bytes))
     scales = hidden_size // 128 * 4 if config.hidden_dtype == torch.float8_e4m3fn else 0
     up = hidden_size * config.hidden_dtype.itemsize + scales + 8
     return Exchange(up * chunk, hidden_size * config.reply_dtype.itemsize * chunk, -(-tokens // chunk))

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from expertd.client.base.gate import Gate, load_gates
 from expertd.client.base.quantiles import p50_p99
+from expertd.client.call.result import MoeResult
 from expertd.client.config.coordinator import CoordinatorConfig
-from expertd.client.coordinator import Coordinator, MoeResult
+from expertd.client.coordinator import Coordinator
 from expertd.client.tools.cluster import LocalCluster, ServerDied, cache_folder, even_shards
 from expertd.client.tools.demo_checkpoint import DemoModel, write_checkpoint, write_demo_checkpoint
 from expertd.client.tools.oracle import TransformersOracle, load_oracle

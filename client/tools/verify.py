@@ -19,7 +19,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from expertd.client.tools.verify_report import Report, as_json, print_report
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.security import ClientSecurity, add_tls_arguments, security_from
 from expertd.kernels.model.config import InvalidConfig
 from expertd.kernels.model.ranges import format_ranges, parse_ranges

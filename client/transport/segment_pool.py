@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.segment import Segment, Slot
 from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, gpu_uuid
 from expertd.proto.base.errors import ExpertdError, NotPermitted

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import torch
 
-from expertd.client.transport.interface import GrpcTransport, answer
+from expertd.client.transport.answer import answer
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.segment import Slot, layout_of
 from expertd.client.transport.segment_pool import SegmentPool
 from expertd.kernels.memory.gpu import stream_of
 from expertd.proto.base.errors import Unavailable
 from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo
 
+CHUNK_BYTES = 64 << 20
 HOST = torch.device("cpu")
 
 
 class SharedMemoryTransport:
     """Segments shared with one server, for every device that calls come from, and a gRPC transport beside them."""
 
-    def __init__(self, grpc: GrpcTransport, max_bytes: int) -> None:
+    def __init__(self, grpc: GrpcTransport, max_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
         """Shares at most `max_bytes` of each device's memory; calls that find no room go over `grpc`."""
         self.address = grpc.address
         self._grpc = grpc
         self._max_bytes = max_bytes
+        self._chunk_bytes = chunk_bytes
         self._pools = {HOST: SegmentPool(grpc, HOST, max_bytes)}
 
     @property
-    def shares_memory(self) -> bool:
-        return self._pools[HOST].shared
+    def chunk_bytes(self) -> int:
+        return self._chunk_bytes if self._pools[HOST].shared else self._grpc.chunk_bytes
 
     @property
-    def shares_gpu_memory(self) -> bool:
-        return any(pool.shared for device, pool in self._pools.items() if device != HOST)
+    def shared_devices(self) -> frozenset[torch.device]:
+        return frozenset(device for device, pool in self._pools.items() if pool.shared)
 
     async def get_shard(self, timeout: float) -> ShardInfo:
         shard = await self._grpc.get_shard(timeout)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from expertd.client.base.gate import Gate, load_gates
+    from expertd.client.call.result import MoeResult, ServerReport
     from expertd.client.config.coordinator import CoordinatorConfig
-    from expertd.client.coordinator import Coordinator, MoeResult, ServerReport
+    from expertd.client.coordinator import Coordinator
     from expertd.client.fleet.discovery import DnsServers, FileServers
     from expertd.client.sync import SyncCoordinator
     from expertd.client.transport.security import ClientSecurity
@@ -68,8 +69,8 @@ _HOMES = {
     "DnsServers": "client.fleet.discovery",
     "FileServers": "client.fleet.discovery",
     "Gate": "client.base.gate",
-    "MoeResult": "client.coordinator",
-    "ServerReport": "client.coordinator",
+    "MoeResult": "client.call.result",
+    "ServerReport": "client.call.result",
     "SyncCoordinator": "client.sync",
     "load_gates": "client.base.gate",
 }

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import InvalidBatch

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
-from expertd.client.transport.interface import GrpcTransport, Transport
+from expertd.client.transport.grpc_streams import GrpcTransport
+from expertd.client.transport.interface import Transport
 from expertd.client.transport.security import ClientSecurity
-from expertd.client.transport.shared_memory import SharedMemoryTransport
+from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.proto import codec
 from expertd.proto.codec import ExecuteCall, ShardInfo
 from expertd.server.rpc.limits import WINDOW_BYTES
@@ -76,7 +77,7 @@ async def test_ten_times_overload_stays_within_the_budget(wide_model: Path, tmp_
         shared = [SharedMemoryTransport(GrpcTransport(server.address), SHARED_BYTES // 2) for _ in range(2)]
         transports: list[Transport] = [*remote, *shared]
         shard = await warm_up(server, transports, cases)
-        assert all(transport.shares_memory for transport in shared)
+        assert all(HOST in transport.shared_devices for transport in shared)
         before = server.peak()
         offers = Offers(transports, shard, cases)
         rate = FACTOR * await offers.peak(scaled(15.0, 3.0), callers=12)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from tests.chaos.fleet import Fleet, ServerProcess
 from tests.chaos.load import make_cases
 from tests.chaos.offers import Offers

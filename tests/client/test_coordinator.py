@@ -15,7 +15,7 @@ from expertd.client.base.gate import load_gates
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.sync import SyncCoordinator
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.numerics.quantize import quantize_activations
 from expertd.kernels.numerics.routing import route, router_logits
@@ -291,10 +291,11 @@ class LosingTransport(GrpcTransport):
         return replace(result, receipt={**result.receipt, expert: result.receipt[expert] - 1})
 
 
-async def test_a_receipt_with_a_lost_pair_fails_the_call(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertd.client.coordinator.GrpcTransport", LosingTransport)
-    config = CoordinatorConfig(shared_memory_bytes=0)
-    async with running_server(small_model, range(EXPERTS)) as server, Coordinator([str(server.address)], config) as moe:
+async def test_a_receipt_with_a_lost_pair_fails_the_call(small_model: Path) -> None:
+    async with (
+        running_server(small_model, range(EXPERTS)) as server,
+        Coordinator([str(server.address)], open_transport=LosingTransport) as moe,
+    ):
         ids, weights = routing(5)
         with pytest.raises(ServerFault, match=r"the receipt does not match the request: expert \d+: \d pairs sent"):
             await moe(LAYER, tokens(5), topk_ids=ids, topk_weights=weights)

@@ -17,9 +17,9 @@ from expertd.client.coordinator import Coordinator
 from expertd.client.sync import SyncCoordinator
 from expertd.client.tools.cluster import LocalCluster
 from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.segment import Slot
-from expertd.client.transport.shared_memory import SharedMemoryTransport
+from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, current_gpu
 from expertd.proto.base.errors import InvalidBatch
 from expertd.proto.codec import ExecuteCall, ShardInfo
@@ -100,7 +100,7 @@ async def test_partials_are_those_of_grpc_bit_for_bit(
             assert result.partials.device == GPU
             assert result.receipt == expected.receipt
             assert torch.equal(result.partials.cpu(), expected.partials)
-    assert transport.shares_gpu_memory
+    assert GPU in transport.shared_devices
     await asyncio.gather(transport.close(), grpc.close())
 
 
@@ -223,7 +223,7 @@ async def test_what_is_no_memory_of_this_gpu_or_less_than_was_said_is_refused(
         transport, shard = await connected(cluster.addresses[0])
         result = await transport.execute(gpu_call(shard, 8))
         assert result.partials.device == GPU
-        assert not transport.shares_gpu_memory
+        assert GPU not in transport.shared_devices
         assert "bytes of GPU memory cannot be mapped: cuMem" in caplog.text
         await transport.close()
 
@@ -259,8 +259,8 @@ async def test_a_server_without_a_gpu_is_reached_through_host_memory(
         transport, shard = await connected(other.addresses[0])
         result = await transport.execute(gpu_call(shard, 8))
         assert result.partials.device == GPU
-        assert transport.shares_memory
-        assert not transport.shares_gpu_memory
+        assert HOST in transport.shared_devices
+        assert GPU not in transport.shared_devices
         assert "no memory of cuda:0 is shared, its tensors go through host memory: the server computes on no GPU" in (
             caplog.text
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.proto.base.errors import DeadlineExceeded, ExpertdError, ServerFault, StalePlacement, Unavailable
 from expertd.server.failpoints import SECONDS, VARIABLE, FaultyExecutor, parse_failpoints
 from expertd.server.options.config import InvalidOption

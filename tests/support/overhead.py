@@ -25,7 +25,8 @@ import torch
 import uvloop
 
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
-from expertd.client.transport.interface import GrpcTransport, Transport
+from expertd.client.transport.grpc_streams import GrpcTransport
+from expertd.client.transport.interface import Transport
 from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.kernels.numerics.backend import Partials, TokenBatch, Underway
 from expertd.proto.codec import ExecuteCall, request, response

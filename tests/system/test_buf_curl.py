@@ -16,7 +16,7 @@ import torch
 from google.protobuf import json_format
 from torch import Tensor
 
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.proto.codec import ExecuteCall, ExecuteResult
 from expertd.server.app import Server
 from tests.support.serving import call_for, random_batch, request_for, running_server

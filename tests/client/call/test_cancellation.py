@@ -11,7 +11,7 @@ import pytest_asyncio
 import torch
 
 from expertd.client.coordinator import Coordinator
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import DeadlineExceeded
@@ -125,7 +125,7 @@ async def test_what_is_given_up_before_it_is_written_is_not_sent(small_model: Pa
         assert stream is not None
         async with stream._writing:
             unwanted = begin(server, transport, 2, LAYER)
-            await until(lambda: bool(stream._writers))
+            await until(lambda: len(stream._tasks._running) == 2)
             unwanted.cancel()
             await asyncio.wait((unwanted,))
         await begin(server, transport, 3, LAYER)

@@ -58,7 +58,7 @@ def test_a_group_limited_token_goes_to_one_server_a_group() -> None:
 
 def example_dispatch() -> Dispatch:
     ids = torch.tensor([[4, 5], [5, -1]], dtype=torch.int32)
-    return Dispatch(0, torch.tensor([0, 3]), ids, torch.ones(2, 2))
+    return Dispatch(torch.tensor([0, 3]), ids, torch.ones(2, 2), server=0)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_matching_receipt_passes() -> None:
 
 def test_combine_adds_in_float32_where_the_tokens_belong() -> None:
     one = example_dispatch()
-    two = Dispatch(1, torch.tensor([3]), torch.tensor([[9, -1]], dtype=torch.int32), torch.ones(1, 2))
+    two = Dispatch(torch.tensor([3]), torch.tensor([[9, -1]], dtype=torch.int32), torch.ones(1, 2), server=1)
     small = torch.full((1, 4), 2.0**-12)
     parts = [
         (one, ExecuteResult(1, torch.ones(2, 4).bfloat16(), {}, StageTimings())),

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from expertd.client.call.budget import RetryBudget
-from expertd.client.call.failover import Effort
 from expertd.client.call.hedging import Lateness
+from expertd.client.call.result import Effort
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.sync import SyncCoordinator

@@ -47,7 +47,7 @@ def test_every_expert_is_placed_and_no_server_overfull(case: tuple[Floats, Fleet
     assert placement.held.shape == (len(fleet.slots), loads.shape[1])
     assert (placement.copies() >= 1).all()
     assert (placement.held.sum(axis=1) <= fleet.slots).all()
-    np.testing.assert_allclose(placement.server_loads(loads).sum(axis=1), loads.sum(axis=1))
+    np.testing.assert_allclose(placement.server_heat(loads).sum(axis=1), loads.sum(axis=1))
     assert (place(loads, fleet, groups).held == placement.held).all()
 
 

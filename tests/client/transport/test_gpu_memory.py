@@ -10,8 +10,8 @@ import torch
 
 from expertd.client.transport import segment_pool
 from expertd.client.transport.gpu_room import GpuRoom
-from expertd.client.transport.interface import GrpcTransport
-from expertd.client.transport.shared_memory import SharedMemoryTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
+from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.kernels.memory.gpu import GpuMemoryError
 from expertd.proto.base.errors import Unavailable
 from expertd.server.app import Server
@@ -51,7 +51,7 @@ async def test_results_are_those_of_host_memory_and_many_calls_share_the_memory(
             results = await asyncio.gather(*map(transport.execute, calls))
             assert all(torch.equal(result.partials, right) for result, right in zip(results, expected, strict=True))
             del results
-        assert transport.shares_gpu_memory
+        assert DEVICE in transport.shared_devices
         assert len(gpu_bytes(transport)) > 1
         assert door(server, LocalDoor).mapped_bytes >= sum(gpu_bytes(transport))
         grown = gpu_bytes(transport)
@@ -102,7 +102,7 @@ async def test_where_gpu_memory_cannot_be_shared_host_memory_is_and_the_log_says
         transport = await connected(server)
         for _ in range(3):
             assert (await transport.execute(call_for(server, random_batch(2, 256, 16, 4)))).partials.isfinite().all()
-        assert (transport.shares_memory, transport.shares_gpu_memory) == (True, False)
+        assert transport.shared_devices == {HOST}
         said = [record for record in caplog.records if "no memory of" in record.message]
         assert [record.levelno for record in said] == [level]
         assert "no memory of cuda:0 is shared, its tensors go through host memory: " in said[0].message
@@ -155,12 +155,12 @@ async def test_a_lost_connection_is_made_again(small_model: Path, monkeypatch: p
         with pytest.raises(Unavailable, match="the connection of shared memory was closed"):
             await transport.execute(call)
         async with asyncio.timeout(10):
-            while transport.shares_memory or transport.shares_gpu_memory:
+            while transport.shared_devices:
                 await asyncio.sleep(0.01)
         await transport.get_shard(5.0)
         assert torch.equal((await transport.execute(call)).partials, expected)
-        assert transport.shares_gpu_memory
-        assert transport.shares_memory
+        assert DEVICE in transport.shared_devices
+        assert HOST in transport.shared_devices
         assert gpu_bytes(transport) == [16 * MIB]
         await transport.close()
 

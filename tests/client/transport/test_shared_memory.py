@@ -15,7 +15,7 @@ from torch import Tensor
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.transport import segment_pool
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.security import ClientSecurity
 from expertd.client.transport.segment import Segment
 from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
@@ -155,7 +155,7 @@ async def test_a_socket_that_cannot_be_reached_falls_back_too(
 async def shared_transport(server: Server) -> SharedMemoryTransport:
     transport = SharedMemoryTransport(GrpcTransport(str(server.address)), 1 << 20)
     await transport.get_shard(5.0)
-    assert transport.shares_memory
+    assert HOST in transport.shared_devices
     return transport
 
 
@@ -214,10 +214,10 @@ async def test_a_lost_connection_fails_its_calls_and_is_made_again(
             connection.frames.close()
         with pytest.raises(Unavailable, match=rf"^{server.address}: the connection of shared memory was closed"):
             await waiting
-        assert not transport.shares_memory
+        assert HOST not in transport.shared_devices
         assert torch.equal(await call(moe, 5), expected)
         await transport.get_shard(5.0)
-        assert transport.shares_memory
+        assert HOST in transport.shared_devices
         assert torch.equal(await call(moe, 5), expected)
 
 
@@ -241,11 +241,11 @@ async def test_memory_that_a_stuck_device_may_still_write_to_is_not_used_again(
         server.scheduler.abandon("stuck")
         with pytest.raises(Unavailable, match="the connection of shared memory was closed"):
             await waiting
-        assert not transport.shares_memory
+        assert HOST not in transport.shared_devices
         release.set()
         server.scheduler.open()
         await transport.get_shard(5.0)
-        assert transport.shares_memory
+        assert HOST in transport.shared_devices
         assert torch.equal(await call(moe, 5), expected)
 
 

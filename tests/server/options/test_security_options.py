@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.server.options.config import Address, InvalidOption, ServerConfig
 from expertd.server.rpc.security import ServerSecurity
 from tests.support.certificates import Authority

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertd.client.tools.cluster import LocalCluster
-from expertd.client.transport.interface import GrpcTransport
+from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.proto.codec import ShardInfo
 from expertd.server.app import Server

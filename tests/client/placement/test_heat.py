@@ -1,4 +1,4 @@
-"""Loads for `expertd plan`: from files, from running servers, from both."""
+"""Heat for `expertd plan`: from files, from running servers, from both."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from expertd.cli import main
 from expertd.client.placement.assignment import InvalidPlan
-from expertd.client.placement.loads import read_loads
+from expertd.client.placement.heat import read_heat
 from expertd.server.app import Server
 from tests.client.test_coordinator import running_servers
 from tests.support.serving import execute_method, open_channel, random_batch, request_for
@@ -31,20 +31,20 @@ async def test_loads_come_from_running_servers(small_model: Path, capsys: pytest
                 await execute_method(channel)(request_for(server, batch, layer=2))
             expected[1] += np.bincount(batch.expert_ids[batch.expert_ids >= 0].numpy(), minlength=16)
         urls = [url(server) for server in servers]
-        layers, loads = await asyncio.to_thread(read_loads, urls)
+        layers, loads = await asyncio.to_thread(read_heat, urls)
         assert layers == (1, 2)
         assert np.array_equal(loads, expected)
         planned = await asyncio.to_thread(main, ["plan", "--loads", *urls, "--servers", "2", "--slots", "10"])
         assert planned == 0
         assert "placement of 16 experts, layers 1-2" in capsys.readouterr().out
         with pytest.raises(InvalidPlan, match="layer 1, expert 0; name a server that owns it"):
-            await asyncio.to_thread(read_loads, urls[1:])
+            await asyncio.to_thread(read_heat, urls[1:])
 
 
 async def test_a_server_that_does_not_count_experts_is_named_with_the_cure(small_model: Path) -> None:
     async with running_servers(small_model, [range(16)]) as servers:
         with pytest.raises(InvalidPlan, match=r"/metrics has no .* start the server with --per-expert-metrics"):
-            await asyncio.to_thread(read_loads, [url(servers[0])])
+            await asyncio.to_thread(read_heat, [url(servers[0])])
 
 
 def test_sources_are_added(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_sources_are_added(tmp_path: Path) -> None:
         'expertd_expert_pairs_total{layer="3",expert="1",instance="a"} 5\n'
         'expertd_expert_pairs_total{layer="3",expert="1",instance="b"} 1e+02\n'
     )
-    layers, loads = read_loads([str(first), str(second), str(text)])
+    layers, loads = read_heat([str(first), str(second), str(text)])
     assert layers == (3, 10)
     assert loads.tolist() == [[11, 107.5], [3, 0]]
 
@@ -68,7 +68,7 @@ def test_unusable_sources_are_named(tmp_path: Path, text: str) -> None:
     source = tmp_path / "loads"
     source.write_text(text)
     with pytest.raises(InvalidPlan, match=str(source)):
-        read_loads([str(source)])
+        read_heat([str(source)])
 
 
 def test_sources_that_cannot_be_read_are_errors_of_the_command(

@@ -1,4 +1,4 @@
-"""The load of every expert: from JSON files, or from servers that run with --per-expert-metrics."""
+"""The heat of every expert, its pairs: from JSON files, or from servers that run with --per-expert-metrics."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from prometheus_client.parser import text_string_to_metric_families
 from expertd.client.placement.assignment import InvalidPlan
 from expertd.client.placement.packing import Floats
 
-Pairs: TypeAlias = "Counter[tuple[int, int]]"
-"""Load by layer and expert."""
+Heat: TypeAlias = "Counter[tuple[int, int]]"
+"""Pairs by layer and expert."""
 SERIES = "expertd_expert_pairs_total"
 TIMEOUT = 10.0
 JSON_EXAMPLE = '{"3": [812, 40]}'
 
 
-def read_loads(sources: Sequence[str]) -> tuple[tuple[int, ...], Floats]:
-    """Layers, ascending, and loads [layers, experts] float64, added over all sources.
+def read_heat(sources: Sequence[str]) -> tuple[tuple[int, ...], Floats]:
+    """Layers, ascending, and heat [layers, experts] float64, added over all sources.
 
     A source is a file or an http(s) URL. It holds a JSON object from layers to lists with one number for every expert,
     or Prometheus text with `expertd_expert_pairs_total`. Raises `InvalidPlan`, and `OSError` for what cannot be read.
     """
-    loads: Pairs = Counter()
+    heat: Heat = Counter()
     for source in sources:
         text = _read(source)
-        loads.update(_from_prometheus(source, text) if _is_prometheus(source, text) else _from_json(source, text))
-    layers = tuple(sorted({layer for layer, _ in loads}))
-    experts = 1 + max(expert for _, expert in loads)
+        heat.update(_from_prometheus(source, text) if _is_prometheus(source, text) else _from_json(source, text))
+    layers = tuple(sorted({layer for layer, _ in heat}))
+    experts = 1 + max(expert for _, expert in heat)
     for key in ((layer, expert) for layer in layers for expert in range(experts)):
-        if key not in loads:
+        if key not in heat:
             raise InvalidPlan(f"--loads says nothing of layer {key[0]}, expert {key[1]}; name a server that owns it")
-    return layers, np.array([[loads[layer, expert] for expert in range(experts)] for layer in layers], np.float64)
+    return layers, np.array([[heat[layer, expert] for expert in range(experts)] for layer in layers], np.float64)
 
 
 def parse_json(source: object, text: str) -> Any:  # noqa: ANN401
@@ -61,26 +61,26 @@ def _is_prometheus(source: str, text: str) -> bool:
     return SERIES in text or source.startswith(("http://", "https://"))
 
 
-def _from_prometheus(source: str, text: str) -> Pairs:
-    loads: Pairs = Counter()
+def _from_prometheus(source: str, text: str) -> Heat:
+    heat: Heat = Counter()
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == SERIES:
-                    loads[int(sample.labels["layer"]), int(sample.labels["expert"])] += int(sample.value)
+                    heat[int(sample.labels["layer"]), int(sample.labels["expert"])] += int(sample.value)
     except (KeyError, ValueError) as error:
         raise InvalidPlan(f"{source} is not Prometheus text of an expertd server: {error!r}") from None
-    if not loads:
+    if not heat:
         raise InvalidPlan(f"{source} has no {SERIES}; start the server with --per-expert-metrics")
-    return loads
+    return heat
 
 
-def _from_json(source: str, text: str) -> Pairs:
+def _from_json(source: str, text: str) -> Heat:
     fields = parse_json(source, text)
     if not (isinstance(fields, dict) and fields and all(key.isdecimal() for key in fields)):
         raise InvalidPlan(f"{source} must hold a JSON object from layers to lists, such as {JSON_EXAMPLE}")
     numeric = all(
-        isinstance(row, list) and row and all(type(load) in (int, float) for load in row) for row in fields.values()
+        isinstance(row, list) and row and all(type(pairs) in (int, float) for pairs in row) for row in fields.values()
     )
     if (
         not numeric
@@ -90,7 +90,7 @@ def _from_json(source: str, text: str) -> Pairs:
         raise InvalidPlan(
             f"{source} must hold one list of numbers for each layer, all with one number for every expert"
         )
-    loads: Pairs = Counter()
+    heat: Heat = Counter()
     for layer, row in fields.items():
-        loads.update({(int(layer), expert): load for expert, load in enumerate(row)})
-    return loads
+        heat.update({(int(layer), expert): pairs for expert, pairs in enumerate(row)})
+    return heat

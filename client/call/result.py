@@ -1,0 +1,102 @@
+"""What a call of a layer gives back, and how it comes from the answers of its servers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from expertd.client.base.blocks import BLOCK_TOKENS, start_blocks
+from expertd.client.call.dispatch import Dispatch, Work, combine, contributions
+from expertd.proto.codec import ExecuteResult, StageTimings
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one dispatch."""
+
+    dispatch: Dispatch
+    result: ExecuteResult
+    address: str
+    round_trip: float
+    """Seconds."""
+
+
+@dataclass(slots=True)
+class Effort:
+    """What a call took beside its first attempts."""
+
+    retries: int = 0
+    """Attempts after one that failed."""
+    failovers: int = 0
+    """Of those, on another server."""
+    hedges: int = 0
+    """Attempts beside one that was late."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerReport:
+    """What one server did for one call."""
+
+    address: str
+    tokens: int
+    pairs: int
+    round_trip: float
+    """Seconds from sending to the decoded answer; of a split batch, the longest part's."""
+    timings: StageTimings
+    """The server's own account; of a split batch, the slowest part's."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoeResult:
+    """The output of one layer with how it came about."""
+
+    output: Tensor
+    """[..., H] of the coordinator's output dtype: sum over each token's experts of weight * expert(hidden)."""
+    servers: tuple[ServerReport, ...]
+    effort: Effort
+    degraded_tokens: int = 0
+    """Tokens that lack experts because nobody computed them; 0 unless `on_missing` is "renormalize"."""
+    missing_experts: tuple[int, ...] = ()
+    """Global ids of the experts that they lack."""
+
+    def __repr__(self) -> str:
+        servers = ", ".join(f"{server.address} {server.round_trip * 1e3:.1f} ms" for server in self.servers)
+        degraded = f"; {self.degraded_tokens} tokens lack experts" if self.degraded_tokens else ""
+        return f"MoeResult(output {list(self.output.shape)} {self.output.dtype}; {servers}{degraded})"
+
+
+def experts_of(parts: Sequence[Work]) -> tuple[int, ...]:
+    """Global ids, ascending."""
+    return tuple(sorted({expert for part in parts for expert in part.expected_receipt()}))
+
+
+async def combine_all(sums: Tensor, answers: Sequence[Answer]) -> None:
+    """Write what `answers` give to each token to `sums` [T, H]."""
+    parts, num_tokens = [(answer.dispatch, answer.result) for answer in answers], len(sums)
+    if sums.is_cuda:
+        combine(sums, contributions(parts, num_tokens, num_tokens)[0])
+        return
+    blocks = contributions(parts, num_tokens, BLOCK_TOKENS)
+    await asyncio.gather(
+        *start_blocks(num_tokens, lambda rows: combine(sums[rows], blocks[rows.start // BLOCK_TOKENS]))
+    )
+
+
+def report(answers: Sequence[Answer]) -> tuple[ServerReport, ...]:
+    """The answers by server, in the order in which the servers first occur."""
+    reports = []
+    for address in dict.fromkeys(answer.address for answer in answers):
+        mine = [answer for answer in answers if answer.address == address]
+        reports.append(
+            ServerReport(
+                address=address,
+                tokens=sum(len(answer.dispatch.tokens) for answer in mine),
+                pairs=sum(sum(answer.result.receipt.values()) for answer in mine),
+                round_trip=max(answer.round_trip for answer in mine),
+                timings=max((answer.result.timings for answer in mine), key=lambda timings: timings.total),
+            )
+        )
+    return tuple(reports)
