@@ -3,16 +3,14 @@
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
 
 from expertd import __version__
 from expertd.client.tools.cluster import cache_folder
-from tests.system.docker_engine import Engine, NoEngine, check_programs
+from tests.system.containers.docker_engine import ROOT, Engine, NoEngine, check_programs
 
-ROOT = Path(__file__).parents[2]
 BASE = "expertd-test-base"
 STAND_IN = """
 FROM {base}

@@ -12,6 +12,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+ROOT = Path(__file__).parents[3]
+"""The repository: what images are built of."""
 NAMESPACE = "expertd-image-test"
 PACKAGES = (
     "docker.io",
