@@ -28,6 +28,7 @@ def test_every_transport_is_measured_and_drawn_beside_the_floors(tmp_path: Path)
         *("--json", str(file), "--plot", str(picture)),
     )
     assert ended.returncode == 0, ended.stderr
+    assert [line for line in ended.stderr.splitlines() if not line.startswith("measuring")] == []
     rows = json.loads(file.read_text())["rows"]
     floors = {(name, tokens, 1) for name in ("grpc echo", "raw socket", "memcpy") for tokens in (1, 20)}
     transports = {
