@@ -13,20 +13,22 @@ test: check  ## everything that CI runs; there also image-test, where it is root
 	$(BIN)/pytest -rs
 
 image-test: $(STAMP)  ## build the images, run them with compose and with network faults, as root on Debian: see docs/deployment.md
-	EXPERTD_IMAGE_TEST=1 $(BIN)/pytest -rs tests/system/test_image.py tests/system/test_compose.py \
-	  tests/system/test_network_faults.py
+	EXPERTD_IMAGE_TEST=1 $(BIN)/pytest -rs tests/system/containers
 
 chaos: $(STAMP)  ## faults, kills, restarts, overload, soak and fuzz at full length: about two hours
 	EXPERTD_CHAOS=full $(BIN)/pytest -s tests/chaos
 
 # Modules of one folder at most.
 ROOM := 14
+# A module of tests, or their fixtures, as something to import from or to import.
+TEST_IMPORT := ^\s*(from|import) tests\.(\w+\.)*(test_|conftest)|^\s*from tests(\.\w+)* import (.*\W)?(test_|conftest)
 check: $(STAMP)  ## style, types, rooms, that the generated code matches the .proto, and that no released caller is broken
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 	@git ls-files '*.py' | xargs dirname | sort | uniq -c | awk '$$1 > $(ROOM) { print $$2 " has " $$1 " modules, more than $(ROOM): give them rooms"; bad = 1 } END { exit bad }'
+	@! git grep -nE '$(TEST_IMPORT)' -- tests || { echo "tests do not import tests: what they share is in tests/support"; exit 1; }
 	$(MAKE) --no-print-directory proto OUT=$$(mktemp -d) CHECK=1
 	$(BIN)/buf lint proto
 	$(BIN)/buf format --diff --exit-code proto

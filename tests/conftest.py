@@ -1,19 +1,27 @@
-"""Checkpoints that many tests read."""
+"""Checkpoints that many tests read, and the fence around what may be skipped."""
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 import torch
 
-from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
-from tests.support.families import CONFIGS, FamilyFolders, write_family
+from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
+from tests.support.families import CONFIGS, SMALL, FamilyFolders, write_family
+from tests.support.markers import fenced
 
 # Threads that wait for each other by spinning take the processor from the servers under test.
 torch.set_num_threads(1)
 
-SMALL = DemoModel(
-    hidden_size=256, moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2
-)
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return fenced((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return fenced((yield))
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """The coordinator over real servers in this process."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,10 @@ from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.sync import SyncCoordinator
 from expertd.client.transport.grpc_streams import GrpcTransport
-from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.numerics.quantize import quantize_activations
 from expertd.kernels.numerics.routing import route, router_logits
-from expertd.kernels.oracle.reference import reference_partials, relative_error
+from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
-from expertd.kernels.weights.experts import load_layer
 from expertd.proto.base.errors import (
     DeadlineExceeded,
     InvalidBatch,
@@ -32,38 +28,9 @@ from expertd.proto.base.errors import (
     UnknownExpert,
 )
 from expertd.proto.codec import ExecuteCall, ExecuteResult
-from expertd.server.app import Server
+from tests.support.coordinators import EXACT, EXPERTS, HIDDEN, LAYER, TOP_K, oracle, routing, tokens
+from tests.support.fleets import addresses, running_servers
 from tests.support.serving import running_server
-
-LAYER, HIDDEN, EXPERTS, TOP_K = 1, 256, 16, 4
-EXACT = CoordinatorConfig(hidden_dtype=torch.bfloat16, reply_dtype=torch.float32, output_dtype=torch.float32)
-
-
-@contextlib.asynccontextmanager
-async def running_servers(model: Path, shards: Sequence[range], **options: Any) -> AsyncIterator[list[Server]]:  # noqa: ANN401
-    async with contextlib.AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(running_server(model, shard, **options)) for shard in shards]
-
-
-def addresses(servers: Sequence[Server]) -> list[str]:
-    return [str(server.address) for server in servers]
-
-
-def tokens(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed)).bfloat16()
-
-
-def routing(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.rand(count, EXPERTS, generator=generator).argsort(dim=1)[:, :TOP_K]
-    return ids, torch.rand(count, TOP_K, generator=generator)
-
-
-def oracle(model: Path, hidden: Tensor, ids: Tensor, weights: Tensor, layer: int = LAYER) -> Tensor:
-    with Checkpoint(model) as checkpoint:
-        loaded = load_layer(checkpoint, layer, range(EXPERTS), lambda _: None)
-    return reference_partials(TokenBatch(hidden, None, ids.int(), weights), loaded)
-
 
 QUARTERS = [range(first, first + 4) for first in range(0, EXPERTS, 4)]
 
@@ -218,7 +185,7 @@ async def test_overlapping_servers_count_each_pair_once(small_model: Path) -> No
 
 async def test_servers_of_different_models_are_refused(small_model: Path, tmp_path: Path) -> None:
     from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
-    from tests.conftest import SMALL
+    from tests.support.families import SMALL
 
     other = write_demo_checkpoint(tmp_path, replace(SMALL, seed=1))
     async with running_server(small_model, range(8)) as one, running_server(other, range(8, 16)) as two:

@@ -19,12 +19,11 @@ from expertd.client.tools.cluster import LocalCluster
 from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.segment import Slot
-from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
+from expertd.client.transport.shared_memory import HOST
 from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, current_gpu
 from expertd.proto.base.errors import InvalidBatch
-from expertd.proto.codec import ExecuteCall, ShardInfo
+from tests.gpu.caller import GPU, connected, gpu_call, host_call
 from tests.support.markers import gpu_only
-from tests.support.serving import call_for, random_batch
 
 pytestmark = [gpu_only, pytest.mark.asyncio(loop_scope="module")]
 
@@ -38,10 +37,9 @@ MODEL = DemoModel(
     moe_layers=1,
 )
 OPTIONS = ["--backend", "cutile", "--batch-invariant"]
-GPU = torch.device("cuda", 0)
 CLIENT = """
 import asyncio, sys
-from tests.gpu.test_cuda_ipc import connected, gpu_call
+from tests.gpu.caller import connected, gpu_call
 
 async def main():
     transport, shard = await connected(sys.argv[1])
@@ -61,23 +59,6 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loc
     async with LocalCluster(folder, ["0-7"], OPTIONS) as cluster:
         yield cluster
     assert cluster.exit_codes == [0]
-
-
-async def connected(address: str) -> tuple[SharedMemoryTransport, ShardInfo]:
-    transport = SharedMemoryTransport(GrpcTransport(address), 1 << 30)
-    return transport, await transport.get_shard(30.0)
-
-
-def host_call(shard: ShardInfo, tokens: int, *, request_id: int = 1, dtype: torch.dtype | None = None) -> ExecuteCall:
-    batch = random_batch(tokens, 1024, experts=8, top_k=4, seed=tokens)
-    call = call_for(shard, batch, request_id=request_id)
-    return call if dtype is None else replace(call, hidden=batch.hidden.float().to(dtype), scales=None)
-
-
-def gpu_call(shard: ShardInfo, tokens: int, *, request_id: int = 1, dtype: torch.dtype | None = None) -> ExecuteCall:
-    call = host_call(shard, tokens, request_id=request_id, dtype=dtype)
-    scales = None if call.scales is None else call.scales.to(GPU)
-    return replace(call, hidden=call.hidden.to(GPU), scales=scales)
 
 
 def shared_bytes(cluster: LocalCluster) -> float:

@@ -14,6 +14,7 @@ from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.numerics.backend import LayerWeights, Partials, TokenBatch, UnsupportedShape
 from expertd.kernels.numerics.quantize import dequantize_activations, quantize_activations
 from expertd.kernels.oracle.reference import reference_partials, relative_error
+from tests.gpu.synchronisation import no_synchronisation
 from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
@@ -167,11 +168,8 @@ def test_submit_neither_waits_for_the_device_nor_allocates_on_it(tmp_path: Path)
         request = host_batch(tokens)
         made.submit(3, [request], torch.bfloat16).result()
         allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             batch = made.submit(3, [request], torch.bfloat16)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         batch.result()
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
 

@@ -15,6 +15,7 @@ from expertd.kernels.cutile.dequant.weights import dequant_weights
 from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.numerics.quantize import dequantize_activations, dequantize_weights
 from expertd.kernels.oracle.reference import relative_error
+from tests.gpu.synchronisation import no_synchronisation
 from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
@@ -150,10 +151,7 @@ def test_aggregate_sums_in_the_order_of_the_slots() -> None:
 def test_sorting_does_not_wait_for_the_device() -> None:
     batch = random_batch(ExpertShape(hidden_size=128), 257, CUDA)
     expected = sort_rows(batch.expert_ids.cpu(), 32, 32, 64)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         rows = sort_rows(batch.expert_ids, 32, 32, 64)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for name in ("tokens", "positions", "experts", "num_tiles", "tile_slots", "pairs"):
         assert torch.equal(getattr(rows, name).cpu(), getattr(expected, name))

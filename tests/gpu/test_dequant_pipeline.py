@@ -17,6 +17,7 @@ from expertd.kernels.numerics.quantize import dequantize_activations
 from expertd.kernels.numerics.routing import route
 from expertd.kernels.oracle.reference import reference_partials, relative_error
 from tests.gpu.flashinfer_oracle import moe_fp8_block_scale_ds_routing
+from tests.gpu.synchronisation import no_synchronisation
 from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
@@ -114,11 +115,8 @@ def test_grouped_does_not_wait_for_the_device() -> None:
     weights, run = random_weights(shape, CUDA), pipeline(shape)
     batch = random_batch(shape, 64, CUDA)
     run(batch, weights, GROUPED)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         run(batch, weights, GROUPED)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])

@@ -1,4 +1,4 @@
-"""Small seeded models of the supported families, written by transformers, with their experts in FP8 blocks beside."""
+"""Small seeded models: DeepSeek-V3's, and other families' by transformers, with their experts in FP8 blocks beside."""
 
 import copy
 import json
@@ -10,8 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig
 
+from expertd.client.tools.demo_checkpoint import DemoModel
 from expertd.kernels.numerics.quantize import dequantize_weights, quantize_weights
 
+SMALL = DemoModel(
+    hidden_size=256, moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2
+)
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "vocab_size": 1024,

@@ -34,7 +34,7 @@ from expertd.server.app import Server
 from expertd.server.scheduling import batching as scheduler
 from expertd.server.scheduling.device import BatchOutcome
 from expertd.server.scheduling.shard import Shard
-from tests.conftest import SMALL
+from tests.support.families import SMALL
 from tests.support.serving import call_for, random_batch, running_server
 
 TURNS, CALLS = 60, 50

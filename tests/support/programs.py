@@ -1,4 +1,4 @@
-"""Programs that tests run but do not need: a skip says where to get them."""
+"""Programs that tests run; a skip says where to get them, and in CI, which installs them, it is a failure."""
 
 import hashlib
 import shutil

@@ -6,8 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+from tests.support.markers import no_gpu
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EXPERTD = (sys.executable, "-P", "-m", "expertd.cli", "bench", "serve")
@@ -29,6 +28,7 @@ def test_every_transport_is_measured_and_drawn_beside_the_floors(tmp_path: Path)
         *("--json", str(file), "--plot", str(picture)),
     )
     assert ended.returncode == 0, ended.stderr
+    assert [line for line in ended.stderr.splitlines() if not line.startswith("measuring")] == []
     rows = json.loads(file.read_text())["rows"]
     floors = {(name, tokens, 1) for name in ("grpc echo", "raw socket", "memcpy") for tokens in (1, 20)}
     transports = {
@@ -44,9 +44,8 @@ def test_every_transport_is_measured_and_drawn_beside_the_floors(tmp_path: Path)
     assert picture.read_bytes().startswith(PNG)
 
 
+@no_gpu
 def test_memory_of_a_gpu_is_not_measured_without_one(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
     ended = bench(
         tmp_path,
         *("--hidden-size", "256", "--intermediate-size", "128", "--backend", "torch"),

@@ -16,7 +16,7 @@ from expertd.client.tools.cluster import LocalCluster
 from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.proto.base.errors import UnknownExpert
-from tests.conftest import SMALL
+from tests.support.families import SMALL
 
 SMALL_DEMO = ["--servers", "4"]
 

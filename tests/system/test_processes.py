@@ -22,6 +22,7 @@ from expertd.client.tools.cluster import LocalCluster, ServerDied, even_shards
 from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.proto.base.errors import Unavailable
+from tests.support.markers import no_gpu
 
 OPTIONS = ["--backend", "torch", "--threads", "1"]
 
@@ -112,13 +113,15 @@ async def test_a_second_signal_ends_at_once(small_model: Path) -> None:
         (["--experts", "0-16"], "--experts names expert 16; the model's experts are 0-15"),
         (["--experts", "0-15", "--layers", "0"], "--layers names layer 0; the model's MoE layers are 1-2"),
         (["--experts", "zero"], "--experts: 'zero' is not a number or a range"),
-        (["--experts", "0", "--backend", "cutile"], "--backend cutile cannot run here: torch sees no CUDA device"),
+        pytest.param(
+            ["--experts", "0", "--backend", "cutile"],
+            "--backend cutile cannot run here: torch sees no CUDA device",
+            marks=no_gpu,
+        ),
         (["--experts", "0", "--model", "/nowhere"], "/nowhere/config.json does not exist"),
     ],
 )
 def test_what_cannot_work_is_refused_with_exit_code_2(small_model: Path, arguments: list[str], complaint: str) -> None:
-    if "cutile" in arguments and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     model = [] if "--model" in arguments else ["--model", str(small_model)]
     ended = expertd("serve", *model, *arguments)
     assert ended.returncode == 2

@@ -26,8 +26,8 @@ from expertd.proto.codec import ExecuteCall
 from expertd.server.scheduling.shard import Shard
 from expertd.server.telemetry.metrics import STAGES
 from expertd.server.telemetry.tracing import RequestTracer
-from tests.client.call.test_failover import call
-from tests.client.test_coordinator import EXACT, LAYER, addresses, routing, tokens
+from tests.support.coordinators import EXACT, LAYER, call, routing, tokens
+from tests.support.fleets import addresses
 from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server
 
 HALVES = (range(8), range(8, 16))

@@ -18,9 +18,8 @@ from expertd.proto.base.errors import DeadlineExceeded
 from expertd.proto.codec import ExecuteResult
 from expertd.proto.codec.schema import REQUEST
 from expertd.server.app import Server
-from tests.client.call.test_failover import call, expected
-from tests.client.test_coordinator import EXACT, addresses
-from tests.client.transport.test_shared_memory import free_bytes, segments_of
+from tests.support.coordinators import EXACT, call, expected, free_bytes, segments_of
+from tests.support.fleets import addresses
 from tests.support.serving import Gate, call_for, count_of, random_batch, running_server, until
 
 ALL = range(16)

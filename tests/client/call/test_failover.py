@@ -2,64 +2,21 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import DeadlineExceeded, Overloaded, ServerFault, Unavailable
-from expertd.server.app import Server
 from expertd.server.options.config import Address
-from tests.client.test_coordinator import EXACT, LAYER, addresses, oracle, routing, tokens
+from tests.support.coordinators import LAYER, QUICK, call, expected, oracle, tokens
+from tests.support.fleets import addresses, computed_tokens, flat, running_replicas, stop
 from tests.support.serving import running_server
-
-HALVES = (range(8), range(8, 16))
-QUICK = replace(EXACT, connect_timeout=1.0)
-
-
-@contextlib.asynccontextmanager
-async def running_replicas(model: Path, count: int = 2, **options: Any) -> AsyncIterator[list[list[Server]]]:  # noqa: ANN401
-    """`count` servers for each half of the experts."""
-    async with contextlib.AsyncExitStack() as stack:
-        yield [
-            [await stack.enter_async_context(running_server(model, half, **options)) for _ in range(count)]
-            for half in HALVES
-        ]
-
-
-def flat(replicas: list[list[Server]]) -> list[str]:
-    return addresses([server for half in replicas for server in half])
-
-
-def computed_tokens(server: Server) -> float:
-    return server.metrics.registry.get_sample_value("expertd_tokens_total") or 0.0
-
-
-async def call(moe: Coordinator, seed: int = 0, count: int = 20) -> Tensor:
-    ids, weights = routing(count, seed)
-    return await moe(LAYER, tokens(count, seed), topk_ids=ids, topk_weights=weights)
-
-
-def expected(model: Path, seed: int = 0, count: int = 20) -> Tensor:
-    return oracle(model, tokens(count, seed), *routing(count, seed))
-
-
-async def stop(server: Server) -> None:
-    """Stop a server and wait until nobody listens on its ports any more."""
-    server.stop()
-    for address in (server.address, server.metrics_address):
-        with contextlib.suppress(ConnectionError):
-            while True:
-                _, writer = await asyncio.open_connection(address.host, address.port)
-                writer.close()
-                await asyncio.sleep(0.02)
 
 
 async def test_calls_go_on_without_an_error_while_a_replica_stops(small_model: Path) -> None:

@@ -22,8 +22,8 @@ from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import Overloaded, ServerFault, Unavailable
 from expertd.server.app import Server
 from expertd.server.failpoints import VARIABLE
-from tests.client.call.test_failover import call, computed_tokens, expected, stop
-from tests.client.test_coordinator import EXACT, LAYER, addresses, oracle, routing, tokens
+from tests.support.coordinators import EXACT, LAYER, call, expected, oracle, routing, tokens
+from tests.support.fleets import addresses, computed_tokens, stop
 from tests.support.serving import count_of, running_server, until
 
 ALL = range(16)

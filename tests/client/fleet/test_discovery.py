@@ -15,8 +15,8 @@ from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import Unavailable
 from expertd.server.app import Server
 from expertd.server.options.config import Address
-from tests.client.call.test_failover import call, computed_tokens, expected, stop
-from tests.client.test_coordinator import EXACT
+from tests.support.coordinators import EXACT, call, expected
+from tests.support.fleets import computed_tokens, stop
 from tests.support.serving import running_server
 
 QUICK = replace(EXACT, connect_timeout=2.0)

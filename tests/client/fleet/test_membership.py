@@ -12,7 +12,8 @@ from expertd.client.telemetry.metrics import CoordinatorMetrics
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import Unavailable
-from tests.client.call.test_failover import QUICK, call, computed_tokens, expected, stop
+from tests.support.coordinators import QUICK, call, expected
+from tests.support.fleets import computed_tokens, stop
 from tests.support.serving import running_server, until
 
 ALL = range(16)

@@ -11,7 +11,7 @@ from expertd.cli import main
 from expertd.client.placement.assignment import InvalidPlan
 from expertd.client.placement.heat import read_heat
 from expertd.server.app import Server
-from tests.client.test_coordinator import running_servers
+from tests.support.fleets import running_servers
 from tests.support.serving import execute_method, open_channel, random_batch, request_for
 
 HALVES = (range(8), range(8, 16))

@@ -10,8 +10,8 @@ from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.telemetry.metrics import CoordinatorMetrics
 from expertd.proto.base.errors import InvalidBatch, Overloaded, ServerFault
-from tests.client.call.test_failover import QUICK, call, flat, running_replicas, stop
-from tests.client.test_coordinator import LAYER, routing, tokens
+from tests.support.coordinators import LAYER, QUICK, call, routing, tokens
+from tests.support.fleets import flat, running_replicas, stop
 from tests.support.serving import running_server
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from expertd.cli import main
 from expertd.client.tools.top import Seen, look, render
-from tests.client.test_coordinator import running_servers
+from tests.support.fleets import running_servers
 from tests.support.serving import execute_method, open_channel, random_batch, request_for
 
 HALVES = (range(8), range(8, 16))

@@ -17,13 +17,12 @@ from expertd.client.coordinator import Coordinator
 from expertd.client.transport import segment_pool
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.security import ClientSecurity
-from expertd.client.transport.segment import Segment
 from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.proto.base.errors import DeadlineExceeded, Unavailable
 from expertd.proto.codec import ExecuteCall
 from expertd.server.app import Server
 from expertd.server.local.door import LocalDoor
-from tests.client.test_coordinator import EXACT, LAYER, routing, tokens
+from tests.support.coordinators import EXACT, LAYER, free_bytes, routing, segments_of, tokens
 from tests.support.serving import Gate, call_for, door, random_batch, running_server, until
 
 ALL = range(16)
@@ -86,17 +85,6 @@ async def test_many_calls_at_once_use_slots_again_and_memory_grows_as_needed(
         segments = segments_of(transport_of(moe))
         assert [segment.size >> 10 for segment in segments] == [64, 64, 128]
         assert [free_bytes(segment) for segment in segments] == [segment.size for segment in segments]
-
-
-def segments_of(transport: SharedMemoryTransport) -> list[Segment]:
-    return transport._pools[HOST].segments
-
-
-def free_bytes(segment: Segment) -> int:
-    """The longest part that is free."""
-    while segment.given_back:
-        segment._free.give_back(*segment.given_back.popleft())
-    return max((end - start for start, end in segment._free._free), default=0)
 
 
 async def test_calls_without_room_go_over_grpc(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

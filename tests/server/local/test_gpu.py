@@ -10,7 +10,7 @@ from expertd.proto.base.errors import ServerFault
 from expertd.server.local.door import LocalDoor
 from expertd.server.local.front_ends import FrontEnds
 from expertd.server.local.gpu import Gpu
-from tests.server.local.test_door import handing_over, sealed_memory
+from tests.support.local_caller import handing_over, sealed_memory
 from tests.support.serving import door, execute_method, open_channel, random_batch, request_for, running_server
 
 

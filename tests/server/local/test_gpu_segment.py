@@ -14,7 +14,8 @@ import pytest_asyncio
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.server.app import Server
 from expertd.server.local.door import LocalDoor
-from tests.server.local.test_door import (
+from tests.support import stand_in_gpu
+from tests.support.local_caller import (
     BATCH,
     INVALID,
     OK,
@@ -25,7 +26,6 @@ from tests.server.local.test_door import (
     registration_of,
     sealed_memory,
 )
-from tests.support import stand_in_gpu
 from tests.support.serving import door, request_for, running_server, until
 
 GPU_BYTES = 1 << 16

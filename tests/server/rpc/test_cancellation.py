@@ -17,7 +17,7 @@ from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import Cancelled
 from expertd.server.app import Server
 from expertd.server.rpc.conversation import Conversation
-from tests.server.local.test_door import BATCH, PARTIALS, Caller, accepted, over_grpc
+from tests.support.local_caller import BATCH, PARTIALS, Caller, accepted, over_grpc
 from tests.support.serving import (
     Gate,
     count_of,

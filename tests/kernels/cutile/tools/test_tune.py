@@ -2,7 +2,6 @@ import argparse
 from typing import cast
 
 import pytest
-import torch
 
 from expertd.kernels.cutile.base.launch import Gpu
 from expertd.kernels.cutile.base.shape import ExpertShape
@@ -12,6 +11,7 @@ from expertd.kernels.cutile.fast.tiles import LayerConfig
 from expertd.kernels.cutile.pipeline.table import Table
 from expertd.kernels.cutile.tools import tune
 from expertd.kernels.cutile.tools.tuner import Tuner, WrongResult
+from tests.support.markers import no_gpu
 
 SHAPE = ExpertShape()
 
@@ -66,7 +66,7 @@ def test_a_gpu_without_fp8_has_the_dequant_pipeline_alone() -> None:
     assert not {"fast", "pipeline"} & table.choices.keys()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@no_gpu
 def test_without_a_gpu_the_command_fails(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     tune.add_arguments(parser)

@@ -5,7 +5,6 @@ import base64
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,10 +18,10 @@ from torch import Tensor
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.proto.codec import ExecuteCall, ExecuteResult
 from expertd.server.app import Server
+from tests.support.programs import find_program
 from tests.support.serving import call_for, random_batch, request_for, running_server
 
-SCRIPT = Path(__file__).parents[2] / "client" / "examples" / "buf-curl" / "client.sh"
-pytestmark = pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq: apt-get install jq")
+SCRIPT = Path(__file__).parents[3] / "client" / "examples" / "buf-curl" / "client.sh"
 
 
 @pytest.fixture
@@ -33,6 +32,7 @@ async def server(small_model: Path) -> AsyncIterator[Server]:
 
 async def client(*arguments: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of the script."""
+    find_program("jq", package="jq")
     process = await asyncio.create_subprocess_exec(
         str(SCRIPT),
         *arguments,

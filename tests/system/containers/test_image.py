@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from expertd import __version__
-from tests.system.docker_engine import DOCKER, Engine
+from tests.system.containers.docker_engine import DOCKER, Engine
 
 CONFINED = (
     "--rm",

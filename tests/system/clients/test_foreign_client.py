@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -26,11 +25,12 @@ from expertd.kernels.numerics.quantize import quantize_activations
 from expertd.kernels.oracle.reference import reference_partials, relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import load_layer
+from tests.support.programs import find_program, node_modules
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NODE = ROOT / "client" / "examples" / "node"
 CPP = ROOT / "client" / "examples" / "cpp"
-CPP_PACKAGES = "cmake g++ libgrpc++-dev pkg-config protobuf-compiler-grpc"
+CPP_PACKAGES = "cmake g++ libgrpc++-dev libprotobuf-dev pkg-config protobuf-compiler-grpc"
 MODEL = DemoModel(
     hidden_size=256,
     moe_intermediate_size=128,
@@ -87,17 +87,6 @@ class Program:
     environment: dict[str, str]
 
 
-def _node_program(name: str) -> str:
-    """Where Node.js has `name`; without it CI fails and other machines skip."""
-    found = shutil.which(name)
-    if found is None:
-        reason = f"needs {name}: install Node.js 18 or newer"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
-
-
 async def _run(
     command: Sequence[str], folder: Path, environment: dict[str, str], timeout: float = 120
 ) -> tuple[int, str, str]:
@@ -120,25 +109,17 @@ async def _run(
 
 
 async def _node_client() -> Program:
-    """client.js; its node_modules are installed once for every content of its package.json."""
-    node, npm = _node_program("node"), _node_program("npm")
-    manifest = (NODE / "package.json").read_bytes()
-
-    async def install(staged: Path) -> None:
-        (staged / "package.json").write_bytes(manifest)
-        code, _, stderr = await _run([npm, "install", "--no-audit", "--no-fund"], staged, {}, timeout=600)
-        assert code == 0, f"npm install failed: {stderr}"
-
-    packages = await _made_once("node-client", manifest, install) / "node_modules"
+    """client.js."""
+    node, packages = find_program("node", package="nodejs"), node_modules(NODE / "package.json")
     return Program((node, str(NODE / "client.js")), {"NODE_PATH": str(packages), "NO_COLOR": "1"})
 
 
 async def _cpp_client() -> Program:
     """client.cc, built once for every content of its sources."""
-    tools = ("cmake", "c++", "pkg-config", "protoc", "grpc_cpp_plugin")
-    missing = [tool for tool in tools if shutil.which(tool) is None]
-    if missing or subprocess.run(["pkg-config", "--exists", "grpc++", "protobuf"], check=False).returncode:
-        pytest.skip(f"needs gRPC for C++: on Debian, apt-get install {CPP_PACKAGES}")
+    for tool in ("cmake", "c++", "pkg-config", "protoc", "grpc_cpp_plugin"):
+        find_program(tool, package=CPP_PACKAGES)
+    if subprocess.run(["pkg-config", "--exists", "grpc++", "protobuf"], check=False).returncode:
+        pytest.skip(f"needs gRPC for C++ (Debian: apt-get install {CPP_PACKAGES})")
     sources = (CPP / "CMakeLists.txt", CPP / "client.cc", ROOT / "proto" / "expert_shard.proto")
 
     async def build(staged: Path) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.system.conftest import ROOT
-from tests.system.docker_engine import Engine
+from tests.system.containers.docker_engine import ROOT, Engine
 
 SERVERS = [f"server-{index}" for index in range(8)]
 FILES = ("deploy/compose.yaml", "deploy/compose.cpu.yaml")

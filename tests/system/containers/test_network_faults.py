@@ -20,10 +20,9 @@ import pytest
 
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from tests.chaos.load import SIZES
-from tests.conftest import SMALL
-from tests.system.conftest import ROOT
-from tests.system.docker_engine import Engine
-from tests.system.replica import GATEWAY, Replica, network
+from tests.support.families import SMALL
+from tests.system.containers.docker_engine import ROOT, Engine
+from tests.system.containers.replica import GATEWAY, Replica, network
 
 EXPERTS = ("0-7", "0-7", "8-15", "8-15")
 FAULT_SECONDS = 4.0
@@ -112,7 +111,7 @@ def load(engine: Engine, model: Path, name: str, servers: list[str]) -> Iterator
 def relay(listen: str, target: str, *python: str) -> Iterator[str]:
     """The address of a long way to `target`."""
     options = [listen, target, f"--delay={DELAY_SECONDS}", "--jitter=0.02"]
-    command = [*python, "-m", "tests.system.relay", *options]
+    command = [*python, "-m", "tests.system.containers.relay", *options]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         try:

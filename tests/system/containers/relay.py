@@ -1,6 +1,6 @@
 """A relay that makes a connection long: what it passes on arrives late, in order.
 
-    python -m tests.system.relay 127.0.0.1:0 10.0.0.2:50051 --delay 0.04 --jitter 0.02
+    python -m tests.system.containers.relay 127.0.0.1:0 10.0.0.2:50051 --delay 0.04 --jitter 0.02
 
 prints its address when it listens and runs until it is ended.
 """
