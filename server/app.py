@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import logging
 import os
 import signal
 import time
 from collections.abc import Coroutine
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import grpc.aio
@@ -23,6 +21,8 @@ from prometheus_client import start_http_server
 from expertd.kernels.memory.gpu import current_gpu, gpu_uuid
 from expertd.kernels.numerics.backend import Backend, DeviceMemory
 from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.kernels.weights.files import write_json
+from expertd.kernels.weights.ledger import Ledger
 from expertd.proto import codec
 from expertd.proto.base.loopback import UNIX
 from expertd.server.failpoints import FaultyBackend, FaultyHandlers, failpoints_from_environment
@@ -30,7 +30,7 @@ from expertd.server.local.door import LocalListener, handover_socket
 from expertd.server.local.front_ends import FrontEnds
 from expertd.server.local.link import Settings
 from expertd.server.options.config import Address, InvalidOption, ServerConfig
-from expertd.server.rpc.description import describe
+from expertd.server.rpc.description import describe, with_digests
 from expertd.server.rpc.handlers import ExpertShardHandlers
 from expertd.server.rpc.limits import server_options
 from expertd.server.rpc.security import ServerSecurity
@@ -70,9 +70,10 @@ class Server:
         self.metrics = metrics
         self.security = ServerSecurity(config)
         self.checkpoint = Checkpoint(config.model)
+        self.ledger = Ledger(self.checkpoint, config.manifest)
         self.shard = Shard(
             config=self.checkpoint.config,
-            model_fingerprint=self.checkpoint.fingerprint,
+            model_fingerprint=self.ledger.fingerprint,
             placement_epoch=time.time_ns() // 1000,
             layers=config.layers or self.checkpoint.config.moe_layers,
             experts=config.experts,
@@ -94,7 +95,7 @@ class Server:
             on_abandon=self._disconnect,
         )
         self.watchdog = Watchdog(self.backend, self.device, self.scheduler, config.device_timeout, self._set_serving)
-        self.info = describe(config, self.shard, self.backend, self.backend_reason)
+        self.info = describe(config, self.shard, self.ledger, self.backend, self.backend_reason)
         self.loads = ExpertLoads(self.shard.layers, self.shard.experts)
         self.journal = Journal(self.metrics, self.loads, tracer)
         verifier = Verifier(self.checkpoint, self.shard, self.scheduler, config.max_tokens_per_request)
@@ -143,7 +144,9 @@ class Server:
         if self.failpoints is not None:
             log.warning("failpoints are on, for tests only: %s", self.failpoints)
         log.info("backend %s on %s (%s)", self.backend.name, self.backend.device, self.backend_reason)
-        await load_layers(self.checkpoint, self.shard, self.backend, self.device, self.metrics)
+        log.info("model %s", self.ledger)
+        await load_layers(self.checkpoint, self.ledger, self.shard, self.backend, self.device, self.metrics)
+        self.handlers.info = self.info = with_digests(self.info, self.ledger)
         memory = await self.device.call(self.backend.memory)
         if memory is not None:
             self._watching = asyncio.create_task(self._watch_memory(memory))
@@ -151,9 +154,8 @@ class Server:
         self.scheduler.open()
         await self._set_serving(True)
         if self.config.ready_file is not None:
-            _write_atomically(
-                self.config.ready_file, {"listen": str(self.address), "metrics": str(self.metrics_address)}
-            )
+            addresses = {"listen": str(self.address), "metrics": str(self.metrics_address)}
+            write_json(addresses, self.config.ready_file)
         through = f"{self.security}, {self.config.front_ends} front ends" if self.config.front_ends else self.security
         log.info("serving on %s (%s), metrics on http://%s/metrics", self.address, through, self.metrics_address)
         self.ready.set()
@@ -304,9 +306,3 @@ class Server:
         status = health_pb2.HealthCheckResponse
         for name in HEALTH_NAMES:
             await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
-
-
-def _write_atomically(path: Path, content: dict[str, str]) -> None:
-    partial_path = path.with_name(path.name + ".part")
-    partial_path.write_text(json.dumps(content))
-    partial_path.replace(path)

@@ -196,7 +196,7 @@ class FaultyHandlers(ExpertShardHandlers):
 
     def _begin_placement(self, epoch: int) -> None:
         self._shard = replace(self._shard, placement_epoch=epoch)
-        self._info = replace(self._info, placement_epoch=epoch)
+        self.info = replace(self.info, placement_epoch=epoch)
 
 
 def _crash() -> None:

@@ -42,7 +42,8 @@ class ExpertShardHandlers(ExecuteHandlers):
     ) -> None:
         super().__init__(info.max_queued_bytes)
         self._shard = shard
-        self._info = info
+        self.info = info
+        """The answer to `GetShard`; complete once the weights are loaded."""
         self._scheduler = scheduler
         self._verifier = verifier
         self._shadow = shadow
@@ -71,7 +72,7 @@ class ExpertShardHandlers(ExecuteHandlers):
             self._scheduler.check_open()
         except ExpertdError as error:
             await context.abort(error.code, str(error))
-        return codec.encode_shard(self._info).SerializeToString()
+        return codec.encode_shard(self.info).SerializeToString()
 
     async def verify_shard(self, request: codec.VerifyRequest, context: Context) -> None:
         self._track()
@@ -109,10 +110,10 @@ class ExpertShardHandlers(ExecuteHandlers):
     ) -> bytes:
         arrived = time.perf_counter()
         # Before anything is read of the tensors: a server with too much to do has no time for what it will refuse.
-        self._scheduler.check_room(min(request.num_tokens, self._info.max_tokens_per_request), request.num_tensor_bytes)
+        self._scheduler.check_room(min(request.num_tokens, self.info.max_tokens_per_request), request.num_tensor_bytes)
         config = self._shard.config
         call = codec.decode_call(
-            request, config.hidden_size, config.num_experts_per_tok, self._info.max_tokens_per_request, segment
+            request, config.hidden_size, config.num_experts_per_tok, self.info.max_tokens_per_request, segment
         )
         batch = self._shard.admit(call)
         decoded = time.perf_counter()

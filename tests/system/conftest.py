@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from expertd import __version__
-from expertd.client.tools.cluster import cache_folder
+from expertd.kernels.weights.files import cache_folder
 from tests.system.docker_engine import Engine, NoEngine, check_programs
 
 ROOT = Path(__file__).parents[2]
