@@ -8,8 +8,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.kernels.weights.checkpoint import Checkpoint, StoredTensor
 from expertd.kernels.weights.ledger import Ledger
+from expertd.kernels.weights.sample import _places
 
 Tensors: TypeAlias = dict[tuple[int, str], Tensor]
 """(expert, `up_proj.weight` or `up_proj.weight_scale_inv` and so on) -> tensor, changed in place or replaced."""
@@ -91,3 +92,9 @@ def rot(folder: Path, layer: int, mutation: Callable[[Tensors], None]) -> None:
         Ledger(checkpoint)
     mutate_checkpoint(folder, layer, mutation)
     age(folder)
+
+
+def unsampled_place(stored: StoredTensor) -> int:
+    """A byte of the tensor that no fingerprint is taken of."""
+    sampled = {start + offset for start, size in _places(stored) for offset in range(size)}
+    return next(place for place in range(stored.num_bytes) if place not in sampled)
