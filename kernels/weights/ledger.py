@@ -67,8 +67,11 @@ class Ledger:
         self._found[layer, expert] = digest
 
     def found(self, layers: Sequence[int], experts: Sequence[int], size: int) -> bytes:
-        """The first `size` bytes of the digests of `experts` in `layers`, all loaded: layer by layer."""
-        return b"".join(self._found[layer, expert][:size] for layer in layers for expert in experts)
+        """The first `size` bytes of the digests of `experts` in `layers`, by layer; empty until all are loaded."""
+        wanted = [(layer, expert) for layer in layers for expert in experts]
+        if not self._found.keys() >= set(wanted):
+            return b""
+        return b"".join(self._found[one][:size] for one in wanted)
 
     def save(self) -> None:
         """Record what was found, for the next start."""
