@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import logging
 import os
 import signal
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from expertd.kernels.numerics.backend import Backend, DeviceMemory
 from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.kernels.weights.files import write_json
+from expertd.kernels.weights.ledger import Ledger
 from expertd.proto.codec import ShardInfo
 from expertd.server.failpoints import Failpoints
 from expertd.server.options.config import Address, ServerConfig
+from expertd.server.rpc.description import with_digests
 from expertd.server.rpc.door import Door, GrpcDoor
+from expertd.server.rpc.executor import ShardExecutor
 from expertd.server.rpc.handlers import ExpertShardHandlers
 from expertd.server.rpc.health import Health
 from expertd.server.rpc.security import ServerSecurity
@@ -51,14 +53,15 @@ class Server:
     security: ServerSecurity
     failpoints: Failpoints | None
     checkpoint: Checkpoint
+    ledger: Ledger
     shard: Shard
     backend: Backend
-    info: ShardInfo
     device: DeviceOwner
     scheduler: Scheduler
     watchdog: Watchdog
     shadow: ShadowCheck | None
     journal: Journal
+    executor: ShardExecutor
     handlers: ExpertShardHandlers
     health: Health
     entrance: GrpcDoor
@@ -68,6 +71,11 @@ class Server:
     ready: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _watching: asyncio.Task[None] | None = field(init=False, default=None)
+
+    @property
+    def info(self) -> ShardInfo:
+        """What callers are told of the shard; complete once the weights are loaded."""
+        return self.executor.info
 
     @property
     def address(self) -> Address:
@@ -96,7 +104,9 @@ class Server:
         if self.failpoints is not None:
             log.warning("failpoints are on, for tests only: %s", self.failpoints)
         log.info("backend %s on %s (%s)", self.info.backend, self.info.device, self.info.backend_reason)
-        await load_layers(self.checkpoint, self.shard, self.backend, self.device, self.metrics)
+        log.info("model %s", self.ledger)
+        await load_layers(self.checkpoint, self.ledger, self.shard, self.backend, self.device, self.metrics)
+        self.executor.info = with_digests(self.info, self.ledger)
         memory = await self.device.call(self.backend.memory)
         if memory is not None:
             self._watching = asyncio.create_task(self._watch_memory(memory))
@@ -105,9 +115,8 @@ class Server:
         self.scheduler.open()
         await self.health.set_serving(True)
         if self.config.ready_file is not None:
-            _write_atomically(
-                self.config.ready_file, {"listen": str(self.address), "metrics": str(self.metrics_address)}
-            )
+            addresses = {"listen": str(self.address), "metrics": str(self.metrics_address)}
+            write_json(addresses, self.config.ready_file)
         through = f"{self.security}, {self.config.front_ends} front ends" if self.config.front_ends else self.security
         log.info("serving on %s (%s), metrics on http://%s/metrics", self.address, through, self.metrics_address)
         self.ready.set()
@@ -176,9 +185,3 @@ class Server:
             log.warning("second signal: ending at once, requests in flight are lost")
             os._exit(128 + number)
         self.stop()
-
-
-def _write_atomically(path: Path, content: dict[str, str]) -> None:
-    partial_path = path.with_name(path.name + ".part")
-    partial_path.write_text(json.dumps(content))
-    partial_path.replace(path)

@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from expertd.kernels.memory.gpu import current_gpu, gpu_uuid
 from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.kernels.weights.ledger import Ledger
 from expertd.proto import codec
 from expertd.proto.codec import ShardInfo
 from expertd.server.app import Server
@@ -51,9 +52,10 @@ def assemble(config: ServerConfig, metrics: Metrics, tracer: RequestTracer | Non
     """A server, ready to `run`. Opens the checkpoint; raises `InvalidOption`, `InvalidConfig` or `CheckpointError`."""
     security = ServerSecurity(config)
     checkpoint = Checkpoint(config.model)
+    ledger = Ledger(checkpoint, config.manifest)
     shard = Shard(
         config=checkpoint.config,
-        model_fingerprint=checkpoint.fingerprint,
+        model_fingerprint=ledger.fingerprint,
         placement_epoch=time.time_ns() // 1000,
         layers=config.layers or checkpoint.config.moe_layers,
         experts=config.experts,
@@ -62,7 +64,7 @@ def assemble(config: ServerConfig, metrics: Metrics, tracer: RequestTracer | Non
     failpoints = failpoints_from_environment()
     if failpoints is not None:
         backend = FaultyBackend(backend, failpoints)
-    info = describe(config, shard, backend, reason)
+    info = describe(config, shard, ledger, backend, reason)
     device, health = DeviceOwner(), Health()
 
     def disconnect() -> None:
@@ -119,14 +121,15 @@ def assemble(config: ServerConfig, metrics: Metrics, tracer: RequestTracer | Non
         security=security,
         failpoints=failpoints,
         checkpoint=checkpoint,
+        ledger=ledger,
         shard=shard,
         backend=backend,
-        info=info,
         device=device,
         scheduler=scheduler,
         watchdog=watchdog,
         shadow=shadow,
         journal=journal,
+        executor=on_shard,
         handlers=handlers,
         health=health,
         entrance=entrance,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from expertd.client.fleet.discovery import Discovery
-from expertd.client.fleet.ownership import Ownership, check_complete, resolve_ownership
+from expertd.client.fleet.ownership import Ownership, check_complete, check_replicas, resolve_ownership
 from expertd.client.transport.interface import Transport
 from expertd.proto.base.errors import (
     Cancelled,
@@ -216,8 +216,12 @@ class Membership:
             pause = PROBE_SECONDS
             try:
                 shard = await member.transport.get_shard(PROBE_TIMEOUT)
-                if shard.model_fingerprint != self.ownership.model_fingerprint:
-                    raise ModelMismatch(f"it holds another model, {shard.model_fingerprint!r}")
+                self._check(member, shard)
+            except ModelMismatch as error:
+                if str(error) != str(member.why_not):
+                    log.error("%s stays out of use: %s", member.transport.address, error)
+                member.why_not = error
+                continue
             except ExpertdError as error:
                 log.debug("%s is still out of use: %s", member.transport.address, error)
                 continue
@@ -227,6 +231,14 @@ class Membership:
             self._changed.set()
             self._changed = asyncio.Event()
             return
+
+    def _check(self, member: Member, shard: ShardInfo) -> None:
+        """Raise `ModelMismatch` where `member` cannot serve beside those in use."""
+        if shard.model_fingerprint != self.ownership.model_fingerprint:
+            raise ModelMismatch(f"it holds another model, {shard.model_fingerprint!r}")
+        others = [(one.transport.address, one.shard) for one in self.members.values() if one is not member]
+        known = [(address, told) for address, told in others if told is not None]
+        check_replicas([*known, (member.transport.address, shard)], self.ownership.config)
 
     def _resolve(self) -> None:
         known = [(member, member.shard) for member in self.members.values() if member.shard is not None]

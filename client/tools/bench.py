@@ -27,7 +27,7 @@ from expertd.client.base.quantiles import p50_p99
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.tools.bench_report import STAGES, Measurement, draw, print_table
-from expertd.client.tools.cluster import LocalCluster, cache_folder
+from expertd.client.tools.cluster import LocalCluster
 from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.client.tools.floors import (
     EchoAddresses,
@@ -37,6 +37,7 @@ from expertd.client.tools.floors import (
     raw_socket_seconds,
     running_echo,
 )
+from expertd.kernels.weights.files import cache_folder
 from expertd.proto.base.malloc import keep_freed_memory
 from expertd.proto.codec import StageTimings
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -129,8 +128,3 @@ async def _reap(process: asyncio.subprocess.Process, grace: float) -> int:
     except TimeoutError:
         process.kill()
         return await process.wait()
-
-
-def cache_folder() -> Path:
-    """Where expertd keeps what it can make again: $XDG_CACHE_HOME/expertd or ~/.cache/expertd."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertd"

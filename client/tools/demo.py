@@ -22,13 +22,14 @@ from expertd.client.base.quantiles import p50_p99
 from expertd.client.call.result import MoeResult
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
-from expertd.client.tools.cluster import LocalCluster, ServerDied, cache_folder, even_shards
+from expertd.client.tools.cluster import LocalCluster, ServerDied, even_shards
 from expertd.client.tools.demo_checkpoint import DemoModel, write_checkpoint, write_demo_checkpoint
 from expertd.client.tools.oracle import TransformersOracle, load_oracle
 from expertd.kernels.model.config import InvalidConfig
 from expertd.kernels.numerics.routing import route, router_logits
 from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
+from expertd.kernels.weights.files import cache_folder
 from expertd.proto.base.errors import ExpertdError
 
 BATCHES = {1: 40, 64: 20, 1024: 8}

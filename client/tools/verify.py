@@ -27,6 +27,8 @@ from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.oracle.golden import BOUNDS, Agreement
 from expertd.kernels.oracle.verification import verify
 from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
+from expertd.kernels.weights.ledger import Ledger
+from expertd.kernels.weights.manifest import MANIFEST
 from expertd.proto import codec
 from expertd.proto.base.errors import ExpertdError, ModelMismatch, UnknownExpert, error_from_status
 from expertd.proto.codec import ExecuteCall, ShardInfo
@@ -62,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder of the checkpoint; without it each server reads its own and compares by itself",
     )
+    parser.add_argument(
+        "--manifest",
+        type=Path,
+        help=f"manifest of the checkpoint (default: {MANIFEST} in its folder, if it is there)",
+    )
     parser.add_argument("--layers", type=parse_ranges, help="layers to verify, such as 3-5,60 (default: all)")
     parser.add_argument("--experts", type=parse_ranges, help="experts to verify, such as 0-3 (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="other tokens for another seed (default: 0)")
@@ -75,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         security = replace(security_from(arguments), token_file=arguments.auth_token_file)
         scope = Scope(arguments.layers, arguments.experts, arguments.seed)
-        reports = asyncio.run(_verify_all(arguments.servers, arguments.model, scope, security))
+        reports = asyncio.run(_verify_all(arguments.servers, arguments.model, arguments.manifest, scope, security))
     except KeyboardInterrupt:
         return 130
     except (CheckpointError, ExpertdError, InvalidConfig, OSError, ValueError) as error:
@@ -91,25 +98,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _verify_all(
-    servers: Sequence[str], model: Path | None, scope: Scope, security: ClientSecurity
+    servers: Sequence[str], model: Path | None, manifest: Path | None, scope: Scope, security: ClientSecurity
 ) -> list[Report]:
     with contextlib.ExitStack() as stack:
-        checkpoint = None if model is None else stack.enter_context(Checkpoint(model))
+        ledger = None if model is None else Ledger(stack.enter_context(Checkpoint(model)), manifest)
         bar = stack.enter_context(Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()))
-        return [await _verify_server(address, checkpoint, scope, security, bar) for address in servers]
+        return [await _verify_server(address, ledger, scope, security, bar) for address in servers]
 
 
 async def _verify_server(
-    address: str, checkpoint: Checkpoint | None, scope: Scope, security: ClientSecurity, bar: Progress
+    address: str, ledger: Ledger | None, scope: Scope, security: ClientSecurity, bar: Progress
 ) -> Report:
     transport = GrpcTransport(address, security=security)
     try:
         shard = await transport.get_shard(CONNECT_SECONDS)
         layers, experts = scope.of(address, shard)
-        if checkpoint is None:
+        if ledger is None:
             agreements = ask_server(address, layers, experts, scope.seed, security)
         else:
-            agreements = replay(transport, shard, checkpoint, layers, experts, scope.seed)
+            agreements = replay(transport, shard, ledger, layers, experts, scope.seed)
         task = bar.add_task(address, total=len(layers) * (len(experts) + 1))
         found = []
         async with contextlib.aclosing(agreements):
@@ -124,19 +131,19 @@ async def _verify_server(
 def replay(
     transport: GrpcTransport,
     shard: ShardInfo,
-    checkpoint: Checkpoint,
+    ledger: Ledger,
     layers: Sequence[int],
     experts: Sequence[int],
     seed: int,
 ) -> AsyncGenerator[Agreement, None]:
-    """Send golden batches to a server and compare with the reference from `checkpoint`, which is read here.
+    """Send golden batches to a server and compare with the reference from `ledger`'s checkpoint, which is read here.
 
     Raises `ModelMismatch` when the server serves another model, else what it answers.
     """
-    if shard.model_fingerprint != checkpoint.fingerprint:
+    if shard.model_fingerprint != ledger.fingerprint:
         raise ModelMismatch(
-            f"{transport.address} holds model {shard.model_fingerprint!r}, but {checkpoint.folder} is"
-            f" {checkpoint.fingerprint!r}; give --model the folder that the server was started with"
+            f"{transport.address} holds model {shard.model_fingerprint!r}, but {ledger.checkpoint.folder} is {ledger};"
+            " give --model the folder that the server was started with, and --manifest if it has one from elsewhere"
         )
 
     async def compute(layer: int, batch: TokenBatch) -> Tensor:
@@ -154,7 +161,7 @@ def replay(
         )
         return (await transport.execute(call)).partials
 
-    return verify(checkpoint, layers, experts, seed, shard.max_tokens_per_request, compute)
+    return verify(ledger.checkpoint, layers, experts, seed, shard.max_tokens_per_request, compute)
 
 
 async def ask_server(

@@ -44,7 +44,7 @@ ENVIRONMENT = """\
 
 | variable | meaning |
 | --- | --- |
-| `XDG_CACHE_HOME` | the checkpoints of `demo` and `bench serve` are in its `expertd/`; `~/.cache` if unset |
+| `XDG_CACHE_HOME` | its `expertd/` keeps what `demo`, `bench serve` and read-only checkpoints need; else `~/.cache` |
 """
 
 

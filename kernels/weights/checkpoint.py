@@ -6,7 +6,6 @@ behind the header, then the data (Hugging Face safetensors, format description).
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -26,7 +25,6 @@ from expertd.kernels.model.config import MoeConfig
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
-FINGERPRINT_SAMPLE_BYTES = 4096
 _MOE_TENSOR = re.compile(r"model\.layers\.\d+\.(mlp|block_sparse_moe)\.(experts\.\d+|gate)\.")
 _DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
@@ -106,28 +104,31 @@ class Checkpoint:
 
     def read_into(self, stored: StoredTensor, out: Tensor) -> None:
         """Read the bytes of `stored` into `out`, a contiguous host tensor of the same size in bytes."""
-        view = out.view(-1).view(torch.uint8).numpy().data
-        done = 0
-        while done < stored.num_bytes:
-            count = os.preadv(self._descriptor(stored.file), [view[done:]], stored.start + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{stored.file}: tensor {stored.name}: expected {stored.num_bytes} bytes, found {done}"
-                )
-            done += count
+        self._fill(stored, 0, bytes_of(out)[: stored.num_bytes])
+
+    def read_range(self, stored: StoredTensor, start: int, out: Tensor) -> None:
+        """Read the bytes of `stored` from `start` on into all of `out`, a contiguous host tensor."""
+        self._fill(stored, start, bytes_of(out))
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Names the experts' weights: SHA-256 over the configuration, the headers of all experts and gates, and the
-        first 4 KiB of every gate's weight, which tells apart fine-tunes that share the rest."""
-        digest = hashlib.sha256(repr(self.config).encode())
-        for name in sorted(filter(_MOE_TENSOR.match, self._files)):
-            stored = self.find(name)
-            digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
-            if name.endswith(".gate.weight"):
-                length = min(FINGERPRINT_SAMPLE_BYTES, stored.num_bytes)
-                digest.update(os.pread(self._descriptor(stored.file), length, stored.start))
-        return digest.hexdigest()
+    def moe_tensors(self) -> tuple[str, ...]:
+        """Names of all experts' and gates' tensors, sorted."""
+        return tuple(sorted(filter(_MOE_TENSOR.match, self._files)))
+
+    def file_states(self) -> dict[str, list[int]]:
+        """Size and time of change [bytes, ns] of every file that tells of an expert or gate; [0, 0]: missing."""
+        names = {self._files[name] for name in self.moe_tensors} | {"config.json", INDEX}
+        return {name: _state(self.folder / name) for name in sorted(names)}
+
+    def _fill(self, stored: StoredTensor, start: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptor(stored.file), [view[done:]], stored.start + start + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{stored.file}: tensor {stored.name}: expected {stored.num_bytes} bytes, found {start + done}"
+                )
+            done += count
 
     def _read_index(self) -> dict[str, str]:
         """File name of every tensor."""
@@ -157,6 +158,19 @@ class Checkpoint:
             if self._descriptors.setdefault(file, opened) != opened:
                 os.close(opened)
         return self._descriptors[file]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous host tensor, flat."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _state(file: Path) -> list[int]:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return [0, 0]
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _parse_header(file: Path) -> dict[str, StoredTensor]:

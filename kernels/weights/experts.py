@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,16 @@ from expertd.kernels.model.config import BLOCK, MoeConfig
 from expertd.kernels.numerics.backend import LayerWeights
 from expertd.kernels.numerics.quantize import FP8, dequantize_weights, quantize_weights
 from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
+from expertd.kernels.weights.digests import expert_digest, tensor_digest
 
 READERS = 4
 """Threads that read and quantise at once; a read releases the interpreter lock."""
+HASHERS = 8
+"""Threads that hash what was read, so that readers need not wait; a core hashes about as fast as a disk reads."""
 
 OnBytes = Callable[[int], None]
+OnDigest = Callable[[int, int, bytes], None]
+"""Hears of layer, expert and the `expert_digest` of what was loaded; raises where that must not be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +39,26 @@ class ExpertMatrices:
 
 def layer_bytes(checkpoint: Checkpoint, layer: int, experts: Sequence[int]) -> int:
     """Bytes that `load_layer` will read. Checks that every tensor is there, with the right shape and dtype."""
-    return sum(
-        stored.num_bytes
-        for expert in experts
+    return sum(stored.num_bytes for expert in experts for stored in expert_tensors(checkpoint, layer, expert))
+
+
+def expert_tensors(checkpoint: Checkpoint, layer: int, expert: int) -> tuple[StoredTensor, ...]:
+    """An expert's tensors in the order of its digest, checked for shape and dtype. Raises `CheckpointError`."""
+    return tuple(
+        stored
         for name, rows, columns in _projections(checkpoint.config)
         for stored in _find(checkpoint, checkpoint.config.family.expert_weight(layer, expert, name), rows, columns)
     )
 
 
-def load_layer(checkpoint: Checkpoint, layer: int, experts: Sequence[int], on_bytes: OnBytes) -> LayerWeights:
-    """Read the experts of one layer; BF16 weights are quantised. `on_bytes` hears of every tensor read.
+def load_layer(
+    checkpoint: Checkpoint, layer: int, experts: Sequence[int], on_bytes: OnBytes, on_digest: OnDigest | None = None
+) -> LayerWeights:
+    """Read the experts of one layer; BF16 weights are quantised. `on_bytes` hears of every tensor read, `on_digest` of
+    every expert; without it nothing is hashed.
 
-    Raises `CheckpointError` for tensors that are missing, truncated, of another shape or dtype, or badly scaled.
+    Raises `CheckpointError` for tensors that are missing, truncated, of another shape or dtype, badly scaled or all
+    zero, and what `on_digest` raises.
     """
     config = checkpoint.config
     hidden, inner = config.hidden_size, config.moe_intermediate_size
@@ -56,7 +69,9 @@ def load_layer(checkpoint: Checkpoint, layer: int, experts: Sequence[int], on_by
         down_scales=torch.empty(len(experts), hidden // BLOCK, inner // BLOCK),
     )
 
-    def load_expert(local: int) -> None:
+    def load_expert(local: int) -> list[Future[bytes]]:
+        """The digests of the expert's tensors."""
+        hashing = []
         up, gate = weights.up_gate[local].chunk(2)
         up_scales, gate_scales = weights.up_gate_scales[local].chunk(2)
         targets = {
@@ -67,12 +82,19 @@ def load_layer(checkpoint: Checkpoint, layer: int, experts: Sequence[int], on_by
         for projection, rows, columns in _projections(config):
             name = config.family.expert_weight(layer, experts[local], projection)
             found = _find(checkpoint, name, rows, columns)
-            _load(checkpoint, found, *targets[projection])
+            contents = _load(checkpoint, found, *targets[projection])
+            if on_digest is not None:
+                hashing += [hashers.submit(tensor_digest, *read) for read in zip(found, contents, strict=True)]
             on_bytes(sum(stored.num_bytes for stored in found))
+        return hashing
 
-    with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as readers:
-        for _ in readers.map(load_expert, range(len(experts))):
-            pass
+    with (
+        ThreadPoolExecutor(HASHERS, thread_name_prefix="digests") as hashers,
+        ThreadPoolExecutor(READERS, thread_name_prefix="weights") as readers,
+    ):
+        for expert, hashing in zip(experts, readers.map(load_expert, range(len(experts))), strict=True):
+            if on_digest is not None:
+                on_digest(layer, expert, expert_digest(digest.result() for digest in hashing))
     return weights
 
 
@@ -118,22 +140,41 @@ def _find(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> tuple[S
     return (weight, checkpoint.check(f"{name}_scale_inv", blocks, torch.float32, torch.bfloat16))
 
 
-def _load(checkpoint: Checkpoint, found: tuple[StoredTensor, ...], weight: Tensor, scales: Tensor) -> None:
-    """Read one matrix into `weight` and `scales`, which are views of the layer's tensors."""
+def _load(
+    checkpoint: Checkpoint, found: tuple[StoredTensor, ...], weight: Tensor, scales: Tensor
+) -> tuple[Tensor, ...]:
+    """Read one matrix into `weight` and `scales`, views of the layer's tensors. Returns what `found` holds."""
     if len(found) == 1:
         plain = checkpoint.read(found[0].name, found[0].shape, torch.bfloat16)
         if not plain.isfinite().all():
             raise CheckpointError(f"{found[0].file}: tensor {found[0].name}: expected finite values, found NaN or Inf")
+        if not plain.any():
+            raise _no_weights(found[0])
         quantized, block_scales = quantize_weights(plain)
         weight.copy_(quantized)
         scales.copy_(block_scales)
-        return
+        return (plain,)
     checkpoint.read_into(found[0], weight)
     # The two NaN codes of E4M3, 0x7F and 0xFF, are the largest bytes as signed and as unsigned numbers.
     codes = weight.view(torch.uint8).numpy()
-    if codes.max() == 0xFF or codes.view("int8").max() == 0x7F:
+    largest = codes.view("int8").max()
+    if codes.max() == 0xFF or largest == 0x7F:
         raise CheckpointError(f"{found[0].file}: tensor {found[0].name}: expected finite values, found NaN")
-    scales.copy_(checkpoint.read(found[1].name, found[1].shape, torch.float32, torch.bfloat16))
+    # Only what holds no positive number is looked at again.
+    if largest <= 0 and not (codes & 0x7F).any():
+        raise _no_weights(found[0])
+    stored_scales = checkpoint.read(found[1].name, found[1].shape, torch.float32, torch.bfloat16)
+    scales.copy_(stored_scales)
     if not (scales.isfinite().all() and (scales >= 0).all()):
         bad = scales[~(scales.isfinite() & (scales >= 0))][0].item()
         raise CheckpointError(f"{found[1].file}: tensor {found[1].name}: expected finite scales >= 0, found {bad}")
+    if not scales.any():
+        raise _no_weights(found[1])
+    return weight, stored_scales
+
+
+def _no_weights(stored: StoredTensor) -> CheckpointError:
+    return CheckpointError(
+        f"{stored.file}: tensor {stored.name}: expected weights, found nothing but zeros, with which the expert would"
+        " add nothing to any token: is the download complete?"
+    )

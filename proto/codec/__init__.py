@@ -25,6 +25,7 @@ from expertd.proto.codec.response import (
 )
 from expertd.proto.codec.segment import segment_layout
 from expertd.proto.codec.shard import (
+    DIGEST_BYTES,
     ENVELOPE_BYTES,
     SERVICE,
     Registration,

@@ -22,6 +22,10 @@ ENVELOPE_BYTES = 64 * 1024
 """More than all the fields of a message beside its tensors, receipt included."""
 
 
+DIGEST_BYTES = 16
+"""Of each expert's SHA-256 that `GetShard` tells."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
     """What a server owns and accepts."""
@@ -41,6 +45,10 @@ class ShardInfo:
     backend_reason: str
     version: str
     locality: str
+    expert_digests: bytes = b""
+    """`DIGEST_BYTES` for each of `layers`, for each of `experts`; empty when they are not told."""
+    has_manifest: bool = False
+    """Whether the fingerprint is that of a manifest, against which all weights were checked."""
 
 
 def check_shard_request(data: bytes) -> None:
@@ -73,6 +81,8 @@ def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
         backend_reason=shard.backend_reason,
         version=shard.version,
         locality=shard.locality,
+        expert_digests=shard.expert_digests,
+        has_manifest=shard.has_manifest,
     )
 
 
@@ -94,6 +104,8 @@ def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
         backend_reason=message.backend_reason,
         version=message.version,
         locality=message.locality,
+        expert_digests=message.expert_digests,
+        has_manifest=message.has_manifest,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from expertd.kernels.model.config import InvalidConfig
 from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
 from expertd.kernels.weights.experts import layer_bytes
+from expertd.kernels.weights.ledger import Ledger
 from expertd.server.doctor.finding import Finding, fail, ok
 from expertd.server.doctor.host import check_gpu, check_limits, check_memory, check_ports, check_shared_memory
 from expertd.server.doctor.peers import check_certificates, check_peer
@@ -53,8 +54,9 @@ def examine(config: ServerConfig, peers: list[str], peer_ca: Path | None) -> Ite
     fingerprint = None
     try:
         with Checkpoint(config.model) as checkpoint:
-            yield _check_checkpoint(checkpoint, config)
-            fingerprint = checkpoint.fingerprint
+            ledger = Ledger(checkpoint, config.manifest)
+            yield _check_checkpoint(checkpoint, ledger, config)
+            fingerprint = ledger.fingerprint
             yield from check_memory(config, checkpoint.config)
     except (CheckpointError, InvalidConfig) as error:
         yield fail("checkpoint", str(error))
@@ -66,7 +68,7 @@ def examine(config: ServerConfig, peers: list[str], peer_ca: Path | None) -> Ite
         yield check_peer(peer, config, peer_ca, fingerprint)
 
 
-def _check_checkpoint(checkpoint: Checkpoint, config: ServerConfig) -> Finding:
+def _check_checkpoint(checkpoint: Checkpoint, ledger: Ledger, config: ServerConfig) -> Finding:
     """All tensors that will be read, by their headers. Raises `CheckpointError`."""
     layers = config.layers or checkpoint.config.moe_layers
     outside = set(layers) - set(checkpoint.config.moe_layers)
@@ -76,4 +78,4 @@ def _check_checkpoint(checkpoint: Checkpoint, config: ServerConfig) -> Finding:
         last = checkpoint.config.n_routed_experts - 1
         return fail("checkpoint", f"--experts names expert {config.experts[-1]}; the model's experts are 0-{last}")
     size = sum(layer_bytes(checkpoint, layer, config.experts) for layer in layers)
-    return ok("checkpoint", f"{config.model}: {size / 1e9:.2f} GB to read, model {checkpoint.fingerprint}")
+    return ok("checkpoint", f"{config.model}: {size / 1e9:.2f} GB to read, model {ledger}")

@@ -50,6 +50,14 @@ class ServerConfig:
     """One server process. Raises `InvalidOption` for values that cannot work."""
 
     model: Path = field(metadata=_told("folder of the checkpoint: config.json and safetensors files", Path))
+    manifest: Path | None = field(
+        default=None,
+        metadata=_told(
+            "file of 'expertd fingerprint' that all weights are checked against"
+            " (default: expertd.manifest.json in the folder of the checkpoint, if it is there)",
+            Path,
+        ),
+    )
     experts: tuple[int, ...] = field(
         metadata=_told("global ids of the experts to own, such as 0-31 or 0-15,64", parse_ranges)
     )

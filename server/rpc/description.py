@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from expertd import __version__
 from expertd.kernels.numerics.backend import Backend
+from expertd.kernels.weights.ledger import Ledger
 from expertd.proto import codec
-from expertd.proto.codec import ShardInfo
+from expertd.proto.codec import DIGEST_BYTES, ShardInfo
 from expertd.server.options.config import ServerConfig
 from expertd.server.scheduling.shard import Shard
 
 
-def describe(config: ServerConfig, shard: Shard, backend: Backend, backend_reason: str) -> ShardInfo:
-    """The answer to `GetShard`."""
+def describe(config: ServerConfig, shard: Shard, ledger: Ledger, backend: Backend, backend_reason: str) -> ShardInfo:
+    """The answer to `GetShard`, but for the digests of what is yet to be loaded."""
     model = shard.config
     return ShardInfo(
         model_fingerprint=shard.model_fingerprint,
@@ -30,4 +33,10 @@ def describe(config: ServerConfig, shard: Shard, backend: Backend, backend_reaso
         backend_reason=backend_reason,
         version=__version__,
         locality=config.locality,
+        has_manifest=ledger.manifest is not None,
     )
+
+
+def with_digests(info: ShardInfo, ledger: Ledger) -> ShardInfo:
+    """The answer to `GetShard`, now that all of `info.experts` are loaded."""
+    return dataclasses.replace(info, expert_digests=ledger.found(info.layers, info.experts, DIGEST_BYTES))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from expertd.kernels.numerics.backend import Backend, LayerWeights, TokenBatch
+from expertd.kernels.numerics.backend import Backend, TokenBatch
 from expertd.kernels.numerics.quantize import quantize_activations
-from expertd.kernels.oracle.reference import reference_partials, relative_error
+from expertd.kernels.oracle.golden import expert_reference
+from expertd.kernels.oracle.reference import relative_error
+from expertd.kernels.weights.experts import ExpertMatrices
 
 TOKENS = 8
+"""For each expert."""
 BOUND = 3e-2
 """Largest relative error: one FP8 rounding of the intermediate alone gives about 2.6e-2."""
 
@@ -17,25 +22,24 @@ class SelfCheckFailed(Exception):
     """The backend's result disagrees with the FP32 reference."""
 
 
-def self_check(backend: Backend, layer: int, weights: LayerWeights) -> float:
-    """Compare `backend` with the reference on random tokens for two experts, other ones on every layer.
+def self_check(backend: Backend, layer: int, experts: Mapping[int, ExpertMatrices]) -> float:
+    """Compare `backend` on random tokens with the reference of `experts`: local ids, and what their files hold.
 
-    Called on the device thread after `load_layer`. Returns the relative error; raises `SelfCheckFailed` beyond `BOUND`.
+    Called on the device thread after `load_layer`. Returns the largest relative error of an expert; raises
+    `SelfCheckFailed` beyond `BOUND`.
     """
-    generator = torch.Generator().manual_seed(layer)
-    hidden_size = weights.down.shape[1]
-    hidden, scales = quantize_activations(torch.randn(TOKENS, hidden_size, generator=generator))
-    first = layer % weights.num_experts
-    second = (layer + weights.num_experts // 2) % weights.num_experts
-    # One expert a token, which every model allows.
-    ids = torch.full((TOKENS, 1), first, dtype=torch.int32)
-    ids[::2] = second
-    batch = TokenBatch(hidden, scales, ids, torch.rand(TOKENS, 1, generator=generator) + 0.5)
-    computed = backend.submit(layer, [batch], torch.float32).result()
-    error = relative_error(computed.sums[0], reference_partials(batch, weights, torch.float32))
-    if not error <= BOUND:
-        raise SelfCheckFailed(
-            f"self-check of layer {layer} on backend {backend.name} failed: relative error {error:.3g} exceeds {BOUND};"
-            " the checkpoint, the GPU or its driver is at fault: try --backend torch to tell them apart"
-        )
-    return error
+    worst = 0.0
+    for local, matrices in experts.items():
+        generator = torch.Generator().manual_seed(layer)
+        hidden, scales = quantize_activations(torch.randn(TOKENS, matrices.down.shape[0], generator=generator))
+        ids = torch.full((TOKENS, 1), local, dtype=torch.int32)
+        batch = TokenBatch(hidden, scales, ids, torch.rand(TOKENS, 1, generator=generator) + 0.5)
+        computed = backend.submit(layer, [batch], torch.float32).result()
+        error = relative_error(computed.sums[0], expert_reference(batch, local, matrices))
+        if not error <= BOUND:
+            raise SelfCheckFailed(
+                f"self-check of layer {layer} on backend {backend.name} failed: relative error {error:.3g} exceeds"
+                f" {BOUND}; the checkpoint, the GPU or its driver is at fault: try --backend torch to tell them apart"
+            )
+        worst = max(worst, error)
+    return worst

@@ -15,6 +15,7 @@ COMMANDS = {
     "bench kernels": ("expertd.kernels.cutile.tools.bench", "measure the GPU kernels beside the floors of this GPU"),
     "doctor": ("expertd.server.doctor.checkup", "check this machine for what 'expertd serve' needs"),
     "health": ("expertd.client.tools.health", "ask a server whether it serves, for container health checks"),
+    "fingerprint": ("expertd.client.tools.fingerprint", "make or check the manifest of a checkpoint's content"),
     "verify": ("expertd.client.tools.verify", "compare running servers with an FP32 reference from the checkpoint"),
     "top": ("expertd.client.tools.top", "watch running servers in the terminal"),
     "plan": ("expertd.client.placement.plan", "plan which server holds which experts, from recorded loads"),

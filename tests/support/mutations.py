@@ -1,5 +1,6 @@
 """Ways in which a served checkpoint can be wrong, each of which a verification must see."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -7,7 +8,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.kernels.weights.checkpoint import Checkpoint, StoredTensor
+from expertd.kernels.weights.ledger import Ledger
+from expertd.kernels.weights.sample import _places
 
 Tensors: TypeAlias = dict[tuple[int, str], Tensor]
 """(expert, `up_proj.weight` or `up_proj.weight_scale_inv` and so on) -> tensor, changed in place or replaced."""
@@ -25,7 +28,8 @@ def _sign(tensors: Tensors) -> None:
 
 
 def _zeros(tensors: Tensors) -> None:
-    tensors[DAMAGED, "down_proj.weight"].zero_()
+    """But for one column: servers load no matrix of zeros alone."""
+    tensors[DAMAGED, "down_proj.weight"][:, 1:].zero_()
 
 
 def _swap_experts(tensors: Tensors) -> None:
@@ -73,3 +77,24 @@ def mutate_checkpoint(folder: Path, layer: int, mutation: Callable[[Tensors], No
         with one.file.open("r+b") as file:
             file.seek(one.start)
             file.write(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def age(folder: Path) -> None:
+    """Give all files times of long ago: what is found of files that were just written is not recorded."""
+    for file in folder.iterdir():
+        os.utime(file, (1e9, 1e9))
+
+
+def rot(folder: Path, layer: int, mutation: Callable[[Tensors], None]) -> None:
+    """Apply `mutation` behind the back of the file system, as a disk does, so that the recorded fingerprint stays."""
+    age(folder)
+    with Checkpoint(folder) as checkpoint:
+        Ledger(checkpoint)
+    mutate_checkpoint(folder, layer, mutation)
+    age(folder)
+
+
+def unsampled_place(stored: StoredTensor) -> int:
+    """A byte of the tensor that no fingerprint is taken of."""
+    sampled = {start + offset for start, size in _places(stored) for offset in range(size)}
+    return next(place for place in range(stored.num_bytes) if place not in sampled)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.client.tools.cluster import cache_folder
+from expertd.kernels.weights.files import cache_folder
 
 
 def find_program(*names: str, package: str) -> str:

@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from expertd.kernels.numerics.backend import LayerWeights, TokenBatch, Underway
-from expertd.kernels.numerics.quantize import quantize_activations, quantize_weights
+from expertd.kernels.numerics.quantize import dequantize_weights, quantize_activations, quantize_weights
+from expertd.kernels.weights.experts import ExpertMatrices
 from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.codec import ExecuteCall, ShardInfo
@@ -117,6 +118,12 @@ def random_weights(experts: int, hidden: int, inner: int, seed: int = 0) -> Laye
         return quantize_weights(torch.randn(experts, rows, columns, generator=generator) * size)
 
     return LayerWeights(*matrix(2 * inner, hidden), *matrix(hidden, inner))
+
+
+def matrices_of(weights: LayerWeights, local: int) -> ExpertMatrices:
+    """One expert of a layer as plain numbers."""
+    up, gate = dequantize_weights(weights.up_gate[local], weights.up_gate_scales[local]).chunk(2)
+    return ExpertMatrices(up, gate, dequantize_weights(weights.down[local], weights.down_scales[local]))
 
 
 def random_batch(tokens: int, hidden: int, experts: int, top_k: int, seed: int = 0, absent: float = 0.3) -> TokenBatch:

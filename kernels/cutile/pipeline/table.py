@@ -13,13 +13,14 @@ import importlib.metadata
 import json
 import logging
 import subprocess
-import tempfile
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from expertd.kernels.weights.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -118,15 +119,6 @@ def load_table(machine: Machine, cache: Path = DEFAULT_CACHE) -> Table:
 def store_table(table: Table, machine: Machine, cache: Path = DEFAULT_CACHE) -> None:
     """Write a machine's choices to the cache, in place of its earlier ones, at once or not at all."""
     write_json({**_read_cache(cache), machine.key: table.to_json()}, cache.expanduser())
-
-
-def write_json(value: dict[str, Any], path: Path) -> None:
-    """Write a file that readers see either as it was or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.write("\n")
-    Path(file.name).replace(path)
 
 
 def encode(value: object) -> object:

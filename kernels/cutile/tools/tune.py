@@ -23,12 +23,13 @@ from expertd.kernels.cutile.dequant.token_sort import sort_rows
 from expertd.kernels.cutile.fast.layer import Workspace, layer_launches
 from expertd.kernels.cutile.fast.tiles import LayerConfig
 from expertd.kernels.cutile.fast.tiles import candidates as fast_candidates
-from expertd.kernels.cutile.pipeline.table import DEFAULT_CACHE, Machine, Table, load_table, store_table, write_json
+from expertd.kernels.cutile.pipeline.table import DEFAULT_CACHE, Machine, Table, load_table, store_table
 from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.cutile.tools.measure import device_time
 from expertd.kernels.cutile.tools.tuner import Tuner, WrongResult
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.oracle.reference import reference_partials, relative_error
+from expertd.kernels.weights.files import write_json
 
 DEQUANT_ERROR = 1e-3
 FAST_ERROR = 3e-2

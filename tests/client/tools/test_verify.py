@@ -20,7 +20,7 @@ from expertd.proto import codec
 from expertd.server.app import Server
 from tests.support.certificates import Authority
 from tests.support.families import FamilyFolders
-from tests.support.mutations import DAMAGED, MUTATIONS, OTHER, Tensors, mutate_checkpoint
+from tests.support.mutations import DAMAGED, MUTATIONS, OTHER, Tensors, rot
 from tests.support.serving import open_channel, running_server
 
 
@@ -82,7 +82,7 @@ async def test_a_server_of_a_damaged_checkpoint_fails(
     small_model: Path, tmp_path: Path, mutation: Callable[[Tensors], None], verify: Verify
 ) -> None:
     served = copy_of(small_model, tmp_path)
-    mutate_checkpoint(served, 2, mutation)
+    rot(served, 2, mutation)
     damaged: set[tuple[int, int | None]] = {(2, DAMAGED), (2, None)}
     if mutation is MUTATIONS["two experts swapped"]:
         damaged.add((2, OTHER))
@@ -105,7 +105,7 @@ async def test_the_table_names_the_worst_expert_and_what_is_past_its_bound(
     small_model: Path, tmp_path: Path, verify: Verify
 ) -> None:
     served = copy_of(small_model, tmp_path)
-    mutate_checkpoint(served, 1, MUTATIONS["gain 1.05"])
+    rot(served, 1, MUTATIONS["gain 1.05"])
     async with running_server(served, range(16)) as server:
         outcome = await verify(server.address, "--model", small_model)
         assert f"{server.address}: torch on cpu" in outcome.out

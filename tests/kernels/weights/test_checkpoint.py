@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from expertd.kernels.model.config import InvalidConfig
-from expertd.kernels.weights.checkpoint import FINGERPRINT_SAMPLE_BYTES, INDEX, SINGLE, Checkpoint, CheckpointError
+from expertd.kernels.weights.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointError
+from expertd.kernels.weights.sample import sampled_fingerprint
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -254,7 +255,7 @@ def test_leaving_the_block_with_an_error_closes_every_file(folder: Path) -> None
 
 def _fingerprint(folder: Path) -> str:
     with Checkpoint(folder) as checkpoint:
-        return checkpoint.fingerprint
+        return sampled_fingerprint(checkpoint)
 
 
 def _resave(folder: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -298,15 +299,14 @@ def test_the_fingerprint_changes_with_the_header_of_an_expert_or_gate(
     assert _resave(tmp_path / "changed", tensors) != _resave(tmp_path / "original", _tensors())
 
 
-def test_the_fingerprint_samples_the_beginning_of_every_gate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [GATE, BIAS, SCALES])
+def test_the_fingerprint_covers_every_element_of_gates_and_scales(tmp_path: Path, name: str) -> None:
     tensors = _tensors()
     original = _resave(tmp_path / "original", tensors)
-    sampled = FINGERPRINT_SAMPLE_BYTES // tensors[GATE].element_size()
-    for element, same in [(0, False), (sampled - 1, False), (sampled, True)]:
-        changed = tensors[GATE].clone()
+    for element in (0, tensors[name].numel() // 2, -1):
+        changed = tensors[name].clone()
         changed.view(-1)[element] += 1
-        found = _resave(tmp_path / f"changed-{element}", tensors | {GATE: changed})
-        assert (found == original) is same, f"element {element}"
+        assert _resave(tmp_path / f"changed-{element}", tensors | {name: changed}) != original, f"element {element}"
 
 
 def test_the_fingerprint_reads_a_gate_shorter_than_the_sample(tmp_path: Path) -> None:
@@ -321,9 +321,16 @@ def test_the_fingerprint_ignores_what_is_not_an_expert_or_gate(tmp_path: Path) -
     assert _resave(tmp_path / "changed", tensors) == _resave(tmp_path / "original", _tensors())
 
 
-def test_the_fingerprint_reads_no_weights(tmp_path: Path, reads: Reads) -> None:
-    _resave(tmp_path, _tensors())
-    assert reads == []
+def test_the_fingerprint_reads_four_pages_of_a_weight_one_of_each_quarter(tmp_path: Path, reads: Reads) -> None:
+    folder = _write(tmp_path, {SINGLE: _tensors()})
+    with Checkpoint(folder) as checkpoint:
+        weight = checkpoint.find(EXPERT)
+        sampled_fingerprint(checkpoint)
+    quarter = weight.num_bytes // 4
+    pages = [(start - weight.start, size) for start, size in reads if 0 <= start - weight.start < weight.num_bytes]
+    assert [(start // quarter, (start + size - 1) // quarter, size) for start, size in sorted(pages)] == [
+        (number, number, 4096) for number in range(4)
+    ]
 
 
 def _refusal(action: Callable[[], object]) -> str:

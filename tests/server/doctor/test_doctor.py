@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2
 
+from expertd import cli
 from expertd.kernels.model.config import MoeConfig
 from expertd.server.doctor import checkup, host, peers
 from expertd.server.doctor.finding import Finding
@@ -76,6 +77,22 @@ def test_a_checkpoint_that_cannot_be_served_fails(
     assert diagnose(*model, *options, *OPTIONS) == 1
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("fail"))
     assert text in line
+
+
+def test_the_manifest_that_is_used_is_named(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--model", str(small_model), "--experts", "0-7", *OPTIONS)
+    diagnose(*options)
+    assert ", of samples, without a manifest\n" in capsys.readouterr().out
+    manifest = tmp_path / "manifest.json"
+    cli.main(["fingerprint", str(small_model), "--output", str(manifest)])
+    digest = capsys.readouterr().out.split()[0]
+    diagnose(*options, "--manifest", str(manifest))
+    assert f"model {digest}, the manifest {manifest}\n" in capsys.readouterr().out
+    manifest.write_text("{}")
+    assert diagnose(*options, "--manifest", str(manifest)) == 1
+    assert f"{manifest}: expected a manifest of 'expertd fingerprint'" in capsys.readouterr().out
 
 
 def test_options_that_contradict_each_other_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

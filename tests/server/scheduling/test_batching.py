@@ -18,7 +18,7 @@ from expertd.server.scheduling.batching import OVERLAP_TOKENS, Scheduler, may_st
 from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.queue import Completed
 from expertd.server.telemetry.metrics import Metrics
-from tests.support.serving import random_batch, random_weights
+from tests.support.serving import matrices_of, random_batch, random_weights
 
 EXPERTS, HIDDEN, TOP_K = 4, 128, 2
 MAX_BYTES = 1 << 20
@@ -342,7 +342,7 @@ async def test_the_self_check_accepts_good_and_refuses_mutated_weights() -> None
     def check(loaded: LayerWeights) -> float:
         backend = TorchBackend()
         backend.load_layer(1, loaded)
-        return self_check(backend, 1, WEIGHTS)
+        return self_check(backend, 1, {local: matrices_of(WEIGHTS, local) for local in range(WEIGHTS.num_experts)})
 
     assert check(WEIGHTS) < 1e-6
     swapped = WEIGHTS.down.view(torch.uint8).roll(1, dims=0).view(WEIGHTS.down.dtype)

@@ -18,13 +18,14 @@ import pytest_asyncio
 import torch
 from torch import Tensor
 
-from expertd.client.tools.cluster import LocalCluster, cache_folder
+from expertd.client.tools.cluster import LocalCluster
 from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
 from expertd.kernels.numerics.quantize import quantize_activations
 from expertd.kernels.oracle.reference import reference_partials, relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import load_layer
+from expertd.kernels.weights.files import cache_folder
 from tests.support.programs import find_program, node_modules
 
 ROOT = Path(__file__).parents[3]

@@ -10,7 +10,7 @@ import shutil
 import yaml
 
 from expertd import __version__
-from expertd.client.tools.cluster import cache_folder
+from expertd.kernels.weights.files import cache_folder
 from tests.system.containers.docker_engine import ROOT, Engine, check_programs
 
 BASE = "expertd-test-base"

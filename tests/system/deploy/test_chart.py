@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from expertd import __version__
-from expertd.client.tools.cluster import cache_folder
 from expertd.kernels.model.ranges import parse_ranges
+from expertd.kernels.weights.files import cache_folder
 
 CHART = Path(__file__).parents[3] / "deploy/kubernetes/expertd"
 VALUES = sorted(CHART.glob("ci/*.yaml"))

@@ -1,0 +1,30 @@
+"""Files that expertd writes: each appears whole or not at all, and what can be made again has a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """Where expertd keeps what it can make again: $XDG_CACHE_HOME/expertd or ~/.cache/expertd."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertd"
+
+
+def write_json(value: dict[str, Any], path: Path) -> None:
+    """Write a file of sorted keys. Raises `OSError`."""
+    write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file that readers see either as it was or complete. Raises `OSError`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Processes that write the same file at once must not share the one that is not complete.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

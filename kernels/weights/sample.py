@@ -1,0 +1,55 @@
+"""The fingerprint by samples: tells checkpoints apart without reading all of their bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from expertd.kernels.weights.checkpoint import Checkpoint, StoredTensor, bytes_of
+from expertd.kernels.weights.digests import header
+
+PAGE = 4096
+PAGES = 4
+"""Read of each expert's weight: one of each quarter, at a place that the tensor's name decides."""
+READERS = 16
+
+
+def sampled_fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256, in hex, over the configuration, the headers of all experts' and gates' tensors, all scales and gates,
+    and `PAGES` pages of every expert's every weight.
+
+    Any scaling or training of weights moves it; a change of single bytes does so only where a page is sampled, which a
+    manifest of digests is for. Raises `CheckpointError`.
+    """
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(checkpoint.config), sort_keys=True).encode())
+    with ThreadPoolExecutor(READERS, thread_name_prefix="samples") as readers:
+        for sampled in readers.map(lambda name: _sampled(checkpoint, checkpoint.find(name)), checkpoint.moe_tensors):
+            digest.update(sampled)
+    return digest.hexdigest()
+
+
+def _sampled(checkpoint: Checkpoint, stored: StoredTensor) -> bytes:
+    digest = hashlib.sha256(header(stored))
+    for start, size in _places(stored):
+        page = torch.empty(size, dtype=torch.uint8)
+        checkpoint.read_range(stored, start, page)
+        digest.update(bytes_of(page))
+    return digest.digest()
+
+
+def _places(stored: StoredTensor) -> Iterator[tuple[int, int]]:
+    """(offset in the tensor, bytes) of what is read of it."""
+    quarter = stored.num_bytes // PAGES
+    is_weight = ".experts." in stored.name and stored.name.endswith(".weight")
+    if not is_weight or quarter <= PAGE:
+        yield 0, stored.num_bytes
+        return
+    seed = hashlib.sha256(stored.name.encode()).digest()
+    for number in range(PAGES):
+        place = int.from_bytes(seed[8 * number : 8 * number + 8])
+        yield number * quarter + place % (quarter - PAGE + 1), PAGE
