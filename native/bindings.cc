@@ -117,5 +117,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("gather", &gather_at);
   module.def("split", &split_at);
   module.def("count_pairs", &count_pairs_at);
-  module.def("sum", &sum_at);
+  module.def("sum_parts", &sum_at);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,41 +32,49 @@ def quantize_into(hidden: Tensor, out: Tensor, scales: Tensor) -> None:
 
     The bits are those of `quantize_activations`.
     """
-    code = _FORMATS.get(hidden.dtype)
-    if code is None:
+    stored = hidden.dtype
+    if stored not in _FORMATS:
         quantize_into(hidden.float(), out, scales)
         return
-    tokens, width = hidden.shape
-    _check(out, FP8, tokens, width)
-    _check(scales, torch.float32, tokens, width // BLOCK)
-    _native.quantize(_place(hidden), code, tokens, width, _place(out), _place(scales))
+    shape = hidden.shape
+    tokens, width = shape
+    _native.quantize(
+        _place(hidden, stored, shape),
+        _FORMATS[stored],
+        tokens,
+        width,
+        _place(out, FP8, shape),
+        _place(scales, torch.float32, (tokens, width // BLOCK)),
+    )
 
 
 def gather(values: Tensor, rows: Tensor) -> Tensor:
     """`values[rows]`: of [T, n], the [m] int64 `rows`."""
     count, width = values.shape
-    out = torch.empty((len(rows), width), dtype=values.dtype)
-    _native.gather(_place(values), count, width * values.itemsize, _vector(rows, torch.int64), len(rows), _place(out))
-    return out
+    row_bytes, size = width * values.itemsize, len(rows)
+    # NumPy's memory comes in huge pages, where a new tensor's first touch costs more than the copy.
+    out = torch.from_numpy(np.empty((size, row_bytes), np.uint8))
+    place = _place(values, values.dtype, (count, width))
+    _native.gather(place, count, row_bytes, _vector(rows, torch.int64, size), size, (out.data_ptr(), row_bytes))
+    return out.view(values.dtype)
 
 
 def split_by_owner(ids: Tensor, weights: Tensor, owner: Tensor) -> tuple[list[tuple[int, list[Tensor]]], list[int]]:
     """Sort [T, k] int32 ids, -1 for none, and float32 weights by server, as `owner` [n_routed_experts] int64 has it.
 
-    Returns (server, [[n] int64 tokens, [n, k] int32 ids, [n, k] float32 weights]), ascending, and the chosen experts that
-    nobody owns; with any of these there is nothing else.
+    Returns (server, [[n] int64 tokens, [n, k] int32 ids, [n, k] float32 weights]), ascending, and the chosen experts
+    that nobody owns; with any of these there is nothing else.
     """
     tokens, top_k = ids.shape
-    ids, weights = ids.contiguous(), weights.contiguous()
-    _check(weights, torch.float32, tokens, top_k)
     room = tokens * top_k
+    ids, weights = ids.contiguous(), weights.contiguous()
     out = torch.empty(room, dtype=torch.int64), ids.new_empty(room, top_k), weights.new_empty(room, top_k)
     sizes, orphans = _native.split(
-        _vector(ids, torch.int32),
-        weights.data_ptr(),
+        _vector(ids, torch.int32, room),
+        _vector(weights, torch.float32, room),
         tokens,
         top_k,
-        _vector(owner, torch.int64),
+        _vector(owner, torch.int64, len(owner)),
         len(owner),
         (out[0].data_ptr(), out[1].data_ptr(), out[2].data_ptr()),
     )
@@ -77,44 +86,44 @@ def split_by_owner(ids: Tensor, weights: Tensor, owner: Tensor) -> tuple[list[tu
 
 def count_pairs(ids: Tensor) -> dict[int, int]:
     """How often int32 `ids` of any shape name each expert, ascending; -1 is none."""
-    return _native.count_pairs(_vector(ids.contiguous(), torch.int32), ids.numel())
+    count = ids.numel()
+    return _native.count_pairs(_vector(ids.contiguous(), torch.int32, count), count)
 
 
 def sum_into(out: Tensor, parts: Sequence[Addend]) -> None:
     """Write to each row of `out` [T, H] of any float dtype its parts, added in FP32 to 0 in the order of `parts`."""
-    code = _FORMATS.get(out.dtype)
-    if code is None or out.dtype == torch.float16:
+    if out.dtype not in (torch.bfloat16, torch.float32):
         total = torch.empty(out.shape)
         sum_into(total, parts)
         out.copy_(total)
         return
     count, width = out.shape
-    _native.sum([_part(part, width) for part in parts], count, width, code, _place(out))
+    places = [_part(part, width) for part in parts]
+    _native.sum_parts(places, count, width, _FORMATS[out.dtype], _place(out, out.dtype, (count, width)))
 
 
 def _part(part: Addend, width: int) -> tuple[tuple[int, int], int, int, int, int]:
-    size, weights = len(part.rows), part.weights
-    if part.sums.shape != (size, width):
-        raise ValueError(f"{list(part.sums.shape)} for {size} rows of {width}")
+    sums, rows, weights = part
+    size, stored = len(rows), sums.dtype
     weight = 0 if weights is None else _vector(weights, torch.float32, size)
-    return _place(part.sums), _FORMATS[part.sums.dtype], size, _vector(part.rows, torch.int64, size), weight
+    return _place(sums, stored, (size, width)), _FORMATS[stored], size, _vector(rows, torch.int64, size), weight
 
 
-def _place(values: Tensor) -> tuple[int, int]:
-    """Address of [n, width] on the CPU, and bytes from one row to the next."""
+def _place(values: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> tuple[int, int]:
+    """Address of a matrix on the CPU, and bytes from one row to the next."""
     row, column = values.stride()
-    if not values.is_cpu or (column != 1 and values.shape[1] > 1):
-        raise ValueError(f"strides {values.stride()} on {values.device}: rows must be whole and on the CPU")
+    if values.dtype != dtype or values.shape != shape or not values.is_cpu or (column != 1 and shape[1] > 1):
+        raise ValueError(
+            f"{values.dtype} {list(values.shape)}, strides {values.stride()}, on {values.device}:"
+            f" it must be {dtype} {list(shape)} with whole rows on the CPU"
+        )
     return values.data_ptr(), row * values.itemsize
 
 
-def _vector(values: Tensor, dtype: torch.dtype, size: int | None = None) -> int:
-    """Address of contiguous values on the CPU, `size` of them."""
-    if values.dtype != dtype or not values.is_cpu or not values.is_contiguous() or size not in (None, values.numel()):
-        raise ValueError(f"{values.dtype} {list(values.shape)} on {values.device}: it must be contiguous {dtype}")
+def _vector(values: Tensor, dtype: torch.dtype, size: int) -> int:
+    """Address of contiguous values of any shape on the CPU."""
+    if values.dtype != dtype or values.numel() != size or not values.is_cpu or not values.is_contiguous():
+        raise ValueError(
+            f"{values.dtype} {list(values.shape)} on {values.device}: it must be {size} contiguous {dtype} on the CPU"
+        )
     return values.data_ptr()
-
-
-def _check(values: Tensor, dtype: torch.dtype, rows: int, columns: int) -> None:
-    if values.dtype != dtype or values.shape != (rows, columns):
-        raise ValueError(f"{values.dtype} {list(values.shape)}: it must be {dtype} [{rows}, {columns}]")
