@@ -49,7 +49,7 @@ def quantize_into(hidden: Tensor, out: Tensor, scales: Tensor) -> None:
 
 
 def gather(values: Tensor, rows: Tensor) -> Tensor:
-    """`values[rows]`: of [T, n], the [m] int64 `rows`."""
+    """`values[rows]`: of [T, n], the [m] int64 `rows`, at least one."""
     count, width = values.shape
     row_bytes, size = width * values.itemsize, len(rows)
     # NumPy's memory comes in huge pages, where a new tensor's first touch costs more than the copy.
