@@ -1,4 +1,4 @@
-"""setuptools' build backend, with a compiler from PyPI where the machine has none, and what the extension is built from."""
+"""setuptools' build backend, with a compiler from PyPI where the machine has none; how the extension is compiled."""
 
 from __future__ import annotations
 

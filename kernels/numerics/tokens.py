@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertd import _native
+import expertd._native as native
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.quantize import FP8
 
-_FORMATS = {torch.bfloat16: _native.BFLOAT16, torch.float16: _native.FLOAT16, torch.float32: _native.FLOAT32}
+_FORMATS = {torch.bfloat16: native.BFLOAT16, torch.float16: native.FLOAT16, torch.float32: native.FLOAT32}
 
 
 class Addend(NamedTuple):
@@ -36,9 +36,8 @@ def quantize_into(hidden: Tensor, out: Tensor, scales: Tensor) -> None:
     if stored not in _FORMATS:
         quantize_into(hidden.float(), out, scales)
         return
-    shape = hidden.shape
-    tokens, width = shape
-    _native.quantize(
+    tokens, width = shape = hidden.shape
+    native.quantize(
         _place(hidden, stored, shape),
         _FORMATS[stored],
         tokens,
@@ -55,7 +54,7 @@ def gather(values: Tensor, rows: Tensor) -> Tensor:
     # NumPy's memory comes in huge pages, where a new tensor's first touch costs more than the copy.
     out = torch.from_numpy(np.empty((size, row_bytes), np.uint8))
     place = _place(values, values.dtype, (count, width))
-    _native.gather(place, count, row_bytes, _vector(rows, torch.int64, size), size, (out.data_ptr(), row_bytes))
+    native.gather(place, count, row_bytes, _vector(rows, torch.int64, size), size, (out.data_ptr(), row_bytes))
     return out.view(values.dtype)
 
 
@@ -69,7 +68,7 @@ def split_by_owner(ids: Tensor, weights: Tensor, owner: Tensor) -> tuple[list[tu
     room = tokens * top_k
     ids, weights = ids.contiguous(), weights.contiguous()
     out = torch.empty(room, dtype=torch.int64), ids.new_empty(room, top_k), weights.new_empty(room, top_k)
-    sizes, orphans = _native.split(
+    sizes, orphans = native.split(
         _vector(ids, torch.int32, room),
         _vector(weights, torch.float32, room),
         tokens,
@@ -87,7 +86,7 @@ def split_by_owner(ids: Tensor, weights: Tensor, owner: Tensor) -> tuple[list[tu
 def count_pairs(ids: Tensor) -> dict[int, int]:
     """How often int32 `ids` of any shape name each expert, ascending; -1 is none."""
     count = ids.numel()
-    return _native.count_pairs(_vector(ids.contiguous(), torch.int32, count), count)
+    return native.count_pairs(_vector(ids.contiguous(), torch.int32, count), count)
 
 
 def sum_into(out: Tensor, parts: Sequence[Addend]) -> None:
@@ -99,7 +98,7 @@ def sum_into(out: Tensor, parts: Sequence[Addend]) -> None:
         return
     count, width = out.shape
     places = [_part(part, width) for part in parts]
-    _native.sum_parts(places, count, width, _FORMATS[out.dtype], _place(out, out.dtype, (count, width)))
+    native.sum_parts(places, count, width, _FORMATS[out.dtype], _place(out, out.dtype, (count, width)))
 
 
 def _part(part: Addend, width: int) -> tuple[tuple[int, int], int, int, int, int]:
@@ -109,7 +108,7 @@ def _part(part: Addend, width: int) -> tuple[tuple[int, int], int, int, int, int
     return _place(sums, stored, (size, width)), _FORMATS[stored], size, _vector(rows, torch.int64, size), weight
 
 
-def _place(values: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> tuple[int, int]:
+def _place(values: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, int]:
     """Address of a matrix on the CPU, and bytes from one row to the next."""
     row, column = values.stride()
     if values.dtype != dtype or values.shape != shape or not values.is_cpu or (column != 1 and shape[1] > 1):

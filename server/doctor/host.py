@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from expertd import _native
+import expertd._native as native
 from expertd.kernels.model.config import MoeConfig
 from expertd.server.doctor.finding import Finding, fail, ok, warn
 from expertd.server.options.config import Address, ServerConfig
@@ -135,7 +135,7 @@ def _obstacle_to_bind(address: Address) -> str | None:
 
 
 def check_native() -> Finding:
-    return ok("native core", f"computes with {_native.instruction_set()} on up to {_native.pool_size()} threads")
+    return ok("native core", f"computes with {native.instruction_set()} on up to {native.pool_size()} threads")
 
 
 def check_limits() -> Finding:

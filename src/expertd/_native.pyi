@@ -1,16 +1,18 @@
 """The native core, `native/`: what is too hot for Python, computed without the interpreter's lock where that is long.
 
 Memory comes as addresses in this process, which must hold what is stated and stay alive during the call; nothing checks
-that here. `expertd.kernels.numerics.tokens` takes tensors instead, and does. Elements of a row lie side by side, aligned
-or not; `Place` is the address of a matrix and the bytes from one of its rows to the next.
+that here. `expertd.kernels.numerics.tokens` takes tensors instead, and does. Elements of a row lie side by side,
+aligned or not; `Place` is the address of a matrix and the bytes from one of its rows to the next.
 
 Results depend neither on the instruction set nor on the number of threads. Above 256 KiB a call spreads over threads
 that all calls share: as many as there are usable CPUs (affinity and cgroup quota), but no more than 8, the calling one
 among them. They start when they are first needed, and anew in a child made by fork.
 """
 
-from collections.abc import Buffer, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
+
+from typing_extensions import Buffer
 
 Place: TypeAlias = tuple[int, int]
 Format: TypeAlias = int
