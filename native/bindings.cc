@@ -75,8 +75,8 @@ py::tuple split_at(Address ids, Address weights, std::size_t tokens, std::size_t
   std::vector<std::int32_t> orphans;
   const Choice choice{values<std::int32_t>(ids, tokens * top_k), values<float>(weights, tokens * top_k), top_k};
   const Parts parts{at<std::int64_t>(out[0]), at<std::int32_t>(out[1]), at<float>(out[2])};
-  const auto counts = unlocked(
-      tokens * top_k * 8, [&] { return split(choice, values<std::int64_t>(owner, experts), parts, orphans); });
+  const auto counts =
+      unlocked(tokens * top_k * 8, [&] { return split(choice, values<std::int64_t>(owner, experts), parts, orphans); });
   return py::make_tuple(counts, orphans);
 }
 

@@ -26,29 +26,30 @@ FLAGS = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off", 
 Settings = dict[str, str | list[str] | None]
 
 
-def get_requires_for_build_wheel(config_settings: Settings | None = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *compiler_requirement()]
-
-
-def get_requires_for_build_editable(config_settings: Settings | None = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_editable(config_settings), *compiler_requirement()]
-
-
-def compiler_requirement() -> list[str]:
-    return [] if has_compiler() else [ZIG]
-
-
 def has_compiler() -> bool:
     """Whether the C++ compiler of $CXX, or else the one that Python was built with, is there."""
     command = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
     return shutil.which(shlex.split(command)[0]) is not None
 
 
+# Asked once: `extension` names zig in $CXX.
+HAS_COMPILER = has_compiler()
+COMPILER = [] if HAS_COMPILER else [ZIG]
+
+
+def get_requires_for_build_wheel(config_settings: Settings | None = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *COMPILER]
+
+
+def get_requires_for_build_editable(config_settings: Settings | None = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_editable(config_settings), *COMPILER]
+
+
 def extension() -> Pybind11Extension:
     """`expertd._native`, compiled by zig where there is no other compiler."""
     from pybind11.setup_helpers import Pybind11Extension
 
-    if not has_compiler():
+    if not HAS_COMPILER:
         zig = shlex.join([sys.executable, "-m", "ziglang", "c++"])
         if sys.platform == "linux":
             zig += f" -target {ZIG_TARGETS[os.uname().machine]}"

@@ -33,8 +33,7 @@ constexpr std::uint32_t look_up(const Table& table, std::uint32_t crc) {
 constexpr Table FOUR_ZEROS = [] {
   Table table{};
   for (std::uint32_t byte = 0; byte < 256; ++byte)
-    for (std::uint32_t place = 0, crc = byte; place < 4; ++place)
-      table[3 - place][byte] = crc = after_zero_byte(crc);
+    for (std::uint32_t place = 0, crc = byte; place < 4; ++place) table[3 - place][byte] = crc = after_zero_byte(crc);
   return table;
 }();
 

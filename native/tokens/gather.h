@@ -9,8 +9,8 @@
 
 namespace expertd {
 
-// out[i] = source[indices[i]], rows of `row_bytes`. Throws std::out_of_range, before it writes, for an index that is not
-// below `rows`.
+// out[i] = source[indices[i]], rows of `row_bytes`. Throws std::out_of_range, before it writes, for an index that is
+// not below `rows`.
 void gather(Rows source, std::size_t rows, std::size_t row_bytes, std::span<const std::int64_t> indices,
             WritableRows out);
 

@@ -10,8 +10,8 @@ namespace expertd {
 
 constexpr std::size_t QUANTIZATION_BLOCK = 128;
 
-// hidden [tokens, width] of `format` -> out [tokens, width] E4M3, scales [tokens, width / 128] FP32; width is a multiple
-// of 128. Bit-equal to expertd.kernels.numerics.quantize.quantize_activations.
+// hidden [tokens, width] of `format` -> out [tokens, width] E4M3, scales [tokens, width / 128] FP32; width is a
+// multiple of 128. Bit-equal to expertd.kernels.numerics.quantize.quantize_activations.
 void quantize(Rows hidden, Format format, std::size_t tokens, std::size_t width, WritableRows out, WritableRows scales);
 
 }  // namespace expertd

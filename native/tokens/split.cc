@@ -31,7 +31,8 @@ std::vector<std::pair<std::int64_t, std::size_t>> split(const Choice& choice, st
                                                         const Parts& out, std::vector<std::int32_t>& orphans) {
   const std::size_t top_k = choice.top_k;
   const auto last = std::max_element(owner.begin(), owner.end());
-  std::vector<Server> servers(last == owner.end() ? 0 : static_cast<std::size_t>(std::max<std::int64_t>(*last, -1) + 1));
+  std::vector<Server> servers(last == owner.end() ? 0
+                                                  : static_cast<std::size_t>(std::max<std::int64_t>(*last, -1) + 1));
   for_each_pair(choice, owner, [&](std::size_t pair, std::int64_t server) {
     if (server < 0) return orphans.push_back(choice.ids[pair]);
     Server& mine = servers[static_cast<std::size_t>(server)];
@@ -64,7 +65,8 @@ std::vector<std::pair<std::int64_t, std::size_t>> split(const Choice& choice, st
 
 std::vector<std::int64_t> count_pairs(std::span<const std::int32_t> ids) {
   const auto last = std::max_element(ids.begin(), ids.end());
-  std::vector<std::int64_t> pairs(last == ids.end() ? 0 : static_cast<std::size_t>(std::max(*last, -1) + std::int64_t{1}));
+  std::vector<std::int64_t> pairs(last == ids.end() ? 0
+                                                    : static_cast<std::size_t>(std::max(*last, -1) + std::int64_t{1}));
   for (const std::int32_t id : ids)
     if (id >= 0) ++pairs[static_cast<std::size_t>(id)];
   return pairs;

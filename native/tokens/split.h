@@ -23,8 +23,9 @@ struct Parts {
   float* weights;        // [rows, top_k]: 0 beside a -1
 };
 
-// (server, rows of its part), ascending. `owner` has each expert's server, negative for nobody. Where experts without an
-// owner are chosen, `orphans` gets them and nothing is written. Throws std::out_of_range for an expert that `owner` lacks.
+// (server, rows of its part), ascending. `owner` has each expert's server, negative for nobody. Where experts without
+// an owner are chosen, `orphans` gets them and nothing is written. Throws std::out_of_range for an expert that `owner`
+// lacks.
 std::vector<std::pair<std::int64_t, std::size_t>> split(const Choice& choice, std::span<const std::int64_t> owner,
                                                         const Parts& out, std::vector<std::int32_t>& orphans);
 
