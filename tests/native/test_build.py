@@ -96,7 +96,7 @@ def test_sanitizers_find_nothing(kind: str, tmp_path: Path) -> None:
     run("g++", *options, *FLAGS, *PYTHON, *SOURCES, "-o", str(package / f"_native{SUFFIX}"))
     # With the library that throws: the runtime looks for it once, at the start, to watch exceptions.
     preloaded = [run("g++", f"-print-file-name={name}").strip() for name in (RUNTIMES[kind], "libstdc++.so")]
-    pytest_here = ("-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:asyncio")
+    pytest_here = ("-m", "pytest", "-q", "--capture=no", "--noconftest", "-p", "no:cacheprovider", "-p", "no:asyncio")
     done = run(
         sys.executable,
         *pytest_here,
