@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE_SOURCES := $(wildcard native/*.cc native/*/*.cc native/*/*.h)
 
 .PHONY: demo test image-test chaos check format proto lock released docs clean
 
@@ -29,6 +30,7 @@ check: $(STAMP)  ## style, types, rooms, that the generated code matches the .pr
 	$(BIN)/lint-imports --no-cache --no-logo
 	@git ls-files '*.py' | xargs dirname | sort | uniq -c | awk '$$1 > $(ROOM) { print $$2 " has " $$1 " modules, more than $(ROOM): give them rooms"; bad = 1 } END { exit bad }'
 	@! git grep -nE '$(TEST_IMPORT)' -- tests || { echo "tests do not import tests: what they share is in tests/support"; exit 1; }
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
 	$(MAKE) --no-print-directory proto OUT=$$(mktemp -d) CHECK=1
 	$(BIN)/buf lint proto
 	$(BIN)/buf format --diff --exit-code proto
@@ -37,6 +39,7 @@ check: $(STAMP)  ## style, types, rooms, that the generated code matches the .pr
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(NATIVE_SOURCES)
 
 # protoc runs from src/ so that the generated imports say expertd.proto.
 OUT ?= src
@@ -54,7 +57,8 @@ docs: $(STAMP)  ## regenerate docs/configuration.md, docs/performance.md and its
 	$(BIN)/python -m docs.generate.configuration
 	$(BIN)/python -m docs.generate.performance
 
-$(STAMP): pyproject.toml
+# The native core is compiled by the package's build, into src/expertd/.
+$(STAMP): pyproject.toml setup.py native/building.py $(NATIVE_SOURCES)
 	@echo "setting up $(VENV) (about two minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[server,client,test]'
@@ -73,4 +77,4 @@ lock: $(STAMP)  ## resolve again what the images install
 	  --extra $$extra --find-links $(CPU_TORCH) -o requirements/$$extra.lock || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info src/expertd/_native*.so

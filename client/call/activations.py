@@ -11,6 +11,7 @@ from expertd.client.base.blocks import BLOCK_TOKENS, start_blocks
 from expertd.client.call.dispatch import take_rows
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.quantize import FP8, quantize_activations
+from expertd.kernels.numerics.tokens import quantize_into
 
 
 class Activations:
@@ -30,7 +31,7 @@ class Activations:
         scales = self._scales = torch.empty(num_tokens, self.width // BLOCK)
 
         def quantize(rows: slice) -> None:
-            hidden[rows], scales[rows] = quantize_activations(tokens[rows])
+            quantize_into(tokens[rows], hidden[rows], scales[rows])
 
         self._ready = start_blocks(num_tokens, quantize)
 

@@ -1,7 +1,4 @@
-"""Which tokens and expert ids go to which server, and whether what came back covers them: pure functions.
-
-NumPy does the small work: torch may spread even that over all cores, which costs more than the work itself.
-"""
+"""Which tokens and expert ids go to which server, and whether what came back covers them: pure functions."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from expertd.client.call.choice import NOBODY
 from expertd.client.fleet.ownership import name_experts
+from expertd.kernels.numerics.tokens import Addend, count_pairs, gather, split_by_owner, sum_into
 from expertd.proto.base.errors import ServerFault, Unavailable
 from expertd.proto.codec import ExecuteResult
 
@@ -47,8 +45,7 @@ class Work:
 
     def expected_receipt(self) -> dict[int, int]:
         """(token, expert) pairs by global expert id."""
-        pairs = np.bincount(self.expert_ids.numpy().ravel() + 1)
-        return {expert: count for expert, count in enumerate(pairs[1:].tolist()) if count}
+        return count_pairs(self.expert_ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +59,8 @@ class Dispatch(Work):
 class Contribution:
     """Partial sums of some rows of a block of tokens."""
 
-    rows: slice | npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    """[n], ascending."""
     sums: Tensor
     """[n, H]."""
 
@@ -73,25 +71,10 @@ def plan_dispatch(expert_ids: Tensor, weights: Tensor, chosen: Tensor) -> list[D
     `chosen` is [n_routed_experts] int64: the server that is to compute each expert, or `NOBODY`. Raises `Unavailable`,
     naming them, for experts that nobody computes now.
     """
-    ids, pair_weights = expert_ids.numpy(), weights.numpy()
-    servers = np.where(ids >= 0, chosen.numpy()[ids], NOBODY)
-    orphans = ids[(servers == NOBODY) & (ids >= 0)]
-    if len(orphans):
-        raise Unavailable(f"no server that can be reached owns {name_experts(np.unique(orphans).tolist())}")
-    dispatches = []
-    for server in np.unique(servers[servers != NOBODY]).tolist():
-        mine = servers == server
-        tokens = mine.any(axis=1).nonzero()[0]
-        pairs = mine[tokens]
-        dispatches.append(
-            Dispatch(
-                server=server,
-                tokens=torch.from_numpy(tokens),
-                expert_ids=torch.from_numpy(np.where(pairs, ids[tokens], np.int32(-1))),
-                weights=torch.from_numpy(np.where(pairs, pair_weights[tokens], np.float32(0))),
-            )
-        )
-    return dispatches
+    parts, orphans = split_by_owner(expert_ids, weights, chosen)
+    if orphans:
+        raise Unavailable(f"no server that can be reached owns {name_experts(sorted(set(orphans)))}")
+    return [Dispatch(*part, server=server) for server, part in parts]
 
 
 def leave_out(work: Work, chosen: Tensor) -> tuple[Work, Work]:
@@ -143,10 +126,10 @@ def check_receipt(work: Work, receipt: Mapping[int, int], server: str) -> None:
 
 def take_rows(values: Tensor, tokens: Tensor) -> Tensor:
     """`values[tokens]` for ascending tokens, without a copy where they are all in a row."""
-    if values.is_cuda:
-        rows = _index(tokens.numpy())
-        return values[rows] if isinstance(rows, slice) else values[tokens.to(values.device)]
-    return torch.from_numpy(values.view(torch.uint8).numpy()[_index(tokens.numpy())]).view(values.dtype)
+    rows = _index(tokens.numpy())
+    if isinstance(rows, slice):
+        return values[rows]
+    return values[tokens.to(values.device)] if values.is_cuda else gather(values, tokens)
 
 
 def contributions(
@@ -160,7 +143,7 @@ def contributions(
         edges = np.searchsorted(tokens, np.arange(first, last + 2) * block_tokens)
         for block, (begin, end) in enumerate(pairwise(edges.tolist()), first):
             if begin < end:
-                rows = _index(tokens[begin:end] - block * block_tokens)
+                rows = tokens[begin:end] - block * block_tokens
                 blocks[block].append(Contribution(rows, result.partials[begin:end]))
     return blocks
 
@@ -170,15 +153,16 @@ def combine(out: Tensor, contributions: Sequence[Contribution]) -> None:
     if len(contributions) == 1 and len(contributions[0].sums) == len(out):
         out.copy_(contributions[0].sums)
         return
+    if not out.is_cuda:
+        sum_into(out, [Addend(part.sums, torch.from_numpy(part.rows)) for part in contributions])
+        return
     total = torch.zeros(out.shape, device=out.device)
     for part in contributions:
-        # The tokens of a part differ from each other, so that each of them is added.
-        if not out.is_cuda:
-            total.numpy()[part.rows] += part.sums.float().numpy()
-        elif isinstance(part.rows, slice):
-            total[part.rows].add_(part.sums)
+        rows = _index(part.rows)
+        if isinstance(rows, slice):
+            total[rows].add_(part.sums)
         else:
-            total.index_add_(0, torch.from_numpy(part.rows).to(out.device), part.sums.float())
+            total.index_add_(0, torch.from_numpy(rows).to(out.device), part.sums.float())
     out.copy_(total)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from crc32c import crc32c
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
+from expertd._native import crc32c
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import ExpertdError, InvalidBatch, ServerFault, error_from_status
 from expertd.proto.codec.raw import RawResponse

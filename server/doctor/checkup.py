@@ -14,7 +14,14 @@ from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
 from expertd.kernels.weights.experts import layer_bytes
 from expertd.kernels.weights.ledger import Ledger
 from expertd.server.doctor.finding import Finding, fail, ok
-from expertd.server.doctor.host import check_gpu, check_limits, check_memory, check_ports, check_shared_memory
+from expertd.server.doctor.host import (
+    check_gpu,
+    check_limits,
+    check_memory,
+    check_native,
+    check_ports,
+    check_shared_memory,
+)
 from expertd.server.doctor.peers import check_certificates, check_peer
 from expertd.server.options.config import InvalidOption, ServerConfig
 
@@ -61,6 +68,7 @@ def examine(config: ServerConfig, peers: list[str], peer_ca: Path | None) -> Ite
     except (CheckpointError, InvalidConfig) as error:
         yield fail("checkpoint", str(error))
     yield from check_ports(config)
+    yield check_native()
     yield check_limits()
     yield check_shared_memory()
     yield from check_certificates(config)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import expertd._native as native
 from expertd.kernels.model.config import MoeConfig
 from expertd.server.doctor.finding import Finding, fail, ok, warn
 from expertd.server.options.config import Address, ServerConfig
@@ -131,6 +132,10 @@ def _obstacle_to_bind(address: Address) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def check_native() -> Finding:
+    return ok("native core", f"computes with {native.instruction_set()} on up to {native.pool_size()} threads")
 
 
 def check_limits() -> Finding:

@@ -51,6 +51,7 @@ async def test_a_machine_that_can_serve_passes(small_model: Path, capsys: pytest
     texts = {item["check"]: item["text"] for item in findings}
     assert set(texts) == {
         "gpu",
+        "native core",
         "checkpoint",
         "host memory",
         "ports",

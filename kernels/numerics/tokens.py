@@ -1,0 +1,128 @@
+"""Token functions on CPU tensors, which the native core computes: what it takes as addresses is checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import expertd._native as native
+from expertd.kernels.model.config import BLOCK
+from expertd.kernels.numerics.quantize import FP8
+
+_FORMATS = {torch.bfloat16: native.BFLOAT16, torch.float16: native.FLOAT16, torch.float32: native.FLOAT32}
+
+
+class Addend(NamedTuple):
+    """What is added to some rows of a sum."""
+
+    sums: Tensor
+    """[n, H] bfloat16, float16 or float32."""
+    rows: Tensor
+    """[n] int64: the row of the result for each, ascending."""
+    weights: Tensor | None = None
+    """[n] float32: what each is multiplied with."""
+
+
+def quantize_into(hidden: Tensor, out: Tensor, scales: Tensor) -> None:
+    """Quantise [T, H] of any float dtype to `out` [T, H] float8_e4m3fn, `scales` [T, H/128] float32.
+
+    The bits are those of `quantize_activations`.
+    """
+    stored = hidden.dtype
+    if stored not in _FORMATS:
+        quantize_into(hidden.float(), out, scales)
+        return
+    tokens, width = shape = hidden.shape
+    native.quantize(
+        _place(hidden, stored, shape),
+        _FORMATS[stored],
+        tokens,
+        width,
+        _place(out, FP8, shape),
+        _place(scales, torch.float32, (tokens, width // BLOCK)),
+    )
+
+
+def gather(values: Tensor, rows: Tensor) -> Tensor:
+    """`values[rows]`: of [T, n], the [m] int64 `rows`, at least one."""
+    count, width = values.shape
+    row_bytes, size = width * values.itemsize, len(rows)
+    # NumPy's memory comes in huge pages, where a new tensor's first touch costs more than the copy.
+    out = torch.from_numpy(np.empty((size, row_bytes), np.uint8))
+    place = _place(values, values.dtype, (count, width))
+    native.gather(place, count, row_bytes, _vector(rows, torch.int64, size), size, (out.data_ptr(), row_bytes))
+    return out.view(values.dtype)
+
+
+def split_by_owner(ids: Tensor, weights: Tensor, owner: Tensor) -> tuple[list[tuple[int, list[Tensor]]], list[int]]:
+    """Sort [T, k] int32 ids, -1 for none, and float32 weights by server, as `owner` [n_routed_experts] int64 has it.
+
+    Returns (server, [[n] int64 tokens, [n, k] int32 ids, [n, k] float32 weights]), ascending, and the chosen experts
+    that nobody owns; with any of these there is nothing else.
+    """
+    tokens, top_k = ids.shape
+    room = tokens * top_k
+    ids, weights = ids.contiguous(), weights.contiguous()
+    out = torch.empty(room, dtype=torch.int64), ids.new_empty(room, top_k), weights.new_empty(room, top_k)
+    sizes, orphans = native.split(
+        _vector(ids, torch.int32, room),
+        _vector(weights, torch.float32, room),
+        tokens,
+        top_k,
+        _vector(owner, torch.int64, len(owner)),
+        len(owner),
+        (out[0].data_ptr(), out[1].data_ptr(), out[2].data_ptr()),
+    )
+    # The rest of the room was never touched, so that it costs no memory.
+    counts = [count for _, count in sizes]
+    pieces = zip(*(each[: sum(counts)].split(counts) for each in out), strict=True)
+    return [(server, list(piece)) for (server, _), piece in zip(sizes, pieces, strict=True)], orphans
+
+
+def count_pairs(ids: Tensor) -> dict[int, int]:
+    """How often int32 `ids` of any shape name each expert, ascending; -1 is none."""
+    count = ids.numel()
+    return native.count_pairs(_vector(ids.contiguous(), torch.int32, count), count)
+
+
+def sum_into(out: Tensor, parts: Sequence[Addend]) -> None:
+    """Write to each row of `out` [T, H] of any float dtype its parts, added in FP32 to 0 in the order of `parts`."""
+    if out.dtype not in (torch.bfloat16, torch.float32):
+        total = torch.empty(out.shape)
+        sum_into(total, parts)
+        out.copy_(total)
+        return
+    count, width = out.shape
+    places = [_part(part, width) for part in parts]
+    native.sum_parts(places, count, width, _FORMATS[out.dtype], _place(out, out.dtype, (count, width)))
+
+
+def _part(part: Addend, width: int) -> tuple[tuple[int, int], int, int, int, int]:
+    sums, rows, weights = part
+    size, stored = len(rows), sums.dtype
+    weight = 0 if weights is None else _vector(weights, torch.float32, size)
+    return _place(sums, stored, (size, width)), _FORMATS[stored], size, _vector(rows, torch.int64, size), weight
+
+
+def _place(values: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, int]:
+    """Address of a matrix on the CPU, and bytes from one row to the next."""
+    row, column = values.stride()
+    if values.dtype != dtype or values.shape != shape or not values.is_cpu or (column != 1 and shape[1] > 1):
+        raise ValueError(
+            f"{values.dtype} {list(values.shape)}, strides {values.stride()}, on {values.device}:"
+            f" it must be {dtype} {list(shape)} with whole rows on the CPU"
+        )
+    return values.data_ptr(), row * values.itemsize
+
+
+def _vector(values: Tensor, dtype: torch.dtype, size: int) -> int:
+    """Address of contiguous values of any shape on the CPU."""
+    if values.dtype != dtype or values.numel() != size or not values.is_cpu or not values.is_contiguous():
+        raise ValueError(
+            f"{values.dtype} {list(values.shape)} on {values.device}: it must be {size} contiguous {dtype} on the CPU"
+        )
+    return values.data_ptr()

@@ -1,0 +1,11 @@
+// How many processors this process may use.
+#pragma once
+
+#include <cstddef>
+
+namespace expertd {
+
+// By affinity and the quotas of its cgroups, rounded up; at least 1.
+std::size_t usable_cpus();
+
+}  // namespace expertd

@@ -1,0 +1,60 @@
+// A few threads on which large computations spread, shared by everything in the process.
+#pragma once
+
+#include <unistd.h>
+
+#include <condition_variable>
+#include <cstddef>
+#include <deque>
+#include <mutex>
+#include <type_traits>
+
+namespace expertd {
+
+class Pool {
+ public:
+  // This process's. A child made by fork, to which no thread came along, gets a new one; the old one is left alone,
+  // since its lock may be held for ever.
+  static Pool& of_process();
+
+  // Threads that compute at once at most, who asks among them: one a usable CPU, but no more than 8.
+  std::size_t size() const noexcept { return size_; }
+
+  // Calls `work(piece)` for every piece from 0 to `pieces` - 1, in any order, here and on threads that are idle, and
+  // returns when all are done. `work` must not throw: nobody would catch it on a thread of the pool.
+  template <typename Work>
+  void run(std::size_t pieces, const Work& work) {
+    static_assert(std::is_nothrow_invocable_v<const Work&, std::size_t>);
+    const auto call = [](const void* context, std::size_t piece) noexcept {
+      (*static_cast<const Work*>(context))(piece);
+    };
+    if (pieces > 1 && size_ > 1) return share({call, &work, pieces, 0, pieces});
+    for (std::size_t piece = 0; piece < pieces; ++piece) work(piece);
+  }
+
+ private:
+  struct Job {
+    void (*call)(const void* context, std::size_t piece) noexcept;
+    const void* context;
+    std::size_t pieces;
+    std::size_t next;        // the first piece that nobody took
+    std::size_t unfinished;  // pieces
+  };
+
+  explicit Pool(std::size_t size);
+  void share(Job job);
+  void start_threads(std::size_t wanted);
+  void help() noexcept;
+  void work_on(Job& job, std::unique_lock<std::mutex>& lock) noexcept;
+
+  const pid_t pid_;
+  const std::size_t size_;
+  std::mutex lock_;
+  std::condition_variable posted_;
+  std::condition_variable finished_;
+  // Those with pieces that nobody took. They live on the stacks of who asks, who waits until none is unfinished.
+  std::deque<Job*> jobs_;
+  std::size_t threads_ = 0;
+};
+
+}  // namespace expertd

@@ -1,0 +1,121 @@
+// The Python face of the native core; expertd/_native.pyi is its document.
+//
+// Memory comes as addresses: a tensor's are cheaper to ask for in Python (0.1 us each) than any protocol is to follow.
+// What they must hold is checked by expertd.kernels.numerics.tokens, the only module that passes them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "base/crc32c.h"
+#include "base/instructions.h"
+#include "base/pool.h"
+#include "tokens/gather.h"
+#include "tokens/quantize.h"
+#include "tokens/split.h"
+#include "tokens/sum.h"
+
+namespace py = pybind11;
+
+namespace expertd {
+namespace {
+
+using Address = std::uintptr_t;
+using Place = std::pair<Address, std::ptrdiff_t>;
+
+// Work in bytes from which on other Python threads may run meanwhile; giving the lock up and asking for it again costs
+// less than a microsecond, but beside a busy thread it may take 5 ms to come back.
+constexpr std::size_t LONG_BYTES = 64 << 10;
+
+// Safe as far as the caller's word: the address of `Value`s that the caller owns and keeps alive during the call.
+template <typename Value>
+Value* at(Address address) {
+  return reinterpret_cast<Value*>(address);  // NOLINT(performance-no-int-to-ptr)
+}
+
+template <typename Value>
+std::span<const Value> values(Address address, std::size_t count) {
+  return {at<const Value>(address), count};
+}
+
+Rows rows(const Place& place) { return {at<const std::byte>(place.first), place.second}; }
+WritableRows writable(const Place& place) { return {at<std::byte>(place.first), place.second}; }
+
+template <typename Work>
+auto unlocked(std::size_t bytes, const Work& work) {
+  if (bytes < LONG_BYTES) return work();
+  const py::gil_scoped_release released;
+  return work();
+}
+
+std::uint32_t checksum(const py::buffer& data, std::uint32_t before) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE)) throw py::error_already_set();
+  const auto size = static_cast<std::size_t>(view.len);
+  const std::uint32_t crc =
+      unlocked(size, [&] { return crc32c(before, static_cast<const std::byte*>(view.buf), size); });
+  PyBuffer_Release(&view);
+  return crc;
+}
+
+void quantize_at(const Place& hidden, int format, std::size_t tokens, std::size_t width, const Place& out,
+                 const Place& scales) {
+  if (width % QUANTIZATION_BLOCK) throw std::invalid_argument("the width must be a multiple of 128");
+  unlocked(tokens * width, [&] {
+    quantize(rows(hidden), static_cast<Format>(format), tokens, width, writable(out), writable(scales));
+  });
+}
+
+void gather_at(const Place& source, std::size_t count, std::size_t row_bytes, Address indices, std::size_t wanted,
+               const Place& out) {
+  unlocked(wanted * row_bytes,
+           [&] { gather(rows(source), count, row_bytes, values<std::int64_t>(indices, wanted), writable(out)); });
+}
+
+py::tuple split_at(Address ids, Address weights, std::size_t tokens, std::size_t top_k, Address owner,
+                   std::size_t experts, const std::array<Address, 3>& out) {
+  std::vector<std::int32_t> orphans;
+  const Choice choice{values<std::int32_t>(ids, tokens * top_k), values<float>(weights, tokens * top_k), top_k};
+  const Parts parts{at<std::int64_t>(out[0]), at<std::int32_t>(out[1]), at<float>(out[2])};
+  const auto counts =
+      unlocked(tokens * top_k * 8, [&] { return split(choice, values<std::int64_t>(owner, experts), parts, orphans); });
+  return py::make_tuple(counts, orphans);
+}
+
+py::dict count_pairs_at(Address ids, std::size_t count) {
+  const auto pairs = count_pairs(values<std::int32_t>(ids, count));
+  py::dict found;
+  for (std::size_t expert = 0; expert < pairs.size(); ++expert)
+    if (pairs[expert]) found[py::int_(expert)] = pairs[expert];
+  return found;
+}
+
+using PartAt = std::tuple<Place, int, std::size_t, Address, Address>;
+
+void sum_at(const std::vector<PartAt>& listed, std::size_t count, std::size_t width, int format, const Place& out) {
+  std::vector<Part> parts;
+  std::size_t bytes = 0;
+  for (const auto& [sums, stored, size, indices, weights] : listed) {
+    const auto kind = static_cast<Format>(stored);
+    parts.push_back({rows(sums), kind, size, at<const std::int64_t>(indices), at<const float>(weights)});
+    bytes += size * width * size_of(kind);
+  }
+  unlocked(bytes, [&] { sum(parts, count, width, static_cast<Format>(format), writable(out)); });
+}
+
+}  // namespace
+}  // namespace expertd
+
+PYBIND11_MODULE(_native, module) {
+  using namespace expertd;
+  module.attr("BFLOAT16") = static_cast<int>(Format::bfloat16);
+  module.attr("FLOAT16") = static_cast<int>(Format::float16);
+  module.attr("FLOAT32") = static_cast<int>(Format::float32);
+  module.def("instruction_set", [] { return std::string(name(instructions())); });
+  module.def("use_instruction_set", [](const std::string& wanted) { return use(wanted); });
+  module.def("pool_size", [] { return Pool::of_process().size(); });
+  module.def("crc32c", &checksum, py::arg("data"), py::arg("value") = 0);
+  module.def("quantize", &quantize_at);
+  module.def("gather", &gather_at);
+  module.def("split", &split_at);
+  module.def("count_pairs", &count_pairs_at);
+  module.def("sum_parts", &sum_at);
+}

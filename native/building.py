@@ -1,0 +1,65 @@
+"""setuptools' build backend, with a compiler from PyPI where the machine has none; how the extension is compiled."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403  # the hooks that stay as they are
+
+if TYPE_CHECKING:
+    from pybind11.setup_helpers import Pybind11Extension
+
+NATIVE = Path(__file__).parent
+ZIG = "ziglang>=0.13"
+# The oldest glibc that runs the Pythons that expertd supports; without a target zig compiles for this processor alone.
+ZIG_TARGETS = {"x86_64": "x86_64-linux-gnu.2.17", "aarch64": "aarch64-linux-gnu.2.17"}
+# No contraction to FMA, which would change sums. Nobody reads floating-point flags: loops become branchless without.
+FLAGS = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-pthread"]
+
+Settings = dict[str, str | list[str] | None]
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler of $CXX, or else the one that Python was built with, is there."""
+    command = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    return shutil.which(shlex.split(command)[0]) is not None
+
+
+# Asked once: `extension` names zig in $CXX.
+HAS_COMPILER = has_compiler()
+COMPILER = [] if HAS_COMPILER else [ZIG]
+
+
+def get_requires_for_build_wheel(config_settings: Settings | None = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *COMPILER]
+
+
+def get_requires_for_build_editable(config_settings: Settings | None = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_editable(config_settings), *COMPILER]
+
+
+def extension() -> Pybind11Extension:
+    """`expertd._native`, compiled by zig where there is no other compiler."""
+    from pybind11.setup_helpers import Pybind11Extension
+
+    if not HAS_COMPILER:
+        zig = shlex.join([sys.executable, "-m", "ziglang", "c++"])
+        if sys.platform == "linux":
+            zig += f" -target {ZIG_TARGETS[os.uname().machine]}"
+        os.environ.update(CC=zig, CXX=zig, LDSHARED=f"{zig} -shared", LDCXXSHARED=f"{zig} -shared")
+    root = NATIVE.parent
+    return Pybind11Extension(
+        "expertd._native",
+        [str(path.relative_to(root)) for path in sorted(NATIVE.rglob("*.cc"))],
+        include_dirs=[str(NATIVE.relative_to(root))],
+        depends=[str(path.relative_to(root)) for path in sorted(NATIVE.rglob("*.h"))],
+        extra_compile_args=FLAGS,
+        cxx_std=20,
+    )

@@ -1,0 +1,49 @@
+// Matrices in memory that belongs to the caller, who keeps it alive and unchanged during a call.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+
+#include "base/instructions.h"
+#include "base/pool.h"
+
+namespace expertd {
+
+// Elements of a row lie side by side; nothing is aligned.
+template <typename Byte>
+struct RowsOf {
+  Byte* data;
+  std::ptrdiff_t stride;  // bytes from one row to the next, of any sign
+
+  Byte* operator[](std::size_t row) const noexcept { return data + static_cast<std::ptrdiff_t>(row) * stride; }
+};
+using Rows = RowsOf<const std::byte>;
+using WritableRows = RowsOf<std::byte>;
+
+// memcpy, since tensors in messages lie at any address: compilers make one instruction of it.
+template <typename Value>
+EXPERTD_INLINE Value load(const std::byte* from, std::size_t index = 0) noexcept {
+  Value value;
+  std::memcpy(&value, from + index * sizeof value, sizeof value);
+  return value;
+}
+
+template <typename Value>
+EXPERTD_INLINE void store(std::byte* to, std::size_t index, Value value) noexcept {
+  std::memcpy(to + index * sizeof value, &value, sizeof value);
+}
+
+// Bytes for which waking another thread (some 10 us) pays.
+constexpr std::size_t PIECE_BYTES = 256 << 10;
+
+// Calls `work(first, end)` for runs of rows that together are all `rows`, on the pool where they are large.
+template <typename Work>
+void spread(std::size_t rows, std::size_t row_bytes, const Work& work) {
+  const std::size_t run = PIECE_BYTES / (row_bytes + 1) + 1;
+  if (rows <= run) return work(0, rows);
+  Pool::of_process().run((rows + run - 1) / run, [&](std::size_t piece) noexcept {
+    work(piece * run, piece + 1 < (rows + run - 1) / run ? (piece + 1) * run : rows);
+  });
+}
+
+}  // namespace expertd

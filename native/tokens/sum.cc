@@ -1,0 +1,100 @@
+#include "tokens/sum.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace expertd {
+namespace {
+
+// Elements that are added up at once: their sums stay in the first cache.
+constexpr std::size_t TILE = 1024;
+
+// One part's contribution to one row.
+struct Source {
+  const std::byte* sums;
+  Format format;
+  bool weighted;
+  float weight;
+};
+
+template <typename Number>
+EXPERTD_INLINE void add(float* total, const Source& source, std::size_t at, std::size_t size) noexcept {
+  const std::byte* from = source.sums + at * sizeof(typename Number::Stored);
+  if (source.weighted)
+    for (std::size_t i = 0; i < size; ++i)
+      total[i] += Number::widen(load<typename Number::Stored>(from, i)) * source.weight;
+  else
+    for (std::size_t i = 0; i < size; ++i) total[i] += Number::widen(load<typename Number::Stored>(from, i));
+}
+
+template <typename Number>
+EXPERTD_INLINE void sum_row(std::span<const Source> sources, std::size_t width, std::byte* out) noexcept {
+  float total[TILE];
+  for (std::size_t at = 0; at < width; at += TILE) {
+    const std::size_t size = std::min(TILE, width - at);
+    std::fill_n(total, size, 0.0f);
+    for (const Source& source : sources) {
+      if (source.format == Format::bfloat16)
+        add<BFloat16>(total, source, at, size);
+      else if (source.format == Format::float16)
+        add<Float16>(total, source, at, size);
+      else
+        add<Float32>(total, source, at, size);
+    }
+    for (std::size_t i = 0; i < size; ++i) store(out, at + i, Number::narrow(total[i]));
+  }
+}
+
+// What is added to each row, row by row and in the order of `parts`: those of row i are [ends[i - 1], ends[i]).
+struct Plan {
+  std::vector<Source> sources;
+  std::vector<std::size_t> ends;
+
+  std::span<const Source> of(std::size_t row) const noexcept {
+    const std::size_t begin = row ? ends[row - 1] : 0;
+    return {sources.data() + begin, ends[row] - begin};
+  }
+};
+
+Plan plan(std::span<const Part> parts, std::size_t rows) {
+  std::vector<std::size_t> next(rows + 1);
+  for (const Part& part : parts)
+    for (std::size_t i = 0; i < part.count; ++i) {
+      if (static_cast<std::uint64_t>(part.rows[i]) >= rows || (i && part.rows[i - 1] >= part.rows[i]))
+        throw std::out_of_range("rows must ascend, each below " + std::to_string(rows));
+      ++next[static_cast<std::size_t>(part.rows[i]) + 1];
+    }
+  std::partial_sum(next.begin(), next.end(), next.begin());
+  std::vector<Source> sources(next.back());
+  for (const Part& part : parts)
+    for (std::size_t i = 0; i < part.count; ++i)
+      sources[next[static_cast<std::size_t>(part.rows[i])]++] = {part.sums[i], part.format, part.weights != nullptr,
+                                                                 part.weights ? part.weights[i] : 1};
+  // Each row's next place is now where it ends.
+  return {std::move(sources), std::move(next)};
+}
+
+template <typename Number>
+void sum_rows(const Plan& plan, std::size_t first, std::size_t end, std::size_t width, WritableRows out) noexcept {
+  compiled([=, &plan]() EXPERTD_INLINE_LAMBDA {
+    for (std::size_t row = first; row < end; ++row) sum_row<Number>(plan.of(row), width, out[row]);
+  });
+}
+
+}  // namespace
+
+void sum(std::span<const Part> parts, std::size_t rows, std::size_t width, Format format, WritableRows out) {
+  const Plan sources = plan(parts, rows);
+  spread(rows, width * size_of(format) * 2, [&](std::size_t first, std::size_t end) noexcept {
+    if (format == Format::bfloat16)
+      sum_rows<BFloat16>(sources, first, end, width, out);
+    else
+      sum_rows<Float32>(sources, first, end, width, out);
+  });
+}
+
+}  // namespace expertd

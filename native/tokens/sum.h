@@ -1,0 +1,26 @@
+// Partial sums of servers, added up.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "tokens/number.h"
+#include "tokens/rows.h"
+
+namespace expertd {
+
+// What one server gives to some rows of the result.
+struct Part {
+  Rows sums;  // [count, width]
+  Format format;
+  std::size_t count;
+  const std::int64_t* rows;  // [count]: the row of the result that each belongs to, ascending
+  const float* weights;      // [count]: what each is multiplied with; null: 1
+};
+
+// out [rows, width] of `format`, which is not float16: to each row its parts added in FP32 to 0, in the order of
+// `parts`, then rounded once. Throws std::out_of_range, before it writes, unless a part's rows ascend below `rows`.
+void sum(std::span<const Part> parts, std::size_t rows, std::size_t width, Format format, WritableRows out);
+
+}  // namespace expertd
