@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
+#include <cstdio>
 #include <limits>
+#include <memory>
 #include <string>
 #include <thread>
 
@@ -24,23 +25,34 @@ double by_affinity() {
   return std::thread::hardware_concurrency();
 }
 
+// C's files: streams crash where this library brings a libstdc++ of its own beside that of others in the process.
+struct Close {
+  void operator()(std::FILE* file) const noexcept { std::fclose(file); }
+};
+using File = std::unique_ptr<std::FILE, Close>;
+
 // "quota period" in microseconds; a quota is "max" or -1 where there is none, and then reads as none.
-double quota(std::istream&& limit) {
+double quota(const std::string& path) {
+  const File limit(std::fopen(path.c_str(), "re"));
   double microseconds = 0;
   double period = 0;
-  return limit >> microseconds >> period && microseconds > 0 && period > 0 ? microseconds / period : UNLIMITED;
+  const bool read = limit && std::fscanf(limit.get(), "%lf %lf", &microseconds, &period) == 2;
+  return read && microseconds > 0 && period > 0 ? microseconds / period : UNLIMITED;
 }
 
 // The least quota of this process's cgroup and those above it, as far as they can be seen. Empty files elsewhere.
 double by_cgroups() {
   double least = UNLIMITED;
-  std::ifstream memberships("/proc/self/cgroup");
-  for (std::string line; std::getline(memberships, line);) {
-    if (!line.starts_with("0::")) continue;
-    for (std::string path = line.substr(3); !path.empty(); path.resize(path.rfind('/')))
-      least = std::min(least, quota(std::ifstream("/sys/fs/cgroup" + path + "/cpu.max")));
+  const File memberships(std::fopen("/proc/self/cgroup", "re"));
+  char line[4096];
+  while (memberships && std::fgets(line, sizeof line, memberships.get())) {
+    std::string path(line);
+    path.resize(path.find_last_not_of('\n') + 1);
+    if (!path.starts_with("0::")) continue;
+    for (path.erase(0, 3); !path.empty(); path.resize(path.rfind('/')))
+      least = std::min(least, quota("/sys/fs/cgroup" + path + "/cpu.max"));
   }
-  return std::min(least, quota(std::ifstream("/sys/fs/cgroup/cpu.max")));
+  return std::min(least, quota("/sys/fs/cgroup/cpu.max"));
 }
 
 }  // namespace
