@@ -13,7 +13,6 @@ Hugging Face models: `help("expertd.client.integrations.huggingface")`. The comm
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -62,10 +61,6 @@ __all__ = [
     "UnknownExpert",
     "load_gates",
 ]
-# gRPC's core writes to standard error on its own, a line for each connection that a server ends. What there is to say
-# expertd says, with its own log; who wants to hear gRPC as well sets the variable.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
 _HOMES = {
     "Checkpoint": "kernels.weights.checkpoint",
     "ClientSecurity": "client.transport.security",
