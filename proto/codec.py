@@ -33,6 +33,8 @@ PUSHBACK = "grpc-retry-pushback-ms"
 SERVICE = pb.DESCRIPTOR.services_by_name["ExpertShard"].full_name
 ENVELOPE_BYTES = 64 * 1024
 """More than all the fields of a message beside its tensors, receipt included."""
+MAX_REQUEST_FIELDS = 64
+"""Known or not: what reading a request costs is bounded before it is read."""
 CANCELLATION_ID = 2**64 - 1
 """The request_id of messages that cancel other requests; coordinators number theirs from 1."""
 
@@ -274,7 +276,7 @@ def encode_request(request: RawRequest) -> bytes:
 def parse_request(data: bytes) -> RawRequest:
     """Read a serialized ExecuteRequest; bytes that are none raise `InvalidBatch`."""
     try:
-        return RawRequest(**wire.read_known(memoryview(data), _REQUEST_FIELDS))  # type: ignore[arg-type]
+        return RawRequest(**wire.read_known(memoryview(data), _REQUEST_FIELDS, MAX_REQUEST_FIELDS))  # type: ignore[arg-type]
     except wire.MalformedMessage as error:
         name = pb.ExecuteRequest.DESCRIPTOR.full_name
         raise InvalidBatch(f"the {len(data)} bytes received are no {name}: {error}") from None
@@ -314,7 +316,7 @@ def decode_call(
     scales = _from_bytes("hidden_scales", hidden_scales, torch.float32, scales_shape)
     return ExecuteCall(
         request_id=message.request_id,
-        model_fingerprint=str(message.model_fingerprint, "utf-8", "replace"),
+        model_fingerprint=str(message.model_fingerprint, "utf-8", "surrogateescape"),
         placement_epoch=message.placement_epoch,
         layer=message.layer,
         hidden=_from_bytes("hidden", hidden, hidden_dtype, (tokens, width)),
@@ -369,7 +371,7 @@ def encode_error(request_id: int, error: ExpertdError) -> bytes:
 def parse_response(data: bytes | bytearray) -> RawResponse:
     """Read a serialized ExecuteResponse; bytes that are none raise `ServerFault`."""
     try:
-        return RawResponse(**wire.read_known(memoryview(data), _RESPONSE_FIELDS))  # type: ignore[arg-type]
+        return RawResponse(**wire.read_known(memoryview(data), _RESPONSE_FIELDS, len(data)))  # type: ignore[arg-type]
     except wire.MalformedMessage as error:
         raise ServerFault(f"malformed response of {len(data)} bytes: {error}") from None
 
