@@ -1,7 +1,7 @@
 """The lane's two ends as a Python module."""
 
 import importlib.util
-from typing import Any
+from types import ModuleType
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.native.lane.programs import extension
 
 
 @pytest.fixture(scope="session")
-def native() -> Any:
+def native() -> ModuleType:
     spec = importlib.util.spec_from_file_location("lane_testing", extension())
     assert spec is not None
     assert spec.loader is not None

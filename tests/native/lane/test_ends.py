@@ -10,8 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, ModuleType
 
 import pytest
 
@@ -24,7 +23,7 @@ class Pair:
     """A caller's end, and a server that turns when it is told to."""
 
     def __init__(
-        self, native: Any, size: int = SIZE, entries: int = ENTRIES, change: tuple[str, int, int] | None = None
+        self, native: ModuleType, size: int = SIZE, entries: int = ENTRIES, change: tuple[str, int, int] | None = None
     ) -> None:
         """`change` is a format, an offset and a value to write before the handover."""
         self.lane = native.ClientLane(size, entries)
@@ -65,7 +64,7 @@ class Pair:
 
 
 @pytest.fixture
-def pair(native: Any) -> Iterator[Pair]:
+def pair(native: ModuleType) -> Iterator[Pair]:
     pair = Pair(native)
     yield pair
     pair.lane.close()
@@ -89,7 +88,7 @@ def test_ring_wraps(pair: Pair) -> None:
     assert pair.word(64) == pair.word(128) == 300
 
 
-def test_thousand_tiny_requests_at_once(native: Any) -> None:
+def test_thousand_tiny_requests_at_once(native: ModuleType) -> None:
     pair = Pair(native, size=4 << 20, entries=1024)
     assert all(pair.post(index) for index in range(1000))
     while pair.server.served < 1000:
@@ -233,7 +232,7 @@ def test_forked_child_can_do_nothing(pair: Pair) -> None:
         (("<Q", 24, 2**64 - 64), "the data at 18446744073709551552"),
     ],
 )
-def test_wrong_geometry_is_refused(native: Any, change: tuple[str, int, int], reason: str) -> None:
+def test_wrong_geometry_is_refused(native: ModuleType, change: tuple[str, int, int], reason: str) -> None:
     assert reason in Pair(native, change=change).refusal
 
 
@@ -261,7 +260,7 @@ def test_wrong_words_end_the_lane_with_a_reason(pair: Pair, change: tuple[str, i
     assert reason.encode() in pair.lane.reason
 
 
-def test_lost_memory_reads_as_zeros_and_ends_the_lane(native: Any) -> None:
+def test_lost_memory_reads_as_zeros_and_ends_the_lane(native: ModuleType) -> None:
     descriptor = os.memfd_create("expertd")
     os.ftruncate(descriptor, 1 << 16)
     mapping = native.Mapping(descriptor, 1 << 16)
@@ -274,12 +273,12 @@ def test_lost_memory_reads_as_zeros_and_ends_the_lane(native: Any) -> None:
     os.close(descriptor)
 
 
-def test_mapping_of_what_cannot_be_written_is_refused(native: Any) -> None:
+def test_mapping_of_what_cannot_be_written_is_refused(native: ModuleType) -> None:
     with Path(os.devnull).open("rb") as file, pytest.raises(RuntimeError):
         native.Mapping(file.fileno(), 4096)
 
 
 @pytest.mark.parametrize(("size", "entries"), [(4096, 64), (SIZE, 63), (SIZE, 32), (SIZE, 8192)])
-def test_lane_that_cannot_be_is_not_made(native: Any, size: int, entries: int) -> None:
+def test_lane_that_cannot_be_is_not_made(native: ModuleType, size: int, entries: int) -> None:
     with pytest.raises(ValueError, match="a lane of"):
         native.ClientLane(size, entries)

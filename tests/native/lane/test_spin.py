@@ -1,6 +1,7 @@
 """When waiting threads spin."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ US, MS, S = 1_000, 1_000_000, 1_000_000_000
 MAX_NS = 3 * MS
 
 
-def spin_of(native: Any, *gaps: int, cpus: float = 64) -> tuple[Any, Any]:
+def spin_of(native: ModuleType, *gaps: int, cpus: float = 64) -> tuple[Any, Any]:
     machine = native.Machine()
     machine.cpus = cpus
     spin = native.Spin(machine, MAX_NS)
@@ -30,13 +31,13 @@ def spin_of(native: Any, *gaps: int, cpus: float = 64) -> tuple[Any, Any]:
         ([1 * S] * 100 + [10 * US] * 9, 40 * US),
     ],
 )
-def test_spins_twice_the_median_of_the_last_gaps(native: Any, gaps: list[int], budget: int) -> None:
+def test_spins_twice_the_median_of_the_last_gaps(native: ModuleType, gaps: list[int], budget: int) -> None:
     spin, _ = spin_of(native, *gaps)
     assert spin.begin(5 * S).until == (5 * S + budget if budget else 0)
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(2, 0), (3.9, 0), (4, 1), (8, 2), (64, 16)])
-def test_at_most_a_quarter_of_the_cpus_spin(native: Any, cpus: float, threads: int) -> None:
+def test_at_most_a_quarter_of_the_cpus_spin(native: ModuleType, cpus: float, threads: int) -> None:
     spin, machine = spin_of(native, 10 * US, cpus=cpus)
     turns = [spin.begin(5 * S) for _ in range(threads + 2)]
     assert [turn.until > 0 for turn in turns] == [True] * threads + [False] * 2
@@ -46,7 +47,7 @@ def test_at_most_a_quarter_of_the_cpus_spin(native: Any, cpus: float, threads: i
     assert machine.spinning == 0
 
 
-def test_preempted_spinner_rests_for_a_second(native: Any) -> None:
+def test_preempted_spinner_rests_for_a_second(native: ModuleType) -> None:
     spin, machine = spin_of(native, 10 * US)
     turn = spin.begin(5 * S)
     machine.preempted += 1
@@ -58,7 +59,7 @@ def test_preempted_spinner_rests_for_a_second(native: Any) -> None:
     assert spin.begin(7 * S).until
 
 
-def test_throttled_group_rests_for_a_second(native: Any) -> None:
+def test_throttled_group_rests_for_a_second(native: ModuleType) -> None:
     spin, machine = spin_of(native, 10 * US)
     machine.throttled = 3  # Before our time.
     spin.end(spin.begin(5 * S), 5 * S)
@@ -68,7 +69,7 @@ def test_throttled_group_rests_for_a_second(native: Any) -> None:
     assert spin.begin(7 * S).until
 
 
-def test_quota_is_the_least_of_all_groups_above(native: Any, tmp_path: Path) -> None:
+def test_quota_is_the_least_of_all_groups_above(native: ModuleType, tmp_path: Path) -> None:
     groups = tmp_path / "cgroup"
     (groups / "outer" / "inner").mkdir(parents=True)
     (groups / "outer" / "cpu.max").write_text("250000 100000\n")
@@ -81,7 +82,7 @@ def test_quota_is_the_least_of_all_groups_above(native: Any, tmp_path: Path) -> 
     assert found.throttles() == 5
 
 
-def test_quota_of_the_older_version(native: Any, tmp_path: Path) -> None:
+def test_quota_of_the_older_version(native: ModuleType, tmp_path: Path) -> None:
     group = tmp_path / "cgroup" / "cpu" / "box"
     group.mkdir(parents=True)
     (group / "cpu.cfs_quota_us").write_text("150000\n")
