@@ -51,6 +51,7 @@ std::optional<bool> wait(ClientLane& lane, uint64_t slot, std::optional<double> 
       how = lane.wait(slot, std::min(deadline, monotonic_ns() + kSignalNs));
     }
     if (how == Wait::kForked) forked();
+    if (how == Wait::kUnknown) throw std::invalid_argument("no call is in slot " + std::to_string(slot));
     if (how == Wait::kDone || how == Wait::kEnded) return how == Wait::kDone;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (monotonic_ns() >= deadline) return std::nullopt;

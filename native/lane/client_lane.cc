@@ -69,7 +69,7 @@ Post ClientLane::post(uint64_t slot, std::string_view request, uint32_t reply_ro
     return Post::kMisplaced;
   }
   const std::lock_guard lock(posting_);
-  if (ended()) return Post::kEnded;
+  if (!connection_ || ended()) return Post::kEnded;
   if (calls_.size() >= entries_) return Post::kFull;
   const auto [call, added] = calls_.try_emplace(slot, Call{reply, reply_room, looped, false, monotonic_ns()});
   if (!added) return Post::kMisplaced;
@@ -104,6 +104,10 @@ void ClientLane::spin(uint64_t slot) {
 
 Wait ClientLane::wait(uint64_t slot, int64_t deadline_ns) {
   if (forked()) return Wait::kForked;
+  {
+    const std::lock_guard lock(posting_);
+    if (!calls_.contains(slot)) return Wait::kUnknown;
+  }
   spin(slot);
   return await(words_, slot, ended_, [&](uint64_t at) {
     switch (futex_wait(memory_->base() + at, kSleeping, deadline_ns)) {
@@ -118,10 +122,10 @@ Wait ClientLane::wait(uint64_t slot, int64_t deadline_ns) {
 }
 
 std::optional<std::string> ClientLane::reply(uint64_t slot) {
-  if (forked() || !done(slot)) return std::nullopt;
+  if (forked()) return std::nullopt;
   const std::lock_guard lock(posting_);
   const auto found = calls_.find(slot);
-  if (found == calls_.end()) return std::nullopt;
+  if (found == calls_.end() || !done(slot)) return std::nullopt;
   const Call call = found->second;
   calls_.erase(found);
   spin_.learn(monotonic_ns() - call.posted_ns);
@@ -158,14 +162,14 @@ std::vector<uint64_t> ClientLane::reap() {
 
 std::vector<uint64_t> ClientLane::poll() {
   if (forked()) return {};
-  if (!connection_->drain()) close();
+  if (!connection_.value().drain()) close();
   announce_sleep(words_, kLooping);
   return finished(false);
 }
 
 void ClientLane::close() {
   if (forked()) return;
-  connection_->shut_down();
+  if (connection_) connection_->shut_down();
   const std::lock_guard lock(posting_);
   ended_.store(true, std::memory_order_seq_cst);
   for (const auto& [slot, call] : calls_) {

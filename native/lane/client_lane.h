@@ -34,14 +34,15 @@ class ClientLane {
 
   // The memory's file, to be handed over; the lane's own.
   int descriptor() const { return memfd_.get(); }
-  // The handover was accepted: takes the socket. Before all that follows.
+  // The handover was accepted: takes the socket. Before that nothing can be posted.
   void connect(int socket);
 
   // Announces the request in `slot`, with room for a reply of `reply_room` bytes; the tensors are in place. From now on slot
   // and tensors are the server's until the call is done, or for good once the lane has ended. kFull: there is no room in the
   // ring or too much in flight. With `looped`, `poll` names it when it is done.
   Post post(uint64_t slot, std::string_view request, uint32_t reply_room, bool looped);
-  // Until the call is done, `deadline_ns` of the monotonic clock has come, a signal came, or the lane has ended without it.
+  // Until the call is done, `deadline_ns` of the monotonic clock has come, a signal came, or the lane has ended without it;
+  // kUnknown at once for a slot without a call.
   Wait wait(uint64_t slot, int64_t deadline_ns);
   // The reply to a call that is done, which is no longer in flight; none if it is not done, or its length is impossible.
   std::optional<std::string> reply(uint64_t slot);
@@ -58,10 +59,10 @@ class ClientLane {
   void close();
   bool ended() const { return ended_.load(std::memory_order_seq_cst); }
   // Why the server ended it: an encoded ExecuteResponse, or empty. The loop's.
-  std::string reason() const { return std::string(connection_->reason()); }
+  std::string reason() const { return std::string(connection_.value().reason()); }
   bool forked() const;
 
-  int socket() const { return connection_->descriptor(); }
+  int socket() const { return connection_.value().descriptor(); }
   const std::shared_ptr<Mapping>& memory() const { return memory_; }
   uint64_t data() const { return data_at(entries_); }
   size_t in_flight() const;

@@ -133,7 +133,7 @@ bool finish(const Memory& memory, uint64_t slot, uint32_t reply_bytes) {
   return memory.word(slot).exchange(kDone, std::memory_order_seq_cst) == kSleeping;
 }
 
-enum class Wait { kDone, kExpired, kInterrupted, kEnded, kForked };
+enum class Wait { kDone, kExpired, kInterrupted, kEnded, kUnknown, kForked };
 
 // Caller: sleeps until the slot is done. `ended` is a word of this process that is set before `release`; `sleep(slot)` is
 // FUTEX_WAIT on kSleeping and says kDone when it is worth looking again. A state that no server writes counts as an end.

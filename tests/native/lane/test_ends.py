@@ -80,6 +80,16 @@ def test_call_is_answered_in_its_slot(pair: Pair) -> None:
     assert pair.reply(3) is None
 
 
+def test_slot_without_a_call_is_not_looked_at(native: ModuleType, pair: Pair) -> None:
+    far = 1 << 40
+    with pytest.raises(ValueError, match="no call is in slot"):
+        pair.lane.wait(far)
+    pair.lane.cancel(far)
+    assert pair.lane.reply(far) is None
+    with pytest.raises(ConnectionError):
+        native.ClientLane(SIZE, ENTRIES).post(8192, b"", ROOM)
+
+
 def test_ring_wraps(pair: Pair) -> None:
     for index in range(300):
         assert pair.post(index % 7)
