@@ -36,12 +36,13 @@ void scribble(int memfd, int socket, uint64_t seed,
   Words words(memory.base());
   std::mt19937_64 random(seed);
   while (!stop) {
-    const uint64_t slot = 8192 + random() % 16 * 1024;
-    switch (random() % 8) {
+    const uint64_t slot = 8192 + random() % 64 * 1024;
+    // Mostly almost good, so that lanes live long enough to be harmed.
+    switch (random() % 64) {
     case 0:
-      words.word(kTail).store(words.word(kTail).load() +
-                                  static_cast<uint32_t>(random() % 80),
-                              std::memory_order_relaxed);
+      if (random() % 64 == 0)
+        words.word(kTail).store(static_cast<uint32_t>(nasty(random)),
+                                std::memory_order_relaxed);
       break;
     case 1:
       words.word(random() % 2 ? kAsleep : kLooping)
@@ -59,7 +60,7 @@ void scribble(int memfd, int socket, uint64_t seed,
       break;
     case 4:
       words.word(kRing + random() % 64 * 16 + 8)
-          .store(static_cast<uint32_t>(random() % 16 ? 1 + random() % 2
+          .store(static_cast<uint32_t>(random() % 64 ? 1 + random() % 2
                                                      : nasty(random)));
       break;
     case 5:
@@ -68,6 +69,8 @@ void scribble(int memfd, int socket, uint64_t seed,
       break;
     default: { // an almost good post
       const uint32_t tail = words.word(kTail).load();
+      if (tail - words.word(kHead).load() >= 64)
+        break;
       const Echo echo{
           .at = random() % 4 ? slot + 512 : nasty(random),
           .up = static_cast<uint32_t>(random() % 2 ? 100 : nasty(random)),
@@ -80,9 +83,9 @@ void scribble(int memfd, int socket, uint64_t seed,
             .store(value, std::memory_order_relaxed);
       }
       prepare(words, slot,
-              random() % 16 ? sizeof echo
+              random() % 64 ? sizeof echo
                             : static_cast<uint32_t>(nasty(random)),
-              1024);
+              random() % 64 ? 1024 : static_cast<uint32_t>(nasty(random)));
       if (push(words, 64, tail,
                {random() % 64 ? slot : nasty(random),
                 random() % 8 ? kRequest : kCancel})) {
