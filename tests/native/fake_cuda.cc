@@ -217,7 +217,7 @@ int cuDevicePrimaryCtxRetain(void** context, int) {
   return 0;
 }
 int cuDevicePrimaryCtxRelease(int) {
-  contexts--;
+  if (contexts) contexts--;
   return 0;
 }
 int cuCtxSetCurrent(void* context) {
@@ -308,6 +308,7 @@ int cuEventRecord(void* event, void* stream) {
   ENTER();
   auto its = static_cast<Event*>(event);
   push(stream, "event", [its, asked = ++its->asked] {
+    if (asked < its->reached) return;  // recorded once more since, on a stream that was faster
     its->reached = asked;
     its->at = clock_ms;
   });
@@ -411,8 +412,10 @@ int cuGetProcAddress_v2(const char* symbol, void** function, int version, uint64
 
 // What tests say and ask.
 
+// Forgets everything: what a test that failed has left too.
 void fake_reset() {
-  for (Stream* stream : streams) stream->queue.clear();
+  device.clear(), pinned.clear(), streams.clear(), events.clear(), graphs.clear(), execs.clear(), made.clear();
+  contexts = 0;
   calls.clear();
   breaches.clear();
   failures.clear();
@@ -420,6 +423,10 @@ void fake_reset() {
   serving = false;
   next_stream = 0;
   clock_ms = 0;
+}
+// All that waits in the streams is gone.
+void fake_drop() {
+  for (Stream* stream : streams) stream->queue.clear();
 }
 void fake_serving(int yes) { serving = yes; }
 void fake_fail(const char* name, int nth, int code) { failures.push_back({name, nth, code}); }
