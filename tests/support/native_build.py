@@ -20,7 +20,9 @@ def build_library(target: Path, sources: Sequence[Path], *options: str) -> Path:
 
 
 def build_cuda_extension(folder: Path, *options: str) -> ModuleType:
-    """The executor behind `tests/native/cuda_extension.cc`."""
+    """The executor behind `tests/native/cuda_extension.cc`, built and loaded once a process."""
+    if "cuda_extension" in sys.modules:
+        return sys.modules["cuda_extension"]
     target = folder / f"cuda_extension{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [*sorted((ROOT / "native/cuda").glob("*.cc")), ROOT / "native/bindings/cuda.cc"]
     includes = (_pybind11(), Path(sysconfig.get_path("include")))
