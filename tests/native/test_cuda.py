@@ -729,13 +729,27 @@ def test_no_driver_and_an_old_one(built: Built, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sanitized, reason="this is the run with sanitizers")
 def test_with_sanitizers() -> None:
-    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # With libstdc++, or the sanitizer would not find what it wraps of exceptions.
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = os.environ | {
         "EXPERTD_SANITIZED": "1",
-        "LD_PRELOAD": found.stdout.strip(),
+        "LD_PRELOAD": " ".join(libraries),
         # Python itself leaks; what the executor leaves behind is counted by the fake driver.
         "ASAN_OPTIONS": "detect_leaks=0",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(Path(__file__))]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__)),
+    ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
