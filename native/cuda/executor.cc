@@ -87,10 +87,7 @@ void CudaExecutor::refuse(Batch* batch, std::string error) {
 }
 
 Batch* CudaExecutor::poll(uint64_t now_ns) {
-  const bool was_lost = !lost_.empty();
-  auto over = [&](Run& run) { return advance(run, now_ns); };
-  runs_.remove_if(over);
-  if (!was_lost && !lost_.empty()) runs_.remove_if(over);  // those before the one that found out
+  runs_.remove_if([&](Run& run) { return advance(run, now_ns); });
   if (finished_.empty()) return nullptr;
   Batch* batch = finished_.front();
   finished_.pop_front();

@@ -242,6 +242,7 @@ int cuMemAlloc(uint64_t* memory, size_t bytes) {
 }
 int cuMemFree(uint64_t memory) {
   enter(__func__, true);
+  if (!entered) return kInvalidContext;
   if (!device.erase(memory - kBias)) return kInvalidValue;
   std::free(host(memory));
   return 0;
@@ -254,6 +255,7 @@ int cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
 }
 int cuMemFreeHost(void* memory) {
   enter(__func__, true);
+  if (!entered) return kInvalidContext;
   if (!pinned.erase(reinterpret_cast<uint64_t>(memory))) return kInvalidValue;
   std::free(memory);
   return 0;
@@ -278,6 +280,7 @@ int cuStreamCreate(void** stream, unsigned flags) {
 }
 int cuStreamDestroy(void* stream) {
   enter(__func__, true);
+  if (!entered) return kInvalidContext;
   return destroy(streams, stream);
 }
 int cuStreamQuery(void* stream) {
@@ -302,6 +305,7 @@ int cuEventCreate(void** event, unsigned) {
 }
 int cuEventDestroy(void* event) {
   enter(__func__, true);
+  if (!entered) return kInvalidContext;
   return destroy(events, event);
 }
 int cuEventRecord(void* event, void* stream) {
@@ -335,6 +339,7 @@ int cuGraphClone(void** clone, void* graph) {
 }
 int cuGraphDestroy(void* graph) {
   enter(__func__, true);
+  if (!entered) return kInvalidContext;
   return destroy(graphs, graph);
 }
 int cuGraphGetNodes(void* graph, void** nodes, size_t* count) {
@@ -369,6 +374,7 @@ int cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) {
 }
 int cuGraphExecDestroy(void* exec) {
   enter(__func__, true);
+  if (!entered) return kInvalidContext;
   return destroy(execs, exec);
 }
 int cuGraphExecKernelNodeSetParams(void* exec, void* node, const KernelNodeParams* params) {

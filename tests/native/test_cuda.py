@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
@@ -468,6 +469,15 @@ def test_of_some_small_batches_one_is_timed(built: Built, fake: Fake) -> None:
     close(bench)
 
 
+def test_made_used_and_ended_by_different_threads(built: Built, fake: Fake) -> None:
+    with ThreadPoolExecutor(1) as maker, ThreadPoolExecutor(1) as user, ThreadPoolExecutor(1) as ender:
+        bench = maker.submit(Bench, built, fake).result()
+        for tokens in (5, 300):
+            request = Request(tokens)
+            bench.check(user.submit(bench.compute, request).result(), request)
+        ender.submit(close, bench).result()
+
+
 def test_when_a_batch_is_due(bench: Bench) -> None:
     assert bench.rig.due() == 0
     bench.start(Request(5), now=1000)
@@ -620,11 +630,14 @@ def test_a_batch_that_is_staged_when_the_device_is_lost(bench: Bench) -> None:
     bench.fake.sticky(ILLEGAL_ADDRESS)
     assert drained(bench, 11 * MS) == [lost]
     assert not bench.rig.resume()
+    bench.fake.sticky(0)
+    bench.fake.run()
+    bench.fake.called()
     bench.rig.go_copies()
     assert drained(bench, 12 * MS) == [staged]
     assert staged.error == LOST
-    bench.fake.sticky(0)
-    bench.fake.run()
+    # Nothing starts until somebody says so.
+    assert bench.fake.called() == []
     assert bench.rig.resume()
 
 
