@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace expertd {
+
+// What Python captures graphs for; expertd.kernels.cutile.run.capture says how.
+void bind_cuda(pybind11::module_& module);
+
+}  // namespace expertd
