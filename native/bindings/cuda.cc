@@ -9,7 +9,7 @@
 
 namespace py = pybind11;
 
-namespace expertd {
+namespace expertd::cuda {
 
 namespace {
 
@@ -30,20 +30,22 @@ void bind_cuda(py::module_& module) {
       .def_property_readonly("classes", [](const CudaExecutor& executor) { return executor.options().classes; })
       .def_property_readonly("max_top_k",
                              [](const CudaExecutor& executor) { return executor.options().shape.max_top_k; })
-      .def("places",
-           [](const CudaExecutor& executor, size_t bay, uint32_t tokens, uint8_t hidden, uint8_t reply) {
-             return places(executor, bay, executor.layout(tokens, hidden, reply));
-           },
-           py::arg("bay"), py::arg("tokens"), py::arg("hidden_dtype"), py::arg("reply_dtype"))
-      .def("add_graph",
-           [](CudaExecutor& executor, size_t bay, uint32_t tokens, uint8_t hidden, uint8_t reply, uintptr_t graph,
-              const std::array<std::pair<DevicePointer, size_t>, 4>& layer) {
-             std::array<Range, 4> ranges;
-             for (size_t i = 0; i < ranges.size(); i++) ranges[i] = {layer[i].first, layer[i].second};
-             executor.add_graph(bay, executor.layout(tokens, hidden, reply), reinterpret_cast<void*>(graph), ranges);
-           },
-           py::arg("bay"), py::arg("tokens"), py::arg("hidden_dtype"), py::arg("reply_dtype"), py::arg("graph"),
-           py::arg("layer"));
+      .def(
+          "places",
+          [](const CudaExecutor& executor, size_t bay, uint32_t tokens, uint8_t hidden, uint8_t reply) {
+            return places(executor, bay, executor.layout(tokens, hidden, reply));
+          },
+          py::arg("bay"), py::arg("tokens"), py::arg("hidden_dtype"), py::arg("reply_dtype"))
+      .def(
+          "add_graph",
+          [](CudaExecutor& executor, size_t bay, uint32_t tokens, uint8_t hidden, uint8_t reply, uintptr_t graph,
+             const std::array<std::pair<DevicePointer, size_t>, 4>& layer) {
+            std::array<Range, 4> ranges;
+            for (size_t i = 0; i < ranges.size(); i++) ranges[i] = {layer[i].first, layer[i].second};
+            executor.add_graph(bay, executor.layout(tokens, hidden, reply), reinterpret_cast<void*>(graph), ranges);
+          },
+          py::arg("bay"), py::arg("tokens"), py::arg("hidden_dtype"), py::arg("reply_dtype"), py::arg("graph"),
+          py::arg("layer"));
 }
 
-}  // namespace expertd
+}  // namespace expertd::cuda

@@ -2,9 +2,9 @@
 
 #include <pybind11/pybind11.h>
 
-namespace expertd {
+namespace expertd::cuda {
 
 // What Python captures graphs for; expertd.kernels.cutile.run.capture says how.
 void bind_cuda(pybind11::module_& module);
 
-}  // namespace expertd
+}  // namespace expertd::cuda

@@ -1,5 +1,7 @@
 // The engine's Python face; src/expertd/_native.pyi describes it.
 
+#include "engine/engine.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,7 +15,6 @@
 
 #include "base/crc32c.h"
 #include "engine/callback_executor.h"
-#include "engine/engine.h"
 #include "request/reply.h"
 
 namespace py = pybind11;
@@ -39,8 +40,8 @@ std::string_view bytes_of(const py::handle& data) {
   return {PyBytes_AS_STRING(data.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(data.ptr()))};
 }
 
-// What Python holds for a job: the bytes that its request refers to, and whatever the caller wants back with the answer.
-// Touched with Python's lock only.
+// What Python holds for a job: the bytes that its request refers to, and whatever the caller wants back with the
+// answer. Touched with Python's lock only.
 struct Held {
   py::object message;
   py::object context;
@@ -95,7 +96,8 @@ class PyInbox {
         submitted.request_id = message->request_id;
         submitted.layer = message->layer;
         submitted.cancels = message->cancels;
-        submitted.traceparent = message->traceparent.empty() ? traceparent : std::string(message->traceparent.substr(0, 64));
+        submitted.traceparent =
+            message->traceparent.empty() ? traceparent : std::string(message->traceparent.substr(0, 64));
         submitted.refusal = engine.check(*message, job.get());
       } else {
         submitted.refusal = std::get<Refusal>(std::move(parsed));
@@ -167,8 +169,9 @@ class PyBatch {
     for (const auto& job : batch().jobs) {
       const Admitted& request = job->request;
       const std::string_view ids(reinterpret_cast<const char*>(request.local_ids.data()), 4 * request.local_ids.size());
-      requests.append(py::make_tuple(view(request.hidden), request.scales.empty() ? py::object(py::none()) : view(request.scales),
-                                     view(ids), view(request.weights), request.tokens));
+      requests.append(py::make_tuple(view(request.hidden),
+                                     request.scales.empty() ? py::object(py::none()) : view(request.scales), view(ids),
+                                     view(request.weights), request.tokens));
     }
     return requests;
   }
@@ -199,7 +202,8 @@ class PyBatch {
       heads.push_back(reply_head(job.request, bytes));
       // The checksum is put in its place, the last four bytes, when the sums are there.
       tails.push_back(reply_tail(job.request, job.seconds, 0));
-      job.reply = PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(heads[i].size() + bytes + tails[i].size()));
+      job.reply =
+          PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(heads[i].size() + bytes + tails[i].size()));
       if (job.reply == nullptr) throw py::error_already_set();
       replies.push_back(PyBytes_AS_STRING(static_cast<PyObject*>(job.reply)));
       longest = std::max(longest, bytes);
@@ -279,9 +283,8 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("code", [](const Refusal& refusal) { return static_cast<int>(refusal.code); })
       .def_readonly("text", &Refusal::text)
       .def_readonly("retry_after", &Refusal::retry_after)
-      .def("response", [](const Refusal& refusal, uint64_t request_id) {
-        return py::bytes(reply_refusal(request_id, refusal));
-      });
+      .def("response",
+           [](const Refusal& refusal, uint64_t request_id) { return py::bytes(reply_refusal(request_id, refusal)); });
 
   py::class_<Placement, std::shared_ptr<Placement>>(module, "Placement")
       .def(py::init([](std::string fingerprint, uint64_t epoch, std::vector<uint32_t> layers, std::string layers_text,
@@ -322,10 +325,11 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("caller", [](const Answered& a) { return a.job->caller; })
       .def_property_readonly("traceparent", [](const Answered& a) { return a.job->traceparent; })
       .def_property_readonly("pairs", [](const Answered& a) { return a.job->request.pairs; })
-      .def_property_readonly("seconds", [](const Answered& a) {
-        const StageSeconds& s = a.job->seconds;
-        return py::make_tuple(s.decode, s.queue, s.copy_in, s.compute, s.copy_out);
-      })
+      .def_property_readonly("seconds",
+                             [](const Answered& a) {
+                               const StageSeconds& s = a.job->seconds;
+                               return py::make_tuple(s.decode, s.queue, s.copy_in, s.compute, s.copy_out);
+                             })
       .def_property_readonly("arrived_ns", [](const Answered& a) { return a.job->arrived_ns; });
 
   py::class_<PyInbox>(module, "Inbox")
@@ -335,7 +339,8 @@ void bind_engine(py::module_& module) {
       .def("submit",
            [](PyInbox& inbox, PyEngine& engine, const py::bytes& data, std::string caller, py::object context,
               std::optional<double> time_remaining, const std::string& traceparent) {
-             return inbox.submit(*engine.engine, data, std::move(caller), std::move(context), time_remaining, traceparent);
+             return inbox.submit(*engine.engine, data, std::move(caller), std::move(context), time_remaining,
+                                 traceparent);
            })
       .def("cancel", [](PyInbox& inbox, PyEngine& engine, uint64_t ticket) { inbox.cancel(*engine.engine, ticket); })
       .def("drain", &PyInbox::drain);
@@ -343,8 +348,10 @@ void bind_engine(py::module_& module) {
   py::class_<PyBatch>(module, "Batch")
       .def_property_readonly("layer", [](const PyBatch& b) { return b.batch().first().layer; })
       .def_property_readonly("top_k", [](const PyBatch& b) { return b.batch().first().top_k; })
-      .def_property_readonly("hidden_dtype", [](const PyBatch& b) { return static_cast<int>(b.batch().first().hidden_dtype); })
-      .def_property_readonly("reply_dtype", [](const PyBatch& b) { return static_cast<int>(b.batch().first().reply_dtype); })
+      .def_property_readonly("hidden_dtype",
+                             [](const PyBatch& b) { return static_cast<int>(b.batch().first().hidden_dtype); })
+      .def_property_readonly("reply_dtype",
+                             [](const PyBatch& b) { return static_cast<int>(b.batch().first().reply_dtype); })
       .def_property_readonly("tokens", [](const PyBatch& b) { return b.batch().tokens; })
       .def_property_readonly("alone", [](const PyBatch& b) { return b.batch().alone; })
       .def("requests", &PyBatch::requests)
@@ -359,22 +366,25 @@ void bind_engine(py::module_& module) {
            py::arg("placement"), py::kw_only(), py::arg("max_batch_tokens"), py::arg("max_queued_tokens"),
            py::arg("max_queued_bytes"), py::arg("depth"))
       .def("start", [](PyEngine& e) { e.engine->start(); })
-      .def("stop", [](PyEngine& e) {
+      .def("stop",
+           [](PyEngine& e) {
              const py::gil_scoped_release unlocked;
              e.engine->stop();
            })
       .def("turn", [](PyEngine& e, uint64_t now) { return e.engine->turn(now); })
       .def("open", [](PyEngine& e) { e.engine->open(); })
-      .def("close", [](PyEngine& e, std::string reason, bool refusing) { e.engine->close(std::move(reason), refusing); },
-           py::arg("reason"), py::kw_only(), py::arg("refusing") = true)
+      .def(
+          "close", [](PyEngine& e, std::string reason, bool refusing) { e.engine->close(std::move(reason), refusing); },
+          py::arg("reason"), py::kw_only(), py::arg("refusing") = true)
       .def("abandon", [](PyEngine& e, std::string reason) { e.engine->abandon(std::move(reason)); })
       .def_property_readonly("closed_because", [](const PyEngine& e) { return e.engine->closed_because(); })
       .def_property_readonly("queued_tokens", [](const PyEngine& e) { return e.engine->queued_tokens(); })
       .def_property_readonly("queued_bytes", [](const PyEngine& e) { return e.engine->queued_bytes(); })
-      .def_property("placement",
-                    [](const PyEngine& e) { return std::const_pointer_cast<Placement>(e.engine->placement()); },
-                    [](PyEngine& e, std::shared_ptr<Placement> placement) { e.engine->set_placement(std::move(placement)); })
-      .def("fetch", [](PyEngine& e) -> std::optional<PyBatch> {
+      .def_property(
+          "placement", [](const PyEngine& e) { return std::const_pointer_cast<Placement>(e.engine->placement()); },
+          [](PyEngine& e, std::shared_ptr<Placement> placement) { e.engine->set_placement(std::move(placement)); })
+      .def("fetch",
+           [](PyEngine& e) -> std::optional<PyBatch> {
              std::unique_ptr<Batch> batch;
              {
                const py::gil_scoped_release unlocked;

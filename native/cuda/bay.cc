@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstring>
 
-namespace expertd {
+namespace expertd::cuda {
 
 namespace {
 
@@ -32,8 +32,15 @@ Bay::Bay(const Driver& driver, const Streams& streams, const Layout& largest)
 
 Addresses Bay::addresses(const Layout& layout, const std::array<DevicePointer, 4>& layer) const {
   DevicePointer in = inward(), scales = layout.scales_row() ? in + layout.scales() : 0;
-  return {in + layout.ids(), in + layout.weights(), in + layout.hidden(), scales, outward() + layout.sums(),
-          layer[0],          layer[1],              layer[2],             layer[3]};
+  return {in + layout.ids(),
+          in + layout.weights(),
+          in + layout.hidden(),
+          scales,
+          outward() + layout.sums(),
+          layer[0],
+          layer[1],
+          layer[2],
+          layer[3]};
 }
 
 const std::vector<Copy>& Bay::stage(const Batch& batch, const Layout& layout) {
@@ -185,4 +192,4 @@ void Bay::abandon() {
   for (DeviceMemory* memory : {&device_in_, &device_out_}) memory->release();
 }
 
-}  // namespace expertd
+}  // namespace expertd::cuda

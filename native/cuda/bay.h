@@ -4,19 +4,20 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/batch.h"
 #include "cuda/driver.h"
 #include "cuda/layout.h"
 #include "cuda/ledger.h"
-#include "engine/executor.h"
 
-namespace expertd {
+namespace expertd::cuda {
 
 // Batches of fewer tokens than this are copied in, computed and copied out on one stream.
 inline constexpr uint32_t kSmallTokens = 256;
 // Rows of a request in pinned memory that are more bytes than this are copied by the device from where they are.
 inline constexpr size_t kDirectBytes = 64 << 10;
 
-// No copy of the device crosses a multiple of this in a request's memory: it is pinned step by step, at multiples of it.
+// No copy of the device crosses a multiple of this in a request's memory: it is pinned step by step, at multiples of
+// it.
 inline constexpr size_t kPinStep = 2 << 20;
 
 // Batches compute one after another, in memory that they share, while others are copied in and out.
@@ -100,4 +101,4 @@ class Bay {
   std::vector<Stretch> stretches_;
 };
 
-}  // namespace expertd
+}  // namespace expertd::cuda

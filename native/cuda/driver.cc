@@ -2,7 +2,7 @@
 
 #include <dlfcn.h>
 
-namespace expertd {
+namespace expertd::cuda {
 
 namespace {
 
@@ -74,4 +74,4 @@ Context::Context(const Driver& driver, int ordinal) : driver_(driver) {
   }
 }
 
-}  // namespace expertd
+}  // namespace expertd::cuda

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <utility>
 
-namespace expertd {
+namespace expertd::cuda {
 
 namespace {
 
@@ -106,7 +106,8 @@ uint64_t CudaExecutor::due_ns() const {
 }
 
 bool CudaExecutor::resume() {
-  if (!runs_.empty() || driver_.cuCtxSetCurrent(context_.get()) != kCudaSuccess || !streams_.idle(driver_)) return false;
+  if (!runs_.empty() || driver_.cuCtxSetCurrent(context_.get()) != kCudaSuccess || !streams_.idle(driver_))
+    return false;
   lost_.clear();
   return true;
 }
@@ -206,4 +207,4 @@ bool CudaExecutor::fail(const Run& run, std::string error, bool device_lost) {
   return finish(run);
 }
 
-}  // namespace expertd
+}  // namespace expertd::cuda

@@ -8,13 +8,13 @@
 #include <string>
 #include <vector>
 
+#include "cuda/batch.h"
 #include "cuda/bay.h"
 #include "cuda/driver.h"
 #include "cuda/layout.h"
 #include "cuda/ledger.h"
-#include "engine/executor.h"
 
-namespace expertd {
+namespace expertd::cuda {
 
 // Computes batches on one GPU: copies and kernels of successive batches overlap.
 //
@@ -23,10 +23,10 @@ class CudaExecutor final : public Executor {
  public:
   struct Options {
     int device = 0;
-    size_t depth = 2;                // bays
+    size_t depth = 2;  // bays
     Shape shape;
-    std::vector<uint32_t> classes;   // tokens that batches are padded to, ascending; the last bounds a batch
-    uint32_t time_every = 1;         // of so many small batches of one kind, one is timed
+    std::vector<uint32_t> classes;  // tokens that batches are padded to, ascending; the last bounds a batch
+    uint32_t time_every = 1;        // of so many small batches of one kind, one is timed
   };
 
   // Allocates all memory. `driver` and `copier` outlive it. Throws `DeviceError`.
@@ -88,9 +88,9 @@ class CudaExecutor final : public Executor {
   std::deque<Bay> bays_;
   std::vector<bool> busy_;  // by bay
   Ledger ledger_;
-  std::list<Run> runs_;     // in the order in which they were started
+  std::list<Run> runs_;  // in the order in which they were started
   std::deque<Batch*> finished_;
-  std::string lost_;        // why nothing is computed any more; else empty
+  std::string lost_;  // why nothing is computed any more; else empty
 };
 
-}  // namespace expertd
+}  // namespace expertd::cuda

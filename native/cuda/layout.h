@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace expertd {
+namespace expertd::cuda {
 
 inline constexpr uint8_t kFp8 = 1, kBf16 = 2, kFp32 = 3;  // as in proto/expert_shard.proto
 inline constexpr size_t kScaleBlock = 128;                // hidden values that share a scale
@@ -45,4 +45,4 @@ struct Layout {
   static constexpr size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 };
 
-}  // namespace expertd
+}  // namespace expertd::cuda

@@ -3,13 +3,13 @@
 #include <cstring>
 #include <optional>
 
-namespace expertd {
+namespace expertd::cuda {
 
 namespace {
 
 constexpr int kKernelNode = 0, kCopyNode = 1, kFillNode = 2, kEmptyNode = 5;
-constexpr std::array<const char*, kNames> kNameTexts = {
-    "ids", "weights", "hidden", "scales", "sums", "up_gate", "up_gate_scales", "down", "down_scales"};
+constexpr std::array<const char*, kNames> kNameTexts = {"ids",     "weights",        "hidden", "scales",     "sums",
+                                                        "up_gate", "up_gate_scales", "down",   "down_scales"};
 
 uint64_t word_at(const std::vector<std::byte>& argument, size_t offset) {
   uint64_t word;
@@ -96,4 +96,4 @@ void Graph::bind(const Addresses& addresses) {
   }
 }
 
-}  // namespace expertd
+}  // namespace expertd::cuda

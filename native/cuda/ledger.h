@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "cuda/batch.h"
 #include "cuda/driver.h"
-#include "engine/executor.h"
 
-namespace expertd {
+namespace expertd::cuda {
 
 // Memory that a graph's kernels are given addresses of, and that another launch may find elsewhere.
 enum class Name : uint8_t { kIds, kWeights, kHidden, kScales, kSums, kUpGate, kUpGateScales, kDown, kDownScales };
@@ -93,4 +93,4 @@ class Ledger {
   std::map<Key, Entry> entries_;
 };
 
-}  // namespace expertd
+}  // namespace expertd::cuda

@@ -24,8 +24,8 @@ struct Batch {
   const Admitted& first() const { return jobs.front()->request; }
 };
 
-// What computes batches: CUDA graphs, or Python threads that fetch them. Called by the engine's thread only; nothing here
-// blocks.
+// What computes batches: CUDA graphs, or Python threads that fetch them. Called by the engine's thread only; nothing
+// here blocks.
 class Executor {
  public:
   virtual ~Executor() = default;

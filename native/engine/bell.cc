@@ -1,9 +1,10 @@
 #include "engine/bell.h"
 
-#include <cerrno>
 #include <sys/eventfd.h>
-#include <system_error>
 #include <unistd.h>
+
+#include <cerrno>
+#include <system_error>
 
 namespace expertd {
 

@@ -7,9 +7,10 @@ namespace expertd {
 
 // How threads wake one that sleeps in poll(): an eventfd that is written only while somebody sleeps on it.
 //
-// The sleeper calls arm(), looks once more for work, sleeps until fd() is readable, and calls disarm(). A waker makes its
-// work visible (seq_cst) and calls ring(). The two flags have one total order: either the sleeper's second look finds the
-// work, or the waker finds the sleeper armed, and then the byte waits in the eventfd whether the sleep has begun or not.
+// The sleeper calls arm(), looks once more for work, sleeps until fd() is readable, and calls disarm(). A waker makes
+// its work visible (seq_cst) and calls ring(). The two flags have one total order: either the sleeper's second look
+// finds the work, or the waker finds the sleeper armed, and then the byte waits in the eventfd whether the sleep has
+// begun or not.
 class Bell {
  public:
   Bell();  // throws std::system_error

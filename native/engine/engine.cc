@@ -1,12 +1,13 @@
 #include "engine/engine.h"
 
+#include <poll.h>
+#include <pthread.h>
+#include <time.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
-#include <poll.h>
-#include <pthread.h>
-#include <time.h>
 #include <utility>
 
 namespace expertd {
@@ -107,8 +108,8 @@ std::optional<Refusal> Engine::check_room(uint64_t tokens, uint64_t bytes) const
   }
   const uint64_t waiting_tokens = queued_tokens(), waiting_bytes = queued_bytes();
   if (waiting_tokens + tokens > bounds_.queued_tokens) {
-    return overloaded(std::to_string(waiting_tokens) + " tokens are queued and num_tokens is " + std::to_string(tokens) +
-                          "; at most " + std::to_string(bounds_.queued_tokens) + " may wait",
+    return overloaded(std::to_string(waiting_tokens) + " tokens are queued and num_tokens is " +
+                          std::to_string(tokens) + "; at most " + std::to_string(bounds_.queued_tokens) + " may wait",
                       tokens, bounds_.queued_tokens);
   }
   if (waiting_bytes + bytes > bounds_.queued_bytes) {
@@ -125,7 +126,8 @@ Refusal Engine::overloaded(std::string text, uint64_t tokens, uint64_t room) con
   const double rate = tokens_per_second_.load(std::memory_order_relaxed);
   if (rate > 0) {
     const double queued = static_cast<double>(queued_tokens());
-    const double ahead = std::max(queued + static_cast<double>(tokens) - static_cast<double>(room), std::floor(queued / 2));
+    const double ahead =
+        std::max(queued + static_cast<double>(tokens) - static_cast<double>(room), std::floor(queued / 2));
     refusal.retry_after = std::clamp(ahead / rate, kShortestDelay, kLongestDelay);
   }
   return refusal;
@@ -141,10 +143,9 @@ std::optional<Refusal> Engine::check(const Message& message, Job* job) const {
   job->request = std::move(std::get<Admitted>(sizes));
   if (message.segment_offset || message.gpu_offset) {
     const bool host = message.segment_offset.has_value();
-    return Refusal{Code::kInvalidArgument,
-                   std::string(host ? "segment_offset" : "gpu_offset") + " is " +
-                       std::to_string(host ? *message.segment_offset : *message.gpu_offset) +
-                       "; there is no segment: send the tensors"};
+    return Refusal{Code::kInvalidArgument, std::string(host ? "segment_offset" : "gpu_offset") + " is " +
+                                               std::to_string(host ? *message.segment_offset : *message.gpu_offset) +
+                                               "; there is no segment: send the tensors"};
   }
   const Tensors tensors{message.hidden, message.hidden_scales, message.expert_ids, message.weights};
   return check_tensors(message, tensors, &job->request);

@@ -23,8 +23,8 @@ namespace expertd {
 
 uint64_t monotonic_ns();
 
-// Whether the next batch starts now, with batches of `under_way` tokens computing and `waiting` tokens in the queue. Two
-// small batches never overlap: the second waits and grows, which costs the device less than both.
+// Whether the next batch starts now, with batches of `under_way` tokens computing and `waiting` tokens in the queue.
+// Two small batches never overlap: the second waits and grows, which costs the device less than both.
 bool may_start(const std::vector<uint64_t>& under_way, uint64_t waiting, size_t depth);
 
 // How much may wait, in total.
@@ -34,7 +34,8 @@ struct Bounds {
   uint64_t queued_bytes = 0;
 };
 
-// Takes requests, decides their order, has them computed and answers them: on one thread, which never takes Python's lock.
+// Takes requests, decides their order, has them computed and answers them: on one thread, which never takes Python's
+// lock.
 class Engine {
  public:
   Engine(PlacementPtr placement, Bounds bounds, std::unique_ptr<Executor> executor);
@@ -62,7 +63,8 @@ class Engine {
   // For requests that come from now on.
   void set_placement(PlacementPtr placement);
 
-  // Checks a request whose tensors are in its message. Refuses what must not wait or be computed, or sets `job->request`.
+  // Checks a request whose tensors are in its message. Refuses what must not wait or be computed, or sets
+  // `job->request`.
   std::optional<Refusal> check(const Message& message, Job* job) const;
   // Lets an admitted job wait, `job->inbox` and `ticket` being set. Refuses when there is no room.
   std::optional<Refusal> submit(std::shared_ptr<Job> job);

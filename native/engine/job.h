@@ -29,9 +29,9 @@ struct Kind {
 struct Job {
   Admitted request;
   std::string caller;
-  uint64_t arrived_ns = 0;   // CLOCK_MONOTONIC, before it was parsed
+  uint64_t arrived_ns = 0;  // CLOCK_MONOTONIC, before it was parsed
   uint64_t admitted_ns = 0;
-  uint64_t expires_ns = 0;   // 0: never
+  uint64_t expires_ns = 0;  // 0: never
 
   // Where the answer goes, and what the inbox has of its own for it.
   std::shared_ptr<Inbox> inbox;
@@ -39,9 +39,9 @@ struct Job {
 
   // The engine's.
   std::shared_ptr<Job> self;  // while the engine holds it
-  bool cancelled = false;    // by its caller while the device used its tensors
-  bool answered = false;     // with an error, before the device was done with them
-  Job* previous = nullptr;   // in its lot, while it waits
+  bool cancelled = false;     // by its caller while the device used its tensors
+  bool answered = false;      // with an error, before the device was done with them
+  Job* previous = nullptr;    // in its lot, while it waits
   Job* next = nullptr;
   Share* share = nullptr;
   Lot* lot = nullptr;

@@ -6,7 +6,8 @@
 
 namespace expertd {
 
-// A list that any thread adds to and one thread empties, without a lock: what is taken comes in the order of its adding.
+// A list that any thread adds to and one thread empties, without a lock: what is taken comes in the order of its
+// adding.
 template <typename T>
 class Pile {
  public:

@@ -6,7 +6,8 @@ namespace expertd {
 namespace {
 
 Lot* lot_of(Share* share, const Kind& kind) {
-  const auto found = std::find_if(share->lots.begin(), share->lots.end(), [&](const Lot& lot) { return lot.kind == kind; });
+  const auto found =
+      std::find_if(share->lots.begin(), share->lots.end(), [&](const Lot& lot) { return lot.kind == kind; });
   return found == share->lots.end() ? nullptr : &*found;
 }
 

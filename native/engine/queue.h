@@ -35,8 +35,8 @@ class FairQueue {
   void put(Job* job);
   // Takes out a job; whether it still waited.
   bool remove(Job* job);
-  // Takes out a batch: the job that waits longest of the caller whose turn it is, and from all callers in turn what else
-  // there is of its kind, as far as it fits in `max_tokens`. Only that caller moves to the end.
+  // Takes out a batch: the job that waits longest of the caller whose turn it is, and from all callers in turn what
+  // else there is of its kind, as far as it fits in `max_tokens`. Only that caller moves to the end.
   std::vector<Job*> take(uint64_t max_tokens);
   // Takes out everything.
   std::vector<Job*> take_all();

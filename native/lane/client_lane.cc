@@ -17,7 +17,8 @@ namespace {
 
 int create_memory(size_t size, uint32_t entries) {
   if (!std::has_single_bit(entries) || entries < kMinEntries || entries > kMaxEntries || size <= data_at(entries)) {
-    throw std::invalid_argument("a lane of " + std::to_string(entries) + " entries in " + std::to_string(size) + " bytes");
+    throw std::invalid_argument("a lane of " + std::to_string(entries) + " entries in " + std::to_string(size) +
+                                " bytes");
   }
   const int descriptor = memfd_create("expertd", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (descriptor < 0) throw std::system_error(errno, std::generic_category(), "memfd_create");

@@ -22,13 +22,13 @@ namespace expertd {
 enum class Post { kPosted, kFull, kMisplaced, kEnded, kForked };
 
 // The caller's end of a lane; ring.h has the rules. Where slots and tensors are in the memory is its user's to say.
-// Threads: all functions may be called by any thread at once, but `poll`, which is the loop's that watches the socket, and
-// there must be one: it learns of the end and releases the threads that sleep in `wait`. A call is waited for by one thread, or
-// by the loop. In a forked child everything says kForked, and destruction only closes.
+// Threads: all functions may be called by any thread at once, but `poll`, which is the loop's that watches the socket,
+// and there must be one: it learns of the end and releases the threads that sleep in `wait`. A call is waited for by
+// one thread, or by the loop. In a forked child everything says kForked, and destruction only closes.
 class ClientLane {
  public:
-  // New memory of `size` bytes, that is `data` and what slots need, with a ring of `entries`. Throws std::system_error, and
-  // std::invalid_argument for sizes that no lane has.
+  // New memory of `size` bytes, that is `data` and what slots need, with a ring of `entries`. Throws std::system_error,
+  // and std::invalid_argument for sizes that no lane has.
   ClientLane(size_t size, uint32_t entries, SpinHost& host = SpinHost::here(), int64_t spin_ns = Spin::kAutoNs);
   ~ClientLane();
 
@@ -37,22 +37,23 @@ class ClientLane {
   // The handover was accepted: takes the socket. Before that nothing can be posted.
   void connect(int socket);
 
-  // Announces the request in `slot`, with room for a reply of `reply_room` bytes; the tensors are in place. From now on slot
-  // and tensors are the server's until the call is done, or for good once the lane has ended. kFull: there is no room in the
-  // ring or too much in flight. With `looped`, `poll` names it when it is done.
+  // Announces the request in `slot`, with room for a reply of `reply_room` bytes; the tensors are in place. From now on
+  // slot and tensors are the server's until the call is done, or for good once the lane has ended. kFull: there is no
+  // room in the ring or too much in flight. With `looped`, `poll` names it when it is done.
   Post post(uint64_t slot, std::string_view request, uint32_t reply_room, bool looped);
-  // Until the call is done, `deadline_ns` of the monotonic clock has come, a signal came, or the lane has ended without it;
-  // kUnknown at once for a slot without a call.
+  // Until the call is done, `deadline_ns` of the monotonic clock has come, a signal came, or the lane has ended without
+  // it; kUnknown at once for a slot without a call.
   Wait wait(uint64_t slot, int64_t deadline_ns);
-  // The reply to a call that is done, which is no longer in flight; none if it is not done, or its length is impossible.
+  // The reply to a call that is done, which is no longer in flight; none if it is not done, or its length is
+  // impossible.
   std::optional<std::string> reply(uint64_t slot);
-  // The answer is not wanted any more. The slot stays the server's until `reap` names it. Not told to a server with a full
-  // ring.
+  // The answer is not wanted any more. The slot stays the server's until `reap` names it. Not told to a server with a
+  // full ring.
   void cancel(uint64_t slot);
   // Cancelled calls that are done: their slots are free.
   std::vector<uint64_t> reap();
-  // For the loop, after its posts and when the socket is readable: looped calls that are done. Unless the lane has ended, the
-  // socket is readable again when there are more.
+  // For the loop, after its posts and when the socket is readable: looped calls that are done. Unless the lane has
+  // ended, the socket is readable again when there are more.
   std::vector<uint64_t> poll();
 
   // Ends the lane, for both sides: calls in flight that are not done are lost.

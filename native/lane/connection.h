@@ -8,8 +8,8 @@
 
 namespace expertd {
 
-// One end of a lane's stream socket, which it owns: bells, at last a reason, and the end. Nothing in it waits. Its destruction
-// only closes, as a forked child does that, too.
+// One end of a lane's stream socket, which it owns: bells, at last a reason, and the end. Nothing in it waits. Its
+// destruction only closes, as a forked child does that, too.
 class Connection {
  public:
   explicit Connection(int socket) : socket_(socket) {}

@@ -50,7 +50,8 @@ ControlGroups::ControlGroups(const std::filesystem::path& mounted, const std::fi
     std::filesystem::path group = controllers.empty() ? mounted : mounted / "cpu";
     groups_.push_back(group);
     // In a container, what is mounted is often our own group, and our path the host's: then only the first is there.
-    for (const auto& part : std::filesystem::path(line.substr(second + 1)).relative_path()) groups_.push_back(group /= part);
+    for (const auto& part : std::filesystem::path(line.substr(second + 1)).relative_path())
+      groups_.push_back(group /= part);
   }
 }
 

@@ -6,9 +6,9 @@
 
 namespace expertd {
 
-// While it lives, an access in [base, base + size) that the kernel cannot serve (SIGBUS: a page of a memfd that cannot be had)
-// finds a page of zeros of this process's own instead, and `broken` is true from then on. Any thread.
-// The handler is put before the one that is there when the first guard is made, and hands on all other faults.
+// While it lives, an access in [base, base + size) that the kernel cannot serve (SIGBUS: a page of a memfd that cannot
+// be had) finds a page of zeros of this process's own instead, and `broken` is true from then on. Any thread. The
+// handler is put before the one that is there when the first guard is made, and hands on all other faults.
 class FaultGuard {
  public:
   // Throws std::runtime_error when there are too many.

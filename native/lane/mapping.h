@@ -7,11 +7,13 @@
 
 namespace expertd {
 
-// A memfd, mapped to read and write; unmapped with the object. Not inherited by forked children, and safe against faults.
+// A memfd, mapped to read and write; unmapped with the object. Not inherited by forked children, and safe against
+// faults.
 class Mapping {
  public:
-  // Maps all of `size` bytes of a memfd that cannot shrink, and makes its pages present: 0.1 s for a few hundred MB, in steps
-  // between which others may change the address space. The descriptor stays the caller's. Throws std::system_error.
+  // Maps all of `size` bytes of a memfd that cannot shrink, and makes its pages present: 0.1 s for a few hundred MB, in
+  // steps between which others may change the address space. The descriptor stays the caller's. Throws
+  // std::system_error.
   Mapping(int descriptor, size_t size);
   ~Mapping();
   Mapping(const Mapping&) = delete;

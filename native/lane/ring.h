@@ -7,42 +7,46 @@
 
 namespace expertd {
 
-// THE LANE, version 1: calls between two processes of one machine, without a copy of tensors and mostly without a system call.
-// A caller owns a memfd (sealed against shrinking) that both ends map, and a stream socket. All numbers are little-endian; each
-// is read and written as one aligned word. Its bytes:
+// THE LANE, version 1: calls between two processes of one machine, without a copy of tensors and mostly without a
+// system call. A caller owns a memfd (sealed against shrinking) that both ends map, and a stream socket. All numbers
+// are little-endian; each is read and written as one aligned word. Its bytes:
 //
 //   at           written by          what
 //   0            caller, once        u64 magic "expertdL", u32 version 1, u32 entries (2^6 to 2^12, a power of two),
-//                                    u64 ring 4096, u64 data (a multiple of 64, at least 4096 + 16 an entry); then zeros
+//                                    u64 ring 4096, u64 data (a multiple of 64, at least 4096 + 16 an entry); then
+//                                    zeros
 //   64           caller              u32 tail: entries ever posted, modulo 2^32
 //   128          server              u32 head: entries ever taken, likewise; only the caller reads it
 //   192          both                u32 asleep: 1 while the server sleeps or is about to
 //   256          both                u32 looping: 1 while an event loop of the caller waits for answers
 //   4096 + 16 i  caller              entry i (modulo entries): u64 slot, u32 kind (1 request, 2 cancel), u32 0
 //   slot         both                u32 state (1 posted, 3 posted and a thread sleeps on it, 4 done),
-//                caller              u32 request bytes (at most 4096), u32 reply room (at least what the server asks for,
+//                caller              u32 request bytes (at most 4096), u32 reply room (at least what the server asks
+//                for,
 //                                    1024 + 8 for each of its experts),
 //                server              u32 reply bytes; the rest of the 64 bytes is unused
 //   slot + 64    caller              an ExecuteRequest without tensors
-//   reply        server              an ExecuteResponse without tensors; reply is slot + 64 + request bytes, rounded up to 64
+//   reply        server              an ExecuteResponse without tensors; reply is slot + 64 + request bytes, rounded up
+//   to 64
 //
-// A slot is a multiple of 64 in [data, size), as is what segment_offset names; the caller says where slots are, and no slot is
-// in two calls at once. Tensors may lie before their slot, so that a request's length does not depend on where they are.
+// A slot is a multiple of 64 in [data, size), as is what segment_offset names; the caller says where slots are, and no
+// slot is in two calls at once. Tensors may lie before their slot, so that a request's length does not depend on where
+// they are.
 //
-// POST: write slot and entry, then tail + 1 (sequentially consistent, as all that follows), then load asleep: if it is 1, swap
-// it for 0; who got the 1 sends a bell, a byte 0 on the socket. tail - head never exceeds entries, nor do the requests in
-// flight. SLEEP, the server: store 1 in asleep, load every tail once more, sleep on sockets. ANSWER: write reply and reply
-// bytes, exchange state for 4; if it was 3, FUTEX_WAKE (shared) on state; then load looping and do as with asleep. A THREAD
-// waits by changing state from 1 to 3 and FUTEX_WAIT on 3. AN EVENT LOOP waits by storing 1 in looping, then loading the
-// states of its calls, then sleeping on the socket.
-// Why no wake-up is lost: each pair of sides writes its own word and then reads the other's, and the four accesses have one
-// total order, so that not both can read the old values; a bell that comes before the sleep waits in the socket. Of a state
-// there is one order of changes: either the change from 1 to 3 fails, or the exchange finds 3; the kernel compares once more.
+// POST: write slot and entry, then tail + 1 (sequentially consistent, as all that follows), then load asleep: if it is
+// 1, swap it for 0; who got the 1 sends a bell, a byte 0 on the socket. tail - head never exceeds entries, nor do the
+// requests in flight. SLEEP, the server: store 1 in asleep, load every tail once more, sleep on sockets. ANSWER: write
+// reply and reply bytes, exchange state for 4; if it was 3, FUTEX_WAKE (shared) on state; then load looping and do as
+// with asleep. A THREAD waits by changing state from 1 to 3 and FUTEX_WAIT on 3. AN EVENT LOOP waits by storing 1 in
+// looping, then loading the states of its calls, then sleeping on the socket. Why no wake-up is lost: each pair of
+// sides writes its own word and then reads the other's, and the four accesses have one total order, so that not both
+// can read the old values; a bell that comes before the sleep waits in the socket. Of a state there is one order of
+// changes: either the change from 1 to 3 fails, or the exchange finds 3; the kernel compares once more.
 //
-// THE END: the server may send a byte 1 and an ExecuteResponse after its length (u32), the reason; then, or when either process
-// is gone, the socket is closed. After that calls that are done count, all others are lost, and the memory is never used
-// again, since the other process or its GPU may still write to it. A server reads each word once, into a local, and checks it
-// there.
+// THE END: the server may send a byte 1 and an ExecuteResponse after its length (u32), the reason; then, or when either
+// process is gone, the socket is closed. After that calls that are done count, all others are lost, and the memory is
+// never used again, since the other process or its GPU may still write to it. A server reads each word once, into a
+// local, and checks it there.
 
 inline constexpr uint64_t kLaneMagic = 0x4c64747265707865;
 inline constexpr uint32_t kLaneVersion = 1;
@@ -60,7 +64,9 @@ static_assert(std::endian::native == std::endian::little, "the lane's words are 
 
 constexpr uint64_t next_line(uint64_t at) { return (at + kLine - 1) / kLine * kLine; }
 constexpr uint64_t request_at(uint64_t slot) { return slot + kLine; }
-constexpr uint64_t reply_at(uint64_t slot, uint64_t request_bytes) { return next_line(request_at(slot) + request_bytes); }
+constexpr uint64_t reply_at(uint64_t slot, uint64_t request_bytes) {
+  return next_line(request_at(slot) + request_bytes);
+}
 constexpr uint64_t data_at(uint32_t entries) { return kRing + entries * kEntryBytes; }
 
 // The words of a mapping. What follows is a template over it, so that an explorer can stand in for the memory.
@@ -135,8 +141,9 @@ bool finish(const Memory& memory, uint64_t slot, uint32_t reply_bytes) {
 
 enum class Wait { kDone, kExpired, kInterrupted, kEnded, kUnknown, kForked };
 
-// Caller: sleeps until the slot is done. `ended` is a word of this process that is set before `release`; `sleep(slot)` is
-// FUTEX_WAIT on kSleeping and says kDone when it is worth looking again. A state that no server writes counts as an end.
+// Caller: sleeps until the slot is done. `ended` is a word of this process that is set before `release`; `sleep(slot)`
+// is FUTEX_WAIT on kSleeping and says kDone when it is worth looking again. A state that no server writes counts as an
+// end.
 template <class Memory, class Ended, class Sleep>
 Wait await(const Memory& memory, uint64_t slot, const Ended& ended, Sleep&& sleep) {
   auto state = memory.word(slot);

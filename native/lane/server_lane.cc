@@ -72,8 +72,8 @@ bool ServerLane::check(const Entry& entry, Posted* posted) {
   }
   // Subtracted, not added, so that nothing can overflow.
   if (entry.slot % kLine || entry.slot < data_ || entry.slot >= size || size - entry.slot < kLine) {
-    return fail("an entry's slot is " + std::to_string(entry.slot) + "; it must be a multiple of " + std::to_string(kLine) +
-                " from " + std::to_string(data_) + " on and below " + std::to_string(size));
+    return fail("an entry's slot is " + std::to_string(entry.slot) + "; it must be a multiple of " +
+                std::to_string(kLine) + " from " + std::to_string(data_) + " on and below " + std::to_string(size));
   }
   if (entry.kind == kCancel) return true;
   posted->request_bytes = words_.word(entry.slot + kRequestBytes).load(std::memory_order_relaxed);

@@ -13,7 +13,8 @@
 
 namespace expertd {
 
-// What was taken from a ring, checked: all its places are inside of the mapping. Of a cancellation only the slot has a meaning.
+// What was taken from a ring, checked: all its places are inside of the mapping. Of a cancellation only the slot has a
+// meaning.
 struct Posted {
   uint64_t slot = 0;
   uint32_t kind = kRequest;
@@ -22,23 +23,24 @@ struct Posted {
   uint32_t reply_room = 0;
 };
 
-// The server's end of a lane; ring.h has the rules. Nothing in it waits, and nothing that the caller does harms it: the worst
-// is that the lane ends with a reason. Threads: everything is the engine's thread's, but `shut_down`, which is anyone's. It
-// lives until its last request is answered and its last batch fetched, whether the caller is there or not.
+// The server's end of a lane; ring.h has the rules. Nothing in it waits, and nothing that the caller does harms it: the
+// worst is that the lane ends with a reason. Threads: everything is the engine's thread's, but `shut_down`, which is
+// anyone's. It lives until its last request is answered and its last batch fetched, whether the caller is there or not.
 class ServerLane {
  public:
-  // Takes the memory and the socket of a handover, after the ticket and the seals were checked and the caller was told so.
-  // `min_room` bytes at least must callers leave for a reply. Null with a `reason` if the geometry is
-  // wrong; the socket then stays its owner's.
+  // Takes the memory and the socket of a handover, after the ticket and the seals were checked and the caller was told
+  // so. `min_room` bytes at least must callers leave for a reply. Null with a `reason` if the geometry is wrong; the
+  // socket then stays its owner's.
   static std::unique_ptr<ServerLane> attach(std::shared_ptr<Mapping> memory, int socket, uint32_t min_room,
                                             std::string* reason);
 
-  // Fills `out` with what is posted, requests as far as `entries` are in flight; returns how many. None once it has ended.
+  // Fills `out` with what is posted, requests as far as `entries` are in flight; returns how many. None once it has
+  // ended.
   size_t take(std::span<Posted> out);
   // The bytes of a request, copied once, so that they can be looked at. `out` has kMaxRequestBytes.
   std::string_view message(const Posted& posted, std::span<char> out) const;
-  // Ends a request that was taken: `reply`, of at most `reply_room` bytes, and the sums are there from now on. Once the lane
-  // has ended, answers still count.
+  // Ends a request that was taken: `reply`, of at most `reply_room` bytes, and the sums are there from now on. Once the
+  // lane has ended, answers still count.
   void answer(const Posted& posted, std::string_view reply);
 
   // To be called on every lane before the engine sleeps: false if there is something to take. Afterwards a post rings.

@@ -25,10 +25,10 @@ class SpinHost {
   std::atomic<int> spinning{0};
 };
 
-// Whether one kind of wait is worth spinning for, learnt from how long the last 16 took: spin as long as twice their median and
-// 20 us, if that is at most `max_ns`, and not at all else. Never below 4 CPUs, with a quarter of them spinning, or for 1 s
-// after that cost a thread its CPU or the control group its quota. Any thread; threads may wait at the same time. Times are
-// nanoseconds of the monotonic clock.
+// Whether one kind of wait is worth spinning for, learnt from how long the last 16 took: spin as long as twice their
+// median and 20 us, if that is at most `max_ns`, and not at all else. Never below 4 CPUs, with a quarter of them
+// spinning, or for 1 s after that cost a thread its CPU or the control group its quota. Any thread; threads may wait at
+// the same time. Times are nanoseconds of the monotonic clock.
 class Spin {
  public:
   static constexpr int64_t kAutoNs = 3'000'000;

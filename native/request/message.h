@@ -13,9 +13,7 @@ namespace expertd {
 enum class Dtype : uint8_t { kFloat8E4M3FN = 1, kBFloat16 = 2, kFloat32 = 3 };
 
 // Bytes of one value.
-constexpr size_t size_of(Dtype dtype) {
-  return dtype == Dtype::kFloat8E4M3FN ? 1 : dtype == Dtype::kBFloat16 ? 2 : 4;
-}
+constexpr size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat8E4M3FN ? 1 : dtype == Dtype::kBFloat16 ? 2 : 4; }
 
 // The fields of an ExecuteRequest, unchecked. Views refer to the received bytes.
 struct Message {
@@ -32,9 +30,7 @@ struct Message {
   std::optional<uint64_t> segment_offset, cancels, gpu_offset;
   std::string_view traceparent;
 
-  size_t num_tensor_bytes() const {
-    return hidden.size() + hidden_scales.size() + expert_ids.size() + weights.size();
-  }
+  size_t num_tensor_bytes() const { return hidden.size() + hidden_scales.size() + expert_ids.size() + weights.size(); }
 };
 
 // Reads a serialized ExecuteRequest: of a field that occurs twice the last one counts, others are passed over.

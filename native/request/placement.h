@@ -12,14 +12,14 @@ namespace expertd {
 struct Placement {
   std::string model_fingerprint;
   uint64_t epoch = 0;
-  std::vector<uint32_t> layers;        // ascending
-  std::string layers_text;             // as people write them: 3-60
-  std::vector<uint32_t> experts;       // global ids, ascending; the position is the local id
+  std::vector<uint32_t> layers;   // ascending
+  std::string layers_text;        // as people write them: 3-60
+  std::vector<uint32_t> experts;  // global ids, ascending; the position is the local id
   std::string experts_text;
-  std::vector<int32_t> local_ids;      // by global id; -1 for experts of other servers
+  std::vector<int32_t> local_ids;  // by global id; -1 for experts of other servers
   uint32_t hidden_size = 0;
   uint32_t max_top_k = 0;
-  uint32_t max_tokens = 0;             // of one request
+  uint32_t max_tokens = 0;  // of one request
 
   uint32_t num_routed_experts() const { return static_cast<uint32_t>(local_ids.size()); }
   // The position of `layer` among the owned ones, or -1.

@@ -27,11 +27,16 @@ Refusal refuse(Code code, const Parts&... parts) {
 
 std::string name_of(uint64_t code) {
   switch (code) {
-    case 0: return "DTYPE_UNSPECIFIED";
-    case 1: return "DTYPE_FLOAT8_E4M3FN";
-    case 2: return "DTYPE_BFLOAT16";
-    case 3: return "DTYPE_FLOAT32";
-    default: return std::to_string(code);
+    case 0:
+      return "DTYPE_UNSPECIFIED";
+    case 1:
+      return "DTYPE_FLOAT8_E4M3FN";
+    case 2:
+      return "DTYPE_BFLOAT16";
+    case 3:
+      return "DTYPE_FLOAT32";
+    default:
+      return std::to_string(code);
   }
 }
 
@@ -108,8 +113,8 @@ std::optional<Refusal> localise(const Placement& placement, Admitted* request) {
     return refuse(Code::kInvalidArgument, "expert_ids", at(outside - ids.begin(), request->top_k), " is ", *outside,
                   "; it must be -1 or from 0 to ", count - 1);
   }
-  const auto foreign = std::find_if(ids.begin(), ids.end(),
-                                    [&](int32_t id) { return id >= 0 && placement.local_ids[id] < 0; });
+  const auto foreign =
+      std::find_if(ids.begin(), ids.end(), [&](int32_t id) { return id >= 0 && placement.local_ids[id] < 0; });
   if (foreign != ids.end()) {
     return refuse(Code::kNotFound, "expert_ids", at(foreign - ids.begin(), request->top_k), " is ", *foreign,
                   "; this server owns experts ", placement.experts_text);

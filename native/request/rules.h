@@ -32,9 +32,7 @@ struct Admitted {
   std::vector<uint32_t> pairs;     // by local expert: the receipt
   uint64_t timeout_us = 0;         // 0: none
 
-  size_t reply_bytes() const {
-    return size_t{tokens} * placement->hidden_size * size_of(reply_dtype);
-  }
+  size_t reply_bytes() const { return size_t{tokens} * placement->hidden_size * size_of(reply_dtype); }
 };
 
 // Sizes and dtypes of a message: what has to be right before the place of its tensors is known.

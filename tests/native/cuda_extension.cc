@@ -12,7 +12,7 @@
 
 namespace py = pybind11;
 
-namespace expertd {
+namespace expertd::cuda {
 namespace {
 
 // Makes copies when it is told to.
@@ -122,4 +122,4 @@ PYBIND11_MODULE(cuda_extension, module) {
       });
 }
 
-}  // namespace expertd
+}  // namespace expertd::cuda

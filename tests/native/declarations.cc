@@ -16,10 +16,10 @@ template <typename... Ours, typename... Theirs>
   requires(sizeof...(Ours) == sizeof...(Theirs))
 constexpr bool same_call<int (*)(Ours...), CUresult (*)(Theirs...)> = (same<Ours, Theirs> && ...);
 
-#define AGREES(name, arguments) static_assert(same_call<decltype(expertd::Driver::name), decltype(&::name)>, #name);
+#define AGREES(name, arguments) static_assert(same_call<decltype(expertd::cuda::Driver::name), decltype(&::name)>, #name);
 EXPERTD_DRIVER_CALLS(AGREES)
 
-using Ours = expertd::KernelNodeParams;
+using Ours = expertd::cuda::KernelNodeParams;
 using Theirs = CUDA_KERNEL_NODE_PARAMS;
 static_assert(sizeof(Ours) == sizeof(Theirs));
 static_assert(offsetof(Ours, grid_x) == offsetof(Theirs, gridDimX));
@@ -28,5 +28,5 @@ static_assert(offsetof(Ours, arguments) == offsetof(Theirs, kernelParams));
 static_assert(offsetof(Ours, extra) == offsetof(Theirs, extra));
 static_assert(offsetof(Ours, kernel) == offsetof(Theirs, kern));
 static_assert(offsetof(Ours, context) == offsetof(Theirs, ctx));
-static_assert(expertd::kCudaNotReady == CUDA_ERROR_NOT_READY && expertd::kCudaInvalidValue == CUDA_ERROR_INVALID_VALUE);
-static_assert(expertd::kDriverVersion <= CUDA_VERSION);
+static_assert(expertd::cuda::kCudaNotReady == CUDA_ERROR_NOT_READY && expertd::cuda::kCudaInvalidValue == CUDA_ERROR_INVALID_VALUE);
+static_assert(expertd::cuda::kDriverVersion <= CUDA_VERSION);

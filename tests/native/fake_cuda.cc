@@ -15,7 +15,7 @@
 
 #include "cuda/driver.h"
 
-using expertd::KernelNodeParams;
+using expertd::cuda::KernelNodeParams;
 
 namespace {
 
@@ -408,7 +408,7 @@ int cuKernelGetParamInfo(void* kernel, size_t index, size_t* offset, size_t* byt
 #ifndef OLD_DRIVER
 int cuGetProcAddress_v2(const char* symbol, void** function, int version, uint64_t, int* status) {
   *status = 0;
-  if (version != expertd::kDriverVersion) return kInvalidValue;
+  if (version != expertd::cuda::kDriverVersion) return kInvalidValue;
 #define FIND(name, arguments) \
   if (!std::strcmp(symbol, #name)) *function = reinterpret_cast<void*>(&name);
   EXPERTD_DRIVER_CALLS(FIND)

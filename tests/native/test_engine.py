@@ -2,14 +2,16 @@
 
 import random
 import select
+import tempfile
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from expertd import _native
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.proto import codec
 from expertd.proto.base.errors import Overloaded
@@ -17,13 +19,15 @@ from expertd.proto.codec import ExecuteCall
 from expertd.server.scheduling.admission import Admission
 from expertd.server.scheduling.batching import may_start
 from expertd.server.scheduling.queue import FairQueue, Job
+from tests.support.native_build import build_engine_extension
 
+NATIVE: Any = build_engine_extension(Path(tempfile.mkdtemp(prefix="engine-")))
 WIDTH, MAX_BATCH, MAX_QUEUED, MAX_BYTES, DEPTH = 128, 600, 2000, 300_000, 2
 SIZES = (1, 1, 2, 5, 100, 255, 256, 300, 700)
 
 
-def placement(epoch: int = 1) -> _native.Placement:
-    return _native.Placement(
+def placement(epoch: int = 1) -> Any:
+    return NATIVE.Placement(
         model_fingerprint="model",
         epoch=epoch,
         layers=(1, 2),
@@ -37,8 +41,8 @@ def placement(epoch: int = 1) -> _native.Placement:
     )
 
 
-def make_engine() -> _native.Engine:
-    engine = _native.Engine(
+def make_engine() -> Any:
+    engine = NATIVE.Engine(
         placement(), max_batch_tokens=MAX_BATCH, max_queued_tokens=MAX_QUEUED, max_queued_bytes=MAX_BYTES, depth=DEPTH
     )
     engine.open()
@@ -96,7 +100,7 @@ class Model:
         return numbers
 
 
-def finish(batch: _native.Batch) -> None:
+def finish(batch: Any) -> None:
     sums = [
         torch.zeros(tokens, WIDTH, dtype=_dtype(batch)).view(torch.uint8).numpy() for *_, tokens in batch.requests()
     ]
@@ -104,15 +108,15 @@ def finish(batch: _native.Batch) -> None:
     batch.finish(sums, pairs, 0.0, 0.0, 0.0)
 
 
-def _dtype(batch: _native.Batch) -> torch.dtype:
+def _dtype(batch: Any) -> torch.dtype:
     return torch.bfloat16 if batch.reply_dtype == 2 else torch.float32
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_order_and_bounds_are_those_of_the_python_queue(seed: int) -> None:
     chance = random.Random(seed)
-    engine, model, inbox = make_engine(), Model(), _native.Inbox()
-    batches: list[_native.Batch] = []
+    engine, model, inbox = make_engine(), Model(), NATIVE.Inbox()
+    batches: list[Any] = []
     tickets: dict[int, int] = {}
     answered: dict[int, int] = {}
     number, clock = 0, 0
@@ -170,7 +174,7 @@ def test_order_and_bounds_are_those_of_the_python_queue(seed: int) -> None:
 
 
 def test_what_ran_out_in_the_queue_is_not_computed() -> None:
-    engine, inbox = make_engine(), _native.Inbox()
+    engine, inbox = make_engine(), NATIVE.Inbox()
     inbox.submit(engine, codec.encode_call(call(1, 1)), "a", "computed", None, "")
     engine.turn(time.monotonic_ns())
     for number, one in (
@@ -195,7 +199,7 @@ def test_what_ran_out_in_the_queue_is_not_computed() -> None:
 
 
 def test_a_reply_is_what_the_codec_reads() -> None:
-    engine, inbox = make_engine(), _native.Inbox()
+    engine, inbox = make_engine(), NATIVE.Inbox()
     one = call(9, 3, reply=torch.bfloat16, top_k=2)
     inbox.submit(engine, codec.encode_call(one), "a", None, None, "")
     engine.turn(0)
@@ -213,7 +217,7 @@ def test_a_reply_is_what_the_codec_reads() -> None:
 
 
 def test_a_batch_with_other_pairs_than_asked_for_fails() -> None:
-    engine, inbox = make_engine(), _native.Inbox()
+    engine, inbox = make_engine(), NATIVE.Inbox()
     inbox.submit(engine, codec.encode_call(call(9, 3)), "a", None, None, "")
     engine.turn(0)
     batch = engine.fetch()
@@ -225,7 +229,7 @@ def test_a_batch_with_other_pairs_than_asked_for_fails() -> None:
 
 
 def test_giving_up_answers_everyone_at_once_and_keeps_what_the_device_may_use() -> None:
-    engine, inbox = make_engine(), _native.Inbox()
+    engine, inbox = make_engine(), NATIVE.Inbox()
     for number in (1, 2):
         inbox.submit(engine, codec.encode_call(call(number, 300)), "a", number, None, "")
     for number in (3, 4, 5):
@@ -250,7 +254,7 @@ def test_giving_up_answers_everyone_at_once_and_keeps_what_the_device_may_use() 
 
 
 def test_a_thread_turns_by_itself_and_rings() -> None:
-    engine, inbox = make_engine(), _native.Inbox()
+    engine, inbox = make_engine(), NATIVE.Inbox()
 
     def compute() -> None:
         while (batch := engine.fetch()) is not None:

@@ -1,22 +1,25 @@
 """The engine's rules against the Python ones: equal verdicts in equal words, for good, bad and mutated requests."""
 
 import random
+import tempfile
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from expertd import _native
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.model.ranges import format_ranges
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.proto import codec
-from expertd.proto.codec import wire
 from expertd.proto.base.errors import ExpertdError
-from expertd.proto.codec import ExecuteCall
+from expertd.proto.codec import ExecuteCall, wire
 from expertd.server.scheduling.shard import Shard
+from tests.support.native_build import build_engine_extension
 
+NATIVE: Any = build_engine_extension(Path(tempfile.mkdtemp(prefix="engine-")))
 CONFIG = MoeConfig(
     hidden_size=256,
     moe_intermediate_size=128,
@@ -38,8 +41,8 @@ ROUNDS = 100_000
 NUMBERS = (b"\0", b"\1", b"\xff" * 9 + b"\1", b"\xff" * 9 + b"\2", b"\x80" * 10 + b"\1", b"\x80")
 
 
-def native_placement() -> _native.Placement:
-    return _native.Placement(
+def native_placement() -> Any:
+    return NATIVE.Placement(
         model_fingerprint=SHARD.model_fingerprint,
         epoch=SHARD.placement_epoch,
         layers=SHARD.layers,
@@ -54,8 +57,8 @@ def native_placement() -> _native.Placement:
 
 
 @pytest.fixture(scope="module")
-def engine() -> _native.Engine:
-    engine = _native.Engine(
+def engine() -> Any:
+    engine = NATIVE.Engine(
         native_placement(), max_batch_tokens=1, max_queued_tokens=1 << 40, max_queued_bytes=1 << 40, depth=1 << 20
     )
     engine.open()
@@ -68,9 +71,9 @@ def by_python(data: bytes) -> TokenBatch:
     return SHARD.admit(call)
 
 
-def check(engine: _native.Engine, data: bytes) -> str:
+def check(engine: Any, data: bytes) -> str:
     """Compare both; what the verdict was."""
-    inbox = _native.Inbox()
+    inbox = NATIVE.Inbox()
     got = inbox.submit(engine, data, "caller", None, None, "")
     try:
         expected = by_python(data)
@@ -169,7 +172,7 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_verdicts_and_words_are_those_of_the_python_rules(engine: _native.Engine, seed: int) -> None:
+def test_verdicts_and_words_are_those_of_the_python_rules(engine: Any, seed: int) -> None:
     chance = random.Random(seed)
     verdicts = set()
     for _ in range(ROUNDS // 4):

@@ -1,4 +1,4 @@
-"""Native code that tests build by themselves, with g++: a fake driver, and the executor with a face for tests."""
+"""Native code that tests build by themselves, with g++: a fake driver, the executor and the engine."""
 
 import subprocess
 import sys
@@ -21,19 +21,31 @@ def build_library(target: Path, sources: Sequence[Path], *options: str) -> Path:
 
 def build_cuda_extension(folder: Path, *options: str) -> ModuleType:
     """The executor behind `tests/native/cuda_extension.cc`, built and loaded once a process."""
-    if "cuda_extension" in sys.modules:
-        return sys.modules["cuda_extension"]
-    target = folder / f"cuda_extension{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [*sorted((ROOT / "native/cuda").glob("*.cc")), ROOT / "native/bindings/cuda.cc"]
+    return build_extension("cuda_extension", sources, folder, *options)
+
+
+def build_engine_extension(folder: Path, *options: str) -> ModuleType:
+    """The engine behind `tests/native/engine_extension.cc`, built and loaded once a process."""
+    parts = [path for part in ("engine", "request") for path in sorted((ROOT / "native" / part).glob("*.cc"))]
+    base = [ROOT / "native/base" / name for name in ("crc32c.cc", "instructions.cc")]
+    return build_extension("engine_extension", [*parts, *base, ROOT / "native/bindings/engine.cc"], folder, *options)
+
+
+def build_extension(name: str, sources: Sequence[Path], folder: Path, *options: str) -> ModuleType:
+    """The module of `tests/native/NAME.cc` and `sources`, built and loaded once a process."""
+    if name in sys.modules:
+        return sys.modules[name]
+    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = (_pybind11(), Path(sysconfig.get_path("include")))
     build_library(
         target,
-        [*sources, ROOT / "tests/native/cuda_extension.cc"],
+        [*sources, ROOT / f"tests/native/{name}.cc"],
         "-fvisibility=hidden",
         *(option for include in includes for option in ("-isystem", str(include))),
         *options,
     )
-    spec = spec_from_file_location("cuda_extension", target)
+    spec = spec_from_file_location(name, target)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)

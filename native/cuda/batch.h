@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-namespace expertd {
+namespace expertd::cuda {
 
 // Seconds that a batch spent in each stage.
 struct Timings {
@@ -17,28 +17,28 @@ struct Timings {
 
 // One request of a batch. The memory is the job's, lent until the batch comes back from `poll`.
 struct Part {
-  const uint8_t* hidden = nullptr;   // [tokens, hidden size]
-  const float* scales = nullptr;     // [tokens, hidden size / 128]; null for BF16
-  const int32_t* ids = nullptr;      // [tokens, top_k]: local expert, or -1 for none
-  const float* weights = nullptr;    // [tokens, top_k]
-  uint8_t* sums = nullptr;           // [tokens, hidden size]
+  const uint8_t* hidden = nullptr;  // [tokens, hidden size]
+  const float* scales = nullptr;    // [tokens, hidden size / 128]; null for BF16
+  const int32_t* ids = nullptr;     // [tokens, top_k]: local expert, or -1 for none
+  const float* weights = nullptr;   // [tokens, top_k]
+  uint8_t* sums = nullptr;          // [tokens, hidden size]
   uint32_t tokens = 0;
-  bool pinned = false;               // the device may copy from `hidden` and to `sums` by itself
+  bool pinned = false;  // the device may copy from `hidden` and to `sums` by itself
 };
 
 struct Batch {
   uint32_t layer = 0;
   uint8_t hidden_dtype = 0, reply_dtype = 0;  // the codes of proto/expert_shard.proto's DType
   uint32_t top_k = 0;
-  uint32_t tokens = 0;                        // of all parts
+  uint32_t tokens = 0;  // of all parts
   std::vector<Part> parts;
-  std::array<uint64_t, 4> weights{};          // where the device has the layer: up_gate, its scales, down, its scales
+  std::array<uint64_t, 4> weights{};  // where the device has the layer: up_gate, its scales, down, its scales
 
   // The results. The sums are in the parts' memory unless there is an error.
-  std::vector<uint32_t> pairs;                // computed by local expert, over all parts
+  std::vector<uint32_t> pairs;  // computed by local expert, over all parts
   Timings timings;
   std::string error;
-  bool device_lost = false;                   // nothing will be computed any more, unless somebody decides otherwise
+  bool device_lost = false;  // nothing will be computed any more, unless somebody decides otherwise
   void* owner = nullptr;
 };
 
@@ -70,4 +70,4 @@ class Copier {
   virtual void start(const std::vector<Copy>& copies, std::atomic<bool>* done) = 0;
 };
 
-}  // namespace expertd
+}  // namespace expertd::cuda
