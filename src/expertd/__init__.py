@@ -65,7 +65,7 @@ __all__ = [
 GRPC_VERBOSITY = "GRPC_VERBOSITY"
 SILENCED = GRPC_VERBOSITY not in os.environ
 """gRPC's core writes to standard error on its own, a line for each connection that a server ends. What there is to say
-to callers expertd says, with its own log; who wants to hear gRPC as well sets the variable. `expertd serve` undoes it."""
+to callers expertd says, with its own log; who wants to hear gRPC too sets the variable. `expertd serve` undoes it."""
 if SILENCED:
     os.environ[GRPC_VERBOSITY] = "NONE"
 
