@@ -26,7 +26,7 @@ WIDTH, MAX_BATCH, MAX_QUEUED, MAX_BYTES, DEPTH = 128, 600, 2000, 300_000, 2
 SIZES = (1, 1, 2, 5, 100, 255, 256, 300, 700)
 
 
-def placement(epoch: int = 1) -> Any:
+def placement(epoch: int = 1) -> Any:  # noqa: ANN401
     return NATIVE.Placement(
         model_fingerprint="model",
         epoch=epoch,
@@ -41,7 +41,7 @@ def placement(epoch: int = 1) -> Any:
     )
 
 
-def make_engine() -> Any:
+def make_engine() -> Any:  # noqa: ANN401
     engine = NATIVE.Engine(
         placement(), max_batch_tokens=MAX_BATCH, max_queued_tokens=MAX_QUEUED, max_queued_bytes=MAX_BYTES, depth=DEPTH
     )
@@ -100,7 +100,7 @@ class Model:
         return numbers
 
 
-def finish(batch: Any) -> None:
+def finish(batch: Any) -> None:  # noqa: ANN401
     sums = [
         torch.zeros(tokens, WIDTH, dtype=_dtype(batch)).view(torch.uint8).numpy() for *_, tokens in batch.requests()
     ]
@@ -108,7 +108,7 @@ def finish(batch: Any) -> None:
     batch.finish(sums, pairs, 0.0, 0.0, 0.0)
 
 
-def _dtype(batch: Any) -> torch.dtype:
+def _dtype(batch: Any) -> torch.dtype:  # noqa: ANN401
     return torch.bfloat16 if batch.reply_dtype == 2 else torch.float32
 
 
@@ -267,7 +267,7 @@ def test_a_thread_turns_by_itself_and_rings() -> None:
     poller.register(inbox.fileno(), select.POLLIN)
     for number in range(500):
         inbox.submit(engine, codec.encode_call(call(number, 1)), "a", number, None, "")
-        answers = []
+        answers: list[Any] = []
         while not answers:
             assert poller.poll(5000), number
             answers = inbox.drain()
