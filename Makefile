@@ -53,8 +53,9 @@ RELEASED := proto/released.txtpb
 released: $(STAMP)  ## with every release: the contract that later ones must not break
 	$(BIN)/buf build proto --exclude-source-info -o $(RELEASED)
 
-docs: $(STAMP)  ## regenerate docs/configuration.md, docs/performance.md and its plot
+docs: $(STAMP)  ## regenerate docs/configuration.md, docs/modules.md, docs/performance.md and its plot
 	$(BIN)/python -m docs.generate.configuration
+	$(BIN)/python -m docs.generate.modules
 	$(BIN)/python -m docs.generate.performance
 
 # The native core is compiled by the package's build, into src/expertd/.

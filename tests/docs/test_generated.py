@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from docs.generate import configuration, performance
+from docs.generate import configuration, modules, performance
 
 STALE = "out of date: run 'make docs' and commit the result"
 
 
 def test_the_configuration_reference_is_current() -> None:
     assert configuration.PAGE.read_text() == configuration.page(), STALE
+
+
+def test_the_list_of_modules_is_current() -> None:
+    assert modules.PAGE.read_text() == modules.page(), STALE
 
 
 def test_the_performance_page_is_current() -> None:
