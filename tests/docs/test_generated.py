@@ -36,6 +36,13 @@ def test_every_module_is_listed() -> None:
     )
 
 
+def test_every_room_is_told_of() -> None:
+    told = re.findall(r"^\| `(\S+)` \|", (modules.ROOT / "docs" / "architecture.md").read_text(), re.M)
+    rooms_there = re.findall(r"^## (\S+)$", modules.PAGE.read_text(), re.M)
+    inner = ("kernels/cutile/", "docs/")
+    assert sorted(told) == sorted({*(room for room in rooms_there if not room.startswith(inner)), "kernels/cutile"})
+
+
 def test_a_module_that_does_not_say_what_it_is_is_named(tmp_path: Path) -> None:
     silent = tmp_path / "silent.py"
     silent.write_text("SILENT = True\n")
