@@ -1,65 +1,62 @@
-"""docs/modules.md, from the docstrings of the modules and the contracts of the rooms in pyproject.toml."""
+"""docs/modules.md: every module by its first line, room by room."""
 
 from __future__ import annotations
 
 import ast
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 from docs.generate.markdown import table
+from docs.generate.rooms import ROOT, Layers, contracts
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "modules.md"
-PACKAGES = ("server", "client", "kernels", "proto")
 HEAD = """\
 # Modules
 
-Written by `make docs` from the modules' docstrings. Rooms stand as in `[tool.importlinter]` of pyproject.toml: each
-imports what is below it, never what is above; [architecture.md](architecture.md) says what they are for.
+Written by `make docs` from the first lines of the modules, room by room in the order of the contracts in
+`pyproject.toml`: a room imports what is below it, never what is above ([architecture](architecture.md)).
 """
+OTHERS = ("expertd.native", "expertd.docs.generate")
+"""Folders of which no contract speaks."""
 
 
-def page() -> str:
+def page(of: dict[str, Layers]) -> str:
     """The whole page, in Markdown."""
-    parts = [HEAD]
-    for package in PACKAGES:
-        parts.append(f"## {package}\n")
-        for room in rooms(package):
-            if rows := module_rows(ROOT / room):
-                parts += (f"### {room}\n", table(("module", "what it is"), rows))
-    return "\n".join(parts)
+    packages = ("expertd", *(name for layer in of[""] for name in layer if folder(name).is_dir()), *OTHERS)
+    rooms = (room for package in packages for room in listed(package, of))
+    return "\n".join((HEAD, *(f"## {name}\n\n{table(('module', 'what it is'), rows)}" for name, rows in rooms)))
 
 
-def rooms(package: str) -> Iterator[str]:
-    """A package or room and the rooms in it, the highest first: `server`, `server/doctor`, ..."""
-    yield package
-    for layer in _layers(package):
-        for name in layer.split(" | "):
-            room = f"{package}/{name}"
-            if (ROOT / room).is_dir():
-                yield from rooms(room)
+def listed(room: str, of: dict[str, Layers]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """The room's folder with a row for each of its modules, then the rooms in it."""
+    order = [name for layer in of.get(room, ()) for name in layer]
+    found = [path for path in folder(room).iterdir() if path.is_dir() or path.suffix in (".py", ".h", ".cc")]
+    found.sort(key=lambda path: (order.index(path.stem) if path.stem in order else -1, path.name))
+    rows = [(f"`{path.name}`", line) for path in found if path.is_file() and (line := first_line(path))]
+    if rows:
+        yield str(folder(room).relative_to(ROOT)), rows
+    for path in found:
+        # The links in src/expertd are packages of their own; a contract names all rooms there are.
+        if path.is_dir() and not path.is_symlink() and (not order or path.name in order):
+            yield from listed(f"{room}.{path.name}", of)
 
 
-def module_rows(folder: Path) -> list[tuple[str, str]]:
-    """Name and first line of the docstring of each module."""
-    paths = sorted(path for path in folder.glob("*.py") if not path.name.endswith("_pb2.py"))
-    return [(f"`{path.name}`", _summary(path)) for path in paths]
+def folder(room: str) -> Path:
+    return ROOT / "src" / "expertd" if room == "expertd" else ROOT / room.removeprefix("expertd.").replace(".", "/")
 
 
-def _summary(path: Path) -> str:
-    docstring = ast.get_docstring(ast.parse(path.read_text()))
-    if not docstring:
-        raise SystemExit(f"{path} has no docstring")
-    return docstring.split("\n")[0]
-
-
-def _layers(container: str) -> list[str]:
-    """The rooms of a package or room, the highest first; none where there is no contract about them."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    wanted = [f"expertd.{container.replace('/', '.')}"]
-    return next((contract["layers"] for contract in contracts if contract.get("containers") == wanted), [])
+def first_line(path: Path) -> str:
+    """What a module says of itself; a C++ file that is told of by its header says nothing."""
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        if not text:
+            raise SystemExit(f"{path} has no docstring; write what it is in its first line")
+        return text.splitlines()[0]
+    line = path.read_text().partition("\n")[0]
+    if path.suffix == ".h" and not line.startswith("// "):
+        raise SystemExit(f"{path} has no comment in its first line; write there what it is")
+    return line.removeprefix("// ") if line.startswith("// ") else ""
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(contracts()))
