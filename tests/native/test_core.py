@@ -1,4 +1,4 @@
-"""The native core by itself: NumPy's memory, no torch, so that sanitizers can watch (see test_sanitizers.py)."""
+"""The native core by itself: NumPy's memory, no torch, so that sanitizers can watch (see test_build.py)."""
 
 from __future__ import annotations
 
