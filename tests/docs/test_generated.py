@@ -30,14 +30,14 @@ def test_every_module_is_listed() -> None:
         for name in re.findall(r"^\| `(\S+)` \|", table, re.M)
     ]
     packages = ("server", "client", "kernels", "proto", "native", "docs/generate", "src/expertd")
-    present = [path for package in packages for path in (modules.ROOT / package).rglob("*.py")]
+    present = [path for package in packages for path in (rooms.ROOT / package).rglob("*.py")]
     assert sorted(name for name in listed if name.endswith(".py")) == sorted(
-        str(path.relative_to(modules.ROOT)) for path in present if not {"build", "node_modules"} & set(path.parts)
+        str(path.relative_to(rooms.ROOT)) for path in present if not {"build", "node_modules"} & set(path.parts)
     )
 
 
 def test_every_room_is_told_of() -> None:
-    told = re.findall(r"^\| `(\S+)` \|", (modules.ROOT / "docs" / "architecture.md").read_text(), re.M)
+    told = re.findall(r"^\| `(\S+)` \|", (rooms.ROOT / "docs" / "architecture.md").read_text(), re.M)
     rooms_there = re.findall(r"^## (\S+)$", modules.PAGE.read_text(), re.M)
     inner = ("kernels/cutile/", "docs/")
     assert sorted(told) == sorted({*(room for room in rooms_there if not room.startswith(inner)), "kernels/cutile"})
