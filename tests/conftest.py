@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from pathlib import Path
 
-# Before the client, which would silence it: servers in this process are to speak as they do in their own.
+# Before expertd, which would silence it: servers in this process are to speak as they do in their own.
 import grpc  # noqa: F401
 import pytest
 import torch

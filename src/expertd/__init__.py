@@ -13,6 +13,7 @@ Hugging Face models: `help("expertd.client.integrations.huggingface")`. The comm
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -61,6 +62,13 @@ __all__ = [
     "UnknownExpert",
     "load_gates",
 ]
+GRPC_VERBOSITY = "GRPC_VERBOSITY"
+SILENCED = GRPC_VERBOSITY not in os.environ
+"""gRPC's core writes to standard error on its own, a line for each connection that a server ends. What there is to say
+to callers expertd says, with its own log; who wants to hear gRPC too sets the variable. `expertd serve` undoes it."""
+if SILENCED:
+    os.environ[GRPC_VERBOSITY] = "NONE"
+
 _HOMES = {
     "Checkpoint": "kernels.weights.checkpoint",
     "ClientSecurity": "client.transport.security",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
-from expertd import __version__
+from expertd import GRPC_VERBOSITY, SILENCED, __version__
 
 COMMANDS = {
     "serve": ("expertd.server.serve", "serve experts of a model from this machine"),
@@ -30,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, (module_name, summary) in COMMANDS.items():
         words = name.split()
         if arguments[: len(words)] == words:
+            if name == "serve" and SILENCED:
+                # It is gRPC that knows why a caller's TLS handshake failed. Empty: as if unset, for front ends as well.
+                os.environ[GRPC_VERBOSITY] = ""
             parser = argparse.ArgumentParser(prog=f"expertd {name}", description=f"{summary[0].upper()}{summary[1:]}.")
             module = importlib.import_module(module_name)
             module.add_arguments(parser)

@@ -13,12 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd import _native
+from tests.support.instructions import AVAILABLE, BEST
 
 Array = npt.NDArray[np.generic]
-INSTRUCTION_SETS = ("portable", "sse4.2", "avx2", "avx512", "armv8-crc")
-BEST = _native.instruction_set()
-AVAILABLE = [name for name in INSTRUCTION_SETS if _native.use_instruction_set(name)]
-_native.use_instruction_set(BEST)
 
 
 @pytest.fixture(autouse=True)

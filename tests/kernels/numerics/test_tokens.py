@@ -14,7 +14,7 @@ from expertd import _native
 from expertd.kernels.numerics import tokens
 from expertd.kernels.numerics.quantize import FP8, quantize_activations
 from expertd.kernels.numerics.tokens import Addend
-from tests.native.test_core import AVAILABLE, BEST
+from tests.support.instructions import AVAILABLE, BEST
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
