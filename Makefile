@@ -53,9 +53,11 @@ RELEASED := proto/released.txtpb
 released: $(STAMP)  ## with every release: the contract that later ones must not break
 	$(BIN)/buf build proto --exclude-source-info -o $(RELEASED)
 
-docs: $(STAMP)  ## regenerate docs/configuration.md, docs/performance.md and its plot
+docs: $(STAMP)  ## regenerate docs/configuration.md, docs/modules.md, docs/performance.md and their pictures
 	$(BIN)/python -m docs.generate.configuration
+	$(BIN)/python -m docs.generate.modules
 	$(BIN)/python -m docs.generate.performance
+	$(BIN)/python -m docs.generate.rooms
 
 # The native core is compiled by the package's build, into src/expertd/.
 $(STAMP): pyproject.toml setup.py native/building.py $(NATIVE_SOURCES)

@@ -56,7 +56,10 @@ def extension() -> Pybind11Extension:
     """`expertd._native`, compiled by zig where there is no other compiler."""
     from pybind11.setup_helpers import Pybind11Extension
 
+    flags = list(FLAGS)
     if not HAS_COMPILER:
+        # Debian's Python.h includes <ARCH-linux-gnu/pythonX/pyconfig.h>, where zig, with a target, does not look.
+        flags += ["-idirafter", str(Path(sysconfig.get_path("include")).parent)]
         zig = shlex.join([sys.executable, "-m", "ziglang", "c++"])
         if sys.platform == "linux":
             zig += f" -target {ZIG_TARGETS[os.uname().machine]}"
@@ -67,6 +70,6 @@ def extension() -> Pybind11Extension:
         [str(path.relative_to(root)) for path in sources()],
         include_dirs=[str(NATIVE.relative_to(root))],
         depends=[str(path.relative_to(root)) for path in sorted(NATIVE.rglob("*.h"))],
-        extra_compile_args=FLAGS,
+        extra_compile_args=flags,
         cxx_std=20,
     )

@@ -19,6 +19,7 @@ from typing import Self
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(ROOT.glob("client/examples/*/README.md")),
 )

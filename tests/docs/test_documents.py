@@ -219,6 +219,24 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors(linked), f"{document.name} links to {target}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=names(list(DOCUMENTS)))
+def test_files_that_are_named_exist(document: Path) -> None:
+    assert not absent(document.read_text()), f"{document.name} names files that are not there"
+
+
+def test_a_file_that_is_gone_is_found() -> None:
+    text = "`server/app.py`, server/local.py, `native/base/pool.h`, `kernels/cutile/backend.py`, `no/kernels/gone.py`"
+    assert absent(text) == ["server/local.py", "kernels/cutile/backend.py"]
+
+
+def absent(text: str) -> list[str]:
+    """Paths of the repository's files in a text that lead nowhere."""
+    named = re.findall(
+        r"(?<![\w./-])((?:client|deploy|docs|kernels|native|proto|server|src|tests)/[\w./-]*\.\w+)", text
+    )
+    return [path for path in named if not (ROOT / path).is_file()]
+
+
 def anchors(document: Path) -> set[str]:
     """What headings can be linked by, as GitHub makes it."""
     headings = re.findall(r"^#+ (.*)$", document.read_text(), re.M)

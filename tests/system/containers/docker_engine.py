@@ -114,12 +114,12 @@ class Engine:
             self.docker("build", "--network=host", "--tag", tag, *arguments, *options, str(context), timeout=900)
 
     def base_image(self, tag: str) -> None:
-        """Debian's smallest system with Python: stands in for Debian's slim Python image, which a registry has."""
+        """Debian's smallest system with Python and its headers: stands in for a registry's slim Python image."""
         if self.docker("image", "ls", "--quiet", tag):
             return
         rootfs = self.root / "rootfs"
         shutil.rmtree(rootfs, ignore_errors=True)
-        packages = "--include=ca-certificates,python3,python3-venv,python3-pip"
+        packages = "--include=ca-certificates,libpython3-dev,python3,python3-venv,python3-pip"
         sources = Path("/etc/apt/sources.list.d/debian.sources")
         mirror = re.search(r"^URIs:\s*(\S+)", sources.read_text() if sources.exists() else "", re.MULTILINE)
         command = [

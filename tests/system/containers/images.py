@@ -13,7 +13,7 @@ from expertd import __version__
 from expertd.kernels.weights.files import cache_folder
 from tests.system.containers.docker_engine import ROOT, Engine, check_programs
 
-BASE = "expertd-test-base"
+BASE = "expertd-test-python"
 STAND_IN = """
 FROM {base}
 COPY monitor /usr/local/bin/monitor
