@@ -1,3 +1,5 @@
+// The CUDA executor's Python face: its layout, its bays' addresses, and the graphs that Python captured.
+
 #include "bindings/cuda.h"
 
 #include <pybind11/stl.h>

@@ -1,3 +1,4 @@
+// The CUDA executor's Python face, for whoever captures graphs.
 #pragma once
 
 #include <pybind11/pybind11.h>

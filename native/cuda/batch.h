@@ -1,3 +1,4 @@
+// What an executor is given and gives back: a batch of requests, their parts and times.
 #pragma once
 
 #include <array>

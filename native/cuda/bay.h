@@ -1,3 +1,4 @@
+// What one device batch occupies: pinned and device memory, streams, events, and the word that tells its end.
 #pragma once
 
 #include <array>

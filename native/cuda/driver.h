@@ -1,3 +1,4 @@
+// The CUDA driver's functions, loaded at run time into a table that tests replace.
 #pragma once
 
 #include <cstddef>

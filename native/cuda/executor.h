@@ -1,3 +1,4 @@
+// Computes batches with CUDA graphs, on one thread that never waits for the device.
 #pragma once
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// Where the parts of a batch lie in a bay's memory.
 #pragma once
 
 #include <cstddef>

@@ -1,3 +1,4 @@
+// Captured graphs whose kernel arguments have names, so that one graph serves every layer.
 #pragma once
 
 #include <array>

@@ -1,3 +1,4 @@
+// Jobs that the device computes together, and what computes them.
 #pragma once
 
 #include <cstdint>

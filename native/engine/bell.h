@@ -1,3 +1,4 @@
+// Waking a thread that sleeps in poll(), without a system call where none sleeps.
 #pragma once
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// Batches for threads outside: for backends without graphs.
 #pragma once
 
 #include <condition_variable>

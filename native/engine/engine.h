@@ -1,3 +1,4 @@
+// The engine: order, bounds, cancellation and endings of requests, on one thread.
 #pragma once
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// Where an event loop finds what became of its requests.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,4 @@
+// One admitted request until its memory is nobody's any more.
 #pragma once
 
 #include <cstdint>

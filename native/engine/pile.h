@@ -1,3 +1,4 @@
+// A list that any thread adds to and one empties, without a lock.
 #pragma once
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// Which waiting jobs become the next batch: fair between callers, merged by kind.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,4 @@
+// The caller's end of a lane.
 #pragma once
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// The socket beside a lane: bells, and the end of either process.
 #pragma once
 
 #include <cstddef>

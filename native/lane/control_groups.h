@@ -1,3 +1,4 @@
+// What this process's control groups allow it of the processors.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,4 @@
+// What happens on a page of shared memory that cannot be had: a zero page, and a broken lane.
 #pragma once
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// Sleeping on a word of shared memory.
 #pragma once
 
 #include <linux/futex.h>

@@ -1,3 +1,4 @@
+// Shared memory, mapped here.
 #pragma once
 
 #include <cstddef>

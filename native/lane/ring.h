@@ -1,3 +1,4 @@
+// The lane's memory, word by word, and what each end does with it.
 #pragma once
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// The server's end of a lane.
 #pragma once
 
 #include <cstddef>

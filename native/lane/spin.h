@@ -1,3 +1,4 @@
+// Whether and for how long to spin before sleeping, learnt from the last gaps.
 #pragma once
 
 #include <array>

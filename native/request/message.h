@@ -1,3 +1,4 @@
+// The fields of an ExecuteRequest, unchecked.
 #pragma once
 
 #include <cstdint>

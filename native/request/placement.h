@@ -1,3 +1,4 @@
+// What a server owns, as requests are checked against it.
 #pragma once
 
 #include <array>

@@ -1,3 +1,4 @@
+// Why a request is not answered with sums.
 #pragma once
 
 #include <cstdint>

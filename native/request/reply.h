@@ -1,3 +1,4 @@
+// What an ExecuteResponse has before and after its sums.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,4 @@
+// Whether a request may be computed, in the words of the Python rules.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,4 @@
+// The protobuf wire format, as far as the two large messages need it.
 #pragma once
 
 #include <cstddef>
