@@ -14,8 +14,8 @@ from expertd.kernels.cutile.base.shape import ExpertShape
 from expertd.kernels.cutile.tools.inputs import random_batch
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.numerics.quantize import FP8, dequantize_activations
+from tests.gpu.native_gpu import NativeRig
 from tests.support.markers import gpu_only
-from tests.support.native_gpu import NativeRig
 
 pytestmark = gpu_only
 

@@ -1,6 +1,6 @@
 """The native executor beside the Python backend, on one GPU and with the same weights.
 
-python -m tests.support.native_gpu FOLDER    medians of both, with DeepSeek-V3's shape: microseconds
+python -m tests.gpu.native_gpu FOLDER    medians of both, with DeepSeek-V3's shape: microseconds
 """
 
 from __future__ import annotations
