@@ -23,6 +23,8 @@ ZIG_TARGETS = {"x86_64": "x86_64-linux-gnu.2.17", "aarch64": "aarch64-linux-gnu.
 # No contraction to FMA, which would change sums. Nobody reads floating-point flags: loops become branchless without.
 FLAGS = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-pthread"]
 
+PARTS = ("base", "tokens")
+
 Settings = dict[str, str | list[str] | None]
 
 
@@ -45,6 +47,11 @@ def get_requires_for_build_editable(config_settings: Settings | None = None) -> 
     return [*build_meta.get_requires_for_build_editable(config_settings), *COMPILER]
 
 
+def sources() -> list[Path]:
+    """What the package is compiled from. The engine's parts are built by their tests, until servers run on them."""
+    return [NATIVE / "bindings.cc", *(path for part in PARTS for path in sorted((NATIVE / part).glob("*.cc")))]
+
+
 def extension() -> Pybind11Extension:
     """`expertd._native`, compiled by zig where there is no other compiler."""
     from pybind11.setup_helpers import Pybind11Extension
@@ -60,7 +67,7 @@ def extension() -> Pybind11Extension:
     root = NATIVE.parent
     return Pybind11Extension(
         "expertd._native",
-        [str(path.relative_to(root)) for path in sorted(NATIVE.rglob("*.cc"))],
+        [str(path.relative_to(root)) for path in sources()],
         include_dirs=[str(NATIVE.relative_to(root))],
         depends=[str(path.relative_to(root)) for path in sorted(NATIVE.rglob("*.h"))],
         extra_compile_args=flags,

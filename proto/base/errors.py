@@ -99,3 +99,9 @@ def error_from_status(code: grpc.StatusCode | int, message: str, retry_after: fl
     status = _CODES.get(code, grpc.StatusCode.UNKNOWN) if isinstance(code, int) else code
     kind = _BY_CODE.get(status)
     return kind(message, retry_after=retry_after) if kind else ServerFault(f"{status.name}: {message}")
+
+
+def quoted(text: bytes, most: int = 64) -> str:
+    """`text` for an error message: at most `most` bytes in quotes, others than printable ASCII as \\xhh."""
+    shown = "".join(chr(b) if 0x20 <= b < 0x7F and b not in b"'\\" else f"\\x{b:02x}" for b in text[:most])
+    return f"'{shown}'" + (f"... of {len(text)} bytes" if len(text) > most else "")

@@ -106,7 +106,7 @@ def decode_call(
     scales = from_bytes("hidden_scales", hidden_scales, torch.float32, scales_shape)
     return ExecuteCall(
         request_id=message.request_id,
-        model_fingerprint=str(message.model_fingerprint, "utf-8", "replace"),
+        model_fingerprint=str(message.model_fingerprint, "utf-8", "surrogateescape"),
         placement_epoch=message.placement_epoch,
         layer=message.layer,
         hidden=from_bytes("hidden", hidden, hidden_dtype, (tokens, width)),

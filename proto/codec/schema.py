@@ -27,7 +27,9 @@ _KINDS = {
 class MessageSchema:
     """Reads and writes one kind of message by the names of its fields."""
 
-    def __init__(self, message: type[Message]) -> None:
+    def __init__(self, message: type[Message], most_fields: int) -> None:
+        """Messages of more fields, known or not, are malformed: what reading one costs is bounded before it is read."""
+        self._most_fields = most_fields
         self.full_name = message.DESCRIPTOR.full_name
         fields: list[Any] = sorted(message.DESCRIPTOR.fields, key=attrgetter("number"))
         self.names = tuple(field.name for field in fields)
@@ -42,7 +44,7 @@ class MessageSchema:
 
     def read(self, data: bytes | bytearray) -> dict[str, wire.Value | list[int]]:
         """The fields that `data` has, bytes as views of it. Raises `wire.MalformedMessage`."""
-        return wire.read_known(memoryview(data), self.fields)
+        return wire.read_known(memoryview(data), self.fields, self._most_fields)
 
     def write(self, values: Mapping[str, Any], begin: bytes = b"") -> bytes:
         """A number, bytes or numbers for each field, in the order of `values`, after what `begin` has of the message.
@@ -66,5 +68,6 @@ class MessageSchema:
         return b"".join(parts)
 
 
-REQUEST = MessageSchema(pb.ExecuteRequest)
-RESPONSE = MessageSchema(pb.ExecuteResponse)
+REQUEST = MessageSchema(pb.ExecuteRequest, 64)
+# Receipts may come unpacked, a field for each number.
+RESPONSE = MessageSchema(pb.ExecuteResponse, 1 << 16)

@@ -47,10 +47,17 @@ def packed(values: Sequence[int]) -> bytes:
     return b"".join(map(varint, values))
 
 
-def read_fields(message: memoryview) -> Iterator[tuple[int, int, Value]]:
-    """Field number, wire type and value of every field, in the order of the bytes. Raises `MalformedMessage`."""
+def read_fields(message: memoryview, most: int) -> Iterator[tuple[int, int, Value]]:
+    """Field number, wire type and value of at most `most` fields, in the order of the bytes.
+
+    Raises `MalformedMessage`.
+    """
     position, end = 0, len(message)
+    fields = 0
     while position < end:
+        fields += 1
+        if fields > most:
+            raise MalformedMessage(f"more than {most} fields")
         head = message[position]
         head, position = (head, position + 1) if head < 0x80 else _read_varint(message, position)
         number, kind = head >> 3, head & 7
@@ -72,11 +79,14 @@ def read_fields(message: memoryview) -> Iterator[tuple[int, int, Value]]:
         position += length
 
 
-def read_known(message: memoryview, schema: Schema) -> dict[str, Value | list[int]]:
-    """The fields of `schema` by name: the last of each, or all of a repeated one. Others are passed over."""
+def read_known(message: memoryview, schema: Schema, most: int) -> dict[str, Value | list[int]]:
+    """The fields of `schema` by name: the last of each, or all of a repeated one. Others are passed over.
+
+    Raises `MalformedMessage`, also for more than `most` fields, known or not.
+    """
     values: dict[str, Value | list[int]] = {}
     repeated: dict[str, list[int]] = {}
-    for number, kind, value in read_fields(message):
+    for number, kind, value in read_fields(message, most):
         name, wanted = schema.get(number, ("", None))
         if wanted == kind:
             values[name] = value

@@ -19,7 +19,7 @@ from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.model.ranges import format_ranges
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.numerics.routing import first_repeat
-from expertd.proto.base.errors import InvalidBatch, ModelMismatch, StalePlacement, UnknownExpert
+from expertd.proto.base.errors import InvalidBatch, ModelMismatch, StalePlacement, UnknownExpert, quoted
 from expertd.proto.codec import ExecuteCall
 from expertd.server.options.config import InvalidOption
 
@@ -69,7 +69,8 @@ class Shard:
         """
         if call.model_fingerprint != self.model_fingerprint:
             raise ModelMismatch(
-                f"model_fingerprint is {call.model_fingerprint!r}; this server holds {self.model_fingerprint!r}"
+                f"model_fingerprint is {quoted(call.model_fingerprint.encode('utf-8', 'surrogateescape'))};"
+                f" this server holds {quoted(self.model_fingerprint.encode())}"
             )
         if call.placement_epoch not in (None, self.placement_epoch):
             raise StalePlacement(

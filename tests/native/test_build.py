@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "native"
-SOURCES = [str(path) for path in sorted(NATIVE.rglob("*.cc"))]
+SOURCES = [
+    str(NATIVE / "bindings.cc"),
+    *(str(path) for part in ("base", "tokens") for path in sorted((NATIVE / part).glob("*.cc"))),
+]
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", f"-I{NATIVE}"]
 PYTHON = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")

@@ -60,7 +60,7 @@ def assert_read_alike(raw: codec.RawRequest, message: pb.ExecuteRequest) -> None
 def fields_of(data: bytes) -> list[bytes]:
     """The serialized fields, one by one."""
     pieces, end = [], len(data)
-    for number, kind, value in reversed(list(wire.read_fields(memoryview(data)))):
+    for number, kind, value in reversed(list(wire.read_fields(memoryview(data), len(data)))):
         size = len(wire.varint(value)) if isinstance(value, int) else len(value)
         size += len(wire.varint(number << 3 | kind)) + (len(wire.varint(size)) if kind == wire.BYTES else 0)
         pieces.append(data[end - size : end])

@@ -1,0 +1,97 @@
+// Captured graphs whose kernel arguments have names, so that one graph serves every layer.
+#pragma once
+
+#include <array>
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cuda/batch.h"
+#include "cuda/driver.h"
+
+namespace expertd::cuda {
+
+// Memory that a graph's kernels are given addresses of, and that another launch may find elsewhere.
+enum class Name : uint8_t { kIds, kWeights, kHidden, kScales, kSums, kUpGate, kUpGateScales, kDown, kDownScales };
+inline constexpr size_t kNames = 9;
+
+struct Range {
+  DevicePointer address = 0;
+  size_t bytes = 0;
+};
+
+using Ranges = std::array<Range, kNames>;             // what is not there has no bytes
+using Addresses = std::array<DevicePointer, kNames>;  // what is not there: 0
+
+// One captured graph of kernels, ready to be launched with other addresses than it was captured with.
+class Graph {
+ public:
+  // Copies a captured graph. `captured`: what it was captured with. Throws `DeviceError` for a graph that holds more
+  // than kernels, copies and fills, or whose kernels are not given all four of a layer's weights.
+  Graph(const Driver& driver, void* graph, const Ranges& captured);
+
+  // Sets the kernels whose named words are not what `addresses` says. The launches before are not affected.
+  void bind(const Addresses& addresses);
+  void launch(void* stream) const { driver_.check(driver_.cuGraphLaunch(exec_.get(), stream)); }
+  // Moves what the device needs of the graph there, so that the first launch is like the others.
+  void upload(void* stream) const { driver_.check(driver_.cuGraphUpload(exec_.get(), stream)); }
+
+ private:
+  struct Word {
+    Name name;
+    size_t argument, offset;  // in bytes, from the start of the argument
+    uint64_t displacement;    // from the start of what the name stands for
+  };
+  struct Kernel {
+    void* node;
+    KernelNodeParams params;
+    std::vector<std::vector<std::byte>> arguments;
+    std::vector<void*> pointers;  // to the arguments, as `params` wants them
+    std::vector<Word> words;
+    bool stale = false;  // a setting failed: what the executable has is not known
+  };
+
+  void read(void* node, const Ranges& captured);
+
+  const Driver& driver_;
+  GraphHandle graph_;
+  GraphExec exec_;
+  std::vector<Kernel> kernels_;  // those with named words
+};
+
+// A graph, and what its launches took.
+struct Entry {
+  Graph graph;
+  uint64_t expected_ns = 0;  // from launch to end, the last time; 0: never launched
+  Timings timings{};         // the last that were measured
+  uint32_t untimed = 0;      // launches since then
+};
+
+// The graphs of all bays.
+class Ledger {
+ public:
+  struct Key {
+    size_t bay;
+    uint32_t tokens;  // of the size class
+    uint8_t hidden_dtype, reply_dtype;
+    auto operator<=>(const Key&) const = default;
+  };
+
+  // Takes the place of an earlier graph for the same batches.
+  void add(const Key& key, Graph graph) {
+    entries_.erase(key);
+    entries_.emplace(key, Entry{std::move(graph)});
+  }
+  Entry* find(const Key& key) {
+    auto found = entries_.find(key);
+    return found == entries_.end() ? nullptr : &found->second;
+  }
+
+ private:
+  std::map<Key, Entry> entries_;
+};
+
+}  // namespace expertd::cuda

@@ -1,0 +1,45 @@
+// Batches for threads outside: for backends without graphs.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "engine/batch.h"
+#include "engine/pile.h"
+
+namespace expertd {
+
+// Batches for threads outside that fetch them, compute them by their own means and give them back.
+class CallbackExecutor : public Executor {
+ public:
+  explicit CallbackExecutor(size_t depth) : depth_(depth) {}
+
+  size_t depth() const override { return depth_; }
+  void start(std::unique_ptr<Batch> batch) override;
+  std::unique_ptr<Batch> poll() override;
+
+  // `wake` makes the engine look for batches that are over.
+  void on_done(std::function<void()> wake) { wake_ = std::move(wake); }
+
+  // From the threads outside: blocks until there is a batch, or null after interrupt().
+  std::unique_ptr<Batch> fetch();
+  // Lets one fetch() return without a batch, now or when it comes.
+  void interrupt();
+  // Gives a batch back, its jobs' replies written or its failure set.
+  void give_back(std::unique_ptr<Batch> batch);
+
+ private:
+  const size_t depth_;
+  std::function<void()> wake_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::unique_ptr<Batch>> ready_;
+  size_t interrupts_ = 0;
+  Pile<std::unique_ptr<Batch>> done_;
+  std::deque<std::unique_ptr<Batch>> taken_;  // of done_, by the engine's thread
+};
+
+}  // namespace expertd

@@ -1,0 +1,187 @@
+#include "lane/client_lane.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+#include <system_error>
+
+#include "lane/futex.h"
+
+namespace expertd {
+namespace {
+
+int create_memory(size_t size, uint32_t entries) {
+  if (!std::has_single_bit(entries) || entries < kMinEntries || entries > kMaxEntries || size <= data_at(entries)) {
+    throw std::invalid_argument("a lane of " + std::to_string(entries) + " entries in " + std::to_string(size) +
+                                " bytes");
+  }
+  const int descriptor = memfd_create("expertd", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (descriptor < 0) throw std::system_error(errno, std::generic_category(), "memfd_create");
+  if (ftruncate(descriptor, static_cast<off_t>(size)) != 0 || fcntl(descriptor, F_ADD_SEALS, F_SEAL_SHRINK) != 0) {
+    const int error = errno;
+    close(descriptor);
+    throw std::system_error(error, std::generic_category(), "memfd");
+  }
+  return descriptor;
+}
+
+void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+ClientLane::ClientLane(size_t size, uint32_t entries, SpinHost& host, int64_t spin_ns)
+    : pid_(getpid()),
+      entries_(entries),
+      memfd_(create_memory(size, entries)),
+      memory_(std::make_shared<Mapping>(memfd_.get(), size)),
+      words_(memory_->base()),
+      spin_(host, spin_ns) {
+  words_.wide(0).store(kLaneMagic, std::memory_order_relaxed);
+  words_.word(kVersion).store(kLaneVersion, std::memory_order_relaxed);
+  words_.word(kEntries).store(entries, std::memory_order_relaxed);
+  words_.wide(kRingAt).store(kRing, std::memory_order_relaxed);
+  words_.wide(kDataAt).store(data(), std::memory_order_relaxed);
+}
+
+ClientLane::~ClientLane() {
+  if (connection_ && !forked()) close();
+}
+
+void ClientLane::connect(int socket) { connection_.emplace(socket); }
+
+bool ClientLane::forked() const { return getpid() != pid_; }
+
+Post ClientLane::post(uint64_t slot, std::string_view request, uint32_t reply_room, bool looped) {
+  if (forked()) return Post::kForked;
+  const uint64_t reply = reply_at(slot, request.size()), size = memory_->size();
+  if (slot % kLine || slot < data() || slot > size || request.size() > kMaxRequestBytes || reply > size ||
+      reply_room > size - reply) {
+    return Post::kMisplaced;
+  }
+  const std::lock_guard lock(posting_);
+  if (!connection_ || ended()) return Post::kEnded;
+  if (calls_.size() >= entries_) return Post::kFull;
+  const auto [call, added] = calls_.try_emplace(slot, Call{reply, reply_room, looped, false, monotonic_ns()});
+  if (!added) return Post::kMisplaced;
+  std::memcpy(memory_->base() + request_at(slot), request.data(), request.size());
+  prepare(words_, slot, static_cast<uint32_t>(request.size()), reply_room);
+  if (announce({slot, kRequest})) return Post::kPosted;
+  calls_.erase(call);
+  return Post::kFull;
+}
+
+// False for a ring without room.
+bool ClientLane::announce(const Entry& entry) {
+  if (tail_ - words_.word(kHead).load(std::memory_order_acquire) >= entries_) return false;
+  if (push(words_, entries_, tail_++, entry)) connection_->ring();
+  return true;
+}
+
+bool ClientLane::done(uint64_t slot) const { return words_.word(slot).load(std::memory_order_seq_cst) == kDone; }
+
+void ClientLane::spin(uint64_t slot) {
+  const int64_t now = monotonic_ns();
+  const Spin::Turn turn = spin_.begin(now);
+  if (turn.until == 0) return;
+  int64_t later = now;
+  // The clock costs as much as many looks.
+  for (int looks = 1; later < turn.until && !done(slot) && !ended(); looks++) {
+    pause_cpu();
+    if (looks % 32 == 0) later = monotonic_ns();
+  }
+  spin_.end(turn, monotonic_ns());
+}
+
+Wait ClientLane::wait(uint64_t slot, int64_t deadline_ns) {
+  if (forked()) return Wait::kForked;
+  {
+    const std::lock_guard lock(posting_);
+    if (!calls_.contains(slot)) return Wait::kUnknown;
+  }
+  spin(slot);
+  return await(words_, slot, ended_, [&](uint64_t at) {
+    switch (futex_wait(memory_->base() + at, kSleeping, deadline_ns)) {
+      case EINTR:
+        return Wait::kInterrupted;
+      case ETIMEDOUT:
+        return Wait::kExpired;
+      default:
+        return Wait::kDone;
+    }
+  });
+}
+
+std::optional<std::string> ClientLane::reply(uint64_t slot) {
+  if (forked()) return std::nullopt;
+  const std::lock_guard lock(posting_);
+  const auto found = calls_.find(slot);
+  if (found == calls_.end() || !done(slot)) return std::nullopt;
+  const Call call = found->second;
+  calls_.erase(found);
+  spin_.learn(monotonic_ns() - call.posted_ns);
+  const uint32_t length = words_.word(slot + kReplyBytes).load(std::memory_order_relaxed);
+  if (length > call.reply_room) return std::nullopt;
+  return std::string(reinterpret_cast<const char*>(memory_->base() + call.reply), length);
+}
+
+void ClientLane::cancel(uint64_t slot) {
+  if (forked()) return;
+  const std::lock_guard lock(posting_);
+  const auto found = calls_.find(slot);
+  if (found == calls_.end()) return;
+  found->second.cancelled = true;
+  if (!ended() && !done(slot)) announce({slot, kCancel});
+}
+
+std::vector<uint64_t> ClientLane::finished(bool cancelled) {
+  std::vector<uint64_t> slots;
+  const std::lock_guard lock(posting_);
+  for (const auto& [slot, call] : calls_) {
+    if (call.cancelled == cancelled && (cancelled || call.looped) && done(slot)) slots.push_back(slot);
+  }
+  if (cancelled) {
+    for (const uint64_t slot : slots) calls_.erase(slot);
+  }
+  return slots;
+}
+
+std::vector<uint64_t> ClientLane::reap() {
+  // Once the lane has ended, what is done is done, but its memory is not used again.
+  return forked() || ended() ? std::vector<uint64_t>() : finished(true);
+}
+
+std::vector<uint64_t> ClientLane::poll() {
+  if (forked()) return {};
+  if (!connection_.value().drain()) close();
+  announce_sleep(words_, kLooping);
+  return finished(false);
+}
+
+void ClientLane::close() {
+  if (forked()) return;
+  if (connection_) connection_->shut_down();
+  const std::lock_guard lock(posting_);
+  ended_.store(true, std::memory_order_seq_cst);
+  for (const auto& [slot, call] : calls_) {
+    release(words_, slot);
+    futex_wake(memory_->base() + slot);
+  }
+}
+
+size_t ClientLane::in_flight() const {
+  const std::lock_guard lock(posting_);
+  return calls_.size();
+}
+
+}  // namespace expertd

@@ -1,0 +1,98 @@
+// The caller's end of a lane.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "lane/connection.h"
+#include "lane/descriptor.h"
+#include "lane/mapping.h"
+#include "lane/ring.h"
+#include "lane/spin.h"
+
+namespace expertd {
+
+enum class Post { kPosted, kFull, kMisplaced, kEnded, kForked };
+
+// The caller's end of a lane; ring.h has the rules. Where slots and tensors are in the memory is its user's to say.
+// Threads: all functions may be called by any thread at once, but `poll`, which is the loop's that watches the socket,
+// and there must be one: it learns of the end and releases the threads that sleep in `wait`. A call is waited for by
+// one thread, or by the loop. In a forked child everything says kForked, and destruction only closes.
+class ClientLane {
+ public:
+  // New memory of `size` bytes, that is `data` and what slots need, with a ring of `entries`. Throws std::system_error,
+  // and std::invalid_argument for sizes that no lane has.
+  ClientLane(size_t size, uint32_t entries, SpinHost& host = SpinHost::here(), int64_t spin_ns = Spin::kAutoNs);
+  ~ClientLane();
+
+  // The memory's file, to be handed over; the lane's own.
+  int descriptor() const { return memfd_.get(); }
+  // The handover was accepted: takes the socket. Before that nothing can be posted.
+  void connect(int socket);
+
+  // Announces the request in `slot`, with room for a reply of `reply_room` bytes; the tensors are in place. From now on
+  // slot and tensors are the server's until the call is done, or for good once the lane has ended. kFull: there is no
+  // room in the ring or too much in flight. With `looped`, `poll` names it when it is done.
+  Post post(uint64_t slot, std::string_view request, uint32_t reply_room, bool looped);
+  // Until the call is done, `deadline_ns` of the monotonic clock has come, a signal came, or the lane has ended without
+  // it; kUnknown at once for a slot without a call.
+  Wait wait(uint64_t slot, int64_t deadline_ns);
+  // The reply to a call that is done, which is no longer in flight; none if it is not done, or its length is
+  // impossible.
+  std::optional<std::string> reply(uint64_t slot);
+  // The answer is not wanted any more. The slot stays the server's until `reap` names it. Not told to a server with a
+  // full ring.
+  void cancel(uint64_t slot);
+  // Cancelled calls that are done: their slots are free.
+  std::vector<uint64_t> reap();
+  // For the loop, after its posts and when the socket is readable: looped calls that are done. Unless the lane has
+  // ended, the socket is readable again when there are more.
+  std::vector<uint64_t> poll();
+
+  // Ends the lane, for both sides: calls in flight that are not done are lost.
+  void close();
+  bool ended() const { return ended_.load(std::memory_order_seq_cst); }
+  // Why the server ended it: an encoded ExecuteResponse, or empty. The loop's.
+  std::string reason() const { return std::string(connection_.value().reason()); }
+  bool forked() const;
+
+  int socket() const { return connection_.value().descriptor(); }
+  const std::shared_ptr<Mapping>& memory() const { return memory_; }
+  uint64_t data() const { return data_at(entries_); }
+  size_t in_flight() const;
+
+ private:
+  struct Call {
+    uint64_t reply;
+    uint32_t reply_room;
+    bool looped;
+    bool cancelled;
+    int64_t posted_ns;
+  };
+  bool done(uint64_t slot) const;
+  bool announce(const Entry& entry);
+  void spin(uint64_t slot);
+  std::vector<uint64_t> finished(bool cancelled);
+
+  const int pid_;
+  const uint32_t entries_;
+  const Descriptor memfd_;
+  std::shared_ptr<Mapping> memory_;
+  Words words_;
+  Spin spin_;
+  std::optional<Connection> connection_;
+  std::atomic<bool> ended_{false};
+  mutable std::mutex posting_;  // one producer at a time; never held while anything waits
+  uint32_t tail_ = 0;
+  std::unordered_map<uint64_t, Call> calls_;  // by slot, with those cancelled
+};
+
+}  // namespace expertd

@@ -1,0 +1,55 @@
+#include "lane/spin.h"
+
+#include <algorithm>
+
+namespace expertd {
+namespace {
+
+constexpr int64_t kMarginNs = 20'000;
+constexpr int64_t kQuietNs = 1'000'000'000;
+constexpr int64_t kLookNs = 1'000'000'000;
+constexpr double kMinCpus = 4;
+
+}  // namespace
+
+Spin::Turn Spin::begin(int64_t now) {
+  const int64_t budget = budget_ns_.load(std::memory_order_relaxed);
+  if (budget == 0) return {};
+  look(now);
+  const double cpus = cpus_.load(std::memory_order_relaxed);
+  if (cpus < kMinCpus || now < quiet_until_.load(std::memory_order_relaxed)) return {};
+  if (host_.spinning.fetch_add(1, std::memory_order_relaxed) + 1 > cpus / 4) {
+    host_.spinning.fetch_sub(1, std::memory_order_relaxed);
+    return {};
+  }
+  return {now + budget, host_.preemptions()};
+}
+
+void Spin::end(const Turn& turn, int64_t now) {
+  if (turn.until == 0) return;
+  host_.spinning.fetch_sub(1, std::memory_order_relaxed);
+  if (host_.preemptions() != turn.preemptions) quiet_until_.store(now + kQuietNs, std::memory_order_relaxed);
+}
+
+void Spin::learn(int64_t gap_ns) {
+  const uint32_t count = learnt_.fetch_add(1, std::memory_order_relaxed);
+  gaps_[count % kGaps].store(gap_ns, std::memory_order_relaxed);
+  std::array<int64_t, kGaps> gaps;
+  const size_t known = std::min<size_t>(count + 1, kGaps);
+  for (size_t i = 0; i < known; i++) gaps[i] = gaps_[i].load(std::memory_order_relaxed);
+  std::nth_element(gaps.begin(), gaps.begin() + known / 2, gaps.begin() + known);
+  const int64_t budget = 2 * gaps[known / 2] + kMarginNs;
+  budget_ns_.store(budget <= max_ns_ ? budget : 0, std::memory_order_relaxed);
+}
+
+// Files are read for it: once a second.
+void Spin::look(int64_t now) {
+  int64_t due = next_look_.load(std::memory_order_relaxed);
+  if (now < due || !next_look_.compare_exchange_strong(due, now + kLookNs, std::memory_order_relaxed)) return;
+  cpus_.store(host_.usable_cpus(), std::memory_order_relaxed);
+  const int64_t throttles = host_.throttles();
+  const int64_t before = throttles_.exchange(throttles, std::memory_order_relaxed);
+  if (before >= 0 && throttles != before) quiet_until_.store(now + kQuietNs, std::memory_order_relaxed);
+}
+
+}  // namespace expertd

@@ -1,0 +1,94 @@
+"""When waiting threads spin."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+US, MS, S = 1_000, 1_000_000, 1_000_000_000
+MAX_NS = 3 * MS
+
+
+def spin_of(native: ModuleType, *gaps: int, cpus: float = 64) -> tuple[Any, Any]:
+    machine = native.Machine()
+    machine.cpus = cpus
+    spin = native.Spin(machine, MAX_NS)
+    for gap in gaps:
+        spin.learn(gap)
+    return spin, machine
+
+
+@pytest.mark.parametrize(
+    ("gaps", "budget"),
+    [
+        ([], 0),
+        ([50 * US], 120 * US),
+        ([1 * MS] * 16, 2 * MS + 20 * US),
+        ([1490 * US], 3 * MS),
+        ([1491 * US], 0),
+        ([10 * US] * 9 + [1 * S] * 7, 40 * US),
+        ([1 * S] * 100 + [10 * US] * 9, 40 * US),
+    ],
+)
+def test_spins_twice_the_median_of_the_last_gaps(native: ModuleType, gaps: list[int], budget: int) -> None:
+    spin, _ = spin_of(native, *gaps)
+    assert spin.begin(5 * S).until == (5 * S + budget if budget else 0)
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(2, 0), (3.9, 0), (4, 1), (8, 2), (64, 16)])
+def test_at_most_a_quarter_of_the_cpus_spin(native: ModuleType, cpus: float, threads: int) -> None:
+    spin, machine = spin_of(native, 10 * US, cpus=cpus)
+    turns = [spin.begin(5 * S) for _ in range(threads + 2)]
+    assert [turn.until > 0 for turn in turns] == [True] * threads + [False] * 2
+    assert machine.spinning == threads
+    for turn in turns:
+        spin.end(turn, 6 * S)
+    assert machine.spinning == 0
+
+
+def test_preempted_spinner_rests_for_a_second(native: ModuleType) -> None:
+    spin, machine = spin_of(native, 10 * US)
+    turn = spin.begin(5 * S)
+    machine.preempted += 1
+    spin.end(turn, 5 * S + 1)
+    assert not spin.begin(6 * S).until
+    turn = spin.begin(6 * S + 1)
+    assert turn.until
+    spin.end(turn, 7 * S)
+    assert spin.begin(7 * S).until
+
+
+def test_throttled_group_rests_for_a_second(native: ModuleType) -> None:
+    spin, machine = spin_of(native, 10 * US)
+    machine.throttled = 3  # Before our time.
+    spin.end(spin.begin(5 * S), 5 * S)
+    machine.throttled = 4
+    spin.end(spin.begin(5 * S + 1), 5 * S + 1)  # Files are read once a second.
+    assert not spin.begin(6 * S).until
+    assert spin.begin(7 * S).until
+
+
+def test_quota_is_the_least_of_all_groups_above(native: ModuleType, tmp_path: Path) -> None:
+    groups = tmp_path / "cgroup"
+    (groups / "outer" / "inner").mkdir(parents=True)
+    (groups / "outer" / "cpu.max").write_text("250000 100000\n")
+    (groups / "outer" / "inner" / "cpu.max").write_text("max 100000\n")
+    (groups / "outer" / "inner" / "cpu.stat").write_text("usage_usec 1\nnr_periods 9\nnr_throttled 5\n")
+    own = tmp_path / "self"
+    own.write_text("0::/outer/inner\n")
+    found = native.ControlGroups(str(groups), str(own))
+    assert found.quota() == 2.5
+    assert found.throttles() == 5
+
+
+def test_quota_of_the_older_version(native: ModuleType, tmp_path: Path) -> None:
+    group = tmp_path / "cgroup" / "cpu" / "box"
+    group.mkdir(parents=True)
+    (group / "cpu.cfs_quota_us").write_text("150000\n")
+    (group / "cpu.cfs_period_us").write_text("100000\n")
+    own = tmp_path / "self"
+    own.write_text("4:memory:/box\n1:cpu,cpuacct:/box\n0::/\n")
+    assert native.ControlGroups(str(tmp_path / "cgroup"), str(own)).quota() == 1.5
+    (group / "cpu.cfs_quota_us").write_text("-1\n")
+    assert native.ControlGroups(str(tmp_path / "cgroup"), str(own)).quota() == float("inf")

@@ -1,0 +1,768 @@
+"""The executor on a fake driver: results, order, addresses, and every call failing once."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.native_build import ROOT, SANITIZED, build_cuda_extension, build_library
+
+sanitized = bool(os.environ.get("EXPERTD_SANITIZED"))
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+HIDDEN, EXPERTS, WIDTH = 512, 4, 4
+CLASSES = (1, 8, 64, 256, 512)
+FP8, BF16, FP32 = 1, 2, 3
+MS = 1_000_000
+OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
+LOST = "the device failed: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
+
+
+@dataclass(frozen=True)
+class Built:
+    extension: Any
+    library: Path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("native")
+    options = SANITIZED if sanitized else ()
+    library = build_library(folder / "libfake.so", [ROOT / "tests/native/fake_cuda.cc"], *options)
+    return Built(build_cuda_extension(folder, *options), library)
+
+
+class Fake:
+    """The fake driver, as tests command it."""
+
+    def __init__(self, library: Path) -> None:
+        self._calls = ctypes.CDLL(str(library))
+        for name in ("fake_waiting", "fake_calls", "fake_breaches"):
+            getattr(self._calls, name).restype = ctypes.c_char_p
+        for name in ("fake_graph", "fake_device_bytes"):
+            getattr(self._calls, name).restype = ctypes.c_void_p
+        self._calls.fake_device_floats.restype = ctypes.c_uint64
+        self._calls.fake_reset()
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._calls, "fake_" + name)
+
+    def called(self) -> list[str]:
+        """The calls since the last question."""
+        return str(self.calls().decode()).splitlines()
+
+    def queue(self, stream: int) -> list[str]:
+        return str(self.waiting(stream).decode()).split()
+
+
+@dataclass
+class Request:
+    """One request, its memory, and the sums that the fake kernels should give it."""
+
+    tokens: int
+    hidden_dtype: int = FP8
+    reply_dtype: int = BF16
+    top_k: int = WIDTH
+    pinned: bool = False
+    seed: int = 0
+    hidden: np.ndarray = field(init=False)
+    sums: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        random = np.random.default_rng(self.seed + 1000 * self.tokens)
+        dtype = np.uint8 if self.hidden_dtype == FP8 else np.uint16
+        self.hidden = random.integers(0, 200, (self.tokens, HIDDEN), dtype=dtype)
+        self.scales = random.random((self.tokens, HIDDEN // 128), dtype=np.float32)
+        order = random.random((self.tokens, EXPERTS + 2)).argsort(1)[:, : self.top_k]
+        self.ids = np.where(order < EXPERTS, order, -1).astype(np.int32)
+        self.weights = random.random((self.tokens, self.top_k), dtype=np.float32)
+        # A row more than there are: who writes it, writes past the end.
+        kind = np.uint16 if self.reply_dtype == BF16 else np.uint32
+        self.sums = np.full((self.tokens + 1, HIDDEN), 0xABAB, dtype=kind)
+
+    @property
+    def part(self) -> tuple[int, int, int, int, int, int, bool]:
+        scales = self.scales.ctypes.data if self.hidden_dtype == FP8 else 0
+        addresses = (self.hidden.ctypes.data, scales, self.ids.ctypes.data, self.weights.ctypes.data)
+        return (*addresses, self.sums.ctypes.data, self.tokens, self.pinned)
+
+    def expected(self, layer: Layer) -> np.ndarray:
+        values = self.hidden.astype(np.float32)
+        if self.hidden_dtype == FP8:
+            values *= self.scales.repeat(128, 1)
+        total = np.zeros_like(values)
+        up_gate, up_scales, down, down_scales = layer.values
+        for slot in range(self.top_k):
+            ids, weights = self.ids[:, slot, None], self.weights[:, slot, None]
+            term = weights * (values * up_gate[ids] * up_scales[ids] + down[ids] * down_scales[ids])
+            total = np.where(ids >= 0, total + term, total)
+        bits = total.view(np.uint32)
+        bits = (bits >> 16).astype(np.uint16) if self.reply_dtype == BF16 else bits
+        # The fake leaves rows without an expert as they are, whatever that is.
+        routed = (self.ids >= 0).any(axis=1, keepdims=True)
+        return np.where(routed, bits, self.sums[:-1])
+
+    def check(self, layer: Layer) -> None:
+        assert np.array_equal(self.sums[:-1], self.expected(layer))
+        assert (self.sums[-1] == 0xABAB).all()
+
+
+class Layer:
+    def __init__(self, fake: Fake, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        self.values = [random.random(EXPERTS, dtype=np.float32) for _ in range(4)]
+        self.addresses = [
+            fake.device_floats(value.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), EXPERTS) for value in self.values
+        ]
+
+
+class Bench:
+    """An executor on the fake driver with a graph for every kind of batch."""
+
+    def __init__(self, built: Built, fake: Fake, depth: int = 2, time_every: int = 1) -> None:
+        self.extension, self.fake = built.extension, fake
+        self.jobs: list[Any] = []
+        shape = (HIDDEN, EXPERTS, WIDTH)
+        self.rig = built.extension.Rig(str(built.library), 0, depth, shape, CLASSES, time_every)
+        self.layers = [Layer(fake, seed) for seed in (1, 2, 3)]
+        for bay in range(depth):
+            for tokens in CLASSES:
+                for hidden, reply in ((FP8, BF16), (FP8, FP32), (BF16, BF16), (BF16, FP32)):
+                    self.add(bay, tokens, hidden, reply)
+        fake.forget_graphs()
+        fake.run()
+        fake.called()
+        fake.serving(1)
+
+    def add(self, bay: int, tokens: int, hidden: int, reply: int, odd: int = -1, layer: int = 0) -> None:
+        at = self.rig.executor.places(bay=bay, tokens=tokens, hidden_dtype=hidden, reply_dtype=reply)
+        places = [ctypes.c_uint64(at[name]) for name in ("ids", "weights", "hidden", "scales", "pairs", "sums")]
+        weights = (ctypes.c_uint64 * 4)(*self.layers[layer].addresses)
+        graph = self.fake.graph(*places, weights, tokens, WIDTH, HIDDEN, EXPERTS, int(reply == FP32), odd)
+        ranges = [(address, 4 * EXPERTS) for address in self.layers[0].addresses]
+        self.rig.executor.add_graph(bay, tokens, hidden, reply, graph, ranges)
+
+    def job(self, *requests: Request, layer: int = 0) -> Any:  # noqa: ANN401
+        first, weights = requests[0], self.layers[layer].addresses
+        parts = [request.part for request in requests]
+        return self.extension.Job(first.hidden_dtype, first.reply_dtype, first.top_k, parts, weights, requests)
+
+    def start(self, *requests: Request, layer: int = 0, now: int = 0) -> Any:  # noqa: ANN401
+        job = self.job(*requests, layer=layer)
+        self.jobs.append(job)  # as an engine does, until it has come back
+        self.rig.start(job, now)
+        return job
+
+    def compute(self, *requests: Request, layer: int = 0) -> Any:  # noqa: ANN401
+        job = self.start(*requests, layer=layer)
+        assert self.rig.poll(0) is None
+        self.fake.run()
+        assert self.rig.poll(MS) is job
+        return job
+
+    def check(self, job: Any, *requests: Request, layer: int = 0) -> None:  # noqa: ANN401
+        assert job.error == ""
+        ids = np.concatenate([request.ids[request.ids >= 0] for request in requests])
+        assert job.pairs == np.bincount(ids, minlength=EXPERTS).tolist()
+        for request in requests:
+            request.check(self.layers[layer])
+
+    def poison(self) -> None:
+        """Fill all that the bays have on the device with what no result may show."""
+        for bay in range(self.rig.executor.depth):
+            for name, size in (("ids", 1 << 16), ("pairs", 1 << 16)):
+                at = self.rig.executor.places(bay=bay, tokens=CLASSES[-1], hidden_dtype=BF16, reply_dtype=FP32)
+                ctypes.memset(self.fake.device_bytes(ctypes.c_uint64(at[name])), 0x7F, size)
+
+
+@pytest.fixture
+def fake(built: Built) -> Iterator[Fake]:
+    fake = Fake(built.library)
+    yield fake
+    assert fake.breaches().decode() == ""
+
+
+@pytest.fixture
+def bench(built: Built, fake: Fake) -> Iterator[Bench]:
+    bench = Bench(built, fake)
+    yield bench
+    close(bench)
+
+
+def close(bench: Bench) -> None:
+    """End without batches under way, and find nothing left."""
+    bench.fake.serving(0)
+    bench.rig.close()
+    for layer in bench.layers:
+        for address in layer.addresses:
+            bench.fake.device_floats_free(ctypes.c_uint64(address))
+    assert bench.fake.alive() == 0
+
+
+@pytest.fixture
+def pinned(fake: Fake) -> Iterator[list[Request]]:
+    """Requests that pin their memory, in steps as a segment is."""
+    requests: list[Request] = []
+    yield requests
+    for request in requests:
+        for memory in (request.hidden, request.sums):
+            for address, _ in steps(memory):
+                fake.unregister(ctypes.c_void_p(address))
+
+
+def steps(memory: np.ndarray) -> list[tuple[int, int]]:
+    begin, end, step = memory.ctypes.data, memory.ctypes.data + memory.nbytes, 2 << 20
+    cuts = [begin, *range(begin // step * step + step, end, step), end]
+    return [(first, last - first) for first, last in pairwise(cuts)]
+
+
+def pin(fake: Fake, pinned: list[Request], request: Request) -> Request:
+    request.pinned = True
+    pinned.append(request)
+    for memory in (request.hidden, request.sums):
+        for address, size in steps(memory):
+            fake.register(ctypes.c_void_p(address), ctypes.c_size_t(size))
+    return request
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 8, 255, 256, 300, 512])
+@pytest.mark.parametrize("hidden_dtype", [FP8, BF16])
+@pytest.mark.parametrize("reply_dtype", [BF16, FP32])
+def test_a_lone_request(bench: Bench, tokens: int, hidden_dtype: int, reply_dtype: int) -> None:
+    bench.poison()
+    for seed in range(3):
+        request = Request(tokens, hidden_dtype, reply_dtype, seed=seed)
+        bench.check(bench.compute(request), request)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 200, 7), (100, 156), (1, 300, 2, 209)])
+def test_merged_requests(bench: Bench, sizes: tuple[int, ...]) -> None:
+    bench.poison()
+    requests = [Request(tokens, seed=index) for index, tokens in enumerate(sizes)]
+    bench.check(bench.compute(*requests), *requests)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_fewer_experts_a_token_than_the_model_has(bench: Bench, top_k: int) -> None:
+    requests = [Request(tokens, top_k=top_k) for tokens in (3, 9)]
+    bench.compute(Request(12, seed=9))  # leaves ids behind
+    bench.check(bench.compute(*requests), *requests)
+
+
+def test_rows_of_padding_have_no_experts(bench: Bench) -> None:
+    full = Request(64, seed=1)
+    bench.compute(full)
+    few = Request(9, seed=2)
+    job = bench.compute(few)
+    bench.check(job, few)
+    assert sum(job.pairs) == (few.ids >= 0).sum()
+
+
+def test_a_small_batch_is_one_copy_in_a_graph_one_copy_out_and_a_word(bench: Bench) -> None:
+    for layer in (1, 1, 1, 1):  # two bays, and each has to be told of the layer once
+        bench.fake.called()
+        bench.start(Request(5), layer=layer)
+        stream = bench.fake.queue(1)
+        calls = bench.fake.called()
+        bench.fake.run()
+        assert bench.rig.poll(0) is not None
+    assert stream == ["event", "in", "event", "graph", "event", "out", "event", "word"]
+    assert [call for call in calls if not call.startswith("cuEventRecord")] == [
+        "cuCtxSetCurrent",
+        "cuMemcpyHtoDAsync 1",
+        "cuGraphLaunch 1",
+        "cuMemcpyDtoHAsync 1",
+        "cuStreamWriteValue32 1",
+    ]
+
+
+def test_the_end_of_a_small_batch_is_seen_without_the_driver(bench: Bench) -> None:
+    job = bench.start(Request(5))
+    bench.fake.called()
+    for now in range(1000):
+        assert bench.rig.poll(now) is None
+    assert bench.fake.called() == []
+    bench.fake.run()
+    assert bench.rig.poll(1000) is job
+
+
+def test_a_lone_large_request_is_copied_from_and_to_its_own_memory(
+    bench: Bench, fake: Fake, pinned: list[Request]
+) -> None:
+    request = pin(fake, pinned, Request(300, hidden_dtype=BF16, reply_dtype=FP32))
+    bench.rig.hold_copies(True)
+    job = bench.start(request)
+    assert fake.queue(0)[0] == "event"
+    fake.run()
+    assert bench.rig.poll(0) is job
+    bench.check(job, request)
+    assert bench.rig.held_copies() == 0
+
+
+def test_copies_are_cut_where_a_segment_was_pinned_in_steps(bench: Bench, fake: Fake, pinned: list[Request]) -> None:
+    # 512 rows of 2 KiB are 1 MiB: at some of these places they cross a step.
+    crossed = 0
+    for seed in range(4):
+        request = Request(512, reply_dtype=FP32, seed=seed)
+        room = np.empty((4 << 20) + request.sums.nbytes, dtype=np.uint8)
+        skip = -room.ctypes.data % (2 << 20) + (1 << 20) + (seed << 18)
+        request.sums = room[skip : skip + request.sums.nbytes].view(np.uint32).reshape(request.sums.shape)
+        request.sums[:] = 0xABAB
+        pin(fake, pinned, request)
+        crossed += len(steps(request.sums)) > 1
+        bench.check(bench.compute(request), request)
+    assert crossed > 1
+
+
+def test_parts_in_pinned_memory_beside_others(bench: Bench, fake: Fake, pinned: list[Request]) -> None:
+    requests = [Request(tokens, reply_dtype=FP32, seed=index) for index, tokens in enumerate((3, 140, 130, 4, 200))]
+    for index in (1, 2, 4):
+        pin(fake, pinned, requests[index])
+    bench.check(bench.compute(*requests), *requests)
+
+
+def test_small_pinned_requests_are_gathered(bench: Bench, fake: Fake, pinned: list[Request]) -> None:
+    requests = [pin(fake, pinned, Request(tokens, seed=tokens)) for tokens in (3, 60, 1)]
+    job = bench.start(*requests)
+    assert fake.queue(1).count("in") == 1
+    assert fake.queue(1).count("out") == 1
+    fake.run()
+    assert bench.rig.poll(0) is job
+    bench.check(job, *requests)
+
+
+def set_nodes(calls: list[str]) -> int:
+    return calls.count("cuGraphExecKernelNodeSetParams")
+
+
+def test_addresses_are_set_when_the_layer_changes_and_only_then(bench: Bench) -> None:
+    seen = []
+    for layer in (0, 0, 1, 1, 2, 0):
+        request = Request(5, seed=layer)
+        bench.check(bench.compute(request, layer=layer), request, layer=layer)
+        seen.append(set_nodes(bench.fake.called()))
+    assert seen == [0, 0, 1, 0, 1, 1]
+
+
+def test_a_setting_that_failed_is_made_again(bench: Bench) -> None:
+    bench.fake.fail(b"cuGraphExecKernelNodeSetParams", 1, OUT_OF_MEMORY)
+    failed = bench.start(Request(5), layer=1)
+    bench.fake.run()
+    assert bench.rig.poll(10 * MS) is failed
+    assert failed.error == "the device failed: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+    request = Request(5)
+    bench.check(bench.compute(request, layer=1), request, layer=1)
+
+
+def test_a_large_batch_is_copied_in_while_another_computes(bench: Bench) -> None:
+    first, second = Request(300, seed=1), Request(400, seed=2)
+    jobs = [bench.start(first), bench.start(second)]
+    fake = bench.fake
+    while fake.step(0):
+        pass
+    assert fake.queue(0) == []
+    assert fake.queue(1).count("graph") == 2
+    while fake.step(1):
+        pass
+    assert bench.rig.poll(0) is None
+    assert fake.queue(2).count("out") == 2
+    fake.run()
+    assert [bench.rig.poll(0), bench.rig.poll(0)] == jobs
+    bench.check(jobs[0], first)
+    bench.check(jobs[1], second)
+
+
+def test_a_stage_waits_for_the_one_before(bench: Bench) -> None:
+    job = bench.start(Request(300))
+    fake = bench.fake
+    assert not fake.step(1)
+    assert not fake.step(2)
+    fake.step(0)
+    assert not fake.step(1)
+    fake.run()
+    assert bench.rig.poll(0) is job
+
+
+def test_a_small_batch_ends_before_a_large_one_that_is_copied_out(bench: Bench) -> None:
+    large, small = Request(300), Request(5)
+    jobs = [bench.start(large), bench.start(small)]
+    for stream in (0, 1):
+        while bench.fake.step(stream):
+            pass
+    assert bench.rig.poll(0) is jobs[1]
+    bench.check(jobs[1], small)
+    assert bench.rig.poll(0) is None
+    bench.fake.run()
+    assert bench.rig.poll(0) is jobs[0]
+    bench.check(jobs[0], large)
+
+
+def test_a_bay_is_used_again_and_again(bench: Bench) -> None:
+    random = np.random.default_rng(5)
+    waiting: list[tuple[Any, list[Request], int]] = []
+    for turn in range(150):
+        sizes = random.integers(1, 120, size=random.integers(1, 5))
+        layer = int(random.integers(3))
+        requests = [Request(int(tokens), seed=turn) for tokens in sizes]
+        waiting.append((bench.start(*requests, layer=layer), requests, layer))
+        if len(waiting) == 2:
+            for stream in random.integers(0, 3, size=20):
+                bench.fake.step(int(stream))
+            bench.fake.run()
+            for job, its, of in waiting:
+                assert bench.rig.poll(turn) is not None
+                bench.check(job, *its, layer=of)
+            waiting.clear()
+
+
+def test_large_copies_are_the_copiers(bench: Bench) -> None:
+    requests = [Request(tokens, BF16, FP32, seed=tokens) for tokens in (200, 250)]
+    bench.rig.hold_copies(True)
+    job = bench.start(*requests)
+    assert bench.rig.poll(0) is None
+    assert bench.fake.queue(0) == []
+    assert bench.rig.held_copies() == 1
+    bench.rig.go_copies()
+    assert bench.rig.poll(5 * MS) is None
+    bench.fake.run()
+    assert bench.rig.poll(7 * MS) is None
+    assert bench.rig.held_copies() == 1
+    bench.rig.go_copies()
+    assert bench.rig.poll(10 * MS) is job
+    bench.check(job, *requests)
+    copy_in, compute, copy_out = job.timings
+    assert copy_in >= 5e-3
+    assert compute > 0
+    assert copy_out >= 3e-3
+
+
+def test_timings_are_those_of_the_stages(bench: Bench) -> None:
+    for tokens in (5, 300):
+        job = bench.compute(Request(tokens))
+        assert job.measured
+        copy_in, compute, copy_out = job.timings
+        assert copy_in > 0
+        assert compute > 0
+        assert copy_out > 0
+
+
+def test_of_some_small_batches_one_is_timed(built: Built, fake: Fake) -> None:
+    bench = Bench(built, fake, depth=1, time_every=4)
+    jobs = [bench.compute(Request(5)) for _ in range(9)]
+    assert [job.measured for job in jobs] == [True, False, False, False, True, False, False, False, True]
+    assert all(job.timings == jobs[0].timings for job in jobs)
+    assert bench.compute(Request(300)).measured
+    assert bench.compute(Request(300)).measured
+    close(bench)
+
+
+def test_made_used_and_ended_by_different_threads(built: Built, fake: Fake) -> None:
+    with ThreadPoolExecutor(1) as maker, ThreadPoolExecutor(1) as user, ThreadPoolExecutor(1) as ender:
+        bench = maker.submit(Bench, built, fake).result()
+        for tokens in (5, 300):
+            request = Request(tokens)
+            bench.check(user.submit(bench.compute, request).result(), request)
+        ender.submit(close, bench).result()
+
+
+def test_when_a_batch_is_due(bench: Bench) -> None:
+    assert bench.rig.due() == 0
+    bench.start(Request(5), now=1000)
+    bench.fake.run()
+    assert bench.rig.poll(6000) is not None
+    bench.start(Request(5), now=10_000)
+    assert bench.rig.due() == 15_000
+    bench.fake.run()
+    assert bench.rig.poll(16_000) is not None
+
+
+def test_refusals(bench: Bench) -> None:
+    assert bench.start(Request(513)).error == "513 tokens: a batch has 1 to 512"
+    assert bench.start(Request(5, reply_dtype=9)).error == "no graph was captured for 8 tokens of these dtypes"
+    wide = bench.job(Request(5))
+    jobs = [bench.start(Request(5)), bench.start(Request(300)), bench.start(Request(1))]
+    assert [job.error for job in jobs] == ["", "", "every bay is in use"]
+    bench.fake.run()
+    assert len([bench.rig.poll(0) for _ in range(5)]) == 5
+    assert bench.rig.poll(0) is None
+    assert wide.error == ""
+
+
+def drained(bench: Bench, now: int) -> list[Any]:
+    jobs = []
+    while (job := bench.rig.poll(now)) is not None:
+        jobs.append(job)
+    return jobs
+
+
+LAUNCH = {
+    5: {
+        "cuCtxSetCurrent": 1,
+        "cuEventRecord": 4,
+        "cuMemcpyHtoDAsync": 1,
+        "cuGraphExecKernelNodeSetParams": 1,
+        "cuGraphLaunch": 1,
+        "cuMemcpyDtoHAsync": 1,
+        "cuStreamWriteValue32": 1,
+    },
+    300: {
+        "cuCtxSetCurrent": 1,
+        "cuEventRecord": 6,
+        "cuMemcpyHtoDAsync": 1,
+        "cuGraphExecKernelNodeSetParams": 1,
+        "cuStreamWaitEvent": 2,
+        "cuGraphLaunch": 1,
+        "cuMemcpyDtoHAsync": 1,
+        "cuStreamWriteValue32": 1,
+    },
+}
+EVERY_CALL = [
+    (t, name, nth) for t, calls in LAUNCH.items() for name, count in calls.items() for nth in range(1, count + 1)
+]
+
+
+@pytest.mark.parametrize(("tokens", "name", "nth"), EVERY_CALL)
+def test_a_call_that_fails_fails_its_batch_alone(bench: Bench, tokens: int, name: str, nth: int) -> None:
+    other_request = Request(7)
+    other = bench.start(other_request)
+    bench.fake.fail(name.encode(), nth, OUT_OF_MEMORY)
+    failed = bench.start(Request(tokens), layer=1)
+    # Not before the device has let go of its memory.
+    assert drained(bench, 0) == []
+    bench.fake.run()
+    assert {id(job) for job in drained(bench, 20 * MS)} == {id(failed), id(other)}
+    assert failed.error == "the device failed: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+    assert not failed.device_lost
+    bench.check(other, other_request)
+    after = Request(tokens, seed=4)
+    bench.check(bench.compute(after, layer=1), after, layer=1)
+
+
+def test_a_failed_batch_comes_back_though_others_keep_the_device_busy(bench: Bench) -> None:
+    bench.fake.fail(b"cuGraphLaunch", 1, OUT_OF_MEMORY)
+    failed = bench.start(Request(300))
+    bench.start(Request(5, seed=1))
+    for stream in (0, 0, 0, 0, 1, 1, 1, 2):
+        bench.fake.step(stream)
+    assert failed in drained(bench, 20 * MS)
+    assert bench.fake.queue(1) != []
+    bench.fake.run()
+    assert len(drained(bench, 20 * MS)) == 1
+
+
+def test_marks_that_fail_too(bench: Bench) -> None:
+    bench.fake.fail(b"cuGraphLaunch", 1, OUT_OF_MEMORY)
+    for nth in (3, 4, 5):
+        bench.fake.fail(b"cuEventRecord", nth, OUT_OF_MEMORY)
+    failed = bench.start(Request(5))
+    assert drained(bench, 0) == []
+    bench.fake.run()
+    assert drained(bench, 20 * MS) == [failed]
+
+
+def test_timings_that_cannot_be_read_are_left_out(bench: Bench) -> None:
+    bench.fake.fail(b"cuEventElapsedTime", 2, OUT_OF_MEMORY)
+    request = Request(5)
+    job = bench.compute(request)
+    bench.check(job, request)
+    assert not job.measured
+
+
+def test_a_late_batch_is_asked_about_every_10_ms(bench: Bench) -> None:
+    bench.compute(Request(5))  # took 1 ms
+    bench.fake.called()
+    job = bench.start(Request(5), now=100 * MS)
+    bench.fake.called()
+    for now in range(100, 150):
+        assert bench.rig.poll(now * MS) is None
+    assert bench.fake.called() == ["cuStreamQuery"] * 5
+    bench.fake.run()
+    assert bench.rig.poll(150 * MS) is job
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_a_lost_device_fails_all_under_way_and_what_comes_after(bench: Bench, tokens: int) -> None:
+    jobs = [bench.start(Request(tokens)), bench.start(Request(7))]
+    bench.fake.sticky(ILLEGAL_ADDRESS)
+    assert drained(bench, 5 * MS) == []
+    assert len(drained(bench, 11 * MS)) == 2
+    jobs.append(bench.start(Request(7)))
+    assert drained(bench, 11 * MS) == [jobs[2]]
+    assert all(job.device_lost and job.error == LOST for job in jobs)
+    assert not bench.rig.resume()
+    bench.fake.sticky(0)
+    assert not bench.rig.resume()  # what was asked for may yet be done
+    bench.fake.run()
+    assert bench.rig.resume()
+    request = Request(tokens, seed=3)
+    bench.check(bench.compute(request), request)
+
+
+def test_a_failed_launch_on_a_lost_device(bench: Bench) -> None:
+    first = bench.start(Request(5))
+    bench.fake.sticky(ILLEGAL_ADDRESS)
+    second = bench.start(Request(300))
+    assert set(map(id, drained(bench, 0))) == {id(first), id(second)}
+    assert first.error == second.error == LOST
+    bench.fake.sticky(0)
+    bench.fake.run()
+    assert bench.rig.resume()
+
+
+def test_a_batch_that_is_staged_when_the_device_is_lost(bench: Bench) -> None:
+    bench.rig.hold_copies(True)
+    staged = bench.start(Request(500, hidden_dtype=BF16))
+    assert bench.rig.held_copies() == 1
+    lost = bench.start(Request(5))
+    bench.fake.sticky(ILLEGAL_ADDRESS)
+    assert drained(bench, 11 * MS) == [lost]
+    assert not bench.rig.resume()
+    bench.fake.sticky(0)
+    bench.fake.run()
+    bench.fake.called()
+    bench.rig.go_copies()
+    assert drained(bench, 12 * MS) == [staged]
+    assert staged.error == LOST
+    # Nothing starts until somebody says so.
+    assert bench.fake.called() == []
+    assert bench.rig.resume()
+
+
+def test_a_batch_that_ended_without_its_word(bench: Bench) -> None:
+    job = bench.start(Request(5))
+    bench.fake.drop()
+    assert drained(bench, 11 * MS) == [job]
+    assert job.error == "the device failed: a batch ended without its end word"
+
+
+def test_what_the_device_may_yet_use_is_leaked(built: Built, fake: Fake) -> None:
+    bench = Bench(built, fake)
+    bench.start(Request(300))
+    fake.serving(0)
+    bench.rig.close()
+    # Three pieces of pinned memory and two of the device's.
+    assert fake.alive() == 5
+    assert not [call for call in fake.called() if "Synchronize" in call]
+
+
+CONSTRUCTION = {
+    "cuInit": 1,
+    "cuDevicePrimaryCtxRetain": 1,
+    "cuCtxSetCurrent": 1,
+    "cuStreamCreate": 3,
+    "cuMemHostAlloc": 6,
+    "cuMemAlloc": 4,
+    "cuEventCreate": 12,
+}
+
+
+@pytest.mark.parametrize(("name", "nth"), [(name, nth) for name, count in CONSTRUCTION.items() for nth in {1, count}])
+def test_construction_that_fails_leaves_nothing(built: Built, fake: Fake, name: str, nth: int) -> None:
+    before = fake.alive()
+    fake.fail(name.encode(), nth, OUT_OF_MEMORY)
+    with pytest.raises(built.extension.DeviceError, match="CUDA_ERROR_OUT_OF_MEMORY: out of memory"):
+        built.extension.Rig(str(built.library), 0, 2, (HIDDEN, EXPERTS, WIDTH), CLASSES)
+    assert fake.alive() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cuGraphClone",
+        "cuGraphGetNodes",
+        "cuGraphNodeGetType",
+        "cuGraphKernelNodeGetParams",
+        "cuFuncGetParamInfo",
+        "cuKernelGetParamInfo",
+        "cuGraphInstantiateWithFlags",
+        "cuGraphUpload",
+    ],
+)
+def test_a_graph_that_cannot_be_taken_leaves_nothing(bench: Bench, name: str) -> None:
+    bench.fake.serving(0)
+    before = bench.fake.alive()
+    bench.fake.fail(name.encode(), 1, OUT_OF_MEMORY)
+    with pytest.raises(bench.extension.DeviceError):
+        bench.add(0, 8, FP8, BF16)
+    bench.fake.forget_graphs()
+    assert bench.fake.alive() == before
+    request = Request(5)
+    bench.check(bench.compute(request), request)
+
+
+def test_graphs_hold_kernels_copies_and_fills_alone(bench: Bench) -> None:
+    bench.fake.serving(0)
+    for odd in (1, 2, 5):
+        bench.add(0, 8, FP8, BF16, odd=odd)
+    with pytest.raises(bench.extension.DeviceError, match="a captured graph holds a node of type 3"):
+        bench.add(0, 8, FP8, BF16, odd=3)
+    bench.fake.forget_graphs()
+
+
+def test_a_graph_that_is_not_given_the_layer_is_refused(bench: Bench) -> None:
+    bench.fake.serving(0)
+    with pytest.raises(bench.extension.DeviceError, match="no captured kernel is given up_gate"):
+        bench.add(0, 8, FP8, BF16, layer=1)
+    bench.fake.forget_graphs()
+
+
+@pytest.mark.skipif(find_spec("nvidia") is None, reason="needs cuda.h, from NVIDIA's package for Python")
+def test_declarations_agree_with_those_of_cuda(tmp_path: Path) -> None:
+    spec = find_spec("nvidia")
+    assert spec is not None
+    headers = [found.parent for root in spec.submodule_search_locations or () for found in Path(root).rglob("cuda.h")]
+    if not headers:
+        pytest.skip("this package of NVIDIA's has no cuda.h")
+    build_library(tmp_path / "libnone.so", [ROOT / "tests/native/declarations.cc"], "-isystem", str(headers[0]))
+
+
+def test_no_driver_and_an_old_one(built: Built, tmp_path: Path) -> None:
+    shape = (HIDDEN, EXPERTS, WIDTH)
+    with pytest.raises(built.extension.DeviceError, match="no CUDA driver: "):
+        built.extension.Rig(str(tmp_path / "none.so"), 0, 2, shape, CLASSES)
+    source = tmp_path / "empty.cc"
+    source.write_text("")
+    old = build_library(tmp_path / "libold.so", [source])
+    with pytest.raises(built.extension.DeviceError, match=r"libold.so is older than CUDA 12.0"):
+        built.extension.Rig(str(old), 0, 2, shape, CLASSES)
+
+
+@pytest.mark.skipif(sanitized, reason="this is the run with sanitizers")
+def test_with_sanitizers() -> None:
+    # With libstdc++, or the sanitizer would not find what it wraps of exceptions.
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = os.environ | {
+        "EXPERTD_SANITIZED": "1",
+        "LD_PRELOAD": " ".join(libraries),
+        # Python itself leaks; what the executor leaves behind is counted by the fake driver.
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__)),
+    ]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
