@@ -24,39 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n expertd/proto/expert_shard.proto\x12\nexpertd.v1\"\x11\n\x0fGetShardRequest\"\xba\x03\n\x10GetShardResponse\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x17\n\x0fplacement_epoch\x18\x02 \x01(\x04\x12\'\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x17.expertd.v1.ModelConfig\x12\x0e\n\x06layers\x18\x04 \x03(\r\x12\x0f\n\x07\x65xperts\x18\x05 \x03(\r\x12\'\n\x0cweight_dtype\x18\x06 \x01(\x0e\x32\x11.expertd.v1.DType\x12(\n\rhidden_dtypes\x18\x07 \x03(\x0e\x32\x11.expertd.v1.DType\x12\'\n\x0creply_dtypes\x18\x08 \x03(\x0e\x32\x11.expertd.v1.DType\x12\"\n\x06limits\x18\t \x01(\x0b\x32\x12.expertd.v1.Limits\x12\x0f\n\x07\x62\x61\x63kend\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x16\n\x0e\x62\x61\x63kend_reason\x18\x0c \x01(\t\x12\x0f\n\x07version\x18\r \x01(\t\x12\x10\n\x08locality\x18\x0e \x01(\t\x12\x16\n\x0e\x65xpert_digests\x18\x0f \x01(\x0c\x12\x14\n\x0chas_manifest\x18\x10 \x01(\x08\"\xd0\x02\n\x0bModelConfig\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\x1d\n\x15moe_intermediate_size\x18\x03 \x01(\r\x12\x18\n\x10n_routed_experts\x18\x04 \x01(\r\x12\x1b\n\x13num_experts_per_tok\x18\x05 \x01(\r\x12\x0f\n\x07n_group\x18\x06 \x01(\r\x12\x12\n\ntopk_group\x18\x07 \x01(\r\x12\x1d\n\x15routed_scaling_factor\x18\x08 \x01(\x01\x12\x16\n\x0enorm_topk_prob\x18\t \x01(\x08\x12\x19\n\x11num_hidden_layers\x18\n \x01(\r\x12\x1d\n\x15\x66irst_k_dense_replace\x18\x0b \x01(\r\x12\x16\n\x0emoe_layer_freq\x18\x0c \x01(\r\x12\x14\n\x0c\x64\x65nse_layers\x18\r \x03(\r\"x\n\x06Limits\x12\x1e\n\x16max_tokens_per_request\x18\x01 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\r\x12\x19\n\x11max_queued_tokens\x18\x03 \x01(\r\x12\x18\n\x10max_queued_bytes\x18\x04 \x01(\x04\"\xe3\x03\n\x0e\x45xecuteRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x1c\n\x0fplacement_epoch\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05layer\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\'\n\x0chidden_dtype\x18\x07 \x01(\x0e\x32\x11.expertd.v1.DType\x12&\n\x0breply_dtype\x18\x08 \x01(\x0e\x32\x11.expertd.v1.DType\x12\x0e\n\x06hidden\x18\t \x01(\x0c\x12\x15\n\rhidden_scales\x18\n \x01(\x0c\x12\x12\n\nexpert_ids\x18\x0b \x01(\x0c\x12\x0f\n\x07weights\x18\x0c \x01(\x0c\x12\x12\n\ntimeout_us\x18\r \x01(\x04\x12\x1b\n\x0esegment_offset\x18\x0e \x01(\x04H\x01\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x0f \x01(\t\x12\x14\n\x07\x63\x61ncels\x18\x10 \x01(\x04H\x02\x88\x01\x01\x12\x17\n\ngpu_offset\x18\x11 \x01(\x04H\x03\x88\x01\x01\x42\x12\n\x10_placement_epochB\x11\n\x0f_segment_offsetB\n\n\x08_cancelsB\r\n\x0b_gpu_offset\"\xec\x01\n\x0f\x45xecuteResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12 \n\x05\x65rror\x18\x02 \x01(\x0b\x32\x11.expertd.v1.Error\x12)\n\x0epartials_dtype\x18\x03 \x01(\x0e\x32\x11.expertd.v1.DType\x12\x10\n\x08partials\x18\x04 \x01(\x0c\x12\x17\n\x0freceipt_experts\x18\x05 \x03(\r\x12\x15\n\rreceipt_pairs\x18\x06 \x03(\r\x12$\n\x07timings\x18\x07 \x01(\x0b\x32\x13.expertd.v1.Timings\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x07\"\x1d\n\x1bRegisterSharedMemoryRequest\"c\n\x1cRegisterSharedMemoryResponse\x12\x0e\n\x06socket\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x16\n\x0eticket_seconds\x18\x03 \x01(\r\x12\x0b\n\x03gpu\x18\x04 \x01(\t\">\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"k\n\x07Timings\x12\x11\n\tdecode_ns\x18\x01 \x01(\x04\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x12\n\ncopy_in_ns\x18\x03 \x01(\x04\x12\x12\n\ncompute_ns\x18\x04 \x01(\x04\x12\x13\n\x0b\x63opy_out_ns\x18\x05 \x01(\x04\"C\n\x12VerifyShardRequest\x12\x0e\n\x06layers\x18\x01 \x03(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"\xad\x01\n\x13VerifyShardResponse\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x06\x65xpert\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x16\n\x0erelative_error\x18\x04 \x01(\x01\x12\x0e\n\x06\x63osine\x18\x05 \x01(\x01\x12\x0c\n\x04gain\x18\x06 \x01(\x01\x12\x12\n\nblock_gain\x18\x07 \x01(\x01\x12\r\n\x05\x62lock\x18\x08 \x01(\tB\t\n\x07_expert*^\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44TYPE_FLOAT8_E4M3FN\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT32\x10\x03\x32\xa3\x03\n\x0b\x45xpertShard\x12\x45\n\x08GetShard\x12\x1b.expertd.v1.GetShardRequest\x1a\x1c.expertd.v1.GetShardResponse\x12\x42\n\x07\x45xecute\x12\x1a.expertd.v1.ExecuteRequest\x1a\x1b.expertd.v1.ExecuteResponse\x12L\n\rExecuteStream\x12\x1a.expertd.v1.ExecuteRequest\x1a\x1b.expertd.v1.ExecuteResponse(\x01\x30\x01\x12P\n\x0bVerifyShard\x12\x1e.expertd.v1.VerifyShardRequest\x1a\x1f.expertd.v1.VerifyShardResponse0\x01\x12i\n\x14RegisterSharedMemory\x12\'.expertd.v1.RegisterSharedMemoryRequest\x1a(.expertd.v1.RegisterSharedMemoryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n expertd/proto/expert_shard.proto\x12\nexpertd.v1\"\x11\n\x0fGetShardRequest\"\xd3\x03\n\x10GetShardResponse\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x17\n\x0fplacement_epoch\x18\x02 \x01(\x04\x12\'\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x17.expertd.v1.ModelConfig\x12\x0e\n\x06layers\x18\x04 \x03(\r\x12\x0f\n\x07\x65xperts\x18\x05 \x03(\r\x12\'\n\x0cweight_dtype\x18\x06 \x01(\x0e\x32\x11.expertd.v1.DType\x12(\n\rhidden_dtypes\x18\x07 \x03(\x0e\x32\x11.expertd.v1.DType\x12\'\n\x0creply_dtypes\x18\x08 \x03(\x0e\x32\x11.expertd.v1.DType\x12\"\n\x06limits\x18\t \x01(\x0b\x32\x12.expertd.v1.Limits\x12\x0f\n\x07\x62\x61\x63kend\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x16\n\x0e\x62\x61\x63kend_reason\x18\x0c \x01(\t\x12\x0f\n\x07version\x18\r \x01(\t\x12\x10\n\x08locality\x18\x0e \x01(\t\x12\x16\n\x0e\x65xpert_digests\x18\x0f \x01(\x0c\x12\x14\n\x0chas_manifest\x18\x10 \x01(\x08\x12\x17\n\x0finstruction_set\x18\x11 \x01(\t\"\xd0\x02\n\x0bModelConfig\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\x1d\n\x15moe_intermediate_size\x18\x03 \x01(\r\x12\x18\n\x10n_routed_experts\x18\x04 \x01(\r\x12\x1b\n\x13num_experts_per_tok\x18\x05 \x01(\r\x12\x0f\n\x07n_group\x18\x06 \x01(\r\x12\x12\n\ntopk_group\x18\x07 \x01(\r\x12\x1d\n\x15routed_scaling_factor\x18\x08 \x01(\x01\x12\x16\n\x0enorm_topk_prob\x18\t \x01(\x08\x12\x19\n\x11num_hidden_layers\x18\n \x01(\r\x12\x1d\n\x15\x66irst_k_dense_replace\x18\x0b \x01(\r\x12\x16\n\x0emoe_layer_freq\x18\x0c \x01(\r\x12\x14\n\x0c\x64\x65nse_layers\x18\r \x03(\r\"x\n\x06Limits\x12\x1e\n\x16max_tokens_per_request\x18\x01 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\r\x12\x19\n\x11max_queued_tokens\x18\x03 \x01(\r\x12\x18\n\x10max_queued_bytes\x18\x04 \x01(\x04\"\xe3\x03\n\x0e\x45xecuteRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x1c\n\x0fplacement_epoch\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05layer\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\'\n\x0chidden_dtype\x18\x07 \x01(\x0e\x32\x11.expertd.v1.DType\x12&\n\x0breply_dtype\x18\x08 \x01(\x0e\x32\x11.expertd.v1.DType\x12\x0e\n\x06hidden\x18\t \x01(\x0c\x12\x15\n\rhidden_scales\x18\n \x01(\x0c\x12\x12\n\nexpert_ids\x18\x0b \x01(\x0c\x12\x0f\n\x07weights\x18\x0c \x01(\x0c\x12\x12\n\ntimeout_us\x18\r \x01(\x04\x12\x1b\n\x0esegment_offset\x18\x0e \x01(\x04H\x01\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x0f \x01(\t\x12\x14\n\x07\x63\x61ncels\x18\x10 \x01(\x04H\x02\x88\x01\x01\x12\x17\n\ngpu_offset\x18\x11 \x01(\x04H\x03\x88\x01\x01\x42\x12\n\x10_placement_epochB\x11\n\x0f_segment_offsetB\n\n\x08_cancelsB\r\n\x0b_gpu_offset\"\xec\x01\n\x0f\x45xecuteResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12 \n\x05\x65rror\x18\x02 \x01(\x0b\x32\x11.expertd.v1.Error\x12)\n\x0epartials_dtype\x18\x03 \x01(\x0e\x32\x11.expertd.v1.DType\x12\x10\n\x08partials\x18\x04 \x01(\x0c\x12\x17\n\x0freceipt_experts\x18\x05 \x03(\r\x12\x15\n\rreceipt_pairs\x18\x06 \x03(\r\x12$\n\x07timings\x18\x07 \x01(\x0b\x32\x13.expertd.v1.Timings\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x07\"\x1d\n\x1bRegisterSharedMemoryRequest\"c\n\x1cRegisterSharedMemoryResponse\x12\x0e\n\x06socket\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x16\n\x0eticket_seconds\x18\x03 \x01(\r\x12\x0b\n\x03gpu\x18\x04 \x01(\t\">\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"k\n\x07Timings\x12\x11\n\tdecode_ns\x18\x01 \x01(\x04\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x12\n\ncopy_in_ns\x18\x03 \x01(\x04\x12\x12\n\ncompute_ns\x18\x04 \x01(\x04\x12\x13\n\x0b\x63opy_out_ns\x18\x05 \x01(\x04\"C\n\x12VerifyShardRequest\x12\x0e\n\x06layers\x18\x01 \x03(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"\xad\x01\n\x13VerifyShardResponse\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x06\x65xpert\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x16\n\x0erelative_error\x18\x04 \x01(\x01\x12\x0e\n\x06\x63osine\x18\x05 \x01(\x01\x12\x0c\n\x04gain\x18\x06 \x01(\x01\x12\x12\n\nblock_gain\x18\x07 \x01(\x01\x12\r\n\x05\x62lock\x18\x08 \x01(\tB\t\n\x07_expert*^\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44TYPE_FLOAT8_E4M3FN\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT32\x10\x03\x32\xa3\x03\n\x0b\x45xpertShard\x12\x45\n\x08GetShard\x12\x1b.expertd.v1.GetShardRequest\x1a\x1c.expertd.v1.GetShardResponse\x12\x42\n\x07\x45xecute\x12\x1a.expertd.v1.ExecuteRequest\x1a\x1b.expertd.v1.ExecuteResponse\x12L\n\rExecuteStream\x12\x1a.expertd.v1.ExecuteRequest\x1a\x1b.expertd.v1.ExecuteResponse(\x01\x30\x01\x12P\n\x0bVerifyShard\x12\x1e.expertd.v1.VerifyShardRequest\x1a\x1f.expertd.v1.VerifyShardResponse0\x01\x12i\n\x14RegisterSharedMemory\x12\'.expertd.v1.RegisterSharedMemoryRequest\x1a(.expertd.v1.RegisterSharedMemoryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertd.proto.expert_shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=2248
-  _globals['_DTYPE']._serialized_end=2342
+  _globals['_DTYPE']._serialized_start=2273
+  _globals['_DTYPE']._serialized_end=2367
   _globals['_GETSHARDREQUEST']._serialized_start=48
   _globals['_GETSHARDREQUEST']._serialized_end=65
   _globals['_GETSHARDRESPONSE']._serialized_start=68
-  _globals['_GETSHARDRESPONSE']._serialized_end=510
-  _globals['_MODELCONFIG']._serialized_start=513
-  _globals['_MODELCONFIG']._serialized_end=849
-  _globals['_LIMITS']._serialized_start=851
-  _globals['_LIMITS']._serialized_end=971
-  _globals['_EXECUTEREQUEST']._serialized_start=974
-  _globals['_EXECUTEREQUEST']._serialized_end=1457
-  _globals['_EXECUTERESPONSE']._serialized_start=1460
-  _globals['_EXECUTERESPONSE']._serialized_end=1696
-  _globals['_REGISTERSHAREDMEMORYREQUEST']._serialized_start=1698
-  _globals['_REGISTERSHAREDMEMORYREQUEST']._serialized_end=1727
-  _globals['_REGISTERSHAREDMEMORYRESPONSE']._serialized_start=1729
-  _globals['_REGISTERSHAREDMEMORYRESPONSE']._serialized_end=1828
-  _globals['_ERROR']._serialized_start=1830
-  _globals['_ERROR']._serialized_end=1892
-  _globals['_TIMINGS']._serialized_start=1894
-  _globals['_TIMINGS']._serialized_end=2001
-  _globals['_VERIFYSHARDREQUEST']._serialized_start=2003
-  _globals['_VERIFYSHARDREQUEST']._serialized_end=2070
-  _globals['_VERIFYSHARDRESPONSE']._serialized_start=2073
-  _globals['_VERIFYSHARDRESPONSE']._serialized_end=2246
-  _globals['_EXPERTSHARD']._serialized_start=2345
-  _globals['_EXPERTSHARD']._serialized_end=2764
+  _globals['_GETSHARDRESPONSE']._serialized_end=535
+  _globals['_MODELCONFIG']._serialized_start=538
+  _globals['_MODELCONFIG']._serialized_end=874
+  _globals['_LIMITS']._serialized_start=876
+  _globals['_LIMITS']._serialized_end=996
+  _globals['_EXECUTEREQUEST']._serialized_start=999
+  _globals['_EXECUTEREQUEST']._serialized_end=1482
+  _globals['_EXECUTERESPONSE']._serialized_start=1485
+  _globals['_EXECUTERESPONSE']._serialized_end=1721
+  _globals['_REGISTERSHAREDMEMORYREQUEST']._serialized_start=1723
+  _globals['_REGISTERSHAREDMEMORYREQUEST']._serialized_end=1752
+  _globals['_REGISTERSHAREDMEMORYRESPONSE']._serialized_start=1754
+  _globals['_REGISTERSHAREDMEMORYRESPONSE']._serialized_end=1853
+  _globals['_ERROR']._serialized_start=1855
+  _globals['_ERROR']._serialized_end=1917
+  _globals['_TIMINGS']._serialized_start=1919
+  _globals['_TIMINGS']._serialized_end=2026
+  _globals['_VERIFYSHARDREQUEST']._serialized_start=2028
+  _globals['_VERIFYSHARDREQUEST']._serialized_end=2095
+  _globals['_VERIFYSHARDRESPONSE']._serialized_start=2098
+  _globals['_VERIFYSHARDRESPONSE']._serialized_end=2271
+  _globals['_EXPERTSHARD']._serialized_start=2370
+  _globals['_EXPERTSHARD']._serialized_end=2789
 # @@protoc_insertion_point(module_scope)

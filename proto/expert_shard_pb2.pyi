@@ -23,7 +23,7 @@ class GetShardRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetShardResponse(_message.Message):
-    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version", "locality", "expert_digests", "has_manifest")
+    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version", "locality", "expert_digests", "has_manifest", "instruction_set")
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class GetShardResponse(_message.Message):
     LOCALITY_FIELD_NUMBER: _ClassVar[int]
     EXPERT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     HAS_MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTION_SET_FIELD_NUMBER: _ClassVar[int]
     model_fingerprint: str
     placement_epoch: int
     config: ModelConfig
@@ -56,7 +57,8 @@ class GetShardResponse(_message.Message):
     locality: str
     expert_digests: bytes
     has_manifest: bool
-    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ...) -> None: ...
+    instruction_set: str
+    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ..., instruction_set: _Optional[str] = ...) -> None: ...
 
 class ModelConfig(_message.Message):
     __slots__ = ("model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "num_hidden_layers", "first_k_dense_replace", "moe_layer_freq", "dense_layers")

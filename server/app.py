@@ -15,6 +15,7 @@ from expertd.kernels.numerics.backend import Backend, DeviceMemory
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.files import write_json
 from expertd.kernels.weights.ledger import Ledger
+from expertd.proto.base.tasks import Tasks
 from expertd.proto.codec import ShardInfo
 from expertd.server.failpoints import Failpoints
 from expertd.server.options.config import Address, ServerConfig
@@ -68,9 +69,9 @@ class Server:
     """The one of `doors` at --listen."""
     doors: tuple[Door, ...]
     pages: Pages
+    tasks: Tasks
     ready: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(init=False, default_factory=asyncio.Event)
-    _watching: asyncio.Task[None] | None = field(init=False, default=None)
 
     @property
     def info(self) -> ShardInfo:
@@ -109,7 +110,9 @@ class Server:
         self.executor.info = with_digests(self.info, self.ledger)
         memory = await self.device.call(self.backend.memory)
         if memory is not None:
-            self._watching = asyncio.create_task(self._watch_memory(memory))
+            self.metrics.export(self.metrics.device_busy, self.metrics.device_memory)
+            self._tell_memory(memory)
+            self.tasks.keep(self._watch_memory, "watching the GPU's memory")
         for door in self.doors:
             await door.until_listening()
         self.scheduler.open()
@@ -132,8 +135,7 @@ class Server:
         self.scheduler.close(draining)
         await asyncio.gather(*(door.drain(self.config.drain_seconds) for door in self.doors))
         await asyncio.gather(*(door.close() for door in self.doors))
-        if self._watching is not None:
-            self._watching.cancel()
+        self.tasks.cancel()
         self.device.stop()
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.stop)
@@ -165,15 +167,16 @@ class Server:
         else:
             working.cancel()
 
-    async def _watch_memory(self, memory: DeviceMemory) -> None:
+    async def _watch_memory(self) -> None:
         """On the device thread, which alone calls the backend."""
-        self.metrics.export(self.metrics.device_busy, self.metrics.device_memory)
-        found: DeviceMemory | None = memory
-        while found is not None:
-            for kind, size in dataclasses.asdict(found).items():
-                self.metrics.device_memory.labels(kind).set(size)
+        await asyncio.sleep(MEMORY_SECONDS)
+        while (memory := await self.device.call(self.backend.memory)) is not None:
+            self._tell_memory(memory)
             await asyncio.sleep(MEMORY_SECONDS)
-            found = await self.device.call(self.backend.memory)
+
+    def _tell_memory(self, memory: DeviceMemory) -> None:
+        for kind, size in dataclasses.asdict(memory).items():
+            self.metrics.device_memory.labels(kind).set(size)
 
     def _install_signal_handlers(self) -> None:
         loop = asyncio.get_running_loop()

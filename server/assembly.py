@@ -135,6 +135,7 @@ def assemble(config: ServerConfig, metrics: Metrics, tracer: RequestTracer | Non
         entrance=entrance,
         doors=doors,
         pages=_pages(config, metrics, info, scheduler, journal, loads, entrance),
+        tasks=metrics.new_tasks(),
     )
 
 
@@ -145,7 +146,7 @@ def _local_door(
     if socket_name is None:
         return None
     max_bytes = config.shared_memory_bytes - config.front_ends * config.front_end_bytes
-    local = LocalDoor(socket_name, max_bytes, tickets, executor, gpu)
+    local = LocalDoor(socket_name, max_bytes, tickets, executor, gpu, metrics.new_tasks)
     metrics.shared_memory_bytes.set_function(lambda: local.mapped_bytes)
     return local
 
@@ -155,7 +156,7 @@ def _front_ends(
 ) -> FrontEnds | None:
     if not config.front_ends:
         return None
-    front_ends = FrontEnds(config, shard.config.hidden_size, info.max_message_bytes, executor, gpu)
+    front_ends = FrontEnds(config, shard.config.hidden_size, info.max_message_bytes, executor, gpu, metrics.new_tasks)
     metrics.front_ends.set_function(lambda: front_ends.listening)
     return front_ends
 

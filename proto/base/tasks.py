@@ -20,9 +20,12 @@ Work: TypeAlias = Coroutine[Any, Any, None]
 class Tasks:
     """The background tasks of one owner, who closes or settles them before it ends."""
 
-    def __init__(self, on_error: Callable[[], object] = lambda: None) -> None:
-        """`on_error` is called whenever one of them fails, such as the `inc` of a counter."""
+    def __init__(
+        self, on_error: Callable[[], object] = lambda: None, on_restart: Callable[[], object] = lambda: None
+    ) -> None:
+        """Called whenever one of them fails, and whenever one begins again, such as the `inc` of a counter."""
         self._on_error = on_error
+        self._on_restart = on_restart
         self._running: set[asyncio.Task[None]] = set()
 
     def start(self, work: Work, what: str) -> asyncio.Task[None]:
@@ -68,6 +71,7 @@ class Tasks:
                 self._tell(f"{what} failed and begins again in about {pause:g} s", error)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, LONGEST_PAUSE)
+            self._on_restart()
 
     def _tell(self, message: str, error: BaseException) -> None:
         log.error(message, exc_info=error)

@@ -49,6 +49,8 @@ class ShardInfo:
     """`DIGEST_BYTES` for each of `layers`, for each of `experts`; empty when they are not told."""
     has_manifest: bool = False
     """Whether the fingerprint is that of a manifest, against which all weights were checked."""
+    instruction_set: str = ""
+    """What the native core computes with on the CPU; empty when it is not told."""
 
 
 def check_shard_request(data: bytes) -> None:
@@ -83,6 +85,7 @@ def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
         locality=shard.locality,
         expert_digests=shard.expert_digests,
         has_manifest=shard.has_manifest,
+        instruction_set=shard.instruction_set,
     )
 
 
@@ -106,6 +109,7 @@ def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
         locality=message.locality,
         expert_digests=message.expert_digests,
         has_manifest=message.has_manifest,
+        instruction_set=message.instruction_set,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from expertd.proto import codec
 from expertd.proto.base.errors import InvalidBatch
+from expertd.proto.base.tasks import Tasks
 from expertd.proto.lane.frames import MAX_FRAME_BYTES, Frames
 
 
@@ -14,22 +15,20 @@ class Connection:
     """The calls in flight of one connection."""
 
     def __init__(
-        self, respond: Callable[[bytes], Awaitable[bytes | None]], max_frame_bytes: int = MAX_FRAME_BYTES
+        self, respond: Callable[[bytes], Awaitable[bytes | None]], tasks: Tasks, max_frame_bytes: int = MAX_FRAME_BYTES
     ) -> None:
+        """`tasks` are its alone."""
         self._respond = respond
-        self._responding: set[asyncio.Task[None]] = set()
+        self._responding = tasks
         self.frames = Frames(self._start, self._end, max_frame_bytes)
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def idle(self, timeout: float | None = None) -> None:
         """Wait until every request that was read has its response, or is dropped and the device done with it."""
-        if self._responding:
-            await asyncio.wait(self._responding, timeout=timeout)
+        await self._responding.settle(timeout)
 
     def _start(self, request: bytes) -> None:
-        task = asyncio.create_task(self._reply(request))
-        self._responding.add(task)
-        task.add_done_callback(self._responding.discard)
+        self._responding.start(self._reply(request), "answering a request over shared memory")
 
     async def _reply(self, request: bytes) -> None:
         response = await self._respond(request)
@@ -39,6 +38,5 @@ class Connection:
     def _end(self, error: Exception | None) -> None:
         if isinstance(error, InvalidBatch):
             self.frames.send(codec.encode_error(0, error))
-        for task in self._responding:
-            task.cancel()
+        self._responding.cancel()
         self.ended.set_result(None)

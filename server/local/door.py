@@ -7,12 +7,14 @@ import contextlib
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from expertd.proto import codec
 from expertd.proto.base.errors import ExpertdError, NotPermitted, Overloaded
 from expertd.proto.base.loopback import UNIX
+from expertd.proto.base.tasks import Tasks
 from expertd.proto.lane.frames import check_peer, framed, peer_of, socket_address
 from expertd.proto.lane.layout import SharedSegment
 from expertd.server.local.connection import Connection
@@ -32,7 +34,15 @@ CLOSE_SECONDS = 1.0
 class LocalDoor:
     """Takes segments from callers that have a ticket, and answers their calls until they close the connection."""
 
-    def __init__(self, name: str, max_bytes: int, tickets: Tickets, executor: Executor, gpu: Gpu) -> None:
+    def __init__(
+        self,
+        name: str,
+        max_bytes: int,
+        tickets: Tickets,
+        executor: Executor,
+        gpu: Gpu,
+        new_tasks: Callable[[], Tasks],
+    ) -> None:
         """Takes at most `max_bytes` of segments and GPU memory. `name` is the socket's, as in the contract."""
         self._name = name
         self._max_bytes = max_bytes
@@ -40,7 +50,8 @@ class LocalDoor:
         self._executor = executor
         self.gpu = gpu
         self._connections: set[Connection] = set()
-        self._serving: set[asyncio.Task[None]] = set()
+        self._new_tasks = new_tasks
+        self._tasks = new_tasks()
         self.mapped_bytes = 0
 
     async def listen(self) -> None:
@@ -55,7 +66,7 @@ class LocalDoor:
         finally:
             os.umask(mask)
         self._socket.listen()
-        self._accepting = asyncio.create_task(self._accept())
+        self._accepting = self._tasks.keep(self._accept, "accepting local connections")
 
     async def until_listening(self) -> None: ...
 
@@ -75,8 +86,7 @@ class LocalDoor:
         self.disconnect()
 
     async def close(self) -> None:
-        if self._serving:
-            await asyncio.wait(self._serving, timeout=CLOSE_SECONDS)
+        await self._tasks.settle(CLOSE_SECONDS)
 
     def _forget_path(self) -> None:
         """Names in the abstract namespace end with their socket; paths stay."""
@@ -91,9 +101,7 @@ class LocalDoor:
                 log.warning("a local connection could not be accepted: %s", error)
                 await asyncio.sleep(0.1)
             else:
-                task = asyncio.create_task(self._serve(peer))
-                self._serving.add(task)
-                task.add_done_callback(self._serving.discard)
+                self._tasks.start(self._serve(peer), "serving a local connection")
 
     async def _serve(self, peer: socket.socket) -> None:
         """The life of one connection."""
@@ -105,7 +113,7 @@ class LocalDoor:
             with peer, contextlib.suppress(OSError):
                 peer.send(framed(codec.encode_error(0, error)))
             return
-        connection = Connection(Conversation(caller, self._executor, memory.segment).respond)
+        connection = Connection(Conversation(caller, self._executor, memory.segment).respond, self._new_tasks())
         self._connections.add(connection)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(lambda: connection.frames, peer)

@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 
@@ -20,6 +21,7 @@ import grpc.aio
 
 from expertd.proto.base.errors import ServerFault
 from expertd.proto.base.loopback import UNIX
+from expertd.proto.base.tasks import Tasks
 from expertd.proto.lane.layout import SharedSegment
 from expertd.server.local.connection import Connection
 from expertd.server.local.door import CLOSE_SECONDS
@@ -42,7 +44,13 @@ class FrontEnds:
     """Processes that listen on one port. Lives on the event loop."""
 
     def __init__(
-        self, config: ServerConfig, hidden_size: int, max_message_bytes: int, executor: Executor, gpu: Gpu
+        self,
+        config: ServerConfig,
+        hidden_size: int,
+        max_message_bytes: int,
+        executor: Executor,
+        gpu: Gpu,
+        new_tasks: Callable[[], Tasks],
     ) -> None:
         """`executor` answers their calls; with a `gpu`, the memory that is shared with them is pinned for it."""
         self._config = config
@@ -51,8 +59,8 @@ class FrontEnds:
         self._executor = executor
         self._gpu = gpu
         self._links: set[_Link] = set()
-        self._keepers: list[asyncio.Task[None]] = []
-        self._releasing: set[asyncio.Task[None]] = set()
+        self._new_tasks = new_tasks
+        self._keepers, self._releasing = new_tasks(), new_tasks()
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
 
@@ -84,7 +92,8 @@ class FrontEnds:
 
     async def listen(self) -> None:
         settings = Settings(self._config, self._listen, str(self.socket), self._hidden_size, self._max_message_bytes)
-        self._keepers = [asyncio.create_task(self._keep(number, settings)) for number in range(self._config.front_ends)]
+        for number in range(self._config.front_ends):
+            self._keepers.keep(partial(self._keep, number, settings), f"keeping front end {number}")
 
     async def until_listening(self) -> None:
         while self.listening < self._config.front_ends:
@@ -101,14 +110,11 @@ class FrontEnds:
         self._stopping.set()
         for link in self._links:
             link.drain(seconds)
-        _, late = await asyncio.wait(self._keepers, timeout=seconds + END_SECONDS)
-        for keeper in late:
-            keeper.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await self._keepers.settle(seconds + END_SECONDS)
+        await self._keepers.close()
 
     async def close(self) -> None:
-        if self._releasing:
-            await asyncio.wait(self._releasing, timeout=CLOSE_SECONDS)
+        await self._releasing.settle(CLOSE_SECONDS)
         self._reserved.close()
         self._folder.cleanup()
 
@@ -132,7 +138,7 @@ class FrontEnds:
     async def _live(self, settings: Settings) -> tuple[bool, str]:
         """The life of one front end: whether it came to listen, and how it ended. Raises OSError at its start."""
         memory, process, connection = await _start(settings)
-        link = _Link(memory, self._executor, settings.max_frame_bytes, self._changed.set)
+        link = _Link(memory, self._executor, settings.max_frame_bytes, self._changed.set, self._new_tasks())
         self._links.add(link)
         pinning = asyncio.ensure_future(self._pin(memory))
         try:
@@ -143,9 +149,7 @@ class FrontEnds:
         finally:
             self._links.discard(link)
             link.connection.frames.close()
-            release = asyncio.create_task(self._release(link, pinning))
-            self._releasing.add(release)
-            release.add_done_callback(self._releasing.discard)
+            self._releasing.start(self._release(link, pinning), "giving back a front end's memory")
             code = await _end(process)
         return link.listens, f"exit code {code}"
 
@@ -167,13 +171,18 @@ class _Link:
     """The server's end of the link to one front end."""
 
     def __init__(
-        self, memory: memoryview, executor: Executor, max_frame_bytes: int, on_listening: Callable[[], None]
+        self,
+        memory: memoryview,
+        executor: Executor,
+        max_frame_bytes: int,
+        on_listening: Callable[[], None],
+        tasks: Tasks,
     ) -> None:
         self._segment = SharedSegment(memory)
         self._executor = executor
         self._on_listening = on_listening
         self._calls: dict[int, Conversation] = {}
-        self.connection = Connection(self._respond, max_frame_bytes)
+        self.connection = Connection(self._respond, tasks, max_frame_bytes)
         self.listens = False
 
     def drain(self, seconds: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from expertd import __version__
+from expertd import __version__, _native
 from expertd.kernels.numerics.backend import Backend
 from expertd.kernels.weights.ledger import Ledger
 from expertd.proto import codec
@@ -34,6 +34,7 @@ def describe(config: ServerConfig, shard: Shard, ledger: Ledger, backend: Backen
         version=__version__,
         locality=config.locality,
         has_manifest=ledger.manifest is not None,
+        instruction_set=_native.instruction_set(),
     )
 
 

@@ -15,6 +15,7 @@ from prometheus_client.registry import REGISTRY, Collector
 from prometheus_client.utils import floatToGoString
 
 from expertd.proto.base.errors import OUTCOMES
+from expertd.proto.base.tasks import Tasks
 from expertd.proto.codec import StageTimings
 
 LATENCY_BUCKETS = (*(mantissa * 10.0**decade for decade in range(-5, 1) for mantissa in (1.0, 2.5, 5.0)), 10.0)
@@ -82,6 +83,16 @@ class Metrics:
             ["grpc_type", "grpc_service", "grpc_method", "grpc_code"],
             registry=registry,
         )
+        self.background_errors = Counter(
+            "expertd_background_errors",
+            "Failures of what the server does in the background, each logged as an error.",
+            registry=registry,
+        )
+        self.background_restarts = Counter(
+            "expertd_background_restarts",
+            "Times that what goes on for ever in the background began again after a failure.",
+            registry=registry,
+        )
         self.build = Info("expertd_build", "What is running.", registry=registry)
         self.placement = Info("expertd_placement", "What is owned.", registry=registry)
         self.load_balance = Asked(
@@ -122,6 +133,10 @@ class Metrics:
         for series, outcomes in ((self.requests, OUTCOMES), (self.shadow_checks, SHADOW_OUTCOMES)):
             for outcome in outcomes:
                 series.labels(outcome)
+
+    def new_tasks(self) -> Tasks:
+        """Background tasks whose failures and new beginnings are counted."""
+        return Tasks(self.background_errors.inc, self.background_restarts.inc)
 
     def export(self, *series: Collector) -> None:
         """Let scrapes see series that not every server has."""
