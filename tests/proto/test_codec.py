@@ -148,6 +148,7 @@ def test_a_shard_survives_the_wire() -> None:
     shard = ShardInfo(
         "abc", 17, config, (3, 4), tuple(range(32)), 4096, 1 << 20, 65536, 1 << 30, "torch", "cpu", "auto", "1", "z"
     )
+    shard = replace(shard, expert_digests=b"digests", has_manifest=True, instruction_set="avx2")
     assert codec.decode_shard(codec.ShardResponse.FromString(codec.encode_shard(shard).SerializeToString())) == shard
 
 

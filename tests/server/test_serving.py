@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from expertd import __version__
+from expertd import __version__, _native
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto import codec
 from expertd.proto.base.errors import Overloaded
@@ -45,6 +45,7 @@ async def test_get_shard_tells_what_a_caller_needs(small_model: Path) -> None:
             f"/{codec.SERVICE}/GetShard", codec.ShardRequest.SerializeToString, codec.ShardResponse.FromString
         )
         shard = codec.decode_shard(await method(codec.ShardRequest()))
+        assert shard.instruction_set == _native.instruction_set()
     assert (shard.layers, shard.experts) == ((2,), (4, 5, 6, 7))
     assert (shard.backend, shard.backend_reason, shard.version) == ("torch", "--backend torch", __version__)
     assert shard.config["hidden_size"] == 256

@@ -55,6 +55,16 @@ async def test_kept_work_begins_again_after_longer_and_longer_pauses_until_it_re
     assert begun[4] - begun[0] >= 0.011
 
 
+async def test_new_beginnings_are_counted_and_failures_of_started_work_are_none() -> None:
+    counted: list[str] = []
+    lives = iter([fail, fail, lambda: asyncio.sleep(0)])
+    tasks = Tasks(lambda: counted.append("error"), lambda: counted.append("restart"))
+    await tasks.keep(lambda: next(lives)(), "watching")
+    tasks.start(fail(), "counting sheep")
+    await tasks.settle()
+    assert counted == ["error", "restart", "error", "restart", "error"]
+
+
 async def test_work_that_went_on_for_long_begins_again_soon(caplog: pytest.LogCaptureFixture) -> None:
     lives = iter([0.0, 0.0, 0.01, None])
 

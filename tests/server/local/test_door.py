@@ -1,6 +1,7 @@
 """Shared memory as a stranger would offer it: the contract by its letter, and everything that must be refused."""
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import socket
@@ -317,3 +318,25 @@ async def test_a_server_with_a_unix_socket_takes_segments_beside_it(small_model:
         assert (await registration_of(server)).socket == f"{path}.shm"
         assert path.with_name("expertd.sock.shm").is_socket()
     assert not path.with_name("expertd.sock.shm").exists()
+
+
+async def test_a_door_that_cannot_accept_says_so_and_accepts_again(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: LocalDoor, peer: socket.socket) -> None:
+        peer.close()
+        raise LookupError("a bug")
+
+    async with running_server(small_model, range(16), shared_memory_bytes=1 << 20) as server:
+        counted = server.metrics.registry.get_sample_value
+        with monkeypatch.context() as broken:
+            broken.setattr(LocalDoor, "_serve", fail)
+            with contextlib.suppress(ConnectionError, EOFError, asyncio.IncompleteReadError):
+                async with accepted(server):
+                    pass
+        await until(lambda: counted("expertd_background_restarts_total") == 1)
+        assert counted("expertd_background_errors_total") == 1
+        assert "accepting local connections failed and begins again" in caplog.text
+        assert "LookupError: a bug" in caplog.text
+        async with accepted(server) as caller:
+            assert (await caller.ask(caller.place(request_for(server, BATCH)))).error.code == OK
