@@ -34,7 +34,7 @@ LABEL org.opencontainers.image.title="expertd" \
   org.opencontainers.image.licenses="Apache-2.0"
 RUN groupadd --gid 10001 expertd \
   && useradd --uid 10001 --gid expertd --create-home --shell /usr/sbin/nologin expertd \
-  && install -d -o expertd -g expertd /home/expertd/.cache /models
+  && install -d -o expertd -g expertd /home/expertd/.cache /models /run/expertd
 ENV PATH=/opt/expertd/bin:$PATH PYTHONUNBUFFERED=1
 WORKDIR /home/expertd
 # As a number, so that Kubernetes can tell that it is not root.
@@ -59,7 +59,7 @@ COPY --from=application /opt/expertd /opt/expertd
 VOLUME ["/models", "/home/expertd/.cache"]
 EXPOSE 50051 9464
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
-  CMD ["expertd", "health", "127.0.0.1:50051"]
+  CMD ["expertd", "health", "http://127.0.0.1:9464/readyz"]
 ENTRYPOINT ["dumb-init", "--single-child", "--", "expertd"]
 CMD ["--help"]
 ARG VERSION=unknown

@@ -29,6 +29,7 @@ check: $(STAMP)  ## style, types, rooms, that the generated code matches the .pr
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 	@git ls-files '*.py' | xargs dirname | sort | uniq -c | awk '$$1 > $(ROOM) { print $$2 " has " $$1 " modules, more than $(ROOM): give them rooms"; bad = 1 } END { exit bad }'
+	@! git grep -nE '^(<<<<<<<|>>>>>>>) ' || { echo "a merge was not finished"; exit 1; }
 	@! git grep -nE '$(TEST_IMPORT)' -- tests || { echo "tests do not import tests: what they share is in tests/support"; exit 1; }
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
 	$(MAKE) --no-print-directory proto OUT=$$(mktemp -d) CHECK=1
@@ -43,10 +44,11 @@ format: $(STAMP)
 
 # protoc runs from src/ so that the generated imports say expertd.proto.
 OUT ?= src
-proto: $(STAMP)  ## regenerate proto/expert_shard_pb2.py and .pyi
+CONTRACTS := expert_admin expert_shard
+proto: $(STAMP)  ## regenerate proto/*_pb2.py and .pyi
 	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=$(abspath $(OUT)) --pyi_out=$(abspath $(OUT)) \
-	  expertd/proto/expert_shard.proto
-	$(if $(CHECK),@for f in expert_shard_pb2.py expert_shard_pb2.pyi; do cmp proto/$$f $(OUT)/expertd/proto/$$f \
+	  $(CONTRACTS:%=expertd/proto/%.proto)
+	$(if $(CHECK),@for f in $(foreach one,$(CONTRACTS),$(one)_pb2.py $(one)_pb2.pyi); do cmp proto/$$f $(OUT)/expertd/proto/$$f \
 	  || { echo "proto/$$f is out of date: run 'make proto' and commit the result"; exit 1; }; done)
 
 RELEASED := proto/released.txtpb

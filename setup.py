@@ -3,10 +3,13 @@
 import sys
 from pathlib import Path
 
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent / "native"))
 
 from building import extension
 
+# All files at once would be one core's work for minutes.
+ParallelCompile().install()
 setup(ext_modules=[extension()])

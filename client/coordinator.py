@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
-import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Self
 
-import torch
 from torch import Tensor
 
-from expertd.client.call.activations import Activations
-from expertd.client.call.arguments import as_rows, as_tokens, check_choice
-from expertd.client.call.dispatch import renormalize
-from expertd.client.call.failover import Caller, LayerCall
-from expertd.client.call.result import MoeResult, combine_all, experts_of, report
+from expertd.client.base.loop_thread import LoopThread
+from expertd.client.call.arguments import as_layer, as_rows, as_tokens, check_finite
+from expertd.client.call.caller import Caller
+from expertd.client.call.pending import PendingCall
+from expertd.client.call.result import MoeResult
+from expertd.client.call.routed import RoutedCall
+from expertd.client.call.straight import at_once
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.fleet.discovery import Discovery, as_discovery
 from expertd.client.fleet.membership import Membership
-from expertd.client.fleet.ownership import name_experts
-from expertd.client.telemetry.tracing import call_span
+from expertd.client.telemetry.meter import CallMeter
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.interface import Transport
+from expertd.client.transport.security import ClientSecurity
 from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.routing import route, router_logits
-from expertd.proto.base.errors import ExpertdError, InvalidBatch
+from expertd.proto.base.errors import InvalidBatch
 from expertd.proto.base.tasks import Tasks
-
-log = logging.getLogger(__name__)
 
 
 class Coordinator:
@@ -58,6 +53,7 @@ class Coordinator:
         self._discovery = as_discovery(servers)
         self._open_transport = open_transport or self._transport
         self._caller: Caller | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def connect(self) -> Self:
         """Connect, for callers without an `async with` block; `close()` is then theirs. Connected already: do nothing.
@@ -65,30 +61,40 @@ class Coordinator:
         Raises `Unavailable`, `ModelMismatch`, or `UnknownExpert` naming the experts without an owner.
         """
         if self._caller is not None:
+            self._check_loop()
             return self
         config = self.config
-        tasks = Tasks(config.metrics.background_failed)
-        membership = Membership(self._discovery, self._open_transport, tasks, complete=config.on_missing == "error")
+        tasks = Tasks(config.metrics.background_failed, config.metrics.background_restarted)
+        membership = Membership(
+            self._discovery,
+            self._open_transport,
+            tasks,
+            complete=config.on_missing == "error",
+            model_fingerprint=config.model_fingerprint,
+        )
         try:
             await membership.connect(config.connect_timeout)
         except BaseException:
             await membership.close()
             raise
-        self._caller = Caller(membership, config)
+        security = config.security or ClientSecurity()
+        config.metrics.follow(membership, security.certificate_ends)
+        self._caller, self._loop = Caller(membership, config), asyncio.get_running_loop()
         return self
 
     async def close(self) -> None:
         """Disconnect; calls in flight fail. It can be connected again."""
+        if self._caller is not None:
+            self._check_loop()
         caller, self._caller = self._caller, None
         if caller is not None:
+            self.config.metrics.part(caller.membership)
             await caller.membership.close()
 
     async def __aenter__(self) -> Self:
         return await self.connect()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def __repr__(self) -> str:
@@ -140,61 +146,114 @@ class Coordinator:
         What fails on one server is repeated on others that own the same experts. Raises `InvalidBatch` for unusable
         arguments, `UnknownExpert` for an unknown layer, or the last error when attempts or time run out.
         """
-        metrics, started = self.config.metrics, time.perf_counter()
-        try:
-            with call_span(self.config.tracer, layer):
-                result = await self._execute(layer, hidden, router_logits, topk_ids, topk_weights)
-        except ExpertdError as error:
-            metrics.failed(error.code.name.lower())
-            raise
-        except asyncio.CancelledError:
-            metrics.failed("cancelled")
-            raise
-        metrics.answered(math.prod(hidden.shape[:-1]), result.degraded_tokens, time.perf_counter() - started)
+        self._check_loop()
+        meter = self._meter(layer)
+        with meter.counting():
+            result = await self._routed(layer, hidden, router_logits, topk_ids, topk_weights).execute()
+        meter.answered(result.output, result.degraded_tokens, result.waited)
         return result
 
-    async def _execute(
+    def submit(
+        self,
+        layer: int,
+        hidden: Tensor,
+        router_logits: Tensor | None = None,
+        *,
+        topk_ids: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+    ) -> asyncio.Task[MoeResult]:
+        """Begin what `execute` does, for a caller who has other things to do meanwhile: `await` it for the result.
+
+        Where it can, it has sent hidden states when it returns. Wrong arguments are raised at once. Cancelling the task
+        gives the call up.
+        """
+        self._check_loop()
+        meter = self._meter(layer)
+        with meter.counting():
+            call = self._routed(layer, hidden, router_logits, topk_ids, topk_weights)
+            straight = None if call.is_long else call.begin(looped=True)
+            if straight is not None:
+                straight.send(at_once)
+
+        async def complete() -> MoeResult:
+            with meter.counting():
+                result = await (call.execute() if straight is None else call.collect(straight))
+            meter.answered(result.output, result.degraded_tokens, result.waited)
+            return result
+
+        task = asyncio.get_running_loop().create_task(complete())
+        if straight is not None:
+            # Of a task that is cancelled before it begins, nothing is ever run.
+            task.add_done_callback(lambda _: straight.close())
+        return task
+
+    def submit_here(
+        self,
+        layer: int,
+        hidden: Tensor,
+        router_logits: Tensor | None,
+        topk_ids: Tensor | None,
+        topk_weights: Tensor | None,
+        loop: LoopThread,
+        hand_over: Callable[[MoeResult], None] | None = None,
+    ) -> PendingCall:
+        """Like `submit`, on another thread than `loop`'s, on which the coordinator lives.
+
+        Whoever collects the result calls `hand_over` with it first.
+        """
+        meter = self._meter(layer)
+        with meter.counting():
+            call = self._routed(layer, hidden, router_logits, topk_ids, topk_weights)
+            return PendingCall(call, loop, meter, hand_over)
+
+    def _meter(self, layer: int) -> CallMeter:
+        return CallMeter(self.config.metrics, self.config.tracer, layer)
+
+    def _routed(
         self,
         layer: int,
         hidden: Tensor,
         logits: Tensor | None,
         topk_ids: Tensor | None,
         topk_weights: Tensor | None,
-    ) -> MoeResult:
+    ) -> RoutedCall:
         caller = self._connected()
-        caller.membership.ownership.check_layer(layer)
+        caller.membership.ownership.check_layer(as_layer(layer))
         tokens = as_tokens("hidden", hidden, self.model.hidden_size)
         ids, weights = self._route(layer, tokens, logits, topk_ids, topk_weights)
-        call = LayerCall(caller, layer, Activations(tokens, self.config.hidden_dtype))
-        answers = await call.run(ids, weights)
-        dtype = torch.float32 if call.missing else self.config.output_dtype
-        sums = torch.empty(tokens.shape, dtype=dtype, device=tokens.device if tokens.is_cuda else None)
-        await combine_all(sums, answers)
-        degraded = renormalize(sums, ids, weights, call.missing) if call.missing else 0
-        lost = experts_of(call.missing)
-        if degraded:
-            log.warning("layer %d: %d of %d tokens lack %s", layer, degraded, len(tokens), name_experts(lost))
-        output = sums.to(self.config.output_dtype).reshape(hidden.shape)
-        return MoeResult(output, report(answers), call.effort, degraded, lost)
+        return RoutedCall(caller, layer, tokens, ids, weights, hidden.shape)
 
     @property
     def sharing_memory(self) -> frozenset[str]:
         """Addresses of the servers that tensors reach through shared memory."""
-        return frozenset(transport.address for transport in self._transports() if HOST in transport.shared_devices)
+        return frozenset(transport.address for transport in self.transports if HOST in transport.shared_devices)
 
     @property
     def sharing_gpu_memory(self) -> frozenset[str]:
         """Addresses of the servers that tensors of a GPU have reached without leaving it."""
-        return frozenset(transport.address for transport in self._transports() if transport.shared_devices - {HOST})
+        return frozenset(transport.address for transport in self.transports if transport.shared_devices - {HOST})
 
-    def _transports(self) -> list[Transport]:
+    @property
+    def transports(self) -> list[Transport]:
+        """To every server, which calls go through."""
         return [member.transport for member in self._connected().membership.members.values()]
 
     def _transport(self, address: str) -> Transport:
         config = self.config
-        grpc = GrpcTransport(address, config.channels, config.security, config.chunk_bytes)
+        checked = config.checks_all
+        grpc = GrpcTransport(address, config.channels, config.security, config.chunk_bytes, checked=checked or None)
         most = config.shared_memory_bytes
-        return SharedMemoryTransport(grpc, most, config.shared_memory_chunk_bytes) if most else grpc
+        if not most:
+            return grpc
+        return SharedMemoryTransport(grpc, most, config.shared_memory_chunk_bytes, config.spin_us, checked=checked)
+
+    def _check_loop(self) -> None:
+        """Its connections live on the event loop that made them: on another one nothing would ever be answered."""
+        if self._caller is not None and asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                "the coordinator was connected on another event loop; connect and call it within one asyncio.run(...),"
+                " or use SyncCoordinator, which works from anywhere"
+            )
 
     def _connected(self) -> Caller:
         if self._caller is None:
@@ -206,15 +265,14 @@ class Coordinator:
     def _route(
         self, layer: int, tokens: Tensor, logits: Tensor | None, ids: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Ids [T, k] int32 and weights [T, k] float32 from whatever the caller gave."""
+        """Ids and weights [T, k] from whatever the caller gave, whose choice is not checked yet."""
         model = self.model
         if ids is not None or weights is not None:
             if ids is None or weights is None or logits is not None:
                 raise InvalidBatch("give topk_ids and topk_weights together, and no router_logits with them")
             ids = as_rows("topk_ids", ids, len(tokens)).cpu()
             weights = as_rows("topk_weights", weights, len(tokens)).cpu()
-            check_choice(ids, weights, model)
-            return ids.to(torch.int32), weights.float()
+            return ids, weights
         gate = self.config.gates.get(layer)
         if gate is None:
             raise InvalidBatch(
@@ -226,5 +284,6 @@ class Coordinator:
         if len(logits) != len(tokens):
             raise InvalidBatch(f"router_logits has {len(logits)} rows; hidden has {len(tokens)} tokens")
         if not logits.isfinite().all():
+            check_finite(tokens)
             raise InvalidBatch("router_logits holds NaN or infinity; they must be finite")
         return route(logits, gate.correction_bias.cpu(), model)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Callable, Coroutine, Sequence
-from types import TracebackType
-from typing import Self, TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from expertd.client.base.loop_thread import LoopThread
+from expertd.client.call.pending import PendingCall
 from expertd.client.call.result import MoeResult
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.fleet.discovery import Discovery
 from expertd.client.transport.interface import Transport
 from expertd.kernels.model.config import MoeConfig
-
-T = TypeVar("T")
 
 
 class SyncCoordinator:
@@ -40,18 +38,15 @@ class SyncCoordinator:
     ) -> None:
         """See `Coordinator`."""
         self._coordinator = Coordinator(servers, config, open_transport=open_transport)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._loop: LoopThread | None = None
 
     def connect(self) -> Self:
         """See `Coordinator.connect`."""
         if self._loop is not None:
             return self
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="expertd-coordinator", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("expertd-coordinator")
         try:
-            self._wait(self._coordinator.connect())
+            self._loop.wait(self._coordinator.connect())
         except BaseException:
             self._stop()
             raise
@@ -60,15 +55,13 @@ class SyncCoordinator:
     def close(self) -> None:
         """See `Coordinator.close`."""
         if self._loop is not None:
-            self._wait(self._coordinator.close())
+            self._loop.wait(self._coordinator.close())
             self._stop()
 
     def __enter__(self) -> Self:
         return self.connect()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -121,37 +114,47 @@ class SyncCoordinator:
         topk_weights: Tensor | None = None,
     ) -> MoeResult:
         """See `Coordinator.execute`."""
-        call = self._coordinator.execute(layer, hidden, router_logits, topk_ids=topk_ids, topk_weights=topk_weights)
-        if not (isinstance(hidden, Tensor) and hidden.is_cuda):
-            return self._wait(call)
-        here, there = torch.cuda.current_stream(hidden.device), torch.cuda.default_stream(hidden.device)
-        if here == there:
-            return self._wait(call)
-        # The event loop's thread works on the default stream.
-        here.synchronize()
-        result = self._wait(call)
-        there.synchronize()
-        result.output.record_stream(here)
-        return result
+        return self.submit(layer, hidden, router_logits, topk_ids=topk_ids, topk_weights=topk_weights).result()
 
-    def _wait(self, call: Coroutine[None, None, T]) -> T:
+    def submit(
+        self,
+        layer: int,
+        hidden: Tensor,
+        router_logits: Tensor | None = None,
+        *,
+        topk_ids: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+    ) -> PendingCall:
+        """Begin what `execute` does, for a caller who has other things to do before it asks for the `result()`.
+
+            pending = moe.submit(layer, hidden, topk_ids=ids, topk_weights=weights)
+            y = shared_expert(hidden) + pending.result().output
+
+        Where it can, it has sent hidden states when it returns. Wrong arguments are raised at once, or by `result`.
+        """
+        loop, hand_over = self._running(), None
+        if isinstance(hidden, Tensor) and hidden.is_cuda:
+            here, there = torch.cuda.current_stream(hidden.device), torch.cuda.default_stream(hidden.device)
+            if here != there:
+                # The event loop's thread works on the default stream.
+                here.synchronize()
+                hand_over = partial(_hand_over, here, there)
+        return self._coordinator.submit_here(layer, hidden, router_logits, topk_ids, topk_weights, loop, hand_over)
+
+    def _running(self) -> LoopThread:
         if self._loop is None:
-            call.close()
             raise RuntimeError(
                 "the coordinator is not connected; use it in 'with SyncCoordinator(...) as moe:', or connect() first"
             )
-        future = asyncio.run_coroutine_threadsafe(call, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            # Ctrl-C while waiting: the call must not go on without anybody who wants it.
-            future.cancel()
-            raise
+        return self._loop
 
     def _stop(self) -> None:
-        loop, thread = self._loop, self._thread
-        self._loop = self._thread = None
-        if loop is not None and thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
+        loop, self._loop = self._loop, None
+        if loop is not None:
             loop.close()
+
+
+def _hand_over(here: torch.cuda.Stream, there: torch.cuda.Stream, result: MoeResult) -> None:
+    """Make a result of the stream `there` usable on `here`."""
+    there.synchronize()
+    result.output.record_stream(here)

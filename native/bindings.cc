@@ -1,13 +1,18 @@
 // The Python face of the native core; expertd/_native.pyi is its document.
 //
-// Memory comes as addresses: a tensor's are cheaper to ask for in Python (0.1 us each) than any protocol is to follow.
-// What they must hold is checked by expertd.kernels.numerics.tokens, the only module that passes them.
+// Memory comes as addresses, which expertd.kernels.numerics.tokens gives once it has checked what must be there.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "base/cpus.h"
 #include "base/crc32c.h"
 #include "base/instructions.h"
 #include "base/pool.h"
+#ifdef EXPERTD_SERVER
+#include "bindings/cuda.h"
+#endif
+#include "bindings/place.h"
+#include "bindings/unlocked.h"
 #include "tokens/gather.h"
 #include "tokens/quantize.h"
 #include "tokens/split.h"
@@ -16,33 +21,25 @@
 namespace py = pybind11;
 
 namespace expertd {
-namespace {
 
-using Address = std::uintptr_t;
-using Place = std::pair<Address, std::ptrdiff_t>;
+void bind_batch(py::module_& module);
+void bind_engine(py::module_& module);
+void bind_inbox(py::module_& module);
+void bind_failpoints(py::module_& module);
+void bind_tally(py::module_& module);
+void bind_lane(py::module_& module);
+void bind_call(py::module_& module);
+
+namespace {
 
 // Work in bytes from which on other Python threads may run meanwhile; giving the lock up and asking for it again costs
 // less than a microsecond, but beside a busy thread it may take 5 ms to come back.
 constexpr std::size_t LONG_BYTES = 64 << 10;
 
-// Safe as far as the caller's word: the address of `Value`s that the caller owns and keeps alive during the call.
-template <typename Value>
-Value* at(Address address) {
-  return reinterpret_cast<Value*>(address);  // NOLINT(performance-no-int-to-ptr)
-}
-
-template <typename Value>
-std::span<const Value> values(Address address, std::size_t count) {
-  return {at<const Value>(address), count};
-}
-
-Rows rows(const Place& place) { return {at<const std::byte>(place.first), place.second}; }
-WritableRows writable(const Place& place) { return {at<std::byte>(place.first), place.second}; }
-
 template <typename Work>
 auto unlocked(std::size_t bytes, const Work& work) {
   if (bytes < LONG_BYTES) return work();
-  const py::gil_scoped_release released;
+  const Unlocked unlocked;
   return work();
 }
 
@@ -56,11 +53,11 @@ std::uint32_t checksum(const py::buffer& data, std::uint32_t before) {
   return crc;
 }
 
-void quantize_at(const Place& hidden, int format, std::size_t tokens, std::size_t width, const Place& out,
+bool quantize_at(const Place& hidden, int format, std::size_t tokens, std::size_t width, const Place& out,
                  const Place& scales) {
   if (width % QUANTIZATION_BLOCK) throw std::invalid_argument("the width must be a multiple of 128");
-  unlocked(tokens * width, [&] {
-    quantize(rows(hidden), static_cast<Format>(format), tokens, width, writable(out), writable(scales));
+  return unlocked(tokens * width, [&] {
+    return quantize(rows(hidden), static_cast<Format>(format), tokens, width, writable(out), writable(scales));
   });
 }
 
@@ -88,14 +85,16 @@ py::dict count_pairs_at(Address ids, std::size_t count) {
   return found;
 }
 
-using PartAt = std::tuple<Place, int, std::size_t, Address, Address>;
+using PartAt = std::tuple<Place, int, std::size_t, Address, Address, Place>;
 
 void sum_at(const std::vector<PartAt>& listed, std::size_t count, std::size_t width, int format, const Place& out) {
   std::vector<Part> parts;
   std::size_t bytes = 0;
-  for (const auto& [sums, stored, size, indices, weights] : listed) {
+  for (const auto& [sums, stored, size, indices, weights, scales] : listed) {
     const auto kind = static_cast<Format>(stored);
-    parts.push_back({rows(sums), kind, size, at<const std::int64_t>(indices), at<const float>(weights)});
+    if (kind == Format::float8 && width % QUANTIZATION_BLOCK)
+      throw std::invalid_argument("the width must be a multiple of 128");
+    parts.push_back({rows(sums), kind, size, at<const std::int64_t>(indices), at<const float>(weights), rows(scales)});
     bytes += size * width * size_of(kind);
   }
   unlocked(bytes, [&] { sum(parts, count, width, static_cast<Format>(format), writable(out)); });
@@ -109,13 +108,25 @@ PYBIND11_MODULE(_native, module) {
   module.attr("BFLOAT16") = static_cast<int>(Format::bfloat16);
   module.attr("FLOAT16") = static_cast<int>(Format::float16);
   module.attr("FLOAT32") = static_cast<int>(Format::float32);
+  module.attr("FLOAT8") = static_cast<int>(Format::float8);
   module.def("instruction_set", [] { return std::string(name(instructions())); });
   module.def("use_instruction_set", [](const std::string& wanted) { return use(wanted); });
   module.def("pool_size", [] { return Pool::of_process().size(); });
+  module.def("usable_cpus", &usable_cpus);
   module.def("crc32c", &checksum, py::arg("data"), py::arg("value") = 0);
   module.def("quantize", &quantize_at);
   module.def("gather", &gather_at);
   module.def("split", &split_at);
   module.def("count_pairs", &count_pairs_at);
   module.def("sum_parts", &sum_at);
+#ifdef EXPERTD_SERVER
+  bind_lane(module);
+  bind_call(module);
+  bind_tally(module);
+  bind_failpoints(module);
+  bind_engine(module);
+  bind_inbox(module);
+  bind_batch(module);
+  cuda::bind_cuda(module);
+#endif
 }

@@ -24,6 +24,9 @@ ZIG_TARGETS = {"x86_64": "x86_64-linux-gnu.2.17", "aarch64": "aarch64-linux-gnu.
 FLAGS = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-pthread"]
 
 PARTS = ("base", "tokens")
+SERVER_PARTS = ("request", "lane", "call", "engine", "cuda") if sys.platform == "linux" else ()
+"""What servers run on, with a face of its own each in native/bindings; callers on other systems do without.
+No CUDA is needed to build it: its driver is looked for when a GPU is to compute."""
 
 Settings = dict[str, str | list[str] | None]
 
@@ -48,8 +51,10 @@ def get_requires_for_build_editable(config_settings: Settings | None = None) -> 
 
 
 def sources() -> list[Path]:
-    """What the package is compiled from. The engine's parts are built by their tests, until servers run on them."""
-    return [NATIVE / "bindings.cc", *(path for part in PARTS for path in sorted((NATIVE / part).glob("*.cc")))]
+    """What the package is compiled from."""
+    parts = [path for part in (*PARTS, *SERVER_PARTS) for path in sorted((NATIVE / part).glob("*.cc"))]
+    faces = sorted((NATIVE / "bindings").glob("*.cc")) if SERVER_PARTS else []
+    return [NATIVE / "bindings.cc", *faces, *parts]
 
 
 def extension() -> Pybind11Extension:
@@ -70,6 +75,8 @@ def extension() -> Pybind11Extension:
         [str(path.relative_to(root)) for path in sources()],
         include_dirs=[str(NATIVE.relative_to(root))],
         depends=[str(path.relative_to(root)) for path in sorted(NATIVE.rglob("*.h"))],
+        define_macros=[("EXPERTD_SERVER", "1")] if SERVER_PARTS else [],
         extra_compile_args=flags,
+        libraries=["dl"] if sys.platform == "linux" else [],
         cxx_std=20,
     )

@@ -23,7 +23,7 @@ class GetShardRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetShardResponse(_message.Message):
-    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version", "locality", "expert_digests", "has_manifest", "instruction_set")
+    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version", "locality", "expert_digests", "has_manifest", "instruction_set", "checkpoint_weight_dtypes", "metrics_address", "layer_experts")
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,9 @@ class GetShardResponse(_message.Message):
     EXPERT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     HAS_MANIFEST_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTION_SET_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_WEIGHT_DTYPES_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     model_fingerprint: str
     placement_epoch: int
     config: ModelConfig
@@ -58,7 +61,16 @@ class GetShardResponse(_message.Message):
     expert_digests: bytes
     has_manifest: bool
     instruction_set: str
-    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ..., instruction_set: _Optional[str] = ...) -> None: ...
+    checkpoint_weight_dtypes: _containers.RepeatedScalarFieldContainer[DType]
+    metrics_address: str
+    layer_experts: _containers.RepeatedCompositeFieldContainer[ExpertList]
+    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ..., instruction_set: _Optional[str] = ..., checkpoint_weight_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., metrics_address: _Optional[str] = ..., layer_experts: _Optional[_Iterable[_Union[ExpertList, _Mapping]]] = ...) -> None: ...
+
+class ExpertList(_message.Message):
+    __slots__ = ("experts",)
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, experts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ModelConfig(_message.Message):
     __slots__ = ("model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "num_hidden_layers", "first_k_dense_replace", "moe_layer_freq", "dense_layers")
@@ -103,7 +115,7 @@ class Limits(_message.Message):
     def __init__(self, max_tokens_per_request: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., max_queued_bytes: _Optional[int] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
-    __slots__ = ("request_id", "model_fingerprint", "placement_epoch", "layer", "num_tokens", "top_k", "hidden_dtype", "reply_dtype", "hidden", "hidden_scales", "expert_ids", "weights", "timeout_us", "segment_offset", "traceparent", "cancels", "gpu_offset")
+    __slots__ = ("request_id", "model_fingerprint", "placement_epoch", "layer", "num_tokens", "top_k", "hidden_dtype", "reply_dtype", "hidden", "hidden_scales", "expert_ids", "weights", "timeout_us", "segment_offset", "traceparent", "cancels", "gpu_offset", "fields_checksum", "tensors_checksum")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +133,8 @@ class ExecuteRequest(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     GPU_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    FIELDS_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     model_fingerprint: str
     placement_epoch: int
@@ -138,7 +152,9 @@ class ExecuteRequest(_message.Message):
     traceparent: str
     cancels: int
     gpu_offset: int
-    def __init__(self, request_id: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., top_k: _Optional[int] = ..., hidden_dtype: _Optional[_Union[DType, str]] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., hidden: _Optional[bytes] = ..., hidden_scales: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., segment_offset: _Optional[int] = ..., traceparent: _Optional[str] = ..., cancels: _Optional[int] = ..., gpu_offset: _Optional[int] = ...) -> None: ...
+    fields_checksum: int
+    tensors_checksum: int
+    def __init__(self, request_id: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., top_k: _Optional[int] = ..., hidden_dtype: _Optional[_Union[DType, str]] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., hidden: _Optional[bytes] = ..., hidden_scales: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., segment_offset: _Optional[int] = ..., traceparent: _Optional[str] = ..., cancels: _Optional[int] = ..., gpu_offset: _Optional[int] = ..., fields_checksum: _Optional[int] = ..., tensors_checksum: _Optional[int] = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
     __slots__ = ("request_id", "error", "partials_dtype", "partials", "receipt_experts", "receipt_pairs", "timings", "checksum")
@@ -165,16 +181,18 @@ class RegisterSharedMemoryRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RegisterSharedMemoryResponse(_message.Message):
-    __slots__ = ("socket", "ticket", "ticket_seconds", "gpu")
+    __slots__ = ("socket", "ticket", "ticket_seconds", "gpu", "lane_version")
     SOCKET_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     TICKET_SECONDS_FIELD_NUMBER: _ClassVar[int]
     GPU_FIELD_NUMBER: _ClassVar[int]
+    LANE_VERSION_FIELD_NUMBER: _ClassVar[int]
     socket: str
     ticket: bytes
     ticket_seconds: int
     gpu: str
-    def __init__(self, socket: _Optional[str] = ..., ticket: _Optional[bytes] = ..., ticket_seconds: _Optional[int] = ..., gpu: _Optional[str] = ...) -> None: ...
+    lane_version: int
+    def __init__(self, socket: _Optional[str] = ..., ticket: _Optional[bytes] = ..., ticket_seconds: _Optional[int] = ..., gpu: _Optional[str] = ..., lane_version: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message", "retry_after_ms")

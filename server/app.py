@@ -7,26 +7,29 @@ import dataclasses
 import logging
 import os
 import signal
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 
+from expertd._native import Engine, Executor, Failpoints
 from expertd.kernels.numerics.backend import Backend, DeviceMemory
 from expertd.kernels.weights.checkpoint import Checkpoint
-from expertd.kernels.weights.files import write_json
 from expertd.kernels.weights.ledger import Ledger
 from expertd.proto.base.tasks import Tasks
 from expertd.proto.codec import ShardInfo
-from expertd.server.failpoints import Failpoints
+from expertd.server.admin.service import AdminDoor
+from expertd.server.admin.update import Updater
+from expertd.server.failpoints import watch
 from expertd.server.options.config import Address, ServerConfig
-from expertd.server.rpc.description import with_digests
+from expertd.server.rpc.description import as_loaded
 from expertd.server.rpc.door import Door, GrpcDoor
-from expertd.server.rpc.executor import ShardExecutor
+from expertd.server.rpc.executor import EngineExecutor
 from expertd.server.rpc.handlers import ExpertShardHandlers
 from expertd.server.rpc.health import Health
 from expertd.server.rpc.security import ServerSecurity
-from expertd.server.scheduling.batching import Scheduler
 from expertd.server.scheduling.device import DeviceOwner
+from expertd.server.scheduling.gpu_watch import GpuWatch
 from expertd.server.scheduling.loading import load_layers
 from expertd.server.scheduling.shadow import ShadowCheck
 from expertd.server.scheduling.shard import Shard
@@ -34,12 +37,11 @@ from expertd.server.scheduling.watchdog import Watchdog
 from expertd.server.telemetry.journal import Journal
 from expertd.server.telemetry.metrics import Metrics
 from expertd.server.telemetry.pages import Pages
+from expertd.server.telemetry.ready_file import ReadyFile
 
 log = logging.getLogger(__name__)
 MEMORY_SECONDS = 5.0
 """Between two looks at the GPU's memory."""
-NOTICE_SECONDS = 0.25
-"""Between the end of health and the end of connections, for callers that watch the one to leave the other."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -55,21 +57,28 @@ class Server:
     failpoints: Failpoints | None
     checkpoint: Checkpoint
     ledger: Ledger
-    shard: Shard
+    updater: Updater
     backend: Backend
     device: DeviceOwner
-    scheduler: Scheduler
+    engine: Engine
     watchdog: Watchdog
+    gpu_watch: GpuWatch | None
     shadow: ShadowCheck | None
     journal: Journal
-    executor: ShardExecutor
+    executor: EngineExecutor
     handlers: ExpertShardHandlers
+    set_serving: Callable[[bool], None]
+    """Tells health and the ready file."""
+    ready_file: ReadyFile
     health: Health
     entrance: GrpcDoor
     """The one of `doors` at --listen."""
+    admin: AdminDoor | None
     doors: tuple[Door, ...]
     pages: Pages
     tasks: Tasks
+    notice_seconds: float = 0.25
+    """Between the end of health and the end of connections, for callers that watch the one to leave the other."""
     ready: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(init=False, default_factory=asyncio.Event)
 
@@ -77,6 +86,11 @@ class Server:
     def info(self) -> ShardInfo:
         """What callers are told of the shard; complete once the weights are loaded."""
         return self.executor.info
+
+    @property
+    def shard(self) -> Shard:
+        """What it owns."""
+        return self.updater.shard
 
     @property
     def address(self) -> Address:
@@ -103,11 +117,13 @@ class Server:
     async def startup(self) -> None:
         """Load and check the weights, then turn healthy."""
         if self.failpoints is not None:
-            log.warning("failpoints are on, for tests only: %s", self.failpoints)
+            self.tasks.keep(partial(watch, self.failpoints), "watching failpoints")
         log.info("backend %s on %s (%s)", self.info.backend, self.info.device, self.info.backend_reason)
         log.info("model %s", self.ledger)
-        await load_layers(self.checkpoint, self.ledger, self.shard, self.backend, self.device, self.metrics)
-        self.executor.info = with_digests(self.info, self.ledger)
+        stored = await load_layers(
+            self.checkpoint, self.ledger, self.shard, self.backend, self.device, self.metrics, self.failpoints
+        )
+        self.executor.info = as_loaded(self.info, self.shard, self.ledger, self.metrics_address, stored)
         memory = await self.device.call(self.backend.memory)
         if memory is not None:
             self.metrics.export(self.metrics.device_busy, self.metrics.device_memory)
@@ -115,44 +131,64 @@ class Server:
             self.tasks.keep(self._watch_memory, "watching the GPU's memory")
         for door in self.doors:
             await door.until_listening()
-        self.scheduler.open()
-        await self.health.set_serving(True)
-        if self.config.ready_file is not None:
-            addresses = {"listen": str(self.address), "metrics": str(self.metrics_address)}
-            write_json(addresses, self.config.ready_file)
+        self.engine.use(await self._native_executor() or self.device.batches)
+        self.engine.start()
+        self.pages.watch("engine", self.engine.await_turn)
+        self.engine.open()
+        self.ready_file.addresses = {"listen": str(self.address), "metrics": str(self.metrics_address)}
+        if self.admin is not None:
+            self.ready_file.addresses["admin"] = str(self.admin.address)
+        self.set_serving(True)
         through = f"{self.security}, {self.config.front_ends} front ends" if self.config.front_ends else self.security
         log.info("serving on %s (%s), metrics on http://%s/metrics", self.address, through, self.metrics_address)
+        if self.gpu_watch is not None:
+            self.tasks.keep(self.gpu_watch.run, "watching the GPU's health")
         self.ready.set()
+
+    async def _native_executor(self) -> Executor | None:
+        """What computes without Python's threads, if the backend has it; the engine is told where the weights are."""
+        executor = self.backend.native_executor()
+        if executor is None:
+            return None
+        addresses = self.backend.layer_addresses()
+        self.engine.placement = self.shard.placement(self.config.max_tokens_per_request, addresses)
+        return await self.device.call(executor.take)
 
     async def shutdown(self) -> None:
         """Turn unhealthy, say GOAWAY, answer what is in flight, stop."""
         log.info("draining for at most %g s", self.config.drain_seconds)
+        deadline = time.monotonic() + self.config.drain_seconds
         draining = "the server is draining; use another replica"
-        self.scheduler.close(draining, refusing=False)
-        await self.health.set_serving(False)
+        self.engine.close(draining, refusing=False)
+        self.set_serving(False)
         # Requests that are on their way are answered yet, so that callers who watch health have none to repeat.
-        await asyncio.sleep(NOTICE_SECONDS)
-        self.scheduler.close(draining)
-        await asyncio.gather(*(door.drain(self.config.drain_seconds) for door in self.doors))
+        await asyncio.sleep(min(self.notice_seconds, self.config.drain_seconds))
+        self.engine.close(draining)
+        left = max(0.0, deadline - time.monotonic())
+        await asyncio.gather(*(door.drain(left) for door in self.doors))
         await asyncio.gather(*(door.close() for door in self.doors))
         self.tasks.cancel()
+        self.executor.stop()
+        await self.pages.stop()
+        if not await asyncio.to_thread(self.engine.stop):
+            log.error("the engine hangs: it is left behind with all that it uses")
+        self.journal.read()
         self.device.stop()
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.stop)
-        await self.pages.stop()
         self.checkpoint.close()
-        if self.config.ready_file is not None:
-            self.config.ready_file.unlink(missing_ok=True)
         log.info("stopped")
 
     async def _listen(self) -> None:
         """Answer health checks and scrapes from the start; the other RPCs say that the server is starting."""
-        await self.health.set_serving(False)
+        self.set_serving(False)
         self.entrance.bind()
         self.pages.start()
         self.device.start()
+        self.executor.start()
         if self.shadow is not None:
             self.shadow.start()
+        self.tasks.keep(self.journal.run, "telling of requests")
         for door in self.doors:
             await door.listen()
 
@@ -186,5 +222,6 @@ class Server:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stopping.is_set():
             log.warning("second signal: ending at once, requests in flight are lost")
+            logging.shutdown()
             os._exit(128 + number)
         self.stop()

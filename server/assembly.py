@@ -3,118 +3,171 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from rich.console import Console
 
+from expertd._native import Engine
 from expertd.kernels.memory.gpu import current_gpu, gpu_uuid
+from expertd.kernels.model.config import MoeConfig
+from expertd.kernels.numerics.backend import Backend
 from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.kernels.weights.experts import read_expert
 from expertd.kernels.weights.ledger import Ledger
 from expertd.proto import codec
 from expertd.proto.codec import ShardInfo
+from expertd.server.admin.service import AdminDoor
+from expertd.server.admin.update import Updater
 from expertd.server.app import Server
-from expertd.server.failpoints import FaultyBackend, FaultyExecutor, failpoints_from_environment
+from expertd.server.failpoints import failpoints_from_environment
+from expertd.server.hardware.gpu_health import GpuHealth
+from expertd.server.hardware.nvml import load_nvml
 from expertd.server.local.door import LocalDoor
 from expertd.server.local.front_ends import FrontEnds
-from expertd.server.local.gpu import Gpu
+from expertd.server.local.gpu import Cuda, Gpu
 from expertd.server.local.handover import handover_socket
 from expertd.server.options.config import Address, ServerConfig
-from expertd.server.rpc.description import describe
+from expertd.server.options.ports import obstacle_to_bind
+from expertd.server.rpc.description import describe, owning
 from expertd.server.rpc.door import GrpcDoor
 from expertd.server.rpc.execution import ExecuteHandlers
-from expertd.server.rpc.executor import ShardExecutor
+from expertd.server.rpc.executor import EngineExecutor
 from expertd.server.rpc.handlers import ExpertShardHandlers
+from expertd.server.rpc.health import SERVICE as HEALTH
 from expertd.server.rpc.health import Health
 from expertd.server.rpc.incoming import Executor
-from expertd.server.rpc.limits import server_options
+from expertd.server.rpc.limits import SmallMessages, server_options
 from expertd.server.rpc.security import ServerSecurity
 from expertd.server.rpc.tickets import Tickets
+from expertd.server.rpc.verifier import Verifier
 from expertd.server.scheduling.backends import choose_backend
-from expertd.server.scheduling.batching import Scheduler
 from expertd.server.scheduling.device import DeviceOwner
+from expertd.server.scheduling.gpu_watch import GpuWatch
 from expertd.server.scheduling.shadow import ShadowCheck
-from expertd.server.scheduling.shard import Shard
-from expertd.server.scheduling.verifier import Verifier
+from expertd.server.scheduling.shard import WEIGHT_DTYPES, Shard, owned_layers
 from expertd.server.scheduling.watchdog import Watchdog
-from expertd.server.telemetry.journal import Journal
+from expertd.server.telemetry.journal import Journal, make_tally
 from expertd.server.telemetry.loads import ExpertLoads
 from expertd.server.telemetry.metrics import Metrics
 from expertd.server.telemetry.pages import Pages
+from expertd.server.telemetry.ready_file import ReadyFile
 from expertd.server.telemetry.rpc_counter import RpcCounter
 from expertd.server.telemetry.status import Status, build_of, placement_of
 from expertd.server.telemetry.tracing import RequestTracer
 
-SERVICES = (codec.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+SERVICES = (codec.SERVICE, HEALTH, reflection.SERVICE_NAME)
 
 
-def assemble(config: ServerConfig, metrics: Metrics, tracer: RequestTracer | None = None) -> Server:
+def gpu_health_of(backend: Backend) -> GpuHealth | None:
+    """Of the GPU that computes; a server without one says nothing of any."""
+    return GpuHealth.open(load_nvml(), gpu_uuid(current_gpu())) if backend.name == "cutile" else None
+
+
+def assemble(
+    config: ServerConfig,
+    metrics: Metrics,
+    tracer: RequestTracer | None = None,
+    choose: Callable[[ServerConfig, MoeConfig], tuple[Backend, str]] = choose_backend,
+    open_gpu: Callable[[Backend], GpuHealth | None] = gpu_health_of,
+) -> Server:
     """A server, ready to `run`. Opens the checkpoint; raises `InvalidOption`, `InvalidConfig` or `CheckpointError`."""
-    security = ServerSecurity(config)
+    ready_file = ReadyFile(config.ready_file)
+    security = ServerSecurity(config, metrics.security_file_errors.inc)
+    metrics.certificates.set_function(security.certificate_ends)
     checkpoint = Checkpoint(config.model)
-    ledger = Ledger(checkpoint, config.manifest)
+    with Console(stderr=True).status("looking at the checkpoint"):
+        ledger = Ledger(checkpoint, config.manifest)
     shard = Shard(
         config=checkpoint.config,
         model_fingerprint=ledger.fingerprint,
         placement_epoch=time.time_ns() // 1000,
-        layers=config.layers or checkpoint.config.moe_layers,
-        experts=config.experts,
+        experts=owned_layers(checkpoint.config, config),
+        weight_dtype=WEIGHT_DTYPES[config.weights],
     )
-    backend, reason = choose_backend(config, checkpoint.config)
-    failpoints = failpoints_from_environment()
-    if failpoints is not None:
-        backend = FaultyBackend(backend, failpoints)
+    backend, reason = choose(config, checkpoint.config)
     info = describe(config, shard, ledger, backend, reason)
-    device, health = DeviceOwner(), Health()
-
-    def disconnect() -> None:
-        for door in doors:
-            door.disconnect()
-
-    scheduler = Scheduler(
-        backend,
-        device,
-        len(config.experts),
+    device, health = DeviceOwner(backend), Health()
+    loads = ExpertLoads(checkpoint.config.moe_layers, checkpoint.config.n_routed_experts)
+    loads.owned = shard.experts
+    tally = make_tally(loads)
+    engine = Engine(
+        shard.placement(config.max_tokens_per_request),
+        tally=tally,
         max_batch_tokens=config.max_batch_tokens,
         max_queued_tokens=config.max_queued_tokens,
         max_queued_bytes=config.max_queued_bytes,
-        metrics=metrics,
-        on_fault=lambda error: watchdog.suspect(error),
-        on_abandon=disconnect,
+        spin_us=config.spin_us,
     )
-    watchdog = Watchdog(backend, device, scheduler, config.device_timeout, health.set_serving)
-    loads = ExpertLoads(shard.layers, shard.experts)
-    journal = Journal(metrics, loads, tracer)
-    rate = config.shadow_check_rate
-    shadow = ShadowCheck(checkpoint, shard, backend.name, rate, metrics) if rate else None
-    verifier = Verifier(checkpoint, shard, scheduler, config.max_tokens_per_request)
-    on_shard = ShardExecutor(shard, info, scheduler, shadow, journal)
-    executor = on_shard if failpoints is None else FaultyExecutor(on_shard, failpoints)
-    execution = ExecuteHandlers(executor, info.max_queued_bytes)
+    failpoints = failpoints_from_environment()
+    if failpoints is not None:
+        engine.use_failpoints(failpoints)
+    executor = EngineExecutor(engine, info)
 
-    gpu = Gpu(device, present=backend.name == "cutile")
+    def abandon(reason: str) -> None:
+        # First: who is answered may use again what the device may still write to.
+        for door in doors:
+            door.disconnect()
+        executor.abandon(reason)
+
+    def set_serving(serving: bool) -> None:
+        health.set_serving(serving)
+        ready_file.tell(serving)
+
+    watchdog = Watchdog(backend, device, engine, config.device_timeout, abandon, set_serving)
+    gpu = open_gpu(backend)
+    gpu_watch = None if gpu is None else GpuWatch(gpu, metrics, watchdog.condemn)
+    journal = Journal(metrics, tally, loads, tracer)
+    rate = config.shadow_check_rate
+    shadow = (
+        ShadowCheck(partial(read_expert, checkpoint, dtype=shard.weight_dtype), backend.name, rate, metrics)
+        if rate
+        else None
+    )
+    if shadow is not None:
+        engine.sample(shadow.sampler)
+    verifier = Verifier(checkpoint, shard, executor, config.max_tokens_per_request)
+    execution = ExecuteHandlers(executor, info.max_queued_bytes, security.identities)
+
+    cuda = Cuda(current_gpu()) if backend.name == "cutile" else None
     socket_name = handover_socket(config.shared_memory_bytes, config.unix_socket)
-    tickets = Tickets(socket_name, gpu_uuid(current_gpu()) if gpu.present else "")
-    handlers = ExpertShardHandlers(execution, lambda: on_shard.info, scheduler, verifier, tickets)
+    tickets = Tickets(socket_name, gpu_uuid(cuda.device) if cuda else "")
+    handlers = ExpertShardHandlers(execution, executor, verifier, tickets)
 
     def make_grpc_server() -> grpc.aio.Server:
-        interceptors = [RpcCounter(metrics, SERVICES), *security.interceptors]
+        interceptors = [RpcCounter(metrics, SERVICES), *security.interceptors, SmallMessages()]
         server = grpc.aio.server(interceptors=interceptors, options=server_options(config, info.max_message_bytes))
         handlers.register(server)
-        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        health.register(server)
         reflection.enable_server_reflection(SERVICES, server)
         return server
 
     def add_port(server: grpc.aio.Server, address: Address) -> int:
+        obstacle = None if front_ends else obstacle_to_bind(address)
+        if obstacle is not None:
+            # gRPC would say so in lines of its own as well.
+            raise OSError(obstacle)
         port = (front_ends or security).add_port(server, address)
         if config.unix_socket is not None:
             security.add_unix_socket(server, config.unix_socket)
         return port
 
-    local = _local_door(config, metrics, socket_name, tickets, executor, gpu)
-    front_ends = _front_ends(config, metrics, shard, info, executor, gpu)
+    def switch(shard: Shard) -> None:
+        addresses = backend.layer_addresses() if backend.native_executor() else None
+        engine.placement = shard.placement(config.max_tokens_per_request, addresses)
+        verifier.shard, loads.owned = shard, shard.experts
+        executor.info = owning(executor.info, shard, ledger)
+        metrics.placement.info(placement_of(executor.info))
+
+    updater = Updater(checkpoint, ledger, backend, device, engine, metrics.new_tasks(), switch, shard)
+    local = _local_door(config, metrics, socket_name, tickets, engine, Gpu(device, cuda))
+    front_ends = _front_ends(config, metrics, info, executor)
     entrance = GrpcDoor(config.listen, execution, make_grpc_server, add_port)
-    doors = tuple(door for door in (local, entrance, front_ends) if door is not None)
+    admin = _admin_door(config, updater, metrics)
+    doors = tuple(door for door in (local, entrance, front_ends, admin) if door is not None)
     return Server(
         config=config,
         metrics=metrics,
@@ -122,41 +175,49 @@ def assemble(config: ServerConfig, metrics: Metrics, tracer: RequestTracer | Non
         failpoints=failpoints,
         checkpoint=checkpoint,
         ledger=ledger,
-        shard=shard,
+        updater=updater,
         backend=backend,
         device=device,
-        scheduler=scheduler,
+        engine=engine,
         watchdog=watchdog,
+        gpu_watch=gpu_watch,
         shadow=shadow,
         journal=journal,
-        executor=on_shard,
+        executor=executor,
         handlers=handlers,
+        set_serving=set_serving,
+        ready_file=ready_file,
         health=health,
         entrance=entrance,
+        admin=admin,
         doors=doors,
-        pages=_pages(config, metrics, info, scheduler, journal, loads, entrance),
+        pages=_pages(config, metrics, executor, engine, journal, entrance, gpu_watch),
         tasks=metrics.new_tasks(),
     )
 
 
 def _local_door(
-    config: ServerConfig, metrics: Metrics, socket_name: str | None, tickets: Tickets, executor: Executor, gpu: Gpu
+    config: ServerConfig, metrics: Metrics, socket_name: str | None, tickets: Tickets, engine: Engine, gpu: Gpu
 ) -> LocalDoor | None:
-    """The door for callers that share memory, of which front ends have their part."""
+    """The door for callers that share memory."""
     if socket_name is None:
         return None
-    max_bytes = config.shared_memory_bytes - config.front_ends * config.front_end_bytes
-    local = LocalDoor(socket_name, max_bytes, tickets, executor, gpu, metrics.new_tasks)
+    local = LocalDoor(socket_name, config.shared_memory_bytes, tickets, engine, gpu, metrics.new_tasks)
     metrics.shared_memory_bytes.set_function(lambda: local.mapped_bytes)
     return local
 
 
-def _front_ends(
-    config: ServerConfig, metrics: Metrics, shard: Shard, info: ShardInfo, executor: Executor, gpu: Gpu
-) -> FrontEnds | None:
+def _admin_door(config: ServerConfig, updater: Updater, metrics: Metrics) -> AdminDoor | None:
+    if config.admin_listen is None:
+        return None
+    own = replace(config, listen=config.admin_listen, auth_token_file=config.admin_token_file)
+    return AdminDoor(config.admin_listen, updater, ServerSecurity(own, metrics.security_file_errors.inc))
+
+
+def _front_ends(config: ServerConfig, metrics: Metrics, info: ShardInfo, executor: Executor) -> FrontEnds | None:
     if not config.front_ends:
         return None
-    front_ends = FrontEnds(config, shard.config.hidden_size, info.max_message_bytes, executor, gpu, metrics.new_tasks)
+    front_ends = FrontEnds(config, info.max_message_bytes, executor, metrics.new_tasks)
     metrics.front_ends.set_function(lambda: front_ends.listening)
     return front_ends
 
@@ -164,24 +225,29 @@ def _front_ends(
 def _pages(
     config: ServerConfig,
     metrics: Metrics,
-    info: ShardInfo,
-    scheduler: Scheduler,
+    executor: EngineExecutor,
+    engine: Engine,
     journal: Journal,
-    loads: ExpertLoads,
     entrance: GrpcDoor,
+    gpu_watch: GpuWatch | None,
 ) -> Pages:
     """Export what the server is and does."""
+    info = executor.info
     metrics.build.info(build_of(info))
+    metrics.queue_capacity.set(config.max_queued_tokens)
+    metrics.queue_tokens.set_function(lambda: engine.queued_tokens)
+    metrics.ready.set_function(lambda: engine.closed_because is None)
     metrics.placement.info(placement_of(info))
+    metrics.owned.set_function(journal.owned_shares)
     if config.per_expert_metrics:
         metrics.export(metrics.expert_pairs)
     status = Status(
         config=config,
-        info=info,
+        info=lambda: executor.info,
         address=lambda: str(entrance.address),
         journal=journal,
-        loads=loads,
-        queued_tokens=lambda: scheduler.queued_tokens,
-        closed_because=lambda: scheduler.closed_because,
+        queued_tokens=lambda: engine.queued_tokens,
+        closed_because=lambda: engine.closed_because,
+        gpu=lambda: None if gpu_watch is None else str(gpu_watch.reading),
     )
     return Pages(config.metrics, status, metrics)

@@ -11,199 +11,69 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import signal
 import socket
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from expertd.kernels.numerics.backend import Backend, DeviceMemory, LayerWeights, TokenBatch, Underway
-from expertd.proto import codec
-from expertd.proto.codec.schema import RESPONSE
+from expertd._native import Failpoints
 from expertd.server.options.config import InvalidOption
-from expertd.server.rpc.executor import ShardExecutor
-from expertd.server.rpc.incoming import Incoming
 
 log = logging.getLogger(__name__)
 VARIABLE = "EXPERTD_FAILPOINTS"
 FOREVER = 1e9
-SECONDS = {
-    "delay": 0.05,
-    "drop": FOREVER,
-    "reset": 0.0,
-    "corrupt_reply": 0.0,
-    "wrong_receipt": 0.0,
-    "crash_before": 0.0,
-    "crash_after": 0.0,
-    "device_error": 0.0,
-    "stuck_device": FOREVER,
-    "slow_loading": 1.0,
-    "stale_epoch": 0.0,
-}
+LASTING = {"delay": 0.05, "drop": FOREVER, "stuck_device": FOREVER, "slow_loading": 1.0}
+AT_ONCE = ("reset", "corrupt_request", "corrupt_reply", "wrong_receipt", "crash_before", "crash_after", "device_error")
+SECONDS = LASTING | dict.fromkeys((*AT_ONCE, "stale_epoch"), 0.0)
 """The kinds, and how long those last that take time, unless told otherwise."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failpoint:
-    """One kind of fault in one process, with a sequence of chances of its own."""
-
-    probability: float
-    seconds: float
-    chance: random.Random
-
-    def strikes(self) -> bool:
-        return self.chance.random() < self.probability
-
-
-class Failpoints:
-    """The faults that a process was started with."""
-
-    def __init__(self, points: Mapping[str, Failpoint]) -> None:
-        self._points = points
-
-    def __str__(self) -> str:
-        return ", ".join(f"{kind}={point.probability:g}:{point.seconds:g}" for kind, point in self._points.items())
-
-    def strikes(self, kind: str) -> bool:
-        struck = kind in self._points and self._points[kind].strikes()
-        if struck:
-            log.warning("failpoint %s strikes", kind)
-        return struck
-
-    def seconds(self, kind: str) -> float:
-        return self._points[kind].seconds
 
 
 def failpoints_from_environment() -> Failpoints | None:
     """None, unless the variable is set. Raises `InvalidOption`."""
     text = os.environ.get(VARIABLE, "")
-    return parse_failpoints(text) if text else None
+    if not text:
+        return None
+    log.warning("failpoints are on, for tests only: %s", text)
+    return parse_failpoints(text)
 
 
 def parse_failpoints(text: str) -> Failpoints:
     """Read `kind=probability[:seconds],...[,seed=N]`. Raises `InvalidOption`."""
     settings = dict(item.partition("=")[::2] for item in text.split(","))
-    seed = settings.pop("seed", "0")
-    points = {}
+    failpoints = Failpoints(settings.pop("seed", "0"))
     for kind, value in settings.items():
         if kind not in SECONDS:
             raise InvalidOption(f"{VARIABLE} names {kind!r}; choose from {', '.join(SECONDS)}")
         probability, _, seconds = value.partition(":")
         try:
-            # A generator for each kind: one kind's chances do not depend on which others there are.
-            point = Failpoint(float(probability), float(seconds or SECONDS[kind]), random.Random(f"{seed}/{kind}"))
+            chance, duration = float(probability), float(seconds or SECONDS[kind])
         except ValueError:
             raise InvalidOption(f"{VARIABLE} has {kind}={value}; it must be probability[:seconds]") from None
-        if not 0.0 <= point.probability <= 1.0:
+        if not 0.0 <= chance <= 1.0:
             raise InvalidOption(f"{VARIABLE} has {kind}={value}; a probability is from 0 to 1")
-        points[kind] = point
-    return Failpoints(points)
+        failpoints.add(kind, chance, duration)
+    return failpoints
 
 
-class FaultyBackend:
-    """A backend on which device faults strike, once it has been loaded and checked."""
-
-    def __init__(self, backend: Backend, failpoints: Failpoints) -> None:
-        self._backend = backend
-        self._failpoints = failpoints
-        self._armed = False
-        self._broken = False
-
-    @property
-    def name(self) -> str:
-        return self._backend.name
-
-    @property
-    def device(self) -> str:
-        return self._backend.device
-
-    @property
-    def depth(self) -> int:
-        return self._backend.depth
-
-    def memory(self) -> DeviceMemory | None:
-        return self._backend.memory()
-
-    def load_layer(self, layer: int, weights: LayerWeights) -> None:
-        if self._failpoints.strikes("slow_loading"):
-            time.sleep(self._failpoints.seconds("slow_loading"))
-        self._backend.load_layer(layer, weights)
-
-    def warm_up(self) -> None:
-        self._backend.warm_up()
-        self._armed = True
-
-    def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> Underway:
-        if not self._armed:
-            return self._backend.submit(layer, requests, reply_dtype)
-        if self._failpoints.strikes("crash_before"):
-            _crash()
-        if self._failpoints.strikes("stuck_device"):
-            time.sleep(self._failpoints.seconds("stuck_device"))
-        # Like an illegal address on a GPU: whatever comes after it fails too.
-        self._broken = self._broken or self._failpoints.strikes("device_error")
-        self._check()
-        underway = self._backend.submit(layer, requests, reply_dtype)
-        if self._failpoints.strikes("crash_after"):
-            underway.result()
-            _crash()
-        return underway
-
-    def synchronize(self) -> None:
-        self._check()
-        self._backend.synchronize()
-
-    def _check(self) -> None:
-        if self._broken:
-            raise RuntimeError("failpoint device_error")
+async def watch(failpoints: Failpoints) -> None:
+    """Tell the log of what strikes, and do what the engine does not, until cancelled."""
+    loop = asyncio.get_running_loop()
+    loop.add_reader(failpoints.fileno(), partial(_take_strikes, failpoints))
+    try:
+        await loop.create_future()
+    finally:
+        loop.remove_reader(failpoints.fileno())
 
 
-class FaultyExecutor:
-    """A shard's executor on whose answers faults strike."""
-
-    def __init__(self, executor: ShardExecutor, failpoints: Failpoints) -> None:
-        self._executor = executor
-        self._failpoints = failpoints
-
-    async def answer(self, incoming: Incoming) -> bytes:
-        strikes = self._failpoints.strikes
-        if strikes("stale_epoch"):
-            _begin_placement(self._executor, self._executor.shard.placement_epoch + 1)
-        if strikes("drop"):
-            await asyncio.sleep(self._failpoints.seconds("drop"))
-        if strikes("delay"):
-            await asyncio.sleep(self._failpoints.seconds("delay"))
-        if strikes("reset"):
-            _reset_connection(incoming.caller)
-        answer = await self._executor.answer(incoming)
-        if incoming.segment is None and strikes("corrupt_reply"):
-            answer = _with_a_flipped_bit(answer)
-        if strikes("wrong_receipt"):
-            # A repeated field goes on where it occurs again: one more pair of this server's first expert.
-            pairs = (incoming.request.num_tokens + 1,)
-            more = {"receipt_experts": self._executor.shard.experts[:1], "receipt_pairs": pairs}
-            answer = RESPONSE.write(more, begin=answer)
-        return answer
-
-
-def _begin_placement(executor: ShardExecutor, epoch: int) -> None:
-    executor.shard = replace(executor.shard, placement_epoch=epoch)
-    executor.info = replace(executor.info, placement_epoch=epoch)
-
-
-def _crash() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _with_a_flipped_bit(answer: bytes) -> bytes:
-    altered = bytearray(answer)
-    partials = codec.parse_response(altered).partials
-    partials[len(partials) // 2] ^= 0x10
-    return bytes(altered)
+def _take_strikes(failpoints: Failpoints) -> None:
+    for kind, caller in failpoints.take_strikes():
+        log.warning("failpoint %s strikes", kind)
+        if kind.startswith("crash"):
+            for handler in logging.getLogger().handlers:
+                handler.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if caller.startswith("ip"):
+            _reset_connection(caller)
 
 
 def _reset_connection(peer: str) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints that many tests read, and the fence around what may be skipped."""
 
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from tests.support.families import CONFIGS, SMALL, FamilyFolders, write_family
-from tests.support.markers import fenced
+from tests.support.markers import fence_stands, fenced
 
 # Threads that wait for each other by spinning take the processor from the servers under test.
 torch.set_num_threads(1)
@@ -24,6 +25,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     return fenced((yield))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Failures are read at once: a long run that is cut off has no summary."""
+    if report.failed and fence_stands():
+        print(f"\n{report.nodeid} failed in its {report.when}:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from expertd.client.base.blocks import BLOCK_TOKENS, start_blocks
+from expertd.client.call.arguments import check_finite
 from expertd.client.call.dispatch import take_rows
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.quantize import FP8, quantize_activations
@@ -15,7 +16,10 @@ from expertd.kernels.numerics.tokens import quantize_into
 
 
 class Activations:
-    """[T, H] hidden states as servers get them: bfloat16, or FP8 with scales."""
+    """[T, H] hidden states as servers get them: bfloat16, or FP8 with scales.
+
+    Raises `InvalidBatch` for what is not finite, or has `take` do so.
+    """
 
     def __init__(self, tokens: Tensor, dtype: torch.dtype) -> None:
         num_tokens, self.width = tokens.shape
@@ -23,15 +27,19 @@ class Activations:
         self._scales: Tensor | None = None
         if dtype != FP8:
             self._hidden = tokens.to(dtype)
+            check_finite(self._hidden)
             return
         if tokens.is_cuda:
             self._hidden, self._scales = quantize_activations(tokens)
+            if not self._scales.isfinite().all():
+                check_finite(tokens)
             return
         hidden = self._hidden = torch.empty(tokens.shape, dtype=FP8)
         scales = self._scales = torch.empty(num_tokens, self.width // BLOCK)
 
         def quantize(rows: slice) -> None:
-            quantize_into(tokens[rows], hidden[rows], scales[rows])
+            if not quantize_into(tokens[rows], hidden[rows], scales[rows]):
+                check_finite(tokens)
 
         self._ready = start_blocks(num_tokens, quantize)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertd.client.fleet.membership import Member
+from expertd.client.fleet.member import Member
 
 NOBODY = -1
 ELSEWHERE = 4096
@@ -27,6 +27,10 @@ class Candidate:
     """It was full, and wants to be asked later."""
     elsewhere: bool = False
     """It is in another locality than the coordinator."""
+    slow: bool = False
+    """It takes far longer than others."""
+    weight: float = 1.0
+    """How many times as long as the fastest it takes."""
     turn: float = 0.0
     """0 to below 1: of servers with as much to do, the one with the least comes first."""
 
@@ -40,6 +44,8 @@ def candidates(members: Sequence[Member], locality: str, first: float, now: floa
             in_use=member.in_use,
             busy=member.busy_until > now,
             elsewhere=bool(locality) and member.shard is not None and member.shard.locality != locality,
+            slow=member.slow,
+            weight=member.weight,
             turn=(row / len(members) + first) % 1.0,
         )
         for row, member in enumerate(members)
@@ -49,14 +55,14 @@ def candidates(members: Sequence[Member], locality: str, first: float, now: floa
 def choose(owned: Tensor, candidates: Sequence[Candidate], avoid: int | None = None) -> Tensor:
     """[n_routed_experts] int64: number of the owner to ask for each expert; `NOBODY` where none is in use.
 
-    `owned` is [candidates, n_routed_experts] bool. It is the owner with the least to do; one that is busy, and the one
-    with the number `avoid`, only in need.
+    `owned` is [candidates, n_routed_experts] bool. It is the owner with the least to do; one that is busy or slow,
+    and the one with the number `avoid`, only in need.
     """
 
     def reluctance(row: int) -> tuple[int, float]:
         one = candidates[row]
-        last_resort = one.busy + (one.number == avoid)
-        return last_resort, one.outstanding_tokens + ELSEWHERE * one.elsewhere + one.turn
+        last_resort = one.busy + one.slow + (one.number == avoid)
+        return last_resort, one.weight * (one.outstanding_tokens + 1) + ELSEWHERE * one.elsewhere + one.turn
 
     usable = sorted((row for row, one in enumerate(candidates) if one.in_use), key=reluctance)
     numbers = np.array([*(candidates[row].number for row in usable), NOBODY])

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from expertd.client.call.choice import NOBODY
-from expertd.client.fleet.ownership import name_experts
+from expertd.client.fleet.groups import name_experts
+from expertd.kernels.numerics.quantize import dequantize_activations
 from expertd.kernels.numerics.tokens import Addend, count_pairs, gather, split_by_owner, sum_into
 from expertd.proto.base.errors import ServerFault, Unavailable
 from expertd.proto.codec import ExecuteResult
@@ -63,6 +64,12 @@ class Contribution:
     """[n], ascending."""
     sums: Tensor
     """[n, H]."""
+    scales: Tensor | None = None
+    """[n, H/128] float32: of FP8 sums."""
+
+    def added(self) -> Tensor:
+        """[n, H] of a dtype that torch adds."""
+        return self.sums if self.scales is None else dequantize_activations(self.sums, self.scales)
 
 
 def plan_dispatch(expert_ids: Tensor, weights: Tensor, chosen: Tensor) -> list[Dispatch]:
@@ -144,25 +151,27 @@ def contributions(
         for block, (begin, end) in enumerate(pairwise(edges.tolist()), first):
             if begin < end:
                 rows = tokens[begin:end] - block * block_tokens
-                blocks[block].append(Contribution(rows, result.partials[begin:end]))
+                scales = None if result.scales is None else result.scales[begin:end]
+                blocks[block].append(Contribution(rows, result.partials[begin:end], scales))
     return blocks
 
 
 def combine(out: Tensor, contributions: Sequence[Contribution]) -> None:
     """Write the sums of all `contributions` to `out` [T, H], added in FP32 in their order: one order, one result."""
-    if len(contributions) == 1 and len(contributions[0].sums) == len(out):
-        out.copy_(contributions[0].sums)
+    first = contributions[0] if contributions else None
+    if first is not None and len(contributions) == 1 and len(first.sums) == len(out) and first.scales is None:
+        out.copy_(first.sums)
         return
     if not out.is_cuda:
-        sum_into(out, [Addend(part.sums, torch.from_numpy(part.rows)) for part in contributions])
+        sum_into(out, [Addend(part.sums, torch.from_numpy(part.rows), scales=part.scales) for part in contributions])
         return
     total = torch.zeros(out.shape, device=out.device)
     for part in contributions:
         rows = _index(part.rows)
         if isinstance(rows, slice):
-            total[rows].add_(part.sums)
+            total[rows].add_(part.added())
         else:
-            total.index_add_(0, torch.from_numpy(rows).to(out.device), part.sums.float())
+            total.index_add_(0, torch.from_numpy(rows).to(out.device), part.added().float())
     out.copy_(total)
 
 

@@ -7,32 +7,31 @@ given up is never looked at.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from expertd.client.call.activations import Activations
-from expertd.client.call.budget import RetryBudget
-from expertd.client.call.choice import candidates, choose
+from expertd.client.call.caller import Caller
 from expertd.client.call.dispatch import Dispatch, Work, check_receipt, leave_out, plan_dispatch
-from expertd.client.call.hedging import Lateness
 from expertd.client.call.result import Answer, Effort
-from expertd.client.config.coordinator import CoordinatorConfig
-from expertd.client.fleet.membership import LOST, Member, Membership
+from expertd.client.call.straight import Outcome, Part
+from expertd.client.fleet.member import LOST, Member
 from expertd.client.telemetry.tracing import attempt_span
 from expertd.proto.base.errors import DeadlineExceeded, ExpertdError, Overloaded, Unavailable
-from expertd.proto.codec import ExecuteCall
+from expertd.proto.codec import ExecuteCall, ExecuteResult
 
 T = TypeVar("T")
 BACKOFF_SECONDS = 0.025
 """Before the second attempt; doubled before every further one, with up to half of it taken off or added."""
-Part = tuple[Member, Dispatch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,35 +42,17 @@ class Failure:
     error: ExpertdError
 
 
-class Caller:
-    """What the calls of one coordinator share."""
-
-    def __init__(self, membership: Membership, config: CoordinatorConfig) -> None:
-        self.membership = membership
-        self.config = config
-        self.request_ids = itertools.count(1)
-        self.budget = RetryBudget(config.retry_ratio, config.retry_burst)
-        self.lateness = None if config.hedge_quantile is None else Lateness(config.hedge_quantile)
-        # Coordinators that start together must not all prefer the same one of two idle replicas.
-        self._first = random.random()
-
-    def choose(self, layer: int, avoid: Member | None) -> Tensor:
-        """[n_routed_experts] int64: number of the member to ask for each expert, or `NOBODY`; `avoid` only in need."""
-        owned = self.membership.ownership.owned[layer]
-        known = candidates(self.membership.owners, self.config.locality, self._first, time.monotonic())
-        return choose(owned, known, None if avoid is None else avoid.number)
-
-
 class LayerCall:
     """One call of `layer`."""
 
-    def __init__(self, caller: Caller, layer: int, activations: Activations) -> None:
+    def __init__(self, caller: Caller, layer: int, activations: Activations, deadline: float) -> None:
+        """`deadline` is on the monotonic clock."""
         self._caller = caller
         self._membership = caller.membership
         self._config = caller.config
         self._layer = layer
         self._activations = activations
-        self._deadline = time.monotonic() + caller.config.call_timeout
+        self._deadline = deadline
         self.effort = Effort()
         self.missing: list[Work] = []
         """What nobody computed, where the caller allows that."""
@@ -85,6 +66,20 @@ class LayerCall:
             return await self._place(Work(torch.arange(len(ids)), ids, weights), attempt=1)
         finally:
             self._config.metrics.spent(self.effort.retries, self.effort.failovers, self.effort.hedges)
+
+    async def mend(self, outcomes: Sequence[tuple[Part, Outcome]]) -> list[Answer]:
+        """What became of the parts of a first attempt, with what failed computed again; otherwise like `run`."""
+
+        async def mended(part: Part, outcome: Outcome) -> list[Answer]:
+            if isinstance(outcome, Answer):
+                return [outcome]
+            return await (self._send(*part, 1) if outcome is None else self._again(*part, outcome, 1))
+
+        try:
+            answers = await _all_or_error([mended(*outcome) for outcome in outcomes])
+        finally:
+            self._config.metrics.spent(self.effort.retries, self.effort.failovers, self.effort.hedges)
+        return list(itertools.chain.from_iterable(answers))
 
     async def _place(self, work: Work, attempt: int, failed: Failure | None = None) -> list[Answer]:
         """Send `work` to owners of its experts, waiting a little for owners that are out of use.
@@ -117,40 +112,42 @@ class LayerCall:
         for planned in plan_dispatch(work.expert_ids, work.weights, chosen):
             member = self._membership.members[planned.server]
             dispatch = replace(planned, tokens=work.tokens[planned.tokens])
-            parts.extend((member, piece) for piece in dispatch.split(self._chunk_tokens(member)))
+            chunk = self._caller.chunk_tokens(member, self._activations.width)
+            parts.extend((member, piece) for piece in dispatch.split(chunk))
         return parts
-
-    def _chunk_tokens(self, member: Member) -> int:
-        chunk = self._config.chunk_tokens(self._activations.width, member.transport.chunk_bytes)
-        return min(chunk, member.shard.max_tokens_per_request) if member.shard else chunk
 
     async def _send_all(self, parts: Sequence[Part], attempt: int) -> list[Answer]:
         if attempt == 1:
             self._caller.budget.earn(len(parts))
             self._config.metrics.fan_out(len({member.number for member, _ in parts}))
         # Counted before anything is awaited, so that calls which start together see each other.
-        _count(parts, 1)
+        self._count(parts, 1)
         try:
             answers = await _all_or_error([self._send(*part, attempt) for part in parts])
         finally:
-            _count(parts, -1)
+            self._count(parts, -1)
         return list(itertools.chain.from_iterable(answers))
 
     async def _send(self, member: Member, dispatch: Dispatch, attempt: int) -> list[Answer]:
         try:
             return await self._attempt_or_hedge(member, dispatch)
-        except (*LOST, Overloaded) as error:
-            if time.monotonic() >= self._deadline:
-                # The caller's time is up, which says nothing about the server.
-                raise
-            failed = Failure(member, error)
-        self._membership.report(member, failed.error)
+        except ExpertdError as error:
+            failure = error
+        return await self._again(member, dispatch, failure, attempt)
+
+    async def _again(self, member: Member, dispatch: Dispatch, error: ExpertdError, attempt: int) -> list[Answer]:
+        """Compute what failed on `member` elsewhere, or there again. Raises `error` where that is no use."""
+        # That the caller's time is up says nothing about the server.
+        if not isinstance(error, (*LOST, Overloaded)) or time.monotonic() >= self._deadline:
+            raise error
+        failed = Failure(member, error)
+        self._membership.report(member, error)
         if attempt < self._config.max_attempts and self._caller.budget.take():
             return await self._place(dispatch, attempt + 1, failed)
         if self._config.on_missing == "renormalize":
             self.missing.append(dispatch)
             return []
-        raise failed.error
+        raise error
 
     async def _attempt_or_hedge(self, member: Member, dispatch: Dispatch) -> list[Answer]:
         """The answer of `member`; where it is late and others own the experts too, theirs if that comes first."""
@@ -158,12 +155,13 @@ class LayerCall:
         if lateness is None or lateness.limit is None:
             return [await self._attempt(member, dispatch)]
         first = asyncio.ensure_future(_all_or_error([self._attempt(member, dispatch)]))
-        attempts = {first}
+        attempts, started = {first}, [first]
         try:
             await asyncio.wait(attempts, timeout=lateness.limit)
             if not first.done() and (others := self._others(member, dispatch)) and self._caller.budget.take():
                 self.effort.hedges += 1
-                attempts.add(asyncio.ensure_future(self._hedge(others)))
+                started.append(asyncio.ensure_future(self._hedge(others)))
+                attempts.add(started[-1])
             while attempts:
                 done, attempts = await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
                 for attempt in done:
@@ -175,15 +173,16 @@ class LayerCall:
             # Both failed: the first one's error is the one that its server is judged by.
             return first.result()
         finally:
-            for attempt in attempts:
+            for attempt in started:
+                attempt.add_done_callback(_ignore)
                 attempt.cancel()
 
     async def _hedge(self, others: Sequence[Part]) -> list[Answer]:
-        _count(others, 1)
+        self._count(others, 1)
         try:
             return await _all_or_error([self._attempt(*part) for part in others])
         finally:
-            _count(others, -1)
+            self._count(others, -1)
 
     def _others(self, member: Member, dispatch: Dispatch) -> list[Part]:
         """How servers beside `member` would compute `dispatch`; empty when they cannot."""
@@ -216,14 +215,31 @@ class LayerCall:
                 timeout=timeout,
                 traceparent=traceparent,
             )
-            started = time.perf_counter()
-            result = await member.transport.execute(call)
-            seconds = time.perf_counter() - started
-            check_receipt(dispatch, result.receipt, address)
+            with self._counted(member, hidden.device, traceparent) as started:
+                result = await _unless_silent(member, call)
+                seconds = time.perf_counter() - started
+                check_receipt(dispatch, result.receipt, address)
         member.failures = 0
+        member.latency.answered(len(dispatch.tokens), seconds)
         if self._caller.lateness is not None:
             self._caller.lateness.answered(seconds)
         return Answer(dispatch, result, address, seconds)
+
+    @contextlib.contextmanager
+    def _counted(self, member: Member, device: torch.device, traceparent: str) -> Iterator[float]:
+        """Around an attempt with tensors on `device`; when it began."""
+        started, outcome = time.perf_counter(), "cancelled"
+        try:
+            yield started
+            outcome = "ok"
+        except ExpertdError as error:
+            outcome = error.code.name.lower()
+            raise
+        finally:
+            seconds, trace = time.perf_counter() - started, traceparent[3:35]
+            self._config.metrics.attempts.ended(
+                member.transport.address, member.reached(device), outcome, seconds, trace
+            )
 
     async def _let_recover(self, member: Member) -> None:
         """Wait as long as a full server asked for, when it is asked nevertheless: then nobody else has the experts."""
@@ -233,10 +249,31 @@ class LayerCall:
             pause = (member.busy_until - now) * random.uniform(1.0, 1.5)
             await asyncio.sleep(min(pause, max(0.0, self._deadline - now)))
 
+    def _count(self, parts: Sequence[Part], sign: int) -> None:
+        self._caller.count(((member, len(dispatch.tokens)) for member, dispatch in parts), sign)
 
-def _count(parts: Sequence[Part], sign: int) -> None:
-    for member, dispatch in parts:
-        member.outstanding_tokens += sign * len(dispatch.tokens)
+
+async def _unless_silent(member: Member, call: ExecuteCall) -> ExecuteResult:
+    """The answer of `member`. Raises `Unavailable` as soon as it turns out to be silent."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(None) as scope:
+            give_up = partial(scope.reschedule, loop.time())
+            member.under_way.add(give_up)
+            try:
+                return await member.transport.execute(call)
+            finally:
+                member.under_way.discard(give_up)
+    except DeadlineExceeded:
+        raise
+    except TimeoutError:
+        raise (member.why_not or Unavailable(f"{member.transport.address}: it is silent")).again() from None
+
+
+def _ignore(attempt: asyncio.Future[list[Answer]]) -> None:
+    """Whatever becomes of an attempt that nobody waits for any more is nobody's error."""
+    if not attempt.cancelled():
+        attempt.exception()
 
 
 async def _all_or_error(calls: Sequence[Coroutine[None, None, T]]) -> list[T]:

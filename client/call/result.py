@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from expertd.client.base.blocks import BLOCK_TOKENS, start_blocks
 from expertd.client.call.dispatch import Dispatch, Work, combine, contributions
+from expertd.client.telemetry.metrics import Waited
 from expertd.proto.codec import ExecuteResult, StageTimings
 
 
@@ -62,6 +63,15 @@ class MoeResult:
     missing_experts: tuple[int, ...] = ()
     """Global ids of the experts that they lack."""
 
+    @property
+    def waited(self) -> Waited:
+        """For the slowest server."""
+        if not self.servers:
+            return Waited(0.0, 0.0, 0.0)
+        slowest = max(self.servers, key=lambda server: server.round_trip)
+        spent = slowest.timings
+        return Waited(slowest.round_trip, spent.queue, spent.copy_in + spent.compute + spent.copy_out)
+
     def __repr__(self) -> str:
         servers = ", ".join(f"{server.address} {server.round_trip * 1e3:.1f} ms" for server in self.servers)
         degraded = f"; {self.degraded_tokens} tokens lack experts" if self.degraded_tokens else ""
@@ -85,18 +95,31 @@ async def combine_all(sums: Tensor, answers: Sequence[Answer]) -> None:
     )
 
 
-def report(answers: Sequence[Answer]) -> tuple[ServerReport, ...]:
+def report(answers: Iterable[Answer]) -> tuple[ServerReport, ...]:
     """The answers by server, in the order in which the servers first occur."""
-    reports = []
-    for address in dict.fromkeys(answer.address for answer in answers):
-        mine = [answer for answer in answers if answer.address == address]
-        reports.append(
-            ServerReport(
-                address=address,
-                tokens=sum(len(answer.dispatch.tokens) for answer in mine),
-                pairs=sum(sum(answer.result.receipt.values()) for answer in mine),
-                round_trip=max(answer.round_trip for answer in mine),
-                timings=max((answer.result.timings for answer in mine), key=lambda timings: timings.total),
-            )
+    return by_server(
+        ServerReport(
+            address=answer.address,
+            tokens=len(answer.dispatch.tokens),
+            pairs=sum(answer.result.receipt.values()),
+            round_trip=answer.round_trip,
+            timings=answer.result.timings,
         )
-    return tuple(reports)
+        for answer in answers
+    )
+
+
+def by_server(parts: Iterable[ServerReport]) -> tuple[ServerReport, ...]:
+    """Reports of parts of a call, those of each server in one."""
+    reports: dict[str, ServerReport] = {}
+    for part in parts:
+        known = reports.setdefault(part.address, part)
+        if known is not part:
+            reports[part.address] = ServerReport(
+                part.address,
+                known.tokens + part.tokens,
+                known.pairs + part.pairs,
+                max(known.round_trip, part.round_trip),
+                max(known.timings, part.timings, key=lambda timings: timings.total),
+            )
+    return tuple(reports.values())

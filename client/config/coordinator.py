@@ -13,6 +13,7 @@ from expertd.client.telemetry.metrics import CoordinatorMetrics
 from expertd.client.transport import grpc_streams, shared_memory
 from expertd.client.transport.security import ClientSecurity
 from expertd.proto.codec import HIDDEN_DTYPES, REPLY_DTYPES
+from expertd.proto.lane.layout import rows_bytes
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -27,7 +28,8 @@ class CoordinatorConfig:
     hidden_dtype: torch.dtype = torch.float8_e4m3fn
     """What hidden states are sent as: float8_e4m3fn, or bfloat16 (no quantisation, twice the bytes)."""
     reply_dtype: torch.dtype = torch.bfloat16
-    """What servers send partial sums as: bfloat16, or float32 (twice the bytes)."""
+    """What servers send partial sums as: bfloat16, float32 (twice the bytes), or float8_e4m3fn with one scale a 1x128
+    block (half the bytes, an error below 1/16 of each part); the last not where GPU memory is shared with a server."""
     output_dtype: torch.dtype = torch.bfloat16
     """What calls return; sums are FP32 whatever it is."""
     chunk_bytes: int = grpc_streams.CHUNK_BYTES
@@ -37,6 +39,12 @@ class CoordinatorConfig:
     none, everything goes over gRPC."""
     shared_memory_chunk_bytes: int = shared_memory.CHUNK_BYTES
     """Like `chunk_bytes`, for calls through shared memory."""
+    spin_us: int | None = None
+    """For so many microseconds at most a thread looks for an answer in shared memory before it sleeps; None: as is
+    worth it on this machine; 0: not at all. Event loops always sleep."""
+    checksums: Literal["plain", "always"] = "plain"
+    """Which requests have checksums, by which servers find what was altered on its way: those over gRPC without TLS, or
+    all; then sums in shared memory have them, too. Answers over gRPC always do, and tensors on a GPU never."""
     channels: int = 2
     """Connections to each server; chunks go to the one with the least in flight."""
     connect_timeout: float = 10.0
@@ -59,6 +67,10 @@ class CoordinatorConfig:
     on_missing: Literal["error", "renormalize"] = "error"
     """When nobody can compute an expert: raise, or leave it out and scale up the token's other weights accordingly;
     the result then says how many tokens that befell."""
+    model_fingerprint: str | None = None
+    """Of the model to call, as `expertd fingerprint` or `GetShard` tell it; servers of others are never used. None: the
+    one that all servers hold, or the only one of which every expert has an owner; when a fleet goes over to another
+    model of the same shape, so does the coordinator."""
     locality: str = ""
     """Where this coordinator is: servers that were started with the same --locality are preferred. Empty: no matter."""
     security: ClientSecurity | None = None
@@ -75,6 +87,8 @@ class CoordinatorConfig:
             raise ValueError(f"reply_dtype is {self.reply_dtype}; choose from {REPLY_DTYPES}")
         if self.on_missing not in ("error", "renormalize"):
             raise ValueError(f"on_missing is {self.on_missing!r}; choose from error, renormalize")
+        if self.checksums not in ("plain", "always"):
+            raise ValueError(f"checksums is {self.checksums!r}; choose from plain, always")
         if self.hedge_quantile is not None and not 0.5 <= self.hedge_quantile < 1.0:
             raise ValueError(f"hedge_quantile is {self.hedge_quantile}; it must be from 0.5 to below 1")
         for name in ("retry_ratio", "retry_burst", "owner_timeout"):
@@ -86,10 +100,17 @@ class CoordinatorConfig:
         for name in ("chunk_bytes", "shared_memory_chunk_bytes", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.shared_memory_bytes < 0:
-            raise ValueError(f"shared_memory_bytes is {self.shared_memory_bytes}; it must be at least 0")
+        for name in ("shared_memory_bytes", "spin_us"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; it must be at least 0")
+
+    @property
+    def checks_all(self) -> bool:
+        """Whether requests in shared memory and over TLS have checksums, too."""
+        return self.checksums == "always"
 
     def chunk_tokens(self, hidden_size: int, chunk_bytes: int) -> int:
         """Tokens of a chunk: as many as keep both the request and the reply within the bytes, at least one."""
-        widest = max(self.hidden_dtype.itemsize, self.reply_dtype.itemsize)
-        return max(1, chunk_bytes // (hidden_size * widest))
+        widest = max(rows_bytes(dtype, 1, hidden_size) for dtype in (self.hidden_dtype, self.reply_dtype))
+        return max(1, chunk_bytes // widest)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from expertd.client.transport.address import check_address
+from expertd.kernels.weights.files import check_path
 
 
 class Discovery(Protocol):
@@ -55,10 +58,13 @@ class DnsServers:
 
 @dataclass(frozen=True, slots=True)
 class FileServers:
-    """One `host:port` a line; what follows a # is a remark. Replace the file as a whole (write another, rename it)."""
+    """One `host:port` or `unix:PATH` a line; what follows a # is a remark. Replace the file as a whole (rename)."""
 
     path: Path
     seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_path("path", self.path)
 
     async def addresses(self) -> tuple[str, ...]:
         """What the file holds now. Raises `OSError` when it cannot be read, `ValueError` for what is no address."""
@@ -66,17 +72,15 @@ class FileServers:
         servers = tuple(dict.fromkeys(line for line in lines if line))
         if not servers:
             raise ValueError(f"{self.path} names no server; write one host:port a line")
-        for server in servers:
-            host, _, port = server.rpartition(":")
-            if not (host and port.isdecimal()):
-                raise ValueError(f"{self.path} has {server!r}, which is not host:port")
-        return servers
+        return tuple(check_address(str(self.path), server) for server in servers)
 
 
-def as_discovery(servers: Sequence[str] | Discovery) -> Discovery:
-    """A list of addresses, or what finds them. Raises `ValueError` for an empty list."""
-    if not isinstance(servers, Sequence):
-        return servers
-    if isinstance(servers, str) or not servers:
+def as_discovery(servers: Iterable[str] | Discovery) -> Discovery:
+    """A list of addresses, or what finds them. Raises `ValueError` or `TypeError` for what is neither."""
+    if isinstance(servers, str | bytes | Path) or (isinstance(servers, Sized) and not servers):
         raise ValueError(f"servers is {servers!r}; give a list with at least one host:port")
-    return StaticServers(tuple(dict.fromkeys(servers)))
+    if isinstance(servers, Iterable):
+        return StaticServers(tuple(dict.fromkeys(check_address("servers", server) for server in servers)))
+    if not hasattr(servers, "addresses"):
+        raise TypeError(f"servers is {servers!r}; give a list of host:port, DnsServers or FileServers")
+    return servers

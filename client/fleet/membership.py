@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
+from torch import Tensor
+
+from expertd.client.fleet.asking import ask
 from expertd.client.fleet.discovery import Discovery
+from expertd.client.fleet.member import LOST, Member
+from expertd.client.fleet.models import choose_model, is_complete, of_model
 from expertd.client.fleet.ownership import Ownership, check_complete, check_replicas, resolve_ownership
-from expertd.client.transport.interface import Transport
+from expertd.client.fleet.pace import Pace
+from expertd.client.transport.interface import Silent, Transport
 from expertd.proto.base.errors import (
-    Cancelled,
-    DeadlineExceeded,
     ExpertdError,
     ModelMismatch,
-    ServerFault,
-    StalePlacement,
     Unavailable,
     UnknownExpert,
 )
@@ -33,92 +36,106 @@ PROBE_SECONDS = 0.25
 LONGEST_PAUSE = 2.0
 """Seconds before a look at a server that answers its probes and fails its calls."""
 PROBE_TIMEOUT = 2.0
-LOST = (Unavailable, DeadlineExceeded, Cancelled, ServerFault, StalePlacement, UnknownExpert, ModelMismatch)
-"""Errors after which a server is not used until it has answered a probe."""
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """One server."""
-
-    number: int
-    """Never given to another one."""
-    transport: Transport
-    shard: ShardInfo | None = None
-    """What it owned when it was asked last."""
-    in_use: bool = False
-    why_not: ExpertdError | None = None
-    """Why it went out of use."""
-    outstanding_tokens: int = 0
-    busy_until: float = 0.0
-    """On the monotonic clock: when a server that was full wants to be asked again."""
-    failures: int = 0
-    """Losses in a row, without an answered call in between."""
-    lost: asyncio.Event = field(default_factory=asyncio.Event)
-    follower: asyncio.Task[None] | None = None
 
 
 class Membership:
     """Finds out which servers there are and what they own, takes those that fail out of use until they answer again."""
 
     def __init__(
-        self, discovery: Discovery, open_transport: Callable[[str], Transport], tasks: Tasks, *, complete: bool
+        self,
+        discovery: Discovery,
+        open_transport: Callable[[str], Transport],
+        tasks: Tasks,
+        *,
+        complete: bool,
+        model_fingerprint: str | None = None,
     ) -> None:
-        """`tasks` are closed with it. With `complete`, connecting fails unless every expert has an owner."""
+        """`tasks` are closed with it. With `complete`, connecting fails unless every expert has an owner.
+
+        Servers of other models than that with `model_fingerprint` are never used; without it, see `choose_model`.
+        """
         self.members: dict[int, Member] = {}
-        self.owners: tuple[Member, ...] = ()
-        """Whose shards `ownership` has, row by row."""
         self._discovery = discovery
         self._open_transport = open_transport
         self._tasks = tasks
         self._complete = complete
-        self._ownership: Ownership | None = None
+        self._pinned = model_fingerprint
+        self._known: tuple[tuple[Member, ...], Ownership] | None = None
+        self._ever_owned: dict[int, Tensor] = {}
         self._next_number = 0
         self._last_loss = -math.inf
         self._changed = asyncio.Event()
 
     @property
-    def ownership(self) -> Ownership:
-        """Raises `RuntimeError` before `connect` and after `close`."""
-        if self._ownership is None:
+    def known(self) -> tuple[tuple[Member, ...], Ownership]:
+        """The members whose shards are known, and what they own, row by row. Any thread.
+
+        Raises `RuntimeError` before `connect` and after `close`.
+        """
+        if self._known is None:
             raise RuntimeError("the coordinator is not connected; use it in 'async with Coordinator(...) as moe:'")
-        return self._ownership
+        return self._known
+
+    @property
+    def ownership(self) -> Ownership:
+        """See `known`."""
+        return self.known[1]
+
+    def count_ownerless(self) -> int:
+        """Experts, counted in each layer, that had an owner since `connect` and have none in use. Any thread."""
+        if self._known is None:
+            return 0
+        members, ownership = self._known
+        rows = [row for row, member in enumerate(members) if member.in_use]
+        owned = ownership.owned
+        return sum(
+            int((ever & ~owned[layer][rows].any(dim=0)).sum()) if layer in owned else int(ever.sum())
+            for layer, ever in tuple(self._ever_owned.items())
+        )
 
     async def connect(self, timeout: float) -> None:
-        """Ask every server, for at most `timeout` seconds; those that do not answer are probed from then on.
+        """Ask every server, for at most `timeout` seconds; those that have not answered by then are probed.
 
-        Raises `Unavailable` when no server is found, the first error when none answers, and `UnknownExpert` when an
-        expert is left without an owner.
+        It does not wait for all once what has answered owns every expert. Raises `Unavailable` when no server is found,
+        the first error when none answers, `ModelMismatch` when they hold several models of which none is to be
+        preferred, and `UnknownExpert` when an expert is left without an owner.
         """
         try:
             found = await self._discovery.addresses()
         except (OSError, ValueError) as error:
             raise Unavailable(f"no server found: {error}") from error
         members = [self._add(address) for address in found]
-        asked = (member.transport.get_shard(timeout) for member in members)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        errors = [answer for answer in answers if isinstance(answer, BaseException)]
-        for member, answer in zip(members, answers, strict=True):
-            if isinstance(answer, ExpertdError):
-                member.why_not = answer
-            elif not isinstance(answer, BaseException):
-                member.shard, member.in_use = answer, True
-        if len(errors) == len(answers):
-            raise errors[0]
-        self._resolve()
+        await ask(members, timeout, self._suffices)
+        told = self._told()
+        if not told:
+            raise next(member.why_not for member in members if member.why_not is not None)
+        self._adopt(choose_model([(member.transport.address, shard) for member, shard in told], self._pinned))
         try:
             if self._complete:
                 check_complete(self.ownership)
         except UnknownExpert as missing:
-            unreachable = "".join(f"; {error}" for error in errors)
+            unreachable = "".join(f"; {member.why_not}" for member in members if not member.in_use)
             raise UnknownExpert(f"{missing}{unreachable}") from None
         for member in members:
             self._follow(member)
+        pace = Pace(lambda: self.members.values(), self._tasks)
+        self._tasks.keep(pace.judge, "comparing how fast servers answer")
         if math.isfinite(self._discovery.seconds):
             self._tasks.keep(self._discover, f"looking for servers in {self._discovery}")
 
+    def _suffices(self) -> bool:
+        """Whether what servers told makes up a model, and no other than would be called in the end."""
+        told = [(member.transport.address, shard) for member, shard in self._told()]
+        models = {shard.model_fingerprint for _, shard in told}
+        if self._pinned is not None:
+            models &= {self._pinned}
+        return len(models) == 1 and is_complete(of_model(told, models.pop()))
+
+    def _told(self) -> list[tuple[Member, ShardInfo]]:
+        return [(member, member.shard) for member in self.members.values() if member.shard is not None]
+
     async def close(self) -> None:
-        self._ownership = None
+        self._known = None
         await self._tasks.close()
         await asyncio.gather(*(member.transport.close() for member in self.members.values()))
 
@@ -126,7 +143,7 @@ class Membership:
         """Tell that a call to `member` failed; it is taken out of use unless it is only busy."""
         if error.retry_after is not None:
             member.busy_until = time.monotonic() + error.retry_after
-        if isinstance(error, LOST) and member.in_use and self._ownership is not None:
+        if isinstance(error, LOST) and member.in_use and self._known is not None:
             log.warning("%s is out of use: %s", member.transport.address, error)
             member.in_use, member.why_not = False, error
             member.failures += 1
@@ -135,8 +152,14 @@ class Membership:
 
     def out_of_use(self) -> str:
         """The servers out of use and why, for an error message; empty when there are none."""
-        reasons = [str(member.why_not) for member in self.members.values() if not member.in_use and member.why_not]
+        lost = [member.why_not for member in self.members.values() if not member.in_use and member.why_not]
+        # Of many, those first that will not come back by themselves.
+        reasons = [str(error) for error in sorted(lost, key=lambda error: not isinstance(error, ModelMismatch))]
         return f"; out of use: {', '.join(reasons[:4])}" if reasons else ""
+
+    def standings(self) -> Counter[str]:
+        """How many servers there are of each standing. Any thread."""
+        return Counter(member.standing for member in tuple(self.members.values()))
 
     async def wait_for_change(self, patience: float) -> bool:
         """Wait until a server comes into use, if one went out of use less than `patience` seconds ago.
@@ -203,7 +226,10 @@ class Membership:
             try:
                 await asyncio.wait((watching, lost), return_when=asyncio.FIRST_COMPLETED)
                 if watching.done():
-                    self.report(member, watching.result())
+                    error = watching.result()
+                    self.report(member, error)
+                    for give_up in tuple(member.under_way) if isinstance(error, Silent) else ():
+                        give_up()
             finally:
                 watching.cancel()
                 lost.cancel()
@@ -214,6 +240,9 @@ class Membership:
         while True:
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             pause = PROBE_SECONDS
+            if member.in_use:
+                # With others of its model.
+                return
             try:
                 shard = await member.transport.get_shard(PROBE_TIMEOUT)
                 self._check(member, shard)
@@ -224,25 +253,81 @@ class Membership:
                 continue
             except ExpertdError as error:
                 log.debug("%s is still out of use: %s", member.transport.address, error)
+                member.why_not = error if isinstance(error, Unavailable) else member.why_not
                 continue
+            if member.shard is not None and member.shard.placement_epoch != shard.placement_epoch:
+                await self._look_again(member)
             log.warning("%s is in use", member.transport.address)
-            member.shard, member.in_use = shard, True
+            member.shard, member.other, member.in_use = shard, None, True
             self._resolve()
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self._announce()
             return
+
+    async def _look_again(self, changed: Member) -> None:
+        """Ask the others in use: what `changed` gave up, one of them may have taken over before."""
+
+        async def ask(member: Member) -> None:
+            with contextlib.suppress(ExpertdError):
+                shard = await member.transport.get_shard(PROBE_TIMEOUT)
+                self._check(member, shard)
+                member.shard = shard
+
+        await asyncio.gather(*(ask(one) for one in self.members.values() if one.in_use and one is not changed))
 
     def _check(self, member: Member, shard: ShardInfo) -> None:
         """Raise `ModelMismatch` where `member` cannot serve beside those in use."""
         if shard.model_fingerprint != self.ownership.model_fingerprint:
-            raise ModelMismatch(f"it holds another model, {shard.model_fingerprint!r}")
+            member.other = shard
+            self._follow_the_fleet()
+        if shard.model_fingerprint != self.ownership.model_fingerprint:
+            raise _another_model(member, shard, self.ownership.model_fingerprint)
         others = [(one.transport.address, one.shard) for one in self.members.values() if one is not member]
         known = [(address, told) for address, told in others if told is not None]
         check_replicas([*known, (member.transport.address, shard)], self.ownership.config)
 
+    def _follow_the_fleet(self) -> None:
+        """Call another model of the same shape once nobody serves the former one and the other is whole."""
+        if self._pinned is not None or any(member.in_use for member in self.members.values()):
+            return
+        others = [(member, member.other) for member in self.members.values() if member.other is not None]
+        told = [(member.transport.address, shard) for member, shard in others]
+        for fingerprint in {shard.model_fingerprint for _, shard in told}:
+            of_this = of_model(told, fingerprint)
+            if is_complete(of_this) and resolve_ownership(of_this).config == self.ownership.config:
+                log.warning("the servers hold model %r now: it is called from now on", fingerprint)
+                for member, shard in others:
+                    member.shard, member.other = shard, None
+                self._adopt(fingerprint)
+                self._announce()
+                return
+
+    def _adopt(self, fingerprint: str) -> None:
+        """Use the servers of this model that told of themselves, and no others."""
+        for member, shard in self._told():
+            member.in_use = shard.model_fingerprint == fingerprint
+            if not member.in_use:
+                member.shard, member.other = None, shard
+                member.why_not = _another_model(member, shard, fingerprint)
+                log.error("%s stays out of use: %s", member.transport.address, member.why_not)
+        self._resolve()
+
+    def _announce(self) -> None:
+        """Wake those who wait for a server to come into use."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
     def _resolve(self) -> None:
-        known = [(member, member.shard) for member in self.members.values() if member.shard is not None]
+        known = self._told()
         # When all servers were replaced at once, what the former ones owned remains known until a new one has answered.
         if known:
-            self.owners = tuple(member for member, _ in known)
-            self._ownership = resolve_ownership([(member.transport.address, shard) for member, shard in known])
+            ownership = resolve_ownership([(member.transport.address, shard) for member, shard in known])
+            self._known = tuple(member for member, _ in known), ownership
+            for layer, rows in ownership.owned.items():
+                owned = rows.any(dim=0)
+                self._ever_owned[layer] = self._ever_owned.get(layer, owned) | owned
+
+
+def _another_model(member: Member, shard: ShardInfo, called: str) -> ModelMismatch:
+    return ModelMismatch(
+        f"{member.transport.address}: it holds another model, {shard.model_fingerprint!r}; {called!r} is called"
+    )

@@ -89,11 +89,6 @@ def place(heat: Floats, fleet: Fleet, groups: int = 1) -> Placement:
     return Placement(pack_evenly(heat.T, slots), "global")
 
 
-def place_layers(heat: Floats, fleet: Fleet, groups: int = 1) -> list[Placement]:
-    """A placement for each layer of `heat` [layers, experts] alone."""
-    return [place(layer[None], fleet, groups) for layer in heat]
-
-
 def _check(heat: Floats, fleet: Fleet, groups: int) -> None:
     if heat.ndim != 2 or not heat.size:
         raise InvalidPlan(f"loads have shape {list(heat.shape)}; they must be [layers, experts], neither of them 0")

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
+from expertd.client.fleet.ports import EITHER_PORT, TIMEOUT, explained, grpc_addresses, metrics_addresses
+from expertd.client.fleet.survey import judge, survey
 from expertd.client.placement.assignment import Fleet, InvalidPlan, Placement, place
 from expertd.client.placement.heat import parse_json, read_heat
 from expertd.client.placement.packing import Floats
 from expertd.client.placement.simulate import Simulation, plot, simulate
+from expertd.client.transport.security import ClientSecurity, add_security_arguments, security_from
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.model.ranges import format_ranges
+from expertd.proto.base.errors import ExpertdError
 
 SHOWN_SERVERS = 64
 
@@ -29,10 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loads",
         nargs="+",
-        metavar="FILE_OR_URL",
-        help='tokens that each expert got: JSON by layer, such as {"3": [812, 40, ...], "4": ...}, or the /metrics of'
-        " servers that run with --per-expert-metrics, added up",
+        metavar="FILE_OR_SERVER",
+        help='tokens that each expert got: JSON by layer, such as {"3": [812, 40, ...], "4": ...}, or servers that run'
+        f" with --per-expert-metrics, added up: {EITHER_PORT}, or the URL of their /metrics",
     )
+    add_security_arguments(parser)
     parser.add_argument(
         "--fleet",
         type=Path,
@@ -53,22 +61,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 when a plan was made, 1 when its inputs allow none."""
+    """0 when a plan was made, 2 when its inputs allow none."""
     console = Console(highlight=False, width=max(Console().width, 120))
     try:
         if arguments.simulate:
             _simulate(arguments, console)
         else:
             _plan(arguments, console)
-    except (InvalidPlan, OSError) as error:
+    except ExpertdError as error:
+        print(f"expertd plan: error: {explained(error, security_from(arguments))}", file=sys.stderr)
+        return 2
+    except (InvalidPlan, OSError, ValueError) as error:
         print(f"expertd plan: error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
+
+
+def _is_bare(source: str) -> bool:
+    """Whether it is a URL without a path."""
+    return "://" in source and source.rstrip("/").count("/") == 2
 
 
 def read_fleet(file: Path) -> Fleet:
     """A fleet from a JSON list of servers. Raises `InvalidPlan`."""
-    fields = parse_json(file, file.read_text(errors="replace"))
+    try:
+        text = file.read_text(errors="replace")
+    except OSError as error:
+        raise InvalidPlan(f"--fleet {file} cannot be read: {error.strerror}") from None
+    fields = parse_json(file, text)
     if not (isinstance(fields, list) and fields):
         raise InvalidPlan(f"{file} must hold a JSON list of servers")
     for index, server in enumerate(fields):
@@ -110,12 +130,19 @@ def _plan(arguments: argparse.Namespace, console: Console) -> None:
         raise InvalidPlan("give --loads and either --fleet or --servers, or --simulate alone")
     if arguments.plot is not None:
         raise InvalidPlan("--plot draws a simulation; give --simulate with it")
-    layers, heat = read_heat(arguments.loads)
+    with _working("reading loads"):
+        layers, heat = read_heat(asyncio.run(_sources(arguments.loads, security_from(arguments))))
+    idle = [layer for layer, row in zip(layers, heat, strict=True) if not row.any()]
+    if len(idle) == len(layers):
+        raise InvalidPlan("--loads tells of no traffic at all: nothing says which experts are busy; record more of it")
+    if idle:
+        console.print(f"note: --loads tells of no traffic in layers {format_ranges(idle)}; the plan is for the others")
     if arguments.fleet is None:
         fleet = Fleet.uniform(arguments.servers, arguments.slots, arguments.nodes)
     else:
         fleet = read_fleet(arguments.fleet)
-    placement = place(heat, fleet, arguments.groups)
+    with _working("placing experts"):
+        placement = place(heat, fleet, arguments.groups)
     plan = describe(placement, fleet, layers, heat)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(plan, indent=1) + "\n")
@@ -135,11 +162,34 @@ def _plan(arguments: argparse.Namespace, console: Console) -> None:
     console.print(f"balancedness (mean load / largest, over all layers): {plan['balancedness']:.4f}")
 
 
+def _working(what: str) -> Status:
+    """Shown on a terminal alone."""
+    return Console(stderr=True).status(what)
+
+
+async def _sources(loads: Sequence[str], security: ClientSecurity) -> list[str]:
+    """Files and URLs; those of servers, which must be a whole fleet. Raises `InvalidPlan`."""
+    loads = [f"{one.rstrip('/')}/metrics" if _is_bare(one) else one for one in loads]
+    servers = [one for one in loads if "://" not in one and not Path(one).exists()]
+    if not servers:
+        return loads
+    try:
+        ports = await grpc_addresses(servers)
+    except ValueError as error:
+        raise InvalidPlan(f"--loads: there is no such file, and as a server: {error}") from None
+    if problems := judge(await survey(ports, security, TIMEOUT)).problems:
+        more = f" ({len(problems) - 1} more problems: see 'expertd status')" if problems[1:] else ""
+        raise InvalidPlan(f"--loads: these servers are no whole fleet of one model: {problems[0]}{more}")
+    metrics = await metrics_addresses(servers, security)
+    return [*(one for one in loads if one not in servers), *(f"http://{address}/metrics" for address in metrics)]
+
+
 def _simulate(arguments: argparse.Namespace, console: Console) -> None:
     if (arguments.loads, arguments.fleet, arguments.servers, arguments.output) != (None,) * 4:
         raise InvalidPlan("--simulate has loads and fleets of its own; leave out --loads, --fleet, --servers, --output")
     started = time.perf_counter()
-    simulations: list[Simulation] = list(simulate(MoeConfig(), arguments.slots, arguments.zipf))
+    with _working("simulating"):
+        simulations: list[Simulation] = list(simulate(MoeConfig(), arguments.slots, arguments.zipf))
     if not simulations:
         raise InvalidPlan(f"--slots is {arguments.slots}; no simulated fleet has room for all experts: give 1 or more")
     table = Table("servers", "policy", "balancedness", "servers a token", "bytes a token", box=SIMPLE)

@@ -8,7 +8,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,11 @@ from expertd.client.base.quantiles import p50_p99
 from expertd.client.call.result import MoeResult
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
+from expertd.client.fleet.ports import EITHER_PORT, explained, grpc_addresses
 from expertd.client.tools.cluster import LocalCluster, ServerDied, even_shards
 from expertd.client.tools.demo_checkpoint import DemoModel, write_checkpoint, write_demo_checkpoint
 from expertd.client.tools.oracle import TransformersOracle, load_oracle
+from expertd.client.transport.security import ClientSecurity, add_security_arguments, security_from
 from expertd.kernels.model.config import InvalidConfig
 from expertd.kernels.numerics.routing import route, router_logits
 from expertd.kernels.oracle.reference import relative_error
@@ -52,6 +54,7 @@ BOUNDS = {"torch": Bounds(3e-2, 4.5e-2, 1e-5), "cutile": Bounds(3.6e-2, 5.5e-2, 
 """By backend. Rounding to FP8 is 2.6e-2 of the input; it reaches the product of gate and up twice, independently:
 sqrt(2) * 2.6e-2 = 3.7e-2. The fast pipeline of cutile rounds that product once more, which makes it 4.5e-2, and also
 BF16 activations; some spread at one token comes on top."""
+PLAINTEXT = ClientSecurity()
 STAGES = ("queue", "compute", "total")
 AGREEMENT = ("layer", "tokens", "experts", "layer output", "routed alone", "BF16 in, FP32 out")
 LATENCY = ("layer", "tokens", "tokens a server", "queue", "compute", "server", "call")
@@ -87,13 +90,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--servers", type=int, default=8, help="server processes (default: 8)")
     parser.add_argument("--keep", action="store_true", help="keep the servers running until Ctrl-C")
     parser.add_argument(
-        "--connect", nargs="+", metavar="ADDRESS", help="use servers that already run, in plaintext, with this --model"
+        "--connect",
+        nargs="+",
+        metavar="ADDRESS",
+        help=f"use servers that already run, with this --model: {EITHER_PORT}",
     )
+    add_security_arguments(parser)
+    parser.set_defaults(batches=BATCHES, demo_model=DemoModel())
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="only write the small checkpoint, as FOLDER")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 when every result agrees with transformers, 1 on a mismatch or failure, 130 after Ctrl-C."""
+    """0 when every result agrees with transformers, 1 on a mismatch or failure, 2 for wrong options, 130: Ctrl-C."""
     console = Console(highlight=False, soft_wrap=True, width=max(Console().width, 110))
     try:
         with asyncio.Runner() as runner:
@@ -103,24 +111,28 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; all servers are stopped")
         return 130
-    except (CheckpointError, ExpertdError, InvalidConfig, ServerDied, ValueError) as error:
-        print(f"expertd demo: error: {error}", file=sys.stderr)
+    except ExpertdError as error:
+        print(f"expertd demo: error: {explained(error, security_from(arguments))}", file=sys.stderr)
         return 1
+    except (CheckpointError, InvalidConfig, ServerDied, ValueError) as error:
+        print(f"expertd demo: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, ServerDied) else 2
 
 
 async def demonstrate(arguments: argparse.Namespace, console: Console) -> int:
     """The exit code: 0 when every result agrees with transformers, 1 on a mismatch. Raises what `run` reports."""
     if arguments.write is not None:
-        console.print(f"the checkpoint is in {write_checkpoint(arguments.write, DemoModel())}")
+        console.print(f"the checkpoint is in {write_checkpoint(arguments.write, arguments.demo_model)}")
         return 0
     if arguments.connect and arguments.model is None:
         raise ValueError("--connect needs --model: the folder of the checkpoint that the servers hold")
-    folder = arguments.model or _write_checkpoint(console)
+    folder = arguments.model or _write_checkpoint(arguments.demo_model, console)
     with Checkpoint(folder) as checkpoint:
         layers = tuple(arguments.layers or checkpoint.config.moe_layers[:2])
         if not arguments.connect:
             return await _start_and_compare(arguments, checkpoint, layers, console)
-        if not await _compare(checkpoint, arguments.connect, layers, console):
+        addresses = await grpc_addresses(arguments.connect)
+        if not await _compare(checkpoint, addresses, layers, arguments.batches, console, security_from(arguments)):
             return 1
         console.print(f"[green]OK[/green]: every result agrees, with {len(arguments.connect)} servers")
         return 0
@@ -138,7 +150,7 @@ async def _start_and_compare(
         with console.status("waiting until they are healthy"):
             await stack.enter_async_context(cluster)
         console.print(f"all healthy after {time.perf_counter() - started:.1f} s")
-        passed = await _compare(checkpoint, cluster.addresses, layers, console)
+        passed = await _compare(checkpoint, cluster.addresses, layers, arguments.batches, console)
         console.print("metrics of each server while it runs (--keep):")
         for server in cluster.servers:
             console.print(f"  {server.metrics_url}")
@@ -155,9 +167,16 @@ async def _start_and_compare(
     return 0
 
 
-async def _compare(checkpoint: Checkpoint, addresses: Sequence[str], layers: tuple[int, ...], console: Console) -> bool:
+async def _compare(
+    checkpoint: Checkpoint,
+    addresses: Sequence[str],
+    layers: tuple[int, ...],
+    batches: Mapping[int, int],
+    console: Console,
+    security: ClientSecurity = PLAINTEXT,
+) -> bool:
     """Measure, show, and tell whether everything agrees."""
-    rows = await _measure(checkpoint, addresses, layers, console)
+    rows = await _measure(checkpoint, addresses, layers, batches, console, security)
     _print_tables(rows, console)
     passed = all(row.passed for row in rows)
     if not passed:
@@ -165,30 +184,39 @@ async def _compare(checkpoint: Checkpoint, addresses: Sequence[str], layers: tup
     return passed
 
 
-def _write_checkpoint(console: Console) -> Path:
-    model, folder = DemoModel(), cache_folder() / "demo"
+def _write_checkpoint(model: DemoModel, console: Console) -> Path:
+    folder = cache_folder() / "demo"
     if not (folder / model.name).exists():
         console.print(f"writing a small DeepSeek-V3 checkpoint (0.2 GB) to {folder / model.name}")
     return write_demo_checkpoint(folder, model, lambda layer: console.print(f"  layer {layer} written"))
 
 
 async def _measure(
-    checkpoint: Checkpoint, addresses: Sequence[str], layers: tuple[int, ...], console: Console
+    checkpoint: Checkpoint,
+    addresses: Sequence[str],
+    layers: tuple[int, ...],
+    batches: Mapping[int, int],
+    console: Console,
+    security: ClientSecurity,
 ) -> list[Row]:
     """Every batch size on every layer; one layer's oracle in memory at a time."""
     gates = load_gates(checkpoint, layers)
     rows = []
     exact = CoordinatorConfig(
-        gates=gates, hidden_dtype=torch.bfloat16, reply_dtype=torch.float32, output_dtype=torch.float32
+        gates=gates,
+        security=security,
+        hidden_dtype=torch.bfloat16,
+        reply_dtype=torch.float32,
+        output_dtype=torch.float32,
     )
     async with (
-        Coordinator(addresses, CoordinatorConfig(gates=gates)) as moe,
+        Coordinator(addresses, CoordinatorConfig(gates=gates, security=security)) as moe,
         Coordinator(addresses, exact) as exact_moe,
     ):
         for layer in layers:
             with console.status(f"layer {layer}: loading the same experts into transformers' DeepseekV3MoE"):
                 oracle = await asyncio.to_thread(load_oracle, checkpoint, layer)
-            for tokens, calls in BATCHES.items():
+            for tokens, calls in batches.items():
                 with console.status(f"layer {layer}: {calls} calls of {tokens} tokens"):
                     rows.append(await _measure_batch(moe, exact_moe, gates[layer], oracle, layer, tokens, calls))
                 console.print(f"layer {layer}, {tokens} tokens: {'ok' if rows[-1].passed else 'MISMATCH'}")

@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _write(found, arguments.output or arguments.model / MANIFEST)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        raise
     except (CheckpointError, InvalidConfig, OSError) as error:
         print(f"expertd fingerprint: error: {error}", file=sys.stderr)
         return 2

@@ -5,42 +5,61 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from dataclasses import replace
-from typing import Any
+import urllib.error
+import urllib.request
+from http.client import HTTPException
 
-import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from expertd.client.transport.security import ClientSecurity, add_tls_arguments, security_from
+from expertd.client.fleet.ports import explained, seconds, speaks_http
+from expertd.client.transport.address import check_address
+from expertd.client.transport.health import ask_health
+from expertd.client.transport.security import add_security_arguments, security_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("address", help="host:port of the server")
-    parser.add_argument("--timeout", type=float, default=4.0, help="seconds to wait for the answer (default: 4)")
-    add_tls_arguments(parser)
     parser.add_argument(
-        "--server-name", help="name in the server's certificate, where it is not the host that is asked"
+        "address",
+        metavar="ADDRESS",
+        help="host:port of the server's --listen or --metrics, unix:PATH, or http://host:port/readyz of the latter",
     )
+    parser.add_argument(
+        "--timeout", type=seconds, default=4.0, metavar="SECONDS", help="to wait for the answer (default: 4)"
+    )
+    add_security_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 when the server is SERVING, 1 when it is not or cannot be reached, 2 for unusable options."""
+    """0 when the server is SERVING or ready, 1 when it is not or cannot be reached, 2 for unusable options."""
+    address = arguments.address
+    if address.startswith("http://"):
+        bare = address.rstrip("/")
+        return _tell_page(address if bare.count("/") > 2 else f"{bare}/readyz", arguments)
     try:
-        security = replace(security_from(arguments), server_name=arguments.server_name)
-        status = asyncio.run(_ask(arguments.address, security, arguments.timeout))
+        security = security_from(arguments)
+        status = asyncio.run(ask_health(check_address("ADDRESS", address), security, arguments.timeout))
     except ValueError as error:
         print(f"expertd health: error: {error}", file=sys.stderr)
         return 2
-    print(f"{arguments.address}: {status}")
+    if status.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED")) and speaks_http(address):
+        return _tell_page(f"http://{address}/readyz", arguments)
+    print(f"{address}: {explained(status, security)}")
     return 0 if status == "SERVING" else 1
 
 
-async def _ask(address: str, security: ClientSecurity, timeout: float) -> str:
-    """The status by its name in the health protocol, or why there is none."""
-    async with security.open_channel(address, ()) as channel:
-        stub: Any = health_pb2_grpc.HealthStub(channel)
-        try:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
-        except grpc.aio.AioRpcError as error:
-            return f"{error.code().name}: {error.details()}"
-        return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+def _tell_page(url: str, arguments: argparse.Namespace) -> int:
+    well, answer = _get(url, arguments.timeout)
+    print(f"{arguments.address}: {answer}")
+    return 0 if well else 1
+
+
+def _get(url: str, timeout: float) -> tuple[bool, str]:
+    """Whether the page says so, and its text or why there is none."""
+    # Whatever proxies there are, they are not for servers.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=timeout) as page:
+            return True, str(page.read(), "utf-8").strip()
+    except urllib.error.HTTPError as error:
+        with error:
+            return False, str(error.read(), "utf-8").strip()
+    except (OSError, HTTPException) as error:
+        return False, str(error)

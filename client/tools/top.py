@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import contextlib
+import math
+import os
+import sys
+import termios
 import time
-import urllib.request
-from collections.abc import Sequence
+import tty
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -18,14 +23,32 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from expertd.kernels.model.ranges import format_ranges
+from expertd.client.fleet.groups import Holding, by_model, faults
+from expertd.client.fleet.ports import EITHER_PORT, NoMetricsPort, explained, metrics_addresses, read_status
+from expertd.client.transport.security import add_security_arguments, security_from
+from expertd.kernels.model.ranges import describe_experts
+from expertd.proto.base.errors import ExpertdError
 
-TIMEOUT = 3.0
 SHOWN_ERRORS = 5
+SHORT = 12
+"""Digits of a fingerprint."""
 COLUMNS = ("server", "state", "experts", "tokens/s", "", "req/s", "p50", "p99", "queue", "even", "errors", "up")
 LEFT = ("server", "state", "experts", "")
 WIDEST = {"experts": 24, "": 20}
 """Columns whose text could fill the terminal."""
+WIDE = 110
+"""Characters of a terminal that has room for all columns; a narrower one does without `LUXURIES`."""
+LUXURIES = ("", "req/s", "even", "up")
+WRAPPED = ("server", "experts", "")
+NARROW = 80
+"""Characters of a terminal from which on an IPv4 address with its port stays on one line."""
+ORDERS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "tokens": lambda status: -status["tokens_per_second"],
+    "p99": lambda status: -status["stages"].get("total", {"p99": 0.0})["p99"],
+    "queue": lambda status: -status["queue"]["tokens"],
+    "errors": lambda status: -_refused(status),
+    "up": lambda status: status["uptime"],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +62,44 @@ class Seen:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("addresses", nargs="+", metavar="ADDRESS", help="host:port of a server's --metrics")
-    parser.add_argument("--interval", type=float, default=2.0, help="seconds between two looks (default: 2)")
-    parser.add_argument("--once", action="store_true", help="look once, print, and exit 1 unless all servers are ready")
+    parser.add_argument("addresses", nargs="+", metavar="ADDRESS", help=f"servers: {EITHER_PORT}")
+    parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
+    parser.add_argument("--sort", choices=list(ORDERS), help="most first (up: newest first); default: as given")
+    parser.add_argument(
+        "--filter", default="", metavar="TEXT", help="only servers with this in their address, state or experts"
+    )
+    add_security_arguments(parser)
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="look once, print, and exit 1 unless all are ready and a whole fleet of one model",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 after Ctrl-C or when all servers are ready, 1 when `--once` finds one that is not."""
+    """0 after q or Ctrl-C, or of `--once` where all servers are ready and a whole fleet, else 1; 2: no address."""
     console = Console(highlight=False)
-    if arguments.once or not console.is_terminal:
-        seen = asyncio.run(look(arguments.addresses))
-        # Not cut where the output is no terminal: a file or a pipe has no width.
-        Console(highlight=False, width=None if console.is_terminal else 200).print(render(seen, time.time()))
-        return 0 if all(one.status is not None and one.status["ready"] for one in seen) else 1
     try:
-        asyncio.run(_watch(arguments.addresses, arguments.interval, console))
+        if arguments.interval <= 0:
+            raise ValueError(f"--interval is {arguments.interval:g}; it must be greater than 0")
+        security = security_from(arguments)
+        arguments.addresses = asyncio.run(metrics_addresses(arguments.addresses, security))
+    except ExpertdError as error:
+        print(f"expertd top: error: {explained(error, security)}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"expertd top: error: {error}", file=sys.stderr)
+        return 2
+    if arguments.once or not console.is_terminal:
+        looked = asyncio.run(look(arguments.addresses))
+        seen = chosen(looked, arguments.sort, arguments.filter)
+        # Not cut where the output is no terminal: a file or a pipe has no width.
+        width = console.width if console.is_terminal else 200
+        Console(highlight=False, width=width).print(render(seen, time.time(), width, looked))
+        ready = all(one.status is not None and one.status["ready"] for one in seen)
+        return 0 if ready and not faults(_holdings(looked))[0] else 1
+    try:
+        asyncio.run(_watch(arguments, console))
     except KeyboardInterrupt:
         return 0
     return 0
@@ -64,21 +110,46 @@ async def look(addresses: Sequence[str]) -> list[Seen]:
     return await asyncio.gather(*(asyncio.to_thread(_read, address) for address in addresses))
 
 
-def render(seen: Sequence[Seen], now: float) -> RenderableType:
-    """The sum and the table of all servers, what is wrong with them, and their latest errors; `now` in Unix time."""
+def chosen(seen: Sequence[Seen], order: str | None, text: str) -> list[Seen]:
+    """Those that have `text` in what is told of them, in that order; who does not answer comes last."""
+    found = [one for one in seen if text in _words(one)]
+    if order is None:
+        return found
+    key = ORDERS[order]
+    return sorted(found, key=lambda one: math.inf if one.status is None else key(one.status))
+
+
+def render(seen: Sequence[Seen], now: float, width: int = 200, fleet: Sequence[Seen] | None = None) -> RenderableType:
+    """The sum and the table of all servers, what is wrong with them, and their latest errors; `now` in Unix time.
+
+    Those of a mixed fleet are grouped by model. `fleet`: all servers, where `seen` are some of them.
+    """
+    columns = [name for name in COLUMNS if width >= WIDE or name not in LUXURIES]
     statuses = [one.status for one in seen if one.status is not None]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in COLUMNS:
-        # The bars give way where the terminal is narrow.
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1 if width >= WIDE else 0, 0, 0))
+    whole = width >= NARROW and all(len(one.address) <= len("255.255.255.255:65535") for one in seen)
+    for name in columns:
+        # The bars give way where the terminal is narrow; long addresses go on in a second line before figures are cut.
         table.add_column(
-            name, justify="left" if name in LEFT else "right", no_wrap=name != "", max_width=WIDEST.get(name)
+            name,
+            justify="left" if name in LEFT else "right",
+            no_wrap=name not in WRAPPED or (whole and name == "server"),
+            overflow="fold",
+            max_width=WIDEST.get(name),
         )
     busiest = max((status["tokens_per_second"] for status in statuses), default=0.0)
-    for one in seen:
+    whole_fleet = _holdings(seen if fleet is None else fleet)
+    models = list(by_model(whole_fleet))
+    former = None
+    for one in sorted(seen, key=partial(_place, models)):
+        if len(models) > 1 and one.status is not None and one.status["model_fingerprint"] != former:
+            former = one.status["model_fingerprint"]
+            table.add_row(Text(f"model {former[:SHORT]}", "bold"))
         if one.status is None:
             table.add_row(one.address, Text("no answer", "bold red"))
         else:
-            table.add_row(*_row(one.address, one.status, busiest))
+            cells = dict(zip(COLUMNS, _row(one.address, one.status, busiest), strict=True))
+            table.add_row(*(cells[name] for name in columns))
     ready = sum(status["ready"] for status in statuses)
     tokens, requests = (sum(status[f"{name}_per_second"] for status in statuses) for name in ("tokens", "requests"))
     total = Text.assemble(
@@ -86,36 +157,91 @@ def render(seen: Sequence[Seen], now: float) -> RenderableType:
         f"   {_short(tokens)} tokens/s   {_short(requests)} requests/s",
         (f"   {time.strftime('%H:%M:%S', time.localtime(now))}", "dim"),
     )
-    return Group(total, table, *_problems(seen), *_errors(seen))
+    wrong, states = faults(whole_fleet)
+    mixed = [Text(f"fleet: {fault}", "bold red") for fault in wrong] + [Text(f"fleet: {state}") for state in states]
+    return Group(total, table, *mixed, *_problems(seen), *_errors(seen))
 
 
-async def _watch(addresses: Sequence[str], interval: float, console: Console) -> None:
-    with Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
-            live.update(render(await look(addresses), time.time()), refresh=True)
-            await asyncio.sleep(interval)
+async def _watch(arguments: argparse.Namespace, console: Console) -> None:
+    with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
+        while not pressed.is_set():
+            fleet = await look(arguments.addresses)
+            seen = chosen(fleet, arguments.sort, arguments.filter)
+            live.update(render(seen, time.time(), console.width, fleet), refresh=True)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(pressed.wait(), arguments.interval)
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[asyncio.Event]:
+    """Set once q is pressed; keys are read one by one and not shown, as long as the block lasts."""
+    pressed = asyncio.Event()
+    if not sys.stdin.isatty():
+        yield pressed
+        return
+    terminal, loop = sys.stdin.fileno(), asyncio.get_running_loop()
+    before = termios.tcgetattr(terminal)
+    tty.setcbreak(terminal)
+
+    def read() -> None:
+        if b"q" in os.read(terminal, 64):
+            pressed.set()
+
+    loop.add_reader(terminal, read)
+    try:
+        yield pressed
+    finally:
+        loop.remove_reader(terminal)
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 def _read(address: str) -> Seen:
     try:
-        with urllib.request.urlopen(f"http://{address}/status.json", timeout=TIMEOUT) as answer:
-            return Seen(address, json.load(answer))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        return Seen(address, None, getattr(reason, "strerror", None) or str(reason))
+        return Seen(address, read_status(address))
+    except NoMetricsPort as error:
+        return Seen(address, None, str(error))
+
+
+def _holdings(seen: Sequence[Seen]) -> list[Holding]:
+    """What those that answer own."""
+    told = [(one.address, one.status) for one in seen if one.status is not None]
+    return [
+        Holding(
+            address,
+            status["model_fingerprint"],
+            _owned(status["loads"]),
+            status["routed_experts"],
+        )
+        for address, status in told
+    ]
+
+
+def _owned(loads: dict[str, Any]) -> dict[int, list[int]]:
+    """The experts of each layer: those of which there are numbers."""
+    return {
+        layer: [expert for expert, pairs in zip(loads["experts"], row, strict=True) if pairs is not None]
+        for layer, row in zip(loads["layers"], loads["pairs"], strict=True)
+    }
+
+
+def _place(models: Sequence[str], one: Seen) -> int:
+    """Of a server in the table: by its model, last where it does not answer and there are several."""
+    if len(models) < 2:
+        return 0
+    return len(models) if one.status is None else models.index(one.status["model_fingerprint"])
 
 
 def _row(address: str, status: dict[str, Any], busiest: float) -> list[RenderableType]:
-    queue, loads, outcomes = status["queue"], status["loads"], status["outcomes"]
+    queue, loads = status["queue"], status["loads"]
     total = status["stages"].get("total")
     filled = queue["tokens"] / queue["capacity"]
     balance = list(loads["balance"].values())
-    refused = sum(outcomes.values()) - outcomes.get("ok", 0)
+    refused = _refused(status)
     share = status["tokens_per_second"] / busiest if busiest else 0.0
     return [
         address,
         Text("ready", "green") if status["ready"] else Text("not ready", "yellow"),
-        format_ranges(loads["experts"]),
+        describe_experts(_owned(loads)),
         _short(status["tokens_per_second"]),
         ProgressBar(total=1.0, completed=share, complete_style="cyan", finished_style="cyan"),
         _short(status["requests_per_second"]),
@@ -126,6 +252,17 @@ def _row(address: str, status: dict[str, Any], busiest: float) -> list[Renderabl
         Text(_short(refused), "red" if refused else "dim"),
         _age(status["uptime"]),
     ]
+
+
+def _refused(status: dict[str, Any]) -> int:
+    return int(sum(status["outcomes"].values()) - status["outcomes"].get("ok", 0))
+
+
+def _words(one: Seen) -> str:
+    if one.status is None:
+        return f"{one.address} no answer"
+    state = "ready" if one.status["ready"] else "not ready"
+    return f"{one.address} {state} {describe_experts(_owned(one.status['loads']))}"
 
 
 def _problems(seen: Sequence[Seen]) -> list[Text]:

@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from expertd import _native
 from expertd.kernels.memory.gpu import GpuMemory
-from expertd.proto.lane.free_list import FreeList
 from expertd.proto.lane.layout import GPU_ALIGNMENT, aligned
 
 Returned: TypeAlias = tuple[int, int, torch.cuda.Event]
@@ -21,7 +21,7 @@ class GpuRoom:
 
     def __init__(self, memory: GpuMemory) -> None:
         self._memory = memory
-        self._free = FreeList(memory.size)
+        self._free = _native.FreeList(0, memory.size)
         self._returned: deque[Returned] = deque()
         """First byte, length, and when the work that may still read it ends; views may be dropped on any thread."""
 

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from operator import attrgetter
 
 import grpc
 import grpc.aio
 import torch
 from grpc_health.v1 import health_pb2
 
+from expertd._native import response_id
 from expertd.client.transport.answer import answer
+from expertd.client.transport.interface import Silent
+from expertd.client.transport.native_call import OneOwner
 from expertd.client.transport.security import ClientSecurity
 from expertd.proto import codec
 from expertd.proto.base.errors import ExpertdError, ServerFault, Unavailable, error_from_status
 from expertd.proto.base.tasks import Tasks
 from expertd.proto.codec import ExecuteCall, ExecuteResult, RawResponse, Registration, ShardInfo
 
+log = logging.getLogger(__name__)
 StreamCall = grpc.aio.StreamStreamCall[bytes, bytes]
 CHUNK_BYTES = 4 << 20
 RETRY_SECONDS = 0.1
+LIFE_SECONDS, SILENT_SECONDS = 0.4, 1.4
+"""Between two questions for a sign of life, and how long each waits: silence is noticed within 1.8 s."""
+HEALTH = health_pb2.HealthCheckRequest(service=codec.SERVICE)
 KEEPALIVE_MS = 3000
 """Without traffic a server is asked for a sign of life, and given as long to answer."""
+HANDSHAKE_MS = 1500
+"""A server that accepts a connection has as long to speak before another one is tried."""
 
 
 class GrpcTransport:
     """A few connections, each with one long-lived bidirectional stream."""
 
     shared_devices: frozenset[torch.device] = frozenset()
+    segments: tuple[()] = ()
 
     def __init__(
         self,
@@ -35,16 +51,49 @@ class GrpcTransport:
         channels: int = 1,
         security: ClientSecurity | None = None,
         chunk_bytes: int = CHUNK_BYTES,
+        *,
+        checked: bool | None = None,
     ) -> None:
+        """`checked`: whether requests have checksums; None: if the connection is plaintext."""
         self.address = address
         self.chunk_bytes = chunk_bytes
         self._security = security or ClientSecurity()
-        self._channels = tuple(_Channel(address, self._security) for _ in range(channels))
+        self.checked = not self._security.encrypts(address) if checked is None else checked
+        self._num_channels = channels
+        self._complaint = ""
+        self._open_channels()
+        self._server = OneOwner()
+        self.heard = -math.inf
+
+    def _open_channels(self) -> None:
+        # Before the files are read, so that what replaces them meanwhile is not missed.
+        stamp = self._security.stamp()
+        *channels, health = (_Channel(self.address, self._security, self._hear) for _ in range(self._num_channels + 1))
+        # Health is asked on a connection without tensors, behind which a sign of life would have to wait.
+        self._channels, self._health, self._stamp = tuple(channels), health, stamp
+
+    async def _use_new_certificates(self) -> None:
+        """Connect anew where files of certificates were replaced; those that cannot be used leave it as it was."""
+        if self._security.stamp() == self._stamp:
+            return
+        former = (*self._channels, self._health)
+        try:
+            self._open_channels()
+        except ValueError as error:
+            # Not even by half: a new certificate whose key has not arrived yet.
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                log.error("%s: the former certificates stay in force: %s", self.address, error)
+            return
+        self._complaint = ""
+        log.info("%s: certificates were read again", self.address)
+        await asyncio.gather(*(channel.close() for channel in former))
 
     async def get_shard(self, timeout: float) -> ShardInfo:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while True:
+            await self._use_new_certificates()
             timeout = max(deadline - loop.time(), 0.001)
             metadata = self._security.metadata()
             try:
@@ -63,8 +112,19 @@ class GrpcTransport:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def execute(self, call: ExecuteCall) -> ExecuteResult:
-        channel = min(self._channels, key=lambda channel: channel.bytes_in_flight)
-        return await answer(self.address, call, channel.exchange(call.request_id, codec.encode_call(call)))
+        return await answer(self.address, call, self._parsed(call.request_id, self._message(call)))
+
+    def exchange(self, request_id: int, message: bytes) -> Awaitable[bytes]:
+        channel = min(self._channels, key=attrgetter("bytes_in_flight"))
+        return channel.exchange(request_id, message)
+
+    async def _parsed(self, request_id: int, message: bytes) -> RawResponse:
+        return codec.parse_response(await self.exchange(request_id, message))
+
+    def _message(self, call: ExecuteCall) -> bytes:
+        """The request, written by native code where that can."""
+        begun = None if call.hidden.is_cuda else self._server.begin(call, (), 0, checked=self.checked)
+        return codec.encode_call(call, checked=self.checked) if begun is None else begun.messages[0][3]
 
     async def register_shared_memory(self, timeout: float) -> Registration:
         """Where to hand over memory. Raises `NotPermitted` when the server shares none with this process."""
@@ -75,9 +135,31 @@ class GrpcTransport:
         except grpc.aio.AioRpcError as error:
             raise error_from_status(error.code(), str(error.details())) from None
 
+    def _hear(self) -> None:
+        self.heard = time.monotonic()
+
     async def until_not_serving(self) -> Unavailable:
-        request = health_pb2.HealthCheckRequest(service=codec.SERVICE)
-        watch = self._channels[0].watch_health(request)
+        watching = [asyncio.ensure_future(self._until_lost()), asyncio.ensure_future(self._until_silent())]
+        try:
+            done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in watching:
+                task.cancel()
+
+    async def _until_silent(self) -> Silent:
+        """Ask for a sign of life again and again, since a server that is frozen or cut off closes no connection."""
+        while True:
+            asked = time.monotonic()
+            try:
+                await self._health.check_health(HEALTH, timeout=SILENT_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED and self.heard < asked:
+                    return Silent(f"{self.address}: no sign of life within {SILENT_SECONDS} s")
+            await asyncio.sleep(LIFE_SECONDS)
+
+    async def _until_lost(self) -> Unavailable:
+        watch = self._health.watch_health(HEALTH)
         try:
             async for answer in watch:
                 if answer.status != health_pb2.HealthCheckResponse.SERVING:
@@ -92,15 +174,17 @@ class GrpcTransport:
         return Unavailable(f"{self.address}: its health is not SERVING")
 
     async def close(self) -> None:
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        await asyncio.gather(*(channel.close() for channel in (*self._channels, self._health)))
 
 
 class _Channel:
     """One connection; its stream is opened when first needed and again after it ended."""
 
-    def __init__(self, address: str, security: ClientSecurity) -> None:
+    def __init__(self, address: str, security: ClientSecurity, hear: Callable[[], None]) -> None:
+        """`hear` is called for every answer of a stream."""
         self._address = address
         self._security = security
+        self._hear = hear
         self._channel = security.open_channel(
             address,
             options=[
@@ -108,10 +192,11 @@ class _Channel:
                 ("grpc.max_send_message_length", -1),
                 # A connection of its own: channels to one address would otherwise share one.
                 ("grpc.use_local_subchannel_pool", 1),
-                # A server that returns is found again soon.
+                # A server that returns is found again soon, even if it is far away or short of processors: what gRPC
+                # calls the least pause between two attempts is how long each of them may take.
                 ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.min_reconnect_backoff_ms", 100),
                 ("grpc.max_reconnect_backoff_ms", 500),
+                ("grpc.min_reconnect_backoff_ms", HANDSHAKE_MS),
                 # A server that is cut off or frozen closes no connection: ask it for signs of life.
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
@@ -120,6 +205,11 @@ class _Channel:
         )
         self.get_shard = self._channel.unary_unary(
             f"/{codec.SERVICE}/GetShard", codec.ShardRequest.SerializeToString, codec.ShardResponse.FromString
+        )
+        self.check_health = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            health_pb2.HealthCheckRequest.SerializeToString,
+            health_pb2.HealthCheckResponse.FromString,
         )
         self.watch_health = self._channel.unary_stream(
             "/grpc.health.v1.Health/Watch",
@@ -135,16 +225,22 @@ class _Channel:
             f"/{codec.SERVICE}/ExecuteStream"
         )
         self._stream: _Stream | None = None
-        self.bytes_in_flight = 0
 
-    async def exchange(self, request_id: int, request: bytes) -> RawResponse:
+    @property
+    def bytes_in_flight(self) -> int:
+        return 0 if self._stream is None else self._stream.bytes_in_flight
+
+    def exchange(self, request_id: int, request: bytes) -> asyncio.Future[bytes]:
         if self._stream is None or self._stream.ended:
-            self._stream = _Stream(self._execute_stream(metadata=self._security.metadata()), self._address)
-        self.bytes_in_flight += len(request)
-        try:
-            return await self._stream.exchange(request_id, request)
-        finally:
-            self.bytes_in_flight -= len(request)
+            try:
+                call = self._execute_stream(metadata=self._security.metadata())
+            except (ExpertdError, grpc.aio.UsageError) as error:
+                failed = asyncio.get_running_loop().create_future()
+                known = error if isinstance(error, ExpertdError) else Unavailable(f"{self._address}: {error}")
+                failed.set_exception(known)
+                return failed
+            self._stream = _Stream(call, self._address, self._hear)
+        return self._stream.exchange(request_id, request)
 
     async def close(self) -> None:
         if self._stream is not None:
@@ -155,57 +251,60 @@ class _Channel:
 class _Stream:
     """One bidirectional call: requests out, responses matched to them by id."""
 
-    def __init__(self, call: StreamCall, address: str) -> None:
+    def __init__(self, call: StreamCall, address: str, hear: Callable[[], None]) -> None:
         self._call = call
         self._address = address
-        self._waiting: dict[int, asyncio.Future[RawResponse]] = {}
-        self._writing = asyncio.Lock()
+        self._hear = hear
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._outbox: asyncio.Queue[tuple[bytes, asyncio.Future[bytes] | None]] = asyncio.Queue()
         self._tasks = Tasks()
         self._reader = self._tasks.start(self._read(), f"reading the answers of {address}")
+        self._writer = self._tasks.start(self._write(), f"writing to {address}")
+        self.bytes_in_flight = 0
 
     @property
     def ended(self) -> bool:
         return self._call.done() or self._reader.done()
 
-    async def exchange(self, request_id: int, request: bytes) -> RawResponse:
-        """Send `request` and wait for the response with its id."""
-        future: asyncio.Future[RawResponse] = asyncio.get_running_loop().create_future()
-        self._waiting[request_id] = future
-        self._send(request, future)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self._send(codec.encode_cancellation(request_id))
-            raise
-        finally:
-            del self._waiting[request_id]
+    def exchange(self, request_id: int, request: bytes) -> asyncio.Future[bytes]:
+        """Send `request`; the response with its id. It is cancelled with what this returns."""
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(partial(self._settle, request_id, len(request)))
+        self._waiting[request_id] = answer
+        self.bytes_in_flight += len(request)
+        self._outbox.put_nowait((request, answer))
+        return answer
+
+    def _settle(self, request_id: int, num_bytes: int, answer: asyncio.Future[bytes]) -> None:
+        del self._waiting[request_id]
+        self.bytes_in_flight -= num_bytes
+        if answer.cancelled():
+            self._outbox.put_nowait((codec.encode_cancellation(request_id), None))
 
     async def close(self) -> None:
         self._call.cancel()
         await self._tasks.settle()
 
-    def _send(self, message: bytes, answer: asyncio.Future[RawResponse] | None = None) -> None:
-        """Write `message` when those before it are written, unless nobody waits for its `answer` by then."""
-        # A task of its own: gRPC cancels the whole stream when a write is cancelled half-way.
-        self._tasks.start(self._write(message, answer), f"writing to {self._address}")
-
-    async def _write(self, message: bytes, answer: asyncio.Future[RawResponse] | None) -> None:
-        async with self._writing:
-            if answer is not None and answer.done():
-                return
-            # Why the stream ended is for the reader to find out and to tell everyone who waits.
-            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
-                await self._call.write(message)
+    async def _write(self) -> None:
+        """Write messages one after another, but for requests that nobody waits for any more."""
+        # Why the stream ended is for the reader to find out and to tell everyone who waits.
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                message, answer = await self._outbox.get()
+                if answer is None or not answer.done():
+                    await self._call.write(message)
+                del message, answer
 
     async def _read(self) -> None:
         """Hand responses to those who wait until the stream ends; then fail those still waiting."""
         ended: ExpertdError = Unavailable(f"{self._address}: its answers are not read any more")
         try:
             async for data in self._call:
-                response = codec.parse_response(data)
-                future = self._waiting.get(response.request_id)
+                self._hear()
+                request_id = response_id(data)
+                future = self._waiting.get(codec.parse_response(data).request_id if request_id is None else request_id)
                 if future is not None and not future.done():
-                    future.set_result(response)
+                    future.set_result(data)
             ended = Unavailable(f"{self._address}: the server ended the stream")
         except grpc.aio.AioRpcError as error:
             ended = _as_error(self._address, error)
@@ -216,6 +315,7 @@ class _Stream:
         except asyncio.CancelledError:
             ended = Unavailable(f"{self._address}: the connection was closed")
         finally:
+            self._writer.cancel()
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(ended.again())

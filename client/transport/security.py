@@ -11,7 +11,9 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from expertd.proto.base.certificates import ends_of
 from expertd.proto.base.errors import Unauthenticated
+from expertd.proto.base.files import Stamp, stamp_of
 from expertd.proto.base.loopback import UNIX, stays_here
 
 
@@ -19,8 +21,8 @@ from expertd.proto.base.loopback import UNIX, stays_here
 class ClientSecurity:
     """Credentials for every server of a coordinator. Raises `ValueError` for what cannot be used.
 
-    `ClientSecurity()` is plaintext without a token. Certificates are read when a channel is opened, the token file
-    when a call or stream is opened.
+    `ClientSecurity()` is plaintext without a token. Certificates are read when a channel is opened, and again before
+    the next attempt to reach a server that was lost; the token file when a call or stream is opened.
     """
 
     root_ca: Path | None = None
@@ -49,15 +51,27 @@ class ClientSecurity:
         if self.token is not None:
             _check_token("token", self.token)
 
+    def encrypts(self, address: str) -> bool:
+        """Whether connections to `address` are TLS."""
+        return self.root_ca is not None and not address.startswith(UNIX)
+
     def open_channel(self, address: str, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
         """A channel to `address` (host:port, or unix:PATH, which is never TLS) with these credentials."""
-        if self.root_ca is not None and not address.startswith(UNIX):
+        if self.encrypts(address):
             name = [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
             return grpc.aio.secure_channel(address, self._credentials(), options=[*options, *name])
         has_token = self.token is not None or self.token_file is not None
         if has_token and not self.insecure and not stays_here(address):
             raise ValueError(f"the token would cross the network to {address} in plaintext; give root_ca, or insecure")
         return grpc.aio.insecure_channel(address, options=list(options))
+
+    def stamp(self) -> Stamp | None:
+        """Of the files of certificates."""
+        return stamp_of(path for path in (self.root_ca, self.client_cert, self.client_key) if path is not None)
+
+    def certificate_ends(self) -> dict[str, float]:
+        """Field -> the Unix time from which on a certificate in its file, as it is now, is not valid."""
+        return ends_of({"root_ca": self.root_ca, "client_cert": self.client_cert})
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each call but health checks must carry. Raises `Unauthenticated` for an unusable token file."""
@@ -103,17 +117,34 @@ def _check_token(name: str, token: str) -> None:
         raise ValueError(f"{name} is empty or has spaces or characters that are not printable ASCII")
 
 
-def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
+def add_security_arguments(parser: argparse.ArgumentParser) -> None:
     """Options for `security_from`."""
-    parser.add_argument("--tls-ca", type=Path, help="PEM file of the authorities that sign servers' certificates")
     parser.add_argument(
-        "--tls-client-cert", type=Path, help="PEM file of a client's certificate chain, for --tls-client-ca"
+        "--tls-ca", type=Path, metavar="FILE", help="PEM file of the authorities that sign servers' certificates"
     )
-    parser.add_argument("--tls-client-key", type=Path, help="PEM file of its private key")
+    parser.add_argument(
+        "--tls-client-cert",
+        type=Path,
+        metavar="FILE",
+        help="PEM file of a client's certificate chain, for --tls-client-ca",
+    )
+    parser.add_argument("--tls-client-key", type=Path, metavar="FILE", help="PEM file of its private key")
+    parser.add_argument(
+        "--server-name", metavar="NAME", help="name in servers' certificates, where it is not the host that is asked"
+    )
+    parser.add_argument(
+        "--auth-token-file", type=Path, metavar="FILE", help="file whose first line is a bearer token for the servers"
+    )
+    parser.add_argument("--insecure", action="store_true", help="send the token in plaintext beyond this machine too")
 
 
 def security_from(arguments: argparse.Namespace) -> ClientSecurity:
-    """The credentials of `add_tls_arguments`. Raises `ValueError` for what cannot be used."""
+    """The credentials of `add_security_arguments`. Raises `ValueError` for what cannot be used."""
     return ClientSecurity(
-        root_ca=arguments.tls_ca, client_cert=arguments.tls_client_cert, client_key=arguments.tls_client_key
+        root_ca=arguments.tls_ca,
+        client_cert=arguments.tls_client_cert,
+        client_key=arguments.tls_client_key,
+        server_name=arguments.server_name,
+        token_file=arguments.auth_token_file,
+        insecure=arguments.insecure,
     )

@@ -1,29 +1,32 @@
-"""Memory shared with one server, and the socket on which calls in it are announced."""
+"""Memory shared with one server, and the lane in it on which calls are announced."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import mmap
-import os
-import socket
 import weakref
-from collections import deque
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from functools import partial
+from socket import socket
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from expertd import _native
 from expertd.client.base.blocks import copy_bytes
 from expertd.client.transport.gpu_room import GpuRoom
+from expertd.client.transport.handover import closed, error_in, hand_over
 from expertd.kernels.memory.gpu import GpuMemory
 from expertd.proto import codec
-from expertd.proto.base.errors import ExpertdError, Unavailable
+from expertd.proto.base.errors import ExpertdError, ServerFault
 from expertd.proto.codec import ExecuteCall, RawResponse, Registration
-from expertd.proto.lane.frames import AnswerFrames, check_peer, socket_address
-from expertd.proto.lane.free_list import FreeList
-from expertd.proto.lane.layout import GPU_SIZE_BYTES, Layout, aligned, lay_out
+from expertd.proto.lane.layout import ALIGNMENT, GPU_SIZE_BYTES, Layout, aligned, lay_out
+
+REQUEST_BYTES = 512
+"""For an ExecuteRequest without tensors; longer ones go over gRPC."""
+MIN_ENTRIES, MAX_ENTRIES, BYTES_AN_ENTRY = 64, 4096, 4096
+"""Of a lane's ring: with so few bytes a call, the segment is full first."""
 
 
 class Slot:
@@ -33,10 +36,13 @@ class Slot:
         """`gpu` is where the call's part of GPU memory is, and that part, if it has one."""
         self.segment = segment
         self.offset = offset
+        self.number = offset + aligned(layout.end)
+        """Where the lane's slot is: behind the tensors."""
         self._gpu = gpu
         self._layout = layout
         bytes_ = np.frombuffer(segment.memory, np.uint8, layout.end, offset)
-        weakref.finalize(bytes_, segment.given_back.append, (offset, layout.end)).atexit = False
+        # Views may be dropped on any thread.
+        weakref.finalize(bytes_, segment.lane.give_back, offset, segment.bytes_for(layout)).atexit = False
         self._host = torch.from_numpy(bytes_)
 
     @property
@@ -54,154 +60,194 @@ class Slot:
 
     async def write(self, call: ExecuteCall, stream: torch.cuda.Stream | None) -> None:
         """Copy the tensors of `call` here, and wait until `stream`, that of its GPU, has come so far."""
-        layout = self._layout
-        places = (
-            (self._values[layout.hidden], call.hidden),
-            (self._values[layout.hidden_scales], call.scales),
-            (self._host[layout.expert_ids], call.expert_ids),
-            (self._host[layout.weights], call.weights),
-        )
         if stream is None:
-            for place, tensor in places:
-                if tensor is not None:
-                    await copy_bytes(place, codec.flat_bytes(tensor))
+            for place, values in self._places(call):
+                await copy_bytes(place, values)
             return
         with torch.cuda.stream(stream):
-            for place, tensor in places:
-                if tensor is not None:
-                    place.copy_(codec.flat_bytes(tensor), non_blocking=True)
+            for place, values in self._places(call):
+                place.copy_(values, non_blocking=True)
         written = stream.record_event()
         while not written.query():
             await asyncio.sleep(0)
 
+    def checksum(self) -> int:
+        """Of the tensors that are written here, without those on a GPU."""
+        layout = self._layout
+        on_host = (layout.expert_ids, layout.weights)
+        places = on_host if layout.on_gpu else (layout.hidden, layout.hidden_scales, *on_host)
+        return codec.bytes_checksum(self._host[place].numpy().data for place in places)
+
+    def _places(self, call: ExecuteCall) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where each tensor belongs, and its bytes."""
+        layout = self._layout
+        for place, tensor in (
+            (self._values[layout.hidden], call.hidden),
+            (self._values[layout.hidden_scales], call.scales),
+            (self._host[layout.expert_ids], call.expert_ids),
+            (self._host[layout.weights], call.weights),
+        ):
+            if tensor is not None:
+                yield place, codec.flat_bytes(tensor)
+
 
 class Segment:
-    """A memfd mapped by this process and by a server, perhaps GPU memory beside it, and one connection for both."""
+    """A lane: memory that a server maps, too, perhaps GPU memory beside it, and one connection for both."""
 
-    def __init__(self, address: str, memory: mmap.mmap, gpu: GpuRoom | None = None) -> None:
-        """`address` is the server's, for people to read."""
+    def __init__(
+        self, address: str, lane: _native.ClientLane, connection: socket, reply_room: int, gpu: GpuRoom | None = None
+    ) -> None:
+        """`address` is the server's, for people to read; on `connection`, from now on the lane's, it was accepted."""
         self._address = address
-        self.memory = memory
+        self.lane = lane
+        self.memory = memoryview(lane.memory)
+        self.reply_room = reply_room
+        """Of each call, in bytes."""
         self._gpu = gpu
-        self.given_back: deque[tuple[int, int]] = deque()
-        """Slots that are no longer used; views may be dropped on any thread."""
-        self._free = FreeList(len(memory))
         self._waiting: dict[int, tuple[asyncio.Future[RawResponse], Slot]] = {}
-        self._frames = AnswerFrames(self._on_frame, self._on_end)
-        self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.ended = False
+        """By the slot's number; kept until the reply has come even if nobody waits: so long it is the server's."""
+        self._watched: dict[int, Callable[[], None]] = {}
+        lane.connect(connection.detach())
+        asyncio.get_running_loop().add_reader(lane.socket, self._on_bell)
+        self._on_bell()
 
     @classmethod
     async def open(
-        cls, address: str, registration: Registration, size: int, gpu: tuple[GpuMemory, int] | None = None
+        cls,
+        address: str,
+        registration: Registration,
+        size: int,
+        reply_room: int,
+        spin_us: int | None = None,
+        gpu: tuple[GpuMemory, int] | None = None,
     ) -> Self:
         """Share `size` new bytes, and `gpu` memory with its descriptor, with the server that gave `registration`.
 
         Raises OSError or an `ExpertdError`.
         """
-        descriptor = os.memfd_create("expertd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(descriptor, size)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-            # Populating takes 0.1 s for a few hundred MB.
-            memory = await asyncio.to_thread(mmap.mmap, descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-            if gpu is None:
-                segment = cls(address, memory)
-                await segment._connect(registration.socket, registration.ticket, [descriptor])
-            else:
-                gpu_memory, gpu_descriptor = gpu
-                segment = cls(address, memory, GpuRoom(gpu_memory))
-                ticket = registration.ticket + gpu_memory.size.to_bytes(GPU_SIZE_BYTES, "little")
-                await segment._connect(registration.socket, ticket, [descriptor, gpu_descriptor])
-        finally:
-            os.close(descriptor)
-        return segment
+        lane = await asyncio.to_thread(_native.ClientLane, size, entries_of(size), spin_us)
+        if gpu is None:
+            connection = await hand_over(address, registration.socket, registration.ticket, [lane.descriptor])
+            return cls(address, lane, connection, reply_room)
+        memory, descriptor = gpu
+        ticket = registration.ticket + memory.size.to_bytes(GPU_SIZE_BYTES, "little")
+        connection = await hand_over(address, registration.socket, ticket, [lane.descriptor, descriptor])
+        return cls(address, lane, connection, reply_room, GpuRoom(memory))
 
     @property
     def size(self) -> int:
-        """Bytes for hidden states and partials."""
+        """Bytes of the memory that hidden states and partials are in."""
         return len(self.memory) if self._gpu is None else self._gpu.size
+
+    @property
+    def ended(self) -> bool:
+        return self.lane.ended
+
+    def bytes_for(self, layout: Layout) -> int:
+        """What a call takes."""
+        return call_bytes(layout, self.reply_room)
 
     def take(self, layout: Layout, stream: torch.cuda.Stream | None) -> Slot | None:
         """Room for a call of `stream`, or None."""
-        while self.given_back:
-            start, length = self.given_back.popleft()
-            self._free.give_back(start, aligned(length))
         gpu = None if self._gpu is None or stream is None else self._gpu.take(layout.gpu_end, stream)
         if layout.on_gpu and gpu is None:
             return None
-        offset = self._free.take(aligned(layout.end))
+        offset = self.lane.take(self.bytes_for(layout))
         return None if offset is None else Slot(self, offset, layout, gpu)
 
-    async def exchange(self, call: ExecuteCall, slot: Slot) -> RawResponse:
-        """Announce `call`, whose tensors are in `slot`, and wait until its partials are there."""
-        if self.ended:
-            raise self._closed(None)
-        future: asyncio.Future[RawResponse] = asyncio.get_running_loop().create_future()
-        # Kept until the response has come even if nobody waits for it any more: so long the slot is the server's.
-        self._waiting[call.request_id] = future, slot
-        self._frames.send(codec.encode_call(call, slot.offset, slot.gpu_offset))
+    def post(self, call: ExecuteCall, slot: Slot, *, checked: bool = False) -> asyncio.Future[RawResponse] | None:
+        """Announce `call`, whose tensors are in `slot`: its response, when its partials are there; None without room.
+
+        Cancelling it tells the server so. Raises `Unavailable`.
+        """
+        written = slot.checksum() if checked else None
+        message = codec.encode_call(call, slot.offset, slot.gpu_offset, checked=checked, written=written)
+        if len(message) > REQUEST_BYTES:
+            return None
         try:
-            return await future
-        except asyncio.CancelledError:
-            self._frames.send(codec.encode_cancellation(call.request_id))
-            raise
+            if not self.lane.post(slot.number, message, self.reply_room, looped=True):
+                return None
+        except ConnectionError:
+            raise self._end_error() from None
+        future: asyncio.Future[RawResponse] = asyncio.get_running_loop().create_future()
+        self._waiting[slot.number] = future, slot
+        future.add_done_callback(partial(self._on_done, slot.number))
+        return future
+
+    def watch(self, number: int, look: Callable[[], None]) -> None:
+        """Have `look` called by the event loop when a looped call that others posted is done, or the lane has ended."""
+        self._watched[number] = look
+
+    def unwatch(self, number: int) -> None:
+        self._watched.pop(number, None)
 
     def close(self) -> None:
-        """End the connection; calls in flight fail with `Unavailable`."""
-        self._frames.close()
+        """End the lane; calls in flight fail with `Unavailable`."""
+        if not self.ended:
+            self.lane.close()
+            self._end()
 
-    async def _connect(self, name: str, ticket: bytes, descriptors: list[int]) -> None:
-        loop = asyncio.get_running_loop()
-        connection = socket.socket(socket.AF_UNIX)
-        try:
-            connection.setblocking(False)
-            await loop.sock_connect(connection, socket_address(name))
-            check_peer(connection)
-            socket.send_fds(connection, [ticket], descriptors)
-            await loop.create_unix_connection(lambda: self._frames, sock=connection)
-        except BaseException:
-            connection.close()
-            raise
-        try:
-            await self._accepted
-        except BaseException:
-            self.close()
-            raise
+    def _on_done(self, number: int, future: asyncio.Future[RawResponse]) -> None:
+        # The slot may have been answered meanwhile, and be another call's.
+        if future.cancelled() and self._waiting.get(number, (None,))[0] is future:
+            self.lane.cancel(number)
 
-    def _on_frame(self, message: bytes) -> None:
-        try:
-            response = codec.parse_response(message)
-            if response.error is not None and not response.request_id:
-                # Not of one call: of the handover, or of what cannot be read.
-                raise codec.read_error(response.error)
-        except ExpertdError as error:
-            self._fail(error.again(f"{self._address}: "))
-            self.close()
+    def _on_bell(self) -> None:
+        for number in self.lane.poll():
+            if number in self._waiting:
+                self._take_reply(number)
+            elif look := self._watched.pop(number, None):
+                look()
+        for number in self.lane.reap():
+            del self._waiting[number]
+        if self.ended:
+            self._end()
+
+    def _take_reply(self, number: int) -> None:
+        reply = self.lane.reply(number)
+        future, _ = self._waiting.pop(number)
+        if future.done():
             return
-        if not self._accepted.done():
-            self._accepted.set_result(None)
-            return
-        future, _ = self._waiting.pop(response.request_id, (None, None))
-        if future is not None and not future.done():
-            future.set_result(response)
+        try:
+            if reply is None:
+                raise ServerFault("the reply is longer than its room")
+            future.set_result(codec.parse_response(reply))
+        except ServerFault as error:
+            future.set_exception(error.again(f"{self._address}: "))
 
-    def _on_end(self, error: Exception | None) -> None:
-        self.ended = True
-        self._fail(self._closed(error))
-
-    def _closed(self, error: Exception | None) -> Unavailable:
-        return Unavailable(
-            f"{self._address}: the connection of shared memory was closed{f': {error}' if error else ''}"
-        )
-
-    def _fail(self, error: ExpertdError) -> None:
-        """Tell all who wait."""
-        futures: list[asyncio.Future[Any]] = [self._accepted, *(future for future, _ in self._waiting.values())]
-        for future in futures:
+    def _end(self) -> None:
+        """The lane has ended: tell all who wait."""
+        asyncio.get_running_loop().remove_reader(self.lane.socket)
+        error = self._end_error()
+        for future, _ in self._waiting.values():
             if not future.done():
                 future.set_exception(error.again())
         self._waiting.clear()
+        for look in list(self._watched.values()):
+            look()
+
+    def _end_error(self) -> ExpertdError:
+        try:
+            return error_in(self._address, self.lane.reason) or closed(self._address)
+        except ServerFault as error:
+            return error.again(f"{self._address}: ")
+
+
+def entries_of(size: int) -> int:
+    """Of the ring of a lane of `size` bytes."""
+    fitting = max(MIN_ENTRIES, min(MAX_ENTRIES, size // BYTES_AN_ENTRY))
+    return 1 << (fitting.bit_length() - 1)
+
+
+def call_bytes(layout: Layout, reply_room: int) -> int:
+    """What a call takes of a segment: its tensors, its slot and the reply."""
+    return aligned(layout.end) + ALIGNMENT + REQUEST_BYTES + reply_room
+
+
+def segment_bytes(needed: int) -> int:
+    """Of a segment that has `needed` bytes for calls."""
+    # More than enough: of twice as many bytes, the ring is as large or larger.
+    return needed + _native.ClientLane.data_at(entries_of(2 * needed))
 
 
 def layout_of(call: ExecuteCall, *, on_gpu: bool) -> Layout:

@@ -2,43 +2,87 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+
 import torch
 
-from expertd.client.transport.answer import answer
+from expertd.client.transport.answer import answer, outcome_of
 from expertd.client.transport.grpc_streams import GrpcTransport
-from expertd.client.transport.segment import Slot, layout_of
+from expertd.client.transport.native_call import OneOwner
+from expertd.client.transport.segment import Segment, Slot, layout_of
 from expertd.client.transport.segment_pool import SegmentPool
 from expertd.kernels.memory.gpu import stream_of
-from expertd.proto.base.errors import Unavailable
-from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo
+from expertd.kernels.numerics.quantize import FP8
+from expertd.kernels.numerics.tokens import FORMATS, count_pairs, place
+from expertd.proto.base.errors import ExpertdError, Unavailable
+from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo, StageTimings
 
 CHUNK_BYTES = 64 << 20
+FIRST_BYTES = 16 << 20
+"""See `SegmentPool`."""
 HOST = torch.device("cpu")
 
 
 class SharedMemoryTransport:
     """Segments shared with one server, for every device that calls come from, and a gRPC transport beside them."""
 
-    def __init__(self, grpc: GrpcTransport, max_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
-        """Shares at most `max_bytes` of each device's memory; calls that find no room go over `grpc`."""
+    def __init__(
+        self,
+        grpc: GrpcTransport,
+        max_bytes: int,
+        chunk_bytes: int = CHUNK_BYTES,
+        spin_us: int | None = None,
+        *,
+        first_bytes: int = FIRST_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+        checked: bool = False,
+    ) -> None:
+        """Shares at most `max_bytes` of each device's memory; calls that find no room go over `grpc`.
+
+        `checked`: whether requests, and with them answers, have checksums of what is in that memory.
+        """
         self.address = grpc.address
         self._grpc = grpc
-        self._max_bytes = max_bytes
         self._chunk_bytes = chunk_bytes
-        self._pools = {HOST: SegmentPool(grpc, HOST, max_bytes)}
+        self._checked = checked
+        self._experts = 0
+        self._server = OneOwner()
+        self._new_pool = partial(
+            SegmentPool, grpc, max_bytes=max_bytes, first_bytes=first_bytes, spin_us=spin_us, clock=clock
+        )
+        self._pools = {HOST: self._new_pool(HOST)}
 
     @property
     def chunk_bytes(self) -> int:
         return self._chunk_bytes if self._pools[HOST].shared else self._grpc.chunk_bytes
 
     @property
+    def checked(self) -> bool:
+        return self._checked if self.segments else self._grpc.checked
+
+    @property
     def shared_devices(self) -> frozenset[torch.device]:
         return frozenset(device for device, pool in self._pools.items() if pool.shared)
 
+    @property
+    def heard(self) -> float:
+        return self._grpc.heard
+
+    @heard.setter
+    def heard(self, when: float) -> None:
+        self._grpc.heard = when
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self._pools[HOST].segments
+
     async def get_shard(self, timeout: float) -> ShardInfo:
         shard = await self._grpc.get_shard(timeout)
+        self._experts = shard.routed_experts
         for pool in self._pools.values():
-            pool.renew()
+            pool.renew(self._experts)
         await self._pools[HOST].begin()
         return shard
 
@@ -49,7 +93,41 @@ class SharedMemoryTransport:
             return await self._grpc.execute(call)
         # The caller's GPU may be busy for long: that time is not the server's.
         await slot.write(call, stream)
-        return await answer(self.address, call, slot.segment.exchange(call, slot), slot.partials)
+        exchange = slot.segment.post(call, slot, checked=self._checked)
+        if exchange is None:
+            return await self._grpc.execute(call)
+        result = await answer(self.address, call, exchange, slot.partials, checked=self._checked)
+        self.heard = time.monotonic()
+        return result
+
+    def exchange(self, request_id: int, message: bytes) -> Awaitable[bytes]:
+        return self._grpc.exchange(request_id, message)
+
+    def call(self, call: ExecuteCall) -> ExecuteResult | None:
+        """Compute one call whose tensors are in host memory, on this thread, which spins or sleeps meanwhile.
+
+        For any thread, while the event loop runs on another or this one. None when there is no room in the memory that
+        is shared by now: `execute` shares more. Raises like `execute`. Partials of FP8 replies come in FP32.
+        """
+        segments = self.segments
+        if not segments:
+            return None
+        lanes = [segment.lane for segment in segments]
+        begun = self._server.begin(call, lanes, segments[0].reply_room, checked=self._checked)
+        if begun is None:
+            return None
+        partials = torch.empty(call.hidden.shape, dtype=torch.float32 if call.reply_dtype == FP8 else call.reply_dtype)
+        to = place(partials, partials.dtype, partials.shape)
+        reports = begun.finish(call.timeout, FORMATS[partials.dtype], to)
+        if reports is not None:
+            self.heard = time.monotonic()
+            stages = StageTimings(*reports[0][4])
+            return ExecuteResult(call.request_id, partials, count_pairs(call.expert_ids), stages)
+        part, width = begun.parts()[0], partials.shape[1]
+        outcome = outcome_of(self.address, part, width, call.reply_dtype, call.timeout, checked=self._checked)
+        if isinstance(outcome, ExpertdError):
+            raise outcome
+        return outcome
 
     async def until_not_serving(self) -> Unavailable:
         return await self._grpc.until_not_serving()
@@ -63,8 +141,8 @@ class SharedMemoryTransport:
         """Room for a call, on its tensors' GPU if it can be had there."""
         if stream is not None:
             if stream.device not in self._pools:
-                self._pools[stream.device] = pool = SegmentPool(self._grpc, stream.device, self._max_bytes)
-                pool.renew()
+                self._pools[stream.device] = self._new_pool(stream.device)
+                self._pools[stream.device].renew(self._experts)
             slot = await self._pools[stream.device].take(layout_of(call, on_gpu=True), stream)
             if slot is not None:
                 return slot

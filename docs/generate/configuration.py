@@ -12,7 +12,7 @@ from pathlib import Path
 from docs.generate.markdown import table
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.transport.security import ClientSecurity
-from expertd.server.options.config import ServerConfig, flag
+from expertd.server.options.config import ServerConfig, flag, metavar
 
 PAGE = Path(__file__).parents[1] / "configuration.md"
 HEAD = """\
@@ -66,7 +66,7 @@ def page() -> str:
 
 def server_rows() -> Iterator[tuple[str, ...]]:
     for option in dataclasses.fields(ServerConfig):
-        value = "" if option.metadata["parse"] is bool else f" {option.name.rpartition('_')[2].upper()}"
+        value = "" if option.metadata["parse"] is bool else f" {metavar(option)}"
         yield f"`{flag(option.name)}{value}`", default_of(option), option.metadata["help"]
 
 

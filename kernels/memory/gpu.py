@@ -19,23 +19,23 @@ class GpuMemoryError(RuntimeError):
 
 
 class GpuMemory:
-    """Memory of one GPU, mapped here until `close` is called or the last tensor in it is gone."""
+    """Memory of one GPU, mapped here until `close` is called or this and the last tensor in it are gone."""
 
     def __init__(self, handle: Any, size: int, device: torch.device) -> None:  # noqa: ANN401
         """Map all `size` bytes of the allocation `handle`. Raises `GpuMemoryError`."""
         self.size = size
-        self._address = int(_call("cuMemAddressReserve", size, 0, 0, 0))
+        self.address = int(_call("cuMemAddressReserve", size, 0, 0, 0))
         try:
-            _call("cuMemMap", self._address, size, 0, handle, 0)
+            _call("cuMemMap", self.address, size, 0, handle, 0)
             try:
-                _call("cuMemSetAccess", self._address, size, [_access(device)], 1)
+                _call("cuMemSetAccess", self.address, size, [_access(device)], 1)
             except GpuMemoryError:
-                _call("cuMemUnmap", self._address, size)
+                _call("cuMemUnmap", self.address, size)
                 raise
         except GpuMemoryError:
-            _call("cuMemAddressFree", self._address, size)
+            _call("cuMemAddressFree", self.address, size)
             raise
-        self.close = weakref.finalize(self, _unmap, self._address, size, device)
+        self.close = weakref.finalize(self, _unmap, self.address, size, device)
         """Wait for the GPU and unmap the memory; its tensors must not be used any more."""
         self.close.atexit = False
 
@@ -68,7 +68,7 @@ class GpuMemory:
 
     def tensor(self, offset: int, length: int, released: Callable[[], object] | None = None) -> Tensor:
         """[length] uint8 from byte `offset` on; `released` is called, on any thread, when its last view is gone."""
-        part = _Part(self, self._address + offset, length)
+        part = _Part(self, self.address + offset, length)
         if released is not None:
             weakref.finalize(part, released).atexit = False
         return torch.as_tensor(part)

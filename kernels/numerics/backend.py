@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from expertd._native import CudaExecutor
+
+LayerAddresses: TypeAlias = tuple[int, int, int, int]
+"""Where a device has a layer: up_gate, its scales, down, its scales."""
 
 
 class UnsupportedShape(ValueError):
@@ -16,17 +22,18 @@ class UnsupportedShape(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """FP8 weights of E local experts of one layer, contiguous, each with one FP32 scale per 128x128 block.
+    """Weights of E local experts of one layer, contiguous, each with one FP32 scale per 128x128 block.
 
-    A value is `weight.float() * scale of its block`. I is the experts' intermediate size, H the hidden size.
+    A value is `weight.float() * scale of its block`. I is the experts' intermediate size, H the hidden size. Loaded as
+    float8_e4m3fn, or as bfloat16 with scales of 1; a device may keep them in another type.
     """
 
     up_gate: Tensor
-    """[E, 2I, H] float8_e4m3fn; rows 0..I-1 are up_proj, rows I..2I-1 gate_proj."""
+    """[E, 2I, H]; rows 0..I-1 are up_proj, rows I..2I-1 gate_proj."""
     up_gate_scales: Tensor
     """[E, 2I/128, H/128] float32."""
     down: Tensor
-    """[E, H, I] float8_e4m3fn."""
+    """[E, H, I] of the same type."""
     down_scales: Tensor
     """[E, H/128, I/128] float32."""
 
@@ -35,9 +42,18 @@ class LayerWeights:
         return self.down.shape[0]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.down.dtype
+
+    @property
     def num_bytes(self) -> int:
         tensors = (self.up_gate, self.up_gate_scales, self.down, self.down_scales)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def addresses(self) -> LayerAddresses:
+        tensors = (self.up_gate, self.up_gate_scales, self.down, self.down_scales)
+        return (tensors[0].data_ptr(), tensors[1].data_ptr(), tensors[2].data_ptr(), tensors[3].data_ptr())
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +129,23 @@ class DeviceMemory:
     """Held by this process for tensors, those that exist included."""
 
 
+def spliced(base: Sequence[Tensor], kept: Mapping[int, int], added: Sequence[Tensor], room: int) -> list[Tensor]:
+    """Each tensor [experts, ...] of another layer, with `room` for experts: at each position of `kept` the one that
+    `base` has there, at all others those of `added`, in their order, and zeros behind them."""
+    count = len(kept) + len(added[0])
+    places = [position for position in range(count) if position not in kept]
+    tensors = []
+    for old, new in zip(base, added, strict=True):
+        out = torch.empty(room, *old.shape[1:], dtype=old.dtype, device=old.device)
+        for position, source in kept.items():
+            out[position].copy_(old[source])
+        for position, expert in zip(places, new, strict=True):
+            out[position].copy_(expert)
+        out[count:].view(torch.uint8).zero_()
+        tensors.append(out)
+    return tensors
+
+
 class Backend(Protocol):
     """Computes the expert FFNs of the layers that were loaded into it. Called by one thread only.
 
@@ -132,13 +165,27 @@ class Backend(Protocol):
         """Batches that may be under way at once, so that the copies of one overlap the computation of another."""
 
     def load_layer(self, layer: int, weights: LayerWeights) -> None:
-        """Take a layer's weights from host memory. Raises `UnsupportedShape`."""
+        """Take a layer's weights from host memory, to be known as `layer`. Raises `UnsupportedShape`."""
+
+    def splice_layer(self, layer: int, base: int, kept: Mapping[int, int], added: LayerWeights) -> None:
+        """Make another layer: at each position of `kept` the expert that layer `base`, which stays, has there; at all
+        others those of `added`, in their order. Called by any thread, beside everything else. Raises
+        `UnsupportedShape`."""
+
+    def drop_layer(self, layer: int) -> None:
+        """Forget a layer's weights, which no batch uses any more; do nothing when there are none."""
 
     def warm_up(self) -> None:
         """Do after the last `load_layer` what would make the first batches slow, such as compiling."""
 
     def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> Underway:
         """Start computing several requests, of one dtype and one top_k, as one batch."""
+
+    def native_executor(self) -> CudaExecutor | None:
+        """What an engine takes after `warm_up`, to compute in the place of `submit`; None: only `submit` does."""
+
+    def layer_addresses(self) -> Mapping[int, LayerAddresses]:
+        """Where the device has every layer, for the engine's requests; empty without a `native_executor`."""
 
     def synchronize(self) -> None:
         """Wait until the device has done everything that it was asked for; raises what it met. Called by any thread."""

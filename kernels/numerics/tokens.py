@@ -13,37 +13,39 @@ import expertd._native as native
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.quantize import FP8
 
-_FORMATS = {torch.bfloat16: native.BFLOAT16, torch.float16: native.FLOAT16, torch.float32: native.FLOAT32}
+FORMATS = {torch.bfloat16: native.BFLOAT16, torch.float16: native.FLOAT16, torch.float32: native.FLOAT32}
+ADDEND_FORMATS = FORMATS | {FP8: native.FLOAT8}
 
 
 class Addend(NamedTuple):
     """What is added to some rows of a sum."""
 
     sums: Tensor
-    """[n, H] bfloat16, float16 or float32."""
+    """[n, H] bfloat16, float16 or float32, or float8_e4m3fn with `scales`."""
     rows: Tensor
     """[n] int64: the row of the result for each, ascending."""
     weights: Tensor | None = None
     """[n] float32: what each is multiplied with."""
+    scales: Tensor | None = None
+    """[n, H/128] float32."""
 
 
-def quantize_into(hidden: Tensor, out: Tensor, scales: Tensor) -> None:
+def quantize_into(hidden: Tensor, out: Tensor, scales: Tensor) -> bool:
     """Quantise [T, H] of any float dtype to `out` [T, H] float8_e4m3fn, `scales` [T, H/128] float32.
 
-    The bits are those of `quantize_activations`.
+    The bits are those of `quantize_activations`. Whether all values are finite.
     """
     stored = hidden.dtype
-    if stored not in _FORMATS:
-        quantize_into(hidden.float(), out, scales)
-        return
+    if stored not in FORMATS:
+        return quantize_into(hidden.float(), out, scales)
     tokens, width = shape = hidden.shape
-    native.quantize(
-        _place(hidden, stored, shape),
-        _FORMATS[stored],
+    return native.quantize(
+        place(hidden, stored, shape),
+        FORMATS[stored],
         tokens,
         width,
-        _place(out, FP8, shape),
-        _place(scales, torch.float32, (tokens, width // BLOCK)),
+        place(out, FP8, shape),
+        place(scales, torch.float32, (tokens, width // BLOCK)),
     )
 
 
@@ -53,8 +55,14 @@ def gather(values: Tensor, rows: Tensor) -> Tensor:
     row_bytes, size = width * values.itemsize, len(rows)
     # NumPy's memory comes in huge pages, where a new tensor's first touch costs more than the copy.
     out = torch.from_numpy(np.empty((size, row_bytes), np.uint8))
-    place = _place(values, values.dtype, (count, width))
-    native.gather(place, count, row_bytes, _vector(rows, torch.int64, size), size, (out.data_ptr(), row_bytes))
+    native.gather(
+        place(values, values.dtype, (count, width)),
+        count,
+        row_bytes,
+        vector(rows, torch.int64, size),
+        size,
+        (out.data_ptr(), row_bytes),
+    )
     return out.view(values.dtype)
 
 
@@ -69,11 +77,11 @@ def split_by_owner(ids: Tensor, weights: Tensor, owner: Tensor) -> tuple[list[tu
     ids, weights = ids.contiguous(), weights.contiguous()
     out = torch.empty(room, dtype=torch.int64), ids.new_empty(room, top_k), weights.new_empty(room, top_k)
     sizes, orphans = native.split(
-        _vector(ids, torch.int32, room),
-        _vector(weights, torch.float32, room),
+        vector(ids, torch.int32, room),
+        vector(weights, torch.float32, room),
         tokens,
         top_k,
-        _vector(owner, torch.int64, len(owner)),
+        vector(owner, torch.int64, len(owner)),
         len(owner),
         (out[0].data_ptr(), out[1].data_ptr(), out[2].data_ptr()),
     )
@@ -86,7 +94,7 @@ def split_by_owner(ids: Tensor, weights: Tensor, owner: Tensor) -> tuple[list[tu
 def count_pairs(ids: Tensor) -> dict[int, int]:
     """How often int32 `ids` of any shape name each expert, ascending; -1 is none."""
     count = ids.numel()
-    return native.count_pairs(_vector(ids.contiguous(), torch.int32, count), count)
+    return native.count_pairs(vector(ids.contiguous(), torch.int32, count), count)
 
 
 def sum_into(out: Tensor, parts: Sequence[Addend]) -> None:
@@ -98,17 +106,27 @@ def sum_into(out: Tensor, parts: Sequence[Addend]) -> None:
         return
     count, width = out.shape
     places = [_part(part, width) for part in parts]
-    native.sum_parts(places, count, width, _FORMATS[out.dtype], _place(out, out.dtype, (count, width)))
+    native.sum_parts(places, count, width, FORMATS[out.dtype], place(out, out.dtype, (count, width)))
 
 
-def _part(part: Addend, width: int) -> tuple[tuple[int, int], int, int, int, int]:
-    sums, rows, weights = part
+def _part(part: Addend, width: int) -> native.SumPart:
+    sums, rows, weights, scales = part
     size, stored = len(rows), sums.dtype
-    weight = 0 if weights is None else _vector(weights, torch.float32, size)
-    return _place(sums, stored, (size, width)), _FORMATS[stored], size, _vector(rows, torch.int64, size), weight
+    weight = 0 if weights is None else vector(weights, torch.float32, size)
+    if (stored == FP8) != (scales is not None):
+        raise ValueError(f"sums are {stored}: scales belong to {FP8}, and to nothing else")
+    scaled = (0, 0) if scales is None else place(scales, torch.float32, (size, width // BLOCK))
+    return (
+        place(sums, stored, (size, width)),
+        ADDEND_FORMATS[stored],
+        size,
+        vector(rows, torch.int64, size),
+        weight,
+        scaled,
+    )
 
 
-def _place(values: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, int]:
+def place(values: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, int]:
     """Address of a matrix on the CPU, and bytes from one row to the next."""
     row, column = values.stride()
     if values.dtype != dtype or values.shape != shape or not values.is_cpu or (column != 1 and shape[1] > 1):
@@ -119,7 +137,7 @@ def _place(values: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> tuple[in
     return values.data_ptr(), row * values.itemsize
 
 
-def _vector(values: Tensor, dtype: torch.dtype, size: int) -> int:
+def vector(values: Tensor, dtype: torch.dtype, size: int) -> int:
     """Address of contiguous values of any shape on the CPU."""
     if values.dtype != dtype or values.numel() != size or not values.is_cpu or not values.is_contiguous():
         raise ValueError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -40,12 +40,15 @@ class Bounds:
     block_gain: float
     """Of one block, from 1."""
 
+    def rounded(self) -> Bounds:
+        """Those of what is rounded to FP8 once more: such errors have nothing to do with each other."""
+        return Bounds(*map(math.hypot, astuple(self), astuple(ROUNDED)))
 
-BOUNDS: Mapping[str, Bounds] = {
-    "torch": Bounds(relative_error=1e-5, gain=1e-5, block_gain=1e-4),
-    "cutile": Bounds(relative_error=3e-2, gain=1e-2, block_gain=4e-2),
-}
-"""By backend. cutile rounds the intermediate values to FP8, an error of 2.6e-2; see docs/numerics.md."""
+
+ROUNDED = Bounds(relative_error=3e-2, gain=1e-2, block_gain=4e-2)
+"""Of values that are rounded to FP8, an error of 2.6e-2."""
+BOUNDS: Mapping[str, Bounds] = {"torch": Bounds(relative_error=1e-5, gain=1e-5, block_gain=1e-4), "cutile": ROUNDED}
+"""By backend, for replies in FP32. cutile rounds the intermediate values to FP8; see docs/numerics.md."""
 
 
 @dataclass(frozen=True, slots=True)

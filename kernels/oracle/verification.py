@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from expertd.kernels.numerics.backend import TokenBatch
+from expertd.kernels.numerics.quantize import FP8
 from expertd.kernels.oracle.golden import (
     Agreement,
     compare_expert,
@@ -26,12 +27,17 @@ Compute: TypeAlias = Callable[[int, TokenBatch], Awaitable[Tensor]]
 
 
 async def verify(
-    checkpoint: Checkpoint, layers: Sequence[int], experts: Sequence[int], seed: int, max_tokens: int, compute: Compute
+    checkpoint: Checkpoint,
+    experts: Mapping[int, Sequence[int]],
+    seed: int,
+    max_tokens: int,
+    compute: Compute,
+    dtype: torch.dtype = FP8,
 ) -> AsyncGenerator[Agreement, None]:
-    """Compare every one of `experts` in every one of `layers`, then each layer with all of them at once.
+    """Compare every one of `experts`, by layer, then each layer with all of its at once.
 
-    Batches have at most `max_tokens` tokens. One expert's matrices are in memory at a time, and all arithmetic happens
-    on threads. Raises `CheckpointError`, or what `compute` raises.
+    `dtype` is what weights are served as. Batches have at most `max_tokens` tokens. One expert's matrices are in memory
+    at a time, and all arithmetic happens on threads. Raises `CheckpointError`, or what `compute` raises.
     """
 
     config = checkpoint.config
@@ -40,12 +46,12 @@ async def verify(
         return torch.cat([await compute(layer, part) for part in _split(batch, max_tokens)])
 
     # A coroutine's own steps must be short: it may share its event loop with requests.
-    for layer in layers:
-        mixed = await asyncio.to_thread(layer_batch, config, layer, experts, seed)
+    for layer, chosen in experts.items():
+        mixed = await asyncio.to_thread(layer_batch, config, layer, chosen, seed)
         expected = torch.zeros(mixed.hidden.shape)
-        for expert in experts:
+        for expert in chosen:
             batch = await asyncio.to_thread(expert_batch, config, layer, expert, seed)
-            matrices = await asyncio.to_thread(read_expert, checkpoint, layer, expert)
+            matrices = await asyncio.to_thread(read_expert, checkpoint, layer, expert, dtype)
             out = await computed(layer, batch)
             yield await asyncio.to_thread(compare_expert, layer, expert, out, batch, matrices)
             expected += await asyncio.to_thread(expert_reference, mixed, expert, matrices)

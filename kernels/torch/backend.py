@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, silu
 
-from expertd.kernels.numerics.backend import Computed, DeviceSeconds, LayerWeights, Partials, TokenBatch
+from expertd.kernels.numerics.backend import (
+    Computed,
+    DeviceSeconds,
+    LayerAddresses,
+    LayerWeights,
+    Partials,
+    TokenBatch,
+    spliced,
+)
 from expertd.kernels.numerics.quantize import dequantize_activations, dequantize_weights
 from expertd.kernels.numerics.token_sort import sort_pairs
 
@@ -20,7 +28,7 @@ ROW_BLOCK = 16
 
 
 class TorchBackend:
-    """Keeps dequantised FP32 weights (four times the FP8 bytes); batch-invariant, no second quantisation."""
+    """Keeps FP32 weights (four times the FP8 bytes, twice those of BF16); batch-invariant, no second quantisation."""
 
     name = "torch"
     depth = 1
@@ -33,10 +41,15 @@ class TorchBackend:
         return f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
 
     def load_layer(self, layer: int, weights: LayerWeights) -> None:
-        self._layers[layer] = (
-            dequantize_weights(weights.up_gate, weights.up_gate_scales),
-            dequantize_weights(weights.down, weights.down_scales),
-        )
+        self._layers[layer] = _plain(weights)
+
+    def splice_layer(self, layer: int, base: int, kept: Mapping[int, int], added: LayerWeights) -> None:
+        room = len(kept) + added.num_experts
+        up_gate, down = spliced(self._layers[base], kept, _plain(added), room)
+        self._layers[layer] = (up_gate, down)
+
+    def drop_layer(self, layer: int) -> None:
+        self._layers.pop(layer, None)
 
     def warm_up(self) -> None:
         """Nothing to do."""
@@ -59,6 +72,12 @@ class TorchBackend:
             )
         )
 
+    def native_executor(self) -> None:
+        """There is none: `submit` computes."""
+
+    def layer_addresses(self) -> dict[int, LayerAddresses]:
+        return {}
+
     def synchronize(self) -> None:
         """Nothing to do: a batch is computed when `submit` returns."""
 
@@ -79,6 +98,14 @@ class TorchBackend:
                 sums.index_add_(0, tokens, rows * pair_weights[choices])
             first += count
         return Partials(sums=sums, pairs=order.counts.to(torch.int32))
+
+
+def _plain(weights: LayerWeights) -> tuple[Tensor, Tensor]:
+    """FP32 up_gate [E, 2I, H] and down [E, H, I]."""
+    return (
+        dequantize_weights(weights.up_gate, weights.up_gate_scales),
+        dequantize_weights(weights.down, weights.down_scales),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from expertd.kernels.model.config import MoeConfig
+from expertd.kernels.weights.files import check_path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -51,6 +52,7 @@ class Checkpoint:
     """A folder with `config.json` and `safetensors` files. Reads are thread-safe and touch only the bytes asked for."""
 
     def __init__(self, folder: Path) -> None:
+        check_path("folder", folder)
         self.folder = folder
         self.config = MoeConfig.from_json(folder / "config.json")
         self._files = self._read_index()

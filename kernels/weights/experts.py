@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +17,8 @@ from expertd.kernels.weights.digests import expert_digest, tensor_digest
 
 READERS = 4
 """Threads that read and quantise at once; a read releases the interpreter lock."""
+SCALES = "_scale_inv"
+"""Behind the name of a weight in FP8."""
 HASHERS = 8
 """Threads that hash what was read, so that readers need not wait; a core hashes about as fast as a disk reads."""
 
@@ -37,25 +39,52 @@ class ExpertMatrices:
     """[H, I]."""
 
 
-def layer_bytes(checkpoint: Checkpoint, layer: int, experts: Sequence[int]) -> int:
+def layer_bytes(checkpoint: Checkpoint, layer: int, experts: Sequence[int], dtype: torch.dtype = FP8) -> int:
     """Bytes that `load_layer` will read. Checks that every tensor is there, with the right shape and dtype."""
-    return sum(stored.num_bytes for expert in experts for stored in expert_tensors(checkpoint, layer, expert))
+    return sum(stored.num_bytes for expert in experts for stored in expert_tensors(checkpoint, layer, expert, dtype))
 
 
-def expert_tensors(checkpoint: Checkpoint, layer: int, expert: int) -> tuple[StoredTensor, ...]:
-    """An expert's tensors in the order of its digest, checked for shape and dtype. Raises `CheckpointError`."""
+def stored_dtypes(checkpoint: Checkpoint, experts: Mapping[int, Sequence[int]]) -> tuple[torch.dtype, ...]:
+    """What the files hold the weights of these experts, by layer, as: float8_e4m3fn, bfloat16, or both.
+
+    Raises `CheckpointError`.
+    """
+    every = (
+        stored
+        for layer, chosen in experts.items()
+        for expert in chosen
+        for stored in expert_tensors(checkpoint, layer, expert)
+    )
+    found = {stored.dtype for stored in every if not stored.name.endswith(SCALES)}
+    return tuple(dtype for name, dtype in (("F8_E4M3", FP8), ("BF16", torch.bfloat16)) if name in found)
+
+
+def expert_tensors(
+    checkpoint: Checkpoint, layer: int, expert: int, dtype: torch.dtype = FP8
+) -> tuple[StoredTensor, ...]:
+    """An expert's tensors in the order of its digest, checked for shape and whether they can be served as `dtype`.
+
+    Raises `CheckpointError`.
+    """
     return tuple(
         stored
         for name, rows, columns in _projections(checkpoint.config)
-        for stored in _find(checkpoint, checkpoint.config.family.expert_weight(layer, expert, name), rows, columns)
+        for stored in _find(
+            checkpoint, checkpoint.config.family.expert_weight(layer, expert, name), rows, columns, dtype
+        )
     )
 
 
 def load_layer(
-    checkpoint: Checkpoint, layer: int, experts: Sequence[int], on_bytes: OnBytes, on_digest: OnDigest | None = None
+    checkpoint: Checkpoint,
+    layer: int,
+    experts: Sequence[int],
+    on_bytes: OnBytes,
+    on_digest: OnDigest | None = None,
+    dtype: torch.dtype = FP8,
 ) -> LayerWeights:
-    """Read the experts of one layer; BF16 weights are quantised. `on_bytes` hears of every tensor read, `on_digest` of
-    every expert; without it nothing is hashed.
+    """Read the experts of one layer as `dtype`; for float8_e4m3fn BF16 weights are quantised. `on_bytes` hears of every
+    tensor read, `on_digest` of every expert; without it nothing is hashed.
 
     Raises `CheckpointError` for tensors that are missing, truncated, of another shape or dtype, badly scaled or all
     zero, and what `on_digest` raises.
@@ -63,10 +92,10 @@ def load_layer(
     config = checkpoint.config
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     weights = LayerWeights(
-        up_gate=torch.empty(len(experts), 2 * inner, hidden, dtype=FP8),
-        up_gate_scales=torch.empty(len(experts), 2 * inner // BLOCK, hidden // BLOCK),
-        down=torch.empty(len(experts), hidden, inner, dtype=FP8),
-        down_scales=torch.empty(len(experts), hidden // BLOCK, inner // BLOCK),
+        up_gate=torch.empty(len(experts), 2 * inner, hidden, dtype=dtype),
+        up_gate_scales=torch.ones(len(experts), 2 * inner // BLOCK, hidden // BLOCK),
+        down=torch.empty(len(experts), hidden, inner, dtype=dtype),
+        down_scales=torch.ones(len(experts), hidden // BLOCK, inner // BLOCK),
     )
 
     def load_expert(local: int) -> list[Future[bytes]]:
@@ -81,7 +110,7 @@ def load_layer(
         }
         for projection, rows, columns in _projections(config):
             name = config.family.expert_weight(layer, experts[local], projection)
-            found = _find(checkpoint, name, rows, columns)
+            found = _find(checkpoint, name, rows, columns, dtype)
             contents = _load(checkpoint, found, *targets[projection])
             if on_digest is not None:
                 hashing += [hashers.submit(tensor_digest, *read) for read in zip(found, contents, strict=True)]
@@ -98,8 +127,8 @@ def load_layer(
     return weights
 
 
-def read_expert(checkpoint: Checkpoint, layer: int, expert: int) -> ExpertMatrices:
-    """The values that a server holds for an expert: those of the FP8 blocks, to which BF16 weights are rounded.
+def read_expert(checkpoint: Checkpoint, layer: int, expert: int, dtype: torch.dtype = FP8) -> ExpertMatrices:
+    """The values that a server of `dtype` holds for an expert: to FP8 blocks BF16 weights are rounded.
 
     Shares nothing with `load_layer` but the names, so that one may check the other. Raises `CheckpointError`.
     """
@@ -107,7 +136,7 @@ def read_expert(checkpoint: Checkpoint, layer: int, expert: int) -> ExpertMatric
     def read(projection: str, rows: int, columns: int) -> Tensor:
         name = checkpoint.config.family.expert_weight(layer, expert, projection)
         matrix = read_matrix(checkpoint, name, rows, columns)
-        if checkpoint.find(name).dtype == "F8_E4M3":
+        if dtype != FP8 or checkpoint.find(name).dtype == "F8_E4M3":
             return matrix
         return dequantize_weights(*quantize_weights(matrix))
 
@@ -121,7 +150,7 @@ def read_matrix(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> T
     if weight.dtype != FP8:
         return weight.float()
     blocks = (rows // BLOCK, columns // BLOCK)
-    scales = checkpoint.read(f"{name}_scale_inv", blocks, torch.float32, torch.bfloat16)
+    scales = checkpoint.read(name + SCALES, blocks, torch.float32, torch.bfloat16)
     return dequantize_weights(weight, scales.float())
 
 
@@ -131,13 +160,17 @@ def _projections(config: MoeConfig) -> tuple[tuple[str, int, int], ...]:
     return (("up_proj", inner, hidden), ("gate_proj", inner, hidden), ("down_proj", hidden, inner))
 
 
-def _find(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> tuple[StoredTensor, ...]:
-    """The stored weight, followed by its stored scales when it is FP8."""
+def _find(checkpoint: Checkpoint, name: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[StoredTensor, ...]:
+    """The stored weight, to be served as `dtype`, followed by its stored scales when it is FP8."""
     weight = checkpoint.check(name, (rows, columns), FP8, torch.bfloat16)
     if weight.dtype == "BF16":
         return (weight,)
+    if dtype != FP8:
+        raise CheckpointError(
+            f"{weight.file}: tensor {name} is FP8 already; --weights bf16 is for checkpoints of BF16: leave it out"
+        )
     blocks = (rows // BLOCK, columns // BLOCK)
-    return (weight, checkpoint.check(f"{name}_scale_inv", blocks, torch.float32, torch.bfloat16))
+    return (weight, checkpoint.check(name + SCALES, blocks, torch.float32, torch.bfloat16))
 
 
 def _load(
@@ -145,14 +178,17 @@ def _load(
 ) -> tuple[Tensor, ...]:
     """Read one matrix into `weight` and `scales`, views of the layer's tensors. Returns what `found` holds."""
     if len(found) == 1:
-        plain = checkpoint.read(found[0].name, found[0].shape, torch.bfloat16)
+        kept = weight.dtype == torch.bfloat16
+        plain = weight if kept else torch.empty(found[0].shape, dtype=torch.bfloat16)
+        checkpoint.read_into(found[0], plain)
         if not plain.isfinite().all():
             raise CheckpointError(f"{found[0].file}: tensor {found[0].name}: expected finite values, found NaN or Inf")
         if not plain.any():
             raise _no_weights(found[0])
-        quantized, block_scales = quantize_weights(plain)
-        weight.copy_(quantized)
-        scales.copy_(block_scales)
+        if not kept:
+            quantized, block_scales = quantize_weights(plain)
+            weight.copy_(quantized)
+            scales.copy_(block_scales)
         return (plain,)
     checkpoint.read_into(found[0], weight)
     # The two NaN codes of E4M3, 0x7F and 0xFF, are the largest bytes as signed and as unsigned numbers.

@@ -13,6 +13,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertd"
 
 
+def check_path(name: str, path: object) -> None:
+    """Raise `TypeError`, saying what to give, for what is no `Path`."""
+    if not isinstance(path, Path):
+        raise TypeError(
+            f"{name} is {path!r}, a {type(path).__name__}; give a pathlib.Path, such as Path({str(path)!r})"
+        )
+
+
 def write_json(value: dict[str, Any], path: Path) -> None:
     """Write a file of sorted keys. Raises `OSError`."""
     write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", path)

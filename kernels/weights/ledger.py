@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
@@ -66,9 +66,9 @@ class Ledger:
             )
         self._found[layer, expert] = digest
 
-    def found(self, layers: Sequence[int], experts: Sequence[int], size: int) -> bytes:
-        """The first `size` bytes of the digests of `experts` in `layers`, by layer; empty until all are loaded."""
-        wanted = [(layer, expert) for layer in layers for expert in experts]
+    def found(self, experts: Mapping[int, Sequence[int]], size: int) -> bytes:
+        """The first `size` bytes of the digests of `experts`, by layer; empty until all are loaded."""
+        wanted = [(layer, expert) for layer, chosen in experts.items() for expert in chosen]
         if not self._found.keys() >= set(wanted):
             return b""
         return b"".join(self._found[one][:size] for one in wanted)

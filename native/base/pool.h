@@ -1,17 +1,18 @@
 // A few threads on which large computations spread, shared by everything in the process.
 #pragma once
 
-#include <unistd.h>
-
 #include <condition_variable>
 #include <cstddef>
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <type_traits>
 
+#include "base/owned.h"
+
 namespace expertd {
 
-class Pool {
+class Pool : public Owned {
  public:
   // This process's. A child made by fork, to which no thread came along, gets a new one; the old one is left alone,
   // since its lock may be held for ever.
@@ -32,6 +33,9 @@ class Pool {
     for (std::size_t piece = 0; piece < pieces; ++piece) work(piece);
   }
 
+  // Has a thread of the pool call `task`, some time. It must not throw.
+  void post(std::function<void()> task);
+
  private:
   struct Job {
     void (*call)(const void* context, std::size_t piece) noexcept;
@@ -43,17 +47,17 @@ class Pool {
 
   explicit Pool(std::size_t size);
   void share(Job job);
-  void start_threads(std::size_t wanted);
+  bool start_threads(std::size_t wanted);
   void help() noexcept;
   void work_on(Job& job, std::unique_lock<std::mutex>& lock) noexcept;
 
-  const pid_t pid_;
   const std::size_t size_;
   std::mutex lock_;
   std::condition_variable posted_;
   std::condition_variable finished_;
   // Those with pieces that nobody took. They live on the stacks of who asks, who waits until none is unfinished.
   std::deque<Job*> jobs_;
+  std::deque<std::function<void()>> tasks_;
   std::size_t threads_ = 0;
 };
 

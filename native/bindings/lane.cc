@@ -3,23 +3,23 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <system_error>
 
+#include "bindings/owned.h"
+#include "bindings/unlocked.h"
+#include "bindings/wait.h"
 #include "lane/client_lane.h"
-#include "lane/futex.h"
 
 namespace py = pybind11;
 
 namespace expertd {
 namespace {
-
-// Signals can come before the sleep that they were to end, and to other threads: so long they may go unseen.
-constexpr int64_t kSignalNs = 100'000'000;
 
 [[noreturn]] void forked() { throw std::runtime_error("the lane is its parent process's"); }
 
@@ -42,19 +42,17 @@ bool post(ClientLane& lane, uint64_t slot, std::string_view request, uint32_t re
 
 // True when the call is done, false once the lane has ended without it, None at the deadline.
 std::optional<bool> wait(ClientLane& lane, uint64_t slot, std::optional<double> timeout) {
-  const int64_t begin = monotonic_ns();
-  const int64_t deadline = timeout ? begin + static_cast<int64_t>(*timeout * 1e9) : INT64_MAX;
-  for (;;) {
-    Wait how;
-    {
-      const py::gil_scoped_release released;
-      how = lane.wait(slot, std::min(deadline, monotonic_ns() + kSignalNs));
-    }
-    if (how == Wait::kForked) forked();
-    if (how == Wait::kUnknown) throw std::invalid_argument("no call is in slot " + std::to_string(slot));
-    if (how == Wait::kDone || how == Wait::kEnded) return how == Wait::kDone;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (monotonic_ns() >= deadline) return std::nullopt;
+  switch (wait_with_signals(timeout, [&](int64_t deadline) { return lane.wait(slot, deadline); })) {
+    case Wait::kForked:
+      forked();
+    case Wait::kUnknown:
+      throw std::invalid_argument("no call is in slot " + std::to_string(slot));
+    case Wait::kDone:
+      return true;
+    case Wait::kEnded:
+      return false;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -66,20 +64,34 @@ std::optional<py::bytes> reply(ClientLane& lane, uint64_t slot) {
 }  // namespace
 
 void bind_lane(py::module_& module) {
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const std::system_error& error) {
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
+    }
+  });
+
   py::class_<Mapping, std::shared_ptr<Mapping>>(module, "Mapping", py::buffer_protocol())
-      .def(py::init<int, size_t>(), py::arg("descriptor"), py::arg("size"), py::call_guard<py::gil_scoped_release>())
+      .def(py::init<int, size_t>(), py::arg("descriptor"), py::arg("size"), py::call_guard<Unlocked>())
       .def_property_readonly("broken", &Mapping::broken)
+      .def("close", &Mapping::close, py::call_guard<Unlocked>())
       .def("__len__", &Mapping::size)
       .def_buffer([](Mapping& mapping) {
         return py::buffer_info(reinterpret_cast<uint8_t*>(mapping.base()), static_cast<py::ssize_t>(mapping.size()));
       });
 
-  py::class_<ClientLane>(module, "ClientLane")
-      .def(py::init([](size_t size, uint32_t entries, int64_t spin_us) {
-             return std::make_unique<ClientLane>(size, entries, SpinHost::here(), spin_us * 1000);
+  py::class_<FreeList>(module, "FreeList")
+      .def(py::init<uint64_t, uint64_t>(), py::arg("begin"), py::arg("end"))
+      .def("take", &FreeList::take, py::arg("length"))
+      .def("give_back", &FreeList::give_back, py::arg("begin"), py::arg("length"));
+
+  py::class_<ClientLane, std::shared_ptr<ClientLane>>(module, "ClientLane")
+      .def(py::init([](size_t size, uint32_t entries, std::optional<int64_t> spin_us) {
+             return std::make_shared<ClientLane>(size, entries, SpinHost::here(), Spin::max_ns(spin_us));
            }),
-           py::arg("size"), py::arg("entries"), py::arg("spin_us") = Spin::kAutoNs / 1000,
-           py::call_guard<py::gil_scoped_release>())
+           py::arg("size"), py::arg("entries"), py::arg("spin_us") = py::none(), py::call_guard<Unlocked>())
+      .def_static("data_at", &data_at, py::arg("entries"))
       .def_property_readonly("descriptor", &ClientLane::descriptor)
       .def_property_readonly("socket", &ClientLane::socket)
       .def_property_readonly("memory", &ClientLane::memory)
@@ -87,6 +99,11 @@ void bind_lane(py::module_& module) {
       .def_property_readonly("ended", &ClientLane::ended)
       .def_property_readonly("in_flight", &ClientLane::in_flight)
       .def_property_readonly("reason", [](const ClientLane& lane) { return py::bytes(lane.reason()); })
+      .def_property_readonly("free_bytes", &ClientLane::free_bytes)
+      .def("take", &ClientLane::take, py::arg("length"))
+      .def(
+          "give_back", [](ClientLane& lane, uint64_t at, uint64_t bytes) { lane.give_back({at, bytes}); },
+          py::arg("at"), py::arg("length"))
       .def("connect", &ClientLane::connect, py::arg("socket"))
       .def("post", &post, py::arg("slot"), py::arg("request"), py::arg("reply_room"), py::arg("looped") = false)
       .def("wait", &wait, py::arg("slot"), py::arg("timeout") = py::none())

@@ -1,185 +1,309 @@
 #include "cuda/bay.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstring>
 
 namespace expertd::cuda {
 
 namespace {
 
-bool direct(const Part& part, size_t bytes) { return part.pinned && bytes > kDirectBytes; }
+constexpr size_t kInPlaceBytes = 256 << 10;  // copies between host memory up to this are made at once
+constexpr size_t kPieces = 4;                // that a batch is staged in at least, if they are not too small
+
+uint64_t place_of(const void* memory) { return reinterpret_cast<uint64_t>(memory); }
+
+Reach reach_of(Reach reach, size_t bytes) {
+  return reach == Reach::kPinned && bytes <= kDirectBytes ? Reach::kPageable : reach;
+}
+
+// Whether kernels can work on the request's own memory: where a batch is padded they would write past its end.
+bool fits(const Batch& batch, const Layout& layout, const Cut& cut) {
+  const Job& job = *batch.jobs.front();
+  if (batch.jobs.size() != 1 || job.reach != Reach::kDevice) return false;
+  if (batch.tokens != uint64_t{cut.parts} * layout.tokens) return false;
+  const void* const places[] = {job.request.hidden.data(), job.request.scales.data(), job.sums};
+  return std::all_of(std::begin(places), std::end(places), [](auto at) { return place_of(at) % kAlignment == 0; });
+}
 
 }  // namespace
 
 bool Streams::idle(const Driver& driver) const {
-  for (const Stream* stream : {&inward, &compute, &outward})
+  for (const Stream* stream : {&inward, &compute, &outward, &express})
     if (driver.cuStreamQuery(stream->get()) != kCudaSuccess) return false;
   return true;
 }
 
-Bay::Bay(const Driver& driver, const Streams& streams, const Layout& largest)
+Bay::Bay(const Driver& driver, const Streams& streams, size_t inward, size_t outward)
     : driver_(driver),
       streams_(streams),
-      pinned_in_(make_pinned_memory(driver, largest.inward_bytes())),
-      pinned_out_(make_pinned_memory(driver, largest.outward_bytes())),
-      pinned_word_(make_pinned_memory(driver, 64)),  // a line of its own
-      device_in_(make_device_memory(driver, largest.inward_bytes())),
-      device_out_(make_device_memory(driver, largest.outward_bytes())) {
+      pinned_in_(make_pinned_memory(driver, inward)),
+      pinned_out_(make_pinned_memory(driver, outward)),
+      pinned_words_(make_pinned_memory(driver, 64)),  // a line of their own
+      device_in_(make_device_memory(driver, inward)),
+      device_out_(make_device_memory(driver, outward)),
+      arrived_(make_event(driver)),
+      computed_(make_event(driver)),
+      in_{.inward = true, .memory = host_in()},
+      out_{.inward = false, .memory = host_out()} {
   for (Event& event : marks_) event = make_event(driver);
-  *word() = 0;
+  words()[0] = 0;
 }
 
-Addresses Bay::addresses(const Layout& layout, const std::array<DevicePointer, 4>& layer) const {
-  DevicePointer in = inward(), scales = layout.scales_row() ? in + layout.scales() : 0;
+Addresses Bay::addresses(const Layout& layout, size_t part, const std::array<DevicePointer, 4>& layer) const {
+  const DevicePointer in = device_in_.get() + part * layout.inward_bytes();
+  const DevicePointer out = device_out_.get() + part * layout.outward_bytes();
   return {in + layout.ids(),
           in + layout.weights(),
           in + layout.hidden(),
-          scales,
-          outward() + layout.sums(),
+          layout.scales_row() ? in + layout.scales() : 0,
+          out + layout.sums(),
+          out + layout.pairs(),
           layer[0],
           layer[1],
           layer[2],
           layer[3]};
 }
 
-const std::vector<Copy>& Bay::stage(const Batch& batch, const Layout& layout) {
-  layout_ = layout;
-  tokens_ = batch.tokens;
-  copies_.clear();
-  stage_routing(batch);
-  size_t scales_at = layout.scales(), hidden_at = layout.hidden();
-  for (const Part& part : batch.parts) {
-    size_t scales = part.tokens * layout.scales_row(), hidden = part.tokens * layout.hidden_row();
-    if (scales) copies_.push_back({host_in() + scales_at, part.scales, scales});
-    if (!direct(part, hidden)) copies_.push_back({host_in() + hidden_at, part.hidden, hidden});
-    scales_at += scales;
-    hidden_at += hidden;
+void Bay::stage(const Batch& batch, const Layout& layout, const Cut& cut, const std::array<DevicePointer, 4>& layer,
+                bool timed, size_t piece_bytes, Copier* copier) {
+  layout_ = layout, layer_ = layer, copier_ = copier;
+  resident_ = fits(batch, layout, cut) ? batch.jobs.front().get() : nullptr;
+  ticket_++;  // now: what an earlier launch left may not be taken for the end of this one
+  words()[1] = 0;
+  part_ = sent_ = fetched_ = 0;
+  begun_ = false;
+  parts_.clear(), fetches_.clear(), in_.reset(), out_.reset();
+  for (const auto& job : batch.jobs) {
+    const size_t tokens = job->tokens();
+    in_.staged += 8 * tokens * layout.shape.max_top_k;
+    if (job->reach == Reach::kDevice) continue;
+    in_.staged += tokens * layout.scales_row();
+    const size_t hidden = tokens * layout.hidden_row(), sums = tokens * layout.sums_row();
+    if (reach_of(job->reach, hidden) == Reach::kPageable) in_.staged += hidden;
+    if (reach_of(job->sums_reach(), sums) == Reach::kPageable) out_.staged += sums;
   }
-  return copies_;
-}
-
-void Bay::stage_routing(const Batch& batch) {
-  const size_t width = layout_.shape.max_top_k, top_k = batch.top_k;
-  auto ids = reinterpret_cast<int32_t*>(host_in() + layout_.ids());
-  auto weights = reinterpret_cast<float*>(host_in() + layout_.weights());
-  for (const Part& part : batch.parts) {
-    size_t pairs = part.tokens * top_k;
-    if (top_k == width) {
-      copies_.push_back({ids, part.ids, 4 * pairs});
-      copies_.push_back({weights, part.weights, 4 * pairs});
-    } else {
-      for (size_t token = 0; token < part.tokens; token++) {
-        std::fill(std::copy_n(part.ids + token * top_k, top_k, ids + token * width), ids + (token + 1) * width, -1);
-        std::fill(std::copy_n(part.weights + token * top_k, top_k, weights + token * width),
-                  weights + (token + 1) * width, 0.0f);
-      }
-    }
-    ids += part.tokens * width;
-    weights += part.tokens * width;
+  for (Way* way : {&in_, &out_})
+    way->limit = way->staged <= kInPlaceBytes ? ~size_t{0} : std::clamp(way->staged / kPieces, piece_bytes, kPinStep);
+  for (uint32_t first = 0; first < batch.tokens; first += cut.tokens) {
+    parts_.push_back({first, std::min(cut.tokens, static_cast<uint32_t>(batch.tokens) - first)});
+    plan(batch, parts_.size() - 1);
   }
-  std::fill_n(ids, (layout_.tokens - tokens_) * width, -1);
-}
-
-void Bay::launch(const Batch& batch, Graph& graph, bool timed) {
   timed_ = timed || !small();
-  ticket_++;  // first: what an earlier launch left may not be taken for the end of this one
-  const Stream& in = small() ? streams_.compute : streams_.inward;
-  const Stream& out = small() ? streams_.compute : streams_.outward;
-  graph.bind(addresses(layout_, batch.weights));
-  if (timed_) mark(0, in);
-  copy_in(batch, in.get());
-  if (timed_) mark(1, in);
-  if (!small()) {
-    driver_.check(driver_.cuStreamWaitEvent(streams_.compute.get(), marks_[1].get(), 0));
-    mark(2, streams_.compute);
-  }
-  graph.launch(streams_.compute.get());
-  if (timed_) mark(3, streams_.compute);
-  if (!small()) {
-    driver_.check(driver_.cuStreamWaitEvent(out.get(), marks_[3].get(), 0));
-    mark(4, out);
-  }
-  copy_out(batch, out.get());
-  if (timed_) mark(5, out);
-  driver_.check(driver_.cuStreamWriteValue32(out.get(), reinterpret_cast<DevicePointer>(word()), ticket_, 0));
+  for (Piece& piece : out_.pieces)
+    if (!piece.copies.empty()) fetches_.push_back(&piece);
+  for (Piece& piece : in_.pieces) copy(piece, in_);
 }
 
-void Bay::mark(size_t index, const Stream& stream) {
-  driver_.check(driver_.cuEventRecord(marks_[index].get(), stream.get()));
+void Bay::plan(const Batch& batch, size_t index) {
+  Part& part = parts_[index];
+  const size_t in = index * layout_.inward_bytes(), out = index * layout_.outward_bytes();
+  in_.pieces.emplace_back(in, 0, layout_.scales(), Reach::kPageable);
+  plan_routing(batch, part, host_in() + in, &in_.pieces.back().copies);
+  out_.pieces.emplace_back(out + layout_.pairs(), 0, layout_.pairs_bytes(), Reach::kPageable);
+  if (!resident_) {
+    if (layout_.scales_row()) {
+      plan_rows(batch, part, layout_.scales_row(), [&](const Job& job, size_t skip, size_t at, size_t bytes) {
+        const Reach reach = job.reach == Reach::kDevice ? Reach::kDevice : Reach::kPageable;
+        in_.add(in + layout_.scales() + at, place_of(job.request.scales.data()) + skip, bytes, reach);
+      });
+    }
+    plan_rows(batch, part, layout_.hidden_row(), [&](const Job& job, size_t skip, size_t at, size_t bytes) {
+      const Reach reach = reach_of(job.reach, job.request.hidden.size());
+      in_.add(in + layout_.hidden() + at, place_of(job.request.hidden.data()) + skip, bytes, reach);
+    });
+    plan_rows(batch, part, layout_.sums_row(), [&](const Job& job, size_t skip, size_t at, size_t bytes) {
+      const Reach reach = reach_of(job.sums_reach(), job.tokens() * layout_.sums_row());
+      out_.add(out + layout_.sums() + at, place_of(job.sums) + skip, bytes, reach);
+    });
+  }
+  part.inward_end = in_.pieces.size();
+  part.outward_end = out_.pieces.size();
 }
 
-template <typename Memory>
-void Bay::plan(const Batch& batch, uint8_t* staging, size_t prefix, size_t row, Memory memory) {
-  stretches_.assign(1, {0, staging, prefix, true});
-  size_t offset = prefix;
-  for (const Part& part : batch.parts) {
-    const size_t end = offset + part.tokens * row;
-    if (!direct(part, end - offset)) {
-      if (stretches_.back().staged) {
-        stretches_.back().bytes += end - offset;
+// Calls `add(job, bytes to skip in its memory, bytes to skip in the part's, bytes)` for each request's rows of the
+// part.
+template <typename Add>
+void Bay::plan_rows(const Batch& batch, const Part& part, size_t row, const Add& add) const {
+  uint32_t first = 0;
+  for (const auto& job : batch.jobs) {
+    const uint32_t begin = std::max(first, part.first);
+    const uint32_t end = std::min(first + job->tokens(), part.first + part.tokens);
+    if (begin < end) add(*job, (begin - first) * row, (begin - part.first) * row, (end - begin) * row);
+    first += job->tokens();
+  }
+}
+
+// `to`: of the part, in pinned memory.
+void Bay::plan_routing(const Batch& batch, const Part& part, uint8_t* to, std::vector<Copy>* copies) const {
+  const size_t top_k = batch.first().top_k, wide = 4 * size_t{layout_.shape.max_top_k}, narrow = 4 * top_k;
+  plan_rows(batch, part, narrow, [&](const Job& job, size_t skip, size_t at, size_t bytes) {
+    const size_t row = narrow == wide ? 0 : narrow, padded_at = at / narrow * wide,
+                 padded_bytes = bytes / narrow * wide;
+    auto ids = reinterpret_cast<const char*>(job.request.local_ids.data());
+    copies->push_back({to + layout_.ids() + padded_at, ids + skip, padded_bytes, 0xFF, row, wide});  // -1
+    copies->push_back(
+        {to + layout_.weights() + padded_at, job.request.weights.data() + skip, padded_bytes, 0, row, wide});
+  });
+  const size_t used = part.tokens * wide;
+  if (used < layout_.routing_bytes())
+    copies->push_back({to + layout_.ids() + used, nullptr, layout_.routing_bytes() - used, 0xFF});
+}
+
+// Adds bytes at `offset` of the bay's memory to the pieces. Staged ones that follow each other become one copy of the
+// device, with what is padding between them.
+void Bay::Way::add(size_t offset, uint64_t place, size_t bytes, Reach reach) {
+  for (const size_t end = offset + bytes; offset < end;) {
+    size_t taken = end - offset;
+    if (reach == Reach::kPageable) {
+      if (pieces.back().reach != Reach::kPageable || offset - pieces.back().offset >= limit)
+        pieces.emplace_back(offset, 0, 0, Reach::kPageable);
+      Piece& piece = pieces.back();
+      taken = std::min(taken, limit - (offset - piece.offset));
+      piece.bytes = offset + taken - piece.offset;
+      void* const staged = memory + offset;
+      void* const own = reinterpret_cast<void*>(place);
+      piece.copies.push_back(inward ? Copy{staged, own, taken} : Copy{own, staged, taken});
+    } else {
+      if (reach == Reach::kPinned) taken = std::min(taken, kPinStep - place % kPinStep);
+      pieces.emplace_back(offset, place, taken, reach);
+    }
+    offset += taken;
+    place += taken;
+  }
+}
+
+void Bay::copy(Piece& piece, const Way& way) {
+  if (!piece.copies.empty() && way.staged > kInPlaceBytes) {
+    copies_.push_back(&piece);
+    return copier_->start(piece.copies, &piece.copied);
+  }
+  for (const Copy& copy : piece.copies) copy.make();
+  piece.copied = true;
+}
+
+bool Bay::ready() const {
+  for (size_t i = part_ ? parts_[part_ - 1].inward_end : 0; i < parts_[part_].inward_end; i++) {
+    const Piece& piece = in_.pieces[i];
+    if (!piece.moved && piece.copied.load(std::memory_order_acquire)) return true;
+  }
+  return false;
+}
+
+bool Bay::feed(Graph& graph) {
+  if (timed_ && !begun_) mark(marks_[0], in_stream());
+  begun_ = true;
+  for (; part_ < parts_.size(); part_++) {
+    bool all = true;
+    for (size_t i = part_ ? parts_[part_ - 1].inward_end : 0; i < parts_[part_].inward_end; i++) {
+      Piece& piece = in_.pieces[i];
+      if (piece.moved) continue;
+      if (piece.copied.load(std::memory_order_acquire)) {
+        move_in(piece);
       } else {
-        stretches_.push_back({offset, staging + offset, end - offset, true});
+        all = false;
       }
-      offset = end;
     }
-    for (uint8_t* host = memory(part); offset < end;) {
-      size_t bytes = std::min(end - offset, kPinStep - reinterpret_cast<uintptr_t>(host) % kPinStep);
-      stretches_.push_back({offset, host, bytes, false});
-      offset += bytes;
-      host += bytes;
-    }
+    if (!all) return false;
+    compute(part_, graph);
   }
+  write(0, ticket_);
+  return true;
 }
 
-void Bay::copy_in(const Batch& batch, void* stream) {
-  plan(batch, host_in(), layout_.hidden(), layout_.hidden_row(),
-       [](const Part& part) { return const_cast<uint8_t*>(part.hidden); });  // read only
-  for (const Stretch& stretch : stretches_)
-    driver_.check(driver_.cuMemcpyHtoDAsync(inward() + stretch.offset, stretch.host, stretch.bytes, stream));
-}
-
-void Bay::copy_out(const Batch& batch, void* stream) {
-  plan(batch, host_out(), layout_.sums(), layout_.sums_row(), [](const Part& part) { return part.sums; });
-  for (const Stretch& stretch : stretches_)
-    driver_.check(driver_.cuMemcpyDtoHAsync(stretch.host, outward() + stretch.offset, stretch.bytes, stream));
-}
-
-bool Bay::ended() const { return std::atomic_ref(*word()).load(std::memory_order_acquire) == ticket_; }
-
-const std::vector<Copy>& Bay::fetch(Batch* batch) {
-  auto pairs = reinterpret_cast<const uint32_t*>(host_out() + layout_.pairs());
-  batch->pairs.assign(pairs, pairs + layout_.shape.num_experts);
-  copies_.clear();
-  size_t offset = layout_.sums();
-  for (const Part& part : batch->parts) {
-    size_t bytes = part.tokens * layout_.sums_row();
-    if (!direct(part, bytes)) copies_.push_back({part.sums, host_out() + offset, bytes});
-    offset += bytes;
+// Enqueues what follows a part's copies inward.
+void Bay::compute(size_t part, Graph& graph) {
+  const bool first = part == 0, last = part + 1 == parts_.size();
+  const Event& arrived = first ? marks_[1] : arrived_;
+  const Event& computed = last ? marks_[3] : computed_;
+  if (timed_) mark(arrived, in_stream());
+  if (!small()) wait(compute_stream(), arrived);
+  if (!small() && first) mark(marks_[2], compute_stream());
+  Addresses at = addresses(layout_, part, layer_);
+  if (resident_) {
+    const size_t row = part * layout_.tokens;
+    at[static_cast<size_t>(Name::kHidden)] = place_of(resident_->request.hidden.data()) + row * layout_.hidden_row();
+    at[static_cast<size_t>(Name::kScales)] = place_of(resident_->request.scales.data()) + row * layout_.scales_row();
+    at[static_cast<size_t>(Name::kSums)] = place_of(resident_->sums) + row * layout_.sums_row();
   }
-  return copies_;
+  graph.bind(at);
+  graph.launch(compute_stream().get());
+  if (timed_) mark(computed, compute_stream());
+  if (!small()) wait(out_stream(), computed);
+  if (!small() && last) mark(marks_[4], out_stream());
+  for (size_t i = part ? parts_[part - 1].outward_end : 0; i < parts_[part].outward_end; i++) move_out(out_.pieces[i]);
+  if (timed_ && last) mark(marks_[5], out_stream());
 }
 
-void Bay::read_timings(Timings* timings) const {
-  if (!timed_) return;
-  auto seconds = [&](size_t begin, size_t end, double* out) {
+void Bay::mark(const Event& event, const Stream& stream) {
+  driver_.check(driver_.cuEventRecord(event.get(), stream.get()));
+}
+
+void Bay::wait(const Stream& stream, const Event& event) {
+  driver_.check(driver_.cuStreamWaitEvent(stream.get(), event.get(), 0));
+}
+
+void Bay::write(size_t word, uint32_t value) {
+  driver_.check(driver_.cuStreamWriteValue32(out_stream().get(), place_of(words() + word), value, 0));
+}
+
+void Bay::move_in(Piece& piece) {
+  const DevicePointer to = device_in_.get() + piece.offset;
+  void* const stream = in_stream().get();
+  piece.moved = true;
+  if (piece.reach == Reach::kDevice)
+    return driver_.check(driver_.cuMemcpyDtoDAsync(to, piece.place, piece.bytes, stream));
+  const void* from = piece.reach == Reach::kPageable ? host_in() + piece.offset : reinterpret_cast<void*>(piece.place);
+  driver_.check(driver_.cuMemcpyHtoDAsync(to, from, piece.bytes, stream));
+}
+
+void Bay::move_out(Piece& piece) {
+  const DevicePointer from = device_out_.get() + piece.offset;
+  void* const stream = out_stream().get();
+  if (piece.reach == Reach::kDevice)
+    return driver_.check(driver_.cuMemcpyDtoDAsync(piece.place, from, piece.bytes, stream));
+  void* to = piece.reach == Reach::kPageable ? host_out() + piece.offset : reinterpret_cast<void*>(piece.place);
+  driver_.check(driver_.cuMemcpyDtoHAsync(to, from, piece.bytes, stream));
+  if (!piece.copies.empty() && ++sent_ < fetches_.size()) write(1, static_cast<uint32_t>(sent_));
+}
+
+void Bay::fetch() {
+  const size_t arrived = ended() ? fetches_.size() : piecewise() ? read(1) : 0;
+  while (fetched_ < arrived) copy(*fetches_[fetched_++], out_);
+}
+
+bool Bay::copying() {
+  while (!copies_.empty() && copies_.back()->copied.load(std::memory_order_acquire)) copies_.pop_back();
+  return !copies_.empty();
+}
+
+std::vector<uint32_t> Bay::pairs() const {
+  std::vector<uint32_t> pairs(layout_.shape.num_experts);
+  for (size_t part = 0; part < parts_.size(); part++) {
+    auto its = reinterpret_cast<const uint32_t*>(host_out() + part * layout_.outward_bytes() + layout_.pairs());
+    for (size_t expert = 0; expert < pairs.size(); expert++) pairs[expert] += its[expert];
+  }
+  return pairs;
+}
+
+bool Bay::read_seconds(DeviceSeconds* seconds) const {
+  if (!timed_) return false;
+  auto between = [&](size_t begin, size_t end, double* out) {
     float milliseconds = 0;
     int code = driver_.cuEventElapsedTime(&milliseconds, marks_[begin].get(), marks_[end].get());
     *out = milliseconds * 1e-3;
     return code == kCudaSuccess;
   };
-  timings->measured = seconds(0, 1, &timings->copy_in) && seconds(small() ? 1 : 2, 3, &timings->compute) &&
-                      seconds(small() ? 3 : 4, 5, &timings->copy_out);
+  return between(0, 1, &seconds->copy_in) && between(small() ? 1 : 2, 3, &seconds->compute) &&
+         between(small() ? 3 : 4, 5, &seconds->copy_out);
 }
 
 void Bay::mark_failed() {
-  const std::array<void*, 3> streams = {streams_.inward.get(), streams_.compute.get(), streams_.outward.get()};
+  const std::array<void*, 3> streams = {in_stream().get(), compute_stream().get(), out_stream().get()};
   for (size_t i = 0; i < streams.size(); i++)
     marked_[i] = driver_.cuEventRecord(marks_[2 * i + 1].get(), streams[i]) == kCudaSuccess;
 }
 
 int Bay::query_failed() const {
-  const std::array<void*, 3> streams = {streams_.inward.get(), streams_.compute.get(), streams_.outward.get()};
+  const std::array<void*, 3> streams = {in_stream().get(), compute_stream().get(), out_stream().get()};
   for (size_t i = 0; i < streams.size(); i++) {
     int code = marked_[i] ? driver_.cuEventQuery(marks_[2 * i + 1].get()) : driver_.cuStreamQuery(streams[i]);
     if (code != kCudaSuccess) return code;
@@ -188,8 +312,9 @@ int Bay::query_failed() const {
 }
 
 void Bay::abandon() {
-  for (PinnedMemory* memory : {&pinned_in_, &pinned_out_, &pinned_word_}) memory->release();
+  for (PinnedMemory* memory : {&pinned_in_, &pinned_out_, &pinned_words_}) memory->release();
   for (DeviceMemory* memory : {&device_in_, &device_out_}) memory->release();
+  for (Way* way : {&in_, &out_}) new std::deque<Piece>(std::move(way->pieces));
 }
 
 }  // namespace expertd::cuda

@@ -2,13 +2,16 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
+#include <deque>
 #include <vector>
 
-#include "cuda/batch.h"
+#include "cuda/copier.h"
 #include "cuda/driver.h"
 #include "cuda/layout.h"
 #include "cuda/ledger.h"
+#include "engine/batch.h"
 
 namespace expertd::cuda {
 
@@ -16,90 +19,150 @@ namespace expertd::cuda {
 inline constexpr uint32_t kSmallTokens = 256;
 // Rows of a request in pinned memory that are more bytes than this are copied by the device from where they are.
 inline constexpr size_t kDirectBytes = 64 << 10;
-
-// No copy of the device crosses a multiple of this in a request's memory: it is pinned step by step, at multiples of
-// it.
+// No copy of the device crosses a multiple of this in a request's memory, which is pinned step by step at multiples of
+// it; nor is more staged at once.
 inline constexpr size_t kPinStep = 2 << 20;
 
-// Batches compute one after another, in memory that they share, while others are copied in and out.
+// Batches compute one after another, in memory that they share, while others are copied in and out. Those of few rows
+// need not wait for those of many: they compute beside them, in memory of their own, and have the processors that
+// become free.
 struct Streams {
-  explicit Streams(const Driver& driver)
-      : inward(make_stream(driver)), compute(make_stream(driver)), outward(make_stream(driver)) {}
+  Streams(const Driver& driver, uint32_t express_rows)
+      : express_rows(express_rows),
+        inward(make_stream(driver)),
+        compute(make_stream(driver)),
+        outward(make_stream(driver)),
+        express(make_stream(driver, kHighestPriority)) {}
+  // Where graphs of so many rows compute.
+  const Stream& for_rows(uint32_t rows) const { return rows <= express_rows ? express : compute; }
   // Whether all that was asked for is done, without an error.
   bool idle(const Driver& driver) const;
 
-  Stream inward, compute, outward;
+  const uint32_t express_rows;
+  Stream inward, compute, outward, express;
 };
 
 // What one device batch occupies: pinned and device memory, events, and a word that tells its end. All of it is
 // allocated before serving. Holds one batch at a time; nothing here waits for the device.
+//
+// A batch comes and goes in pieces. What the device cannot reach is staged: copied by the host, while the device copies
+// other pieces and computes earlier parts.
 class Bay {
  public:
-  // `largest`: the largest layout of its batches in either direction.
-  Bay(const Driver& driver, const Streams& streams, const Layout& largest);
+  // Bytes that one copy of the device moves, between the bay's memory there and another place.
+  struct Piece {
+    Piece(size_t offset, uint64_t place, size_t bytes, Reach reach)
+        : offset(offset), place(place), bytes(bytes), reach(reach) {}
 
-  // The addresses on the device of a batch laid out like this, with those of a layer's four weights.
-  Addresses addresses(const Layout& layout, const std::array<DevicePointer, 4>& layer) const;
-  DevicePointer inward() const { return device_in_.get(); }
-  DevicePointer outward() const { return device_out_.get(); }
+    size_t offset;   // in the bay's memory, on the device as in pinned memory
+    uint64_t place;  // where a request has it, on the host or the device; staged: not used
+    size_t bytes;
+    Reach reach;               // kPageable: staged
+    std::vector<Copy> copies;  // to or from pinned memory
+    std::atomic<bool> copied{false};
+    bool moved = false;  // the device has been asked to
+  };
 
-  // Takes a batch: fills in what no request brings, and lists the copies to be made before `launch`.
-  const std::vector<Copy>& stage(const Batch& batch, const Layout& layout);
-  // Enqueues everything up to the end word. With `timed`, a small batch too records its stages. Throws `DeviceError`.
-  void launch(const Batch& batch, Graph& graph, bool timed);
+  // Room for `inward` and `outward` bytes.
+  Bay(const Driver& driver, const Streams& streams, size_t inward, size_t outward);
+
+  // The addresses on the device of the `part`th part of a batch, with those of a layer's four weights.
+  Addresses addresses(const Layout& layout, size_t part, const std::array<DevicePointer, 4>& layer) const;
+
+  // Takes a batch and begins to stage it. With `timed`, its stages are recorded although it is small. Copies are of
+  // `piece_bytes` or more.
+  void stage(const Batch& batch, const Layout& layout, const Cut& cut, const std::array<DevicePointer, 4>& layer,
+             bool timed, size_t piece_bytes, Copier* copier);
+  // Whether there is anything to enqueue.
+  bool ready() const;
+  bool begun() const { return begun_; }
+  // Enqueues what can be; whether that was everything, up to the end word. Throws `DeviceError`.
+  bool feed(Graph& graph);
   // Whether the device has written the end word.
-  bool ended() const;
-  // After the end: the counts of pairs, and the copies to be made before the batch is finished.
-  const std::vector<Copy>& fetch(Batch* batch);
-  // The stages of a batch that ended, if they were recorded.
-  void read_timings(Timings* timings) const;
+  bool ended() const { return read(0) == ticket_; }
+  // Begins to copy what the device has written to where it belongs.
+  void fetch();
+  // Whether copies between host memory are under way.
+  bool copying();
+  // Whether results come bit by bit, and not with the end alone.
+  bool piecewise() const { return fetches_.size() > 1; }
+  // After the end: the counts of pairs, over all parts.
+  std::vector<uint32_t> pairs() const;
+  // The stages of a batch that ended, if they were recorded: whether they were.
+  bool read_seconds(DeviceSeconds* seconds) const;
 
   // The state of the stream that the batch ends on: success once all of it is done.
-  int query() const { return driver_.cuStreamQuery(last_stream()); }
+  int query() const { return driver_.cuStreamQuery(out_stream().get()); }
   // After a launch that failed: marks how far the streams had got by then.
   void mark_failed();
   // After `mark_failed`: success once the device uses none of the batch's memory, not ready until then, or its error.
   int query_failed() const;
-  // Lets go of all memory, which the device may yet use.
+  // Lets go of all memory, which the device or the copier may yet use.
   void abandon();
 
  private:
-  // Bytes that one copy moves between memory of the host and the bay's on the device, at `offset`.
-  struct Stretch {
-    size_t offset;
-    uint8_t* host;
-    size_t bytes;
-    bool staged;  // the bay's own pinned memory
+  // Tokens that are computed at once, and where their pieces end.
+  struct Part {
+    uint32_t first, tokens;
+    size_t inward_end = 0, outward_end = 0;
+  };
+  // The pieces of a batch in one direction.
+  struct Way {
+    const bool inward;
+    uint8_t* const memory;  // pinned
+    size_t staged = 0;      // bytes
+    size_t limit = 0;       // of bytes that one copy of the device stages
+    std::deque<Piece> pieces = {};
+
+    void reset() { pieces.clear(), staged = 0; }
+    void add(size_t offset, uint64_t place, size_t bytes, Reach reach);
   };
 
-  bool small() const { return tokens_ < kSmallTokens; }
-  void* last_stream() const { return small() ? streams_.compute.get() : streams_.outward.get(); }
+  bool small() const { return parts_.size() == 1 && parts_[0].tokens < kSmallTokens; }
+  const Stream& compute_stream() const { return streams_.for_rows(layout_.tokens); }
+  const Stream& in_stream() const { return small() ? compute_stream() : streams_.inward; }
+  const Stream& out_stream() const { return small() ? compute_stream() : streams_.outward; }
   uint8_t* host_in() const { return static_cast<uint8_t*>(pinned_in_.get()); }
   uint8_t* host_out() const { return static_cast<uint8_t*>(pinned_out_.get()); }
-  uint32_t* word() const { return static_cast<uint32_t*>(pinned_word_.get()); }
-  void mark(size_t index, const Stream& stream);
-  void copy_in(const Batch& batch, void* stream);
-  void copy_out(const Batch& batch, void* stream);
-  void stage_routing(const Batch& batch);
+  uint32_t* words() const { return static_cast<uint32_t*>(pinned_words_.get()); }
+  uint32_t read(size_t word) const { return std::atomic_ref(words()[word]).load(std::memory_order_acquire); }
+  void write(size_t word, uint32_t value);
+  void mark(const Event& event, const Stream& stream);
+  void wait(const Stream& stream, const Event& event);
 
-  // Lists stretches: what precedes the rows, and the rows, which are `memory(part)` or staged.
-  template <typename Memory>
-  void plan(const Batch& batch, uint8_t* staging, size_t prefix, size_t row, Memory memory);
+  void plan(const Batch& batch, size_t part);
+  template <typename Add>
+  void plan_rows(const Batch& batch, const Part& part, size_t row, const Add& add) const;
+  void plan_routing(const Batch& batch, const Part& part, uint8_t* to, std::vector<Copy>* copies) const;
+  void copy(Piece& piece, const Way& way);
+  void move_in(Piece& piece);
+  void move_out(Piece& piece);
+  void compute(size_t part, Graph& graph);
 
   const Driver& driver_;
   const Streams& streams_;
-  PinnedMemory pinned_in_, pinned_out_, pinned_word_;
+  PinnedMemory pinned_in_, pinned_out_, pinned_words_;
   DeviceMemory device_in_, device_out_;
-  // Begin and end of copying in, computing and copying out; a small batch's stages end where the next begin.
+  // Begin and end of copying in the first part, computing all and copying out the last; a small batch's stages end
+  // where the next begin.
   std::array<Event, 6> marks_;
+  Event arrived_, computed_;  // between streams, of the other parts
 
   Layout layout_;
-  uint32_t tokens_ = 0;
-  uint32_t ticket_ = 0;  // what the end word will be
+  std::array<DevicePointer, 4> layer_{};
+  const Job* resident_ = nullptr;  // the only one, computed where it lies
+  uint32_t ticket_ = 0;            // what the end word will be
   bool timed_ = false;
   std::array<bool, 3> marked_{};
-  std::vector<Copy> copies_;
-  std::vector<Stretch> stretches_;
+  Copier* copier_ = nullptr;
+
+  std::vector<Part> parts_;
+  Way in_, out_;
+  size_t part_ = 0;                   // the first that is not enqueued
+  bool begun_ = false;                // whether anything is
+  std::vector<Piece*> fetches_;       // those of the way out that have copies, in the order in which they come
+  size_t sent_ = 0, fetched_ = 0;     // how many of those are enqueued, are copied or being copied
+  std::vector<const Piece*> copies_;  // being copied
 };
 
 }  // namespace expertd::cuda

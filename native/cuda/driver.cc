@@ -40,9 +40,9 @@ std::string Driver::describe(int code) const {
   return std::string("the device failed: ") + name + ": " + text;
 }
 
-Stream make_stream(const Driver& driver) {
+Stream make_stream(const Driver& driver, int priority) {
   void* stream = nullptr;
-  driver.check(driver.cuStreamCreate(&stream, kNonBlockingStream));
+  driver.check(driver.cuStreamCreateWithPriority(&stream, kNonBlockingStream, priority));
   return {driver, stream};
 }
 

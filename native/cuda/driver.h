@@ -40,7 +40,8 @@ inline constexpr int kDriverVersion = 12040;
   CALL(cuMemFreeHost, (void* memory))                                                            \
   CALL(cuMemcpyHtoDAsync, (DevicePointer to, const void* from, size_t bytes, void* stream))      \
   CALL(cuMemcpyDtoHAsync, (void* to, DevicePointer from, size_t bytes, void* stream))            \
-  CALL(cuStreamCreate, (void** stream, unsigned flags))                                          \
+  CALL(cuMemcpyDtoDAsync, (DevicePointer to, DevicePointer from, size_t bytes, void* stream))    \
+  CALL(cuStreamCreateWithPriority, (void** stream, unsigned flags, int priority))                \
   CALL(cuStreamDestroy, (void* stream))                                                          \
   CALL(cuStreamQuery, (void* stream))                                                            \
   CALL(cuStreamWaitEvent, (void* stream, void* event, unsigned flags))                           \
@@ -118,7 +119,9 @@ using GraphExec = Handle<void*, &Driver::cuGraphExecDestroy>;
 using DeviceMemory = Handle<DevicePointer, &Driver::cuMemFree>;
 using PinnedMemory = Handle<void*, &Driver::cuMemFreeHost>;
 
-Stream make_stream(const Driver& driver);
+// Lower numbers are more urgent; the driver takes the nearest that it has.
+inline constexpr int kOrdinaryPriority = 0, kHighestPriority = -100;
+Stream make_stream(const Driver& driver, int priority = kOrdinaryPriority);
 Event make_event(const Driver& driver);
 DeviceMemory make_device_memory(const Driver& driver, size_t bytes);
 PinnedMemory make_pinned_memory(const Driver& driver, size_t bytes);

@@ -2,94 +2,126 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
-#include <utility>
 
 namespace expertd::cuda {
 
 namespace {
 
-constexpr size_t kInPlaceBytes = 256 << 10;       // copies up to this are made at once
 constexpr uint64_t kQueryNs = 10'000'000;         // between two questions about a batch that is late
 constexpr uint64_t kFirstExpectedNs = 5'000'000;  // of a batch whose kind was never launched
+constexpr uint32_t kPartStep = 64;                // the tokens of a part are a multiple of it
 
 double seconds(uint64_t begin_ns, uint64_t end_ns) { return static_cast<double>(end_ns - begin_ns) * 1e-9; }
 
+uint32_t pieces(uint32_t whole, uint32_t piece) { return (whole + piece - 1) / piece; }
+
+Dtype hidden_dtype(const Batch& batch) { return batch.first().hidden_dtype; }
+Dtype sums_dtype(const Batch& batch) { return batch.first().sums_dtype(); }
+
+bool on_host(const Batch& batch) {
+  return std::any_of(batch.jobs.begin(), batch.jobs.end(),
+                     [](const auto& job) { return job->reach != Reach::kDevice; });
+}
+
 }  // namespace
 
-CudaExecutor::CudaExecutor(const Driver& driver, Options options, Copier* copier)
+CudaExecutor::CudaExecutor(const Driver& driver, Options options, std::shared_ptr<Copier> copier)
     : driver_(driver),
       options_(std::move(options)),
-      copier_(copier),
+      copier_(std::move(copier)),
       context_(driver, options_.device),
-      streams_(driver),
+      streams_(driver, options_.express_rows),
       busy_(options_.depth, false) {
-  for (size_t i = 0; i < options_.depth; i++)
-    bays_.emplace_back(driver, streams_, layout(options_.classes.back(), kBf16, kFp32));
+  size_t inward = 0, outward = 0;
+  for (uint32_t tokens = 1; tokens <= options_.max_tokens; tokens++) {
+    for (bool host : {false, true}) {
+      const Cut its = cut(tokens, host);
+      const Layout largest = layout(its.rows, Dtype::kBFloat16, Dtype::kFloat32);
+      inward = std::max(inward, its.parts * largest.inward_bytes());
+      outward = std::max(outward, its.parts * largest.outward_bytes());
+    }
+  }
+  for (size_t i = 0; i < options_.depth; i++) bays_.emplace_back(driver, streams_, inward, outward);
+  copier_->on_done([this] { wake(); });
 }
 
 CudaExecutor::~CudaExecutor() {
+  copier_->on_done(nullptr);
   driver_.cuCtxSetCurrent(context_.get());
   for (Run& run : runs_)
-    if (!run.copied || !streams_.idle(driver_)) bay_of(run).abandon();
-  // The copier may yet tell the end of its work.
-  if (!runs_.empty()) new std::list<Run>(std::move(runs_));
+    if (bay_of(run).copying() || !streams_.idle(driver_)) bay_of(run).abandon();
+  if (!runs_.empty()) new std::list<Run>(std::move(runs_));  // with the requests' memory
 }
 
-Layout CudaExecutor::layout(uint32_t tokens, uint8_t hidden_dtype, uint8_t reply_dtype) const {
+// Few parts, as long as each other, so that none is computed in the configuration of a much smaller class.
+Cut CudaExecutor::cut(uint32_t tokens, bool on_host) const {
+  const uint32_t most = options_.classes.back(), limit = on_host ? std::min(most, options_.overlap_tokens) : most;
+  uint32_t size = tokens;
+  if (tokens > limit) size = std::min(limit, pieces(pieces(tokens, pieces(tokens, limit)), kPartStep) * kPartStep);
+  return {pieces(tokens, size), size, *std::lower_bound(options_.classes.begin(), options_.classes.end(), size)};
+}
+
+Layout CudaExecutor::layout(uint32_t tokens, Dtype hidden_dtype, Dtype reply_dtype) const {
   return {options_.shape, tokens, hidden_dtype, reply_dtype};
 }
 
-void CudaExecutor::add_graph(size_t index, const Layout& layout, void* graph, const std::array<Range, 4>& layer) {
+void CudaExecutor::add_graph(const Layout& layout, void* graph, const std::array<Range, 4>& layer) {
   context_.enter();
-  Addresses at = bays_[index].addresses(layout, {});
+  const Addresses at = addresses(0, layout);
   Ranges captured = {{{at[0], layout.routing_bytes()},
                       {at[1], layout.routing_bytes()},
                       {at[2], layout.tokens * layout.hidden_row()},
                       {at[3], layout.tokens * layout.scales_row()},
-                      {at[4], layout.tokens * layout.sums_row()}}};
+                      {at[4], layout.tokens * layout.sums_row()},
+                      {at[5], layout.pairs_bytes()}}};
   std::copy(layer.begin(), layer.end(), captured.begin() + static_cast<size_t>(Name::kUpGate));
-  Graph made(driver_, graph, captured);
-  made.upload(streams_.compute.get());
-  ledger_.add({index, layout.tokens, layout.hidden_dtype, layout.reply_dtype}, std::move(made));
-}
-
-void CudaExecutor::start(Batch* batch, uint64_t now_ns) {
-  batch->device_lost = !lost_.empty();
-  if (batch->device_lost) return refuse(batch, lost_);
-  std::string error;
-  const uint32_t tokens = class_of(*batch, &error);
-  if (!tokens) return refuse(batch, std::move(error));
-  const size_t index = std::find(busy_.begin(), busy_.end(), false) - busy_.begin();
-  if (index == busy_.size()) return refuse(batch, "every bay is in use");
-  Entry* entry = ledger_.find({index, tokens, batch->hidden_dtype, batch->reply_dtype});
-  if (!entry) return refuse(batch, "no graph was captured for " + std::to_string(tokens) + " tokens of these dtypes");
-  busy_[index] = true;
-  Run& run = runs_.emplace_back(batch, index, entry);
-  copy(run, bays_[index].stage(*batch, layout(tokens, batch->hidden_dtype, batch->reply_dtype)), now_ns);
-  advance(run, now_ns);
-}
-
-uint32_t CudaExecutor::class_of(const Batch& batch, std::string* error) const {
-  if (batch.top_k > options_.shape.max_top_k) {
-    *error = std::to_string(batch.top_k) + " experts a token exceed " + std::to_string(options_.shape.max_top_k);
-    return 0;
+  std::vector<Graph> graphs;
+  for (size_t bay = 0; bay < options_.depth; bay++) {
+    graphs.emplace_back(driver_, graph, captured);
+    graphs.back().upload(streams_.for_rows(layout.tokens).get());
   }
-  auto found = std::lower_bound(options_.classes.begin(), options_.classes.end(), batch.tokens);
-  if (found != options_.classes.end() && batch.tokens > 0) return *found;
-  *error = std::to_string(batch.tokens) + " tokens: a batch has 1 to " + std::to_string(options_.classes.back());
-  return 0;
+  ledger_.add({layout.tokens, layout.hidden_dtype, layout.reply_dtype}, std::move(graphs));
 }
 
-void CudaExecutor::refuse(Batch* batch, std::string error) {
-  batch->error = std::move(error);
-  finished_.push_back(batch);
+void CudaExecutor::start(std::unique_ptr<Batch> batch, uint64_t now_ns) {
+  batch->device_failed = !lost_.empty();
+  if (batch->device_failed) return refuse(std::move(batch), lost_);
+  if (std::string text = obstacle(*batch); !text.empty()) return refuse(std::move(batch), std::move(text));
+  const Cut its = cut(static_cast<uint32_t>(batch->tokens), on_host(*batch));
+  Entry* entry = ledger_.find({its.rows, hidden_dtype(*batch), sums_dtype(*batch)});
+  if (!entry)
+    return refuse(std::move(batch),
+                  "no graph was captured for " + std::to_string(its.rows) + " tokens of these dtypes");
+  const size_t index = std::find(busy_.begin(), busy_.end(), false) - busy_.begin();
+  if (index == busy_.size()) return refuse(std::move(batch), "every bay is in use");
+  busy_[index] = true;
+  Run& run = runs_.emplace_back(std::move(batch), index, its.parts, entry, now_ns);
+  const Admitted& first = run.batch->first();
+  const bool timed = !entry->expected_ns || ++entry->untimed >= options_.time_every;
+  bays_[index].stage(*run.batch, layout(its.rows, first.hidden_dtype, first.sums_dtype()), its, first.owned->weights,
+                     timed, options_.piece_bytes, copier_.get());
+  if (advance(run, now_ns)) runs_.pop_back();
 }
 
-Batch* CudaExecutor::poll(uint64_t now_ns) {
+std::string CudaExecutor::obstacle(const Batch& batch) const {
+  const Admitted& first = batch.first();
+  if (first.top_k > options_.shape.max_top_k)
+    return std::to_string(first.top_k) + " experts a token exceed " + std::to_string(options_.shape.max_top_k);
+  if (batch.tokens < 1 || batch.tokens > options_.max_tokens)
+    return std::to_string(batch.tokens) + " tokens: a batch has 1 to " + std::to_string(options_.max_tokens);
+  if (first.owned->weights.front() == 0) return "layer " + std::to_string(first.layer) + " is not on the device";
+  return {};
+}
+
+void CudaExecutor::refuse(std::unique_ptr<Batch> batch, std::string text) {
+  batch->failure = Refusal{Code::kInternal, std::move(text)};
+  finished_.push_back(std::move(batch));
+}
+
+std::unique_ptr<Batch> CudaExecutor::poll(uint64_t now_ns) {
   runs_.remove_if([&](Run& run) { return advance(run, now_ns); });
   if (finished_.empty()) return nullptr;
-  Batch* batch = finished_.front();
+  auto batch = std::move(finished_.front());
   finished_.pop_front();
   return batch;
 }
@@ -97,9 +129,12 @@ Batch* CudaExecutor::poll(uint64_t now_ns) {
 uint64_t CudaExecutor::due_ns() const {
   uint64_t due = 0;
   for (const Run& run : runs_) {
-    uint64_t its = run.phase == Phase::kLaunched ? run.launched_ns + run.entry->expected_ns
-                   : run.phase == Phase::kFailed ? run.query_ns
-                                                 : run.copying_ns;
+    if (run.phase != Phase::kLaunched && run.phase != Phase::kFailed) continue;  // the copier wakes
+    uint64_t its = run.query_ns;
+    if (run.phase == Phase::kLaunched) {
+      const uint64_t expected = run.entry->expected_ns * run.parts;
+      its = run.launched_ns + (bays_[run.bay].piecewise() ? expected / 2 : expected);
+    }
     if (!due || its < due) due = its;
   }
   return due;
@@ -113,98 +148,89 @@ bool CudaExecutor::resume() {
 }
 
 bool CudaExecutor::advance(Run& run, uint64_t now_ns) {
-  if (!run.copied.load(std::memory_order_acquire)) return false;
-  if (run.phase == Phase::kStaging) {
-    if (!lost_.empty()) return fail(run, lost_, true);
-    launch(run, now_ns);
-  }
-  if (run.phase == Phase::kFailed) return advance_failed(run, now_ns);
-  if (run.phase == Phase::kLaunched && advance_launched(run, now_ns)) return true;
-  if (run.phase == Phase::kLaunched || !run.copied.load(std::memory_order_acquire)) return false;
-  run.batch->timings.copy_out += seconds(run.copying_ns, now_ns);
-  return finish(run);
+  if (run.phase == Phase::kStaging) lost_.empty() ? feed(run, now_ns) : fail(run, lost_, true);
+  if (run.phase == Phase::kStaging || run.phase == Phase::kLaunched) bay_of(run).fetch();
+  if (run.phase == Phase::kLaunched) look(run, now_ns);
+  if (run.phase == Phase::kFailed) look_at_failed(run, now_ns);
+  if (run.phase != Phase::kEnding || bay_of(run).copying()) return false;
+  if (!run.batch->failure) run.batch->seconds.copy_out += seconds(run.ending_ns, now_ns);
+  busy_[run.bay] = false;
+  finished_.push_back(std::move(run.batch));
+  return true;
 }
 
-void CudaExecutor::copy(Run& run, const std::vector<Copy>& copies, uint64_t now_ns) {
-  run.copying_ns = now_ns;
-  size_t bytes = 0;
-  for (const Copy& copy : copies) bytes += copy.bytes;
-  run.copied = bytes <= kInPlaceBytes;
-  if (!run.copied) return copier_->start(copies, &run.copied);
-  for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
-}
-
-void CudaExecutor::launch(Run& run, uint64_t now_ns) {
-  Entry& entry = *run.entry;
-  run.staging = seconds(run.copying_ns, now_ns);
-  const bool timed = !entry.expected_ns || ++entry.untimed >= options_.time_every;
-  run.launched_ns = now_ns;
-  run.query_ns = now_ns + 2 * (entry.expected_ns ? entry.expected_ns : kFirstExpectedNs);
-  run.phase = Phase::kLaunched;
+void CudaExecutor::feed(Run& run, uint64_t now_ns) {
+  Bay& bay = bay_of(run);
+  if (!bay.ready()) return;
+  const uint64_t expected = run.entry->expected_ns * run.parts;
+  run.query_ns = now_ns;
   try {
     context_.enter();
-    bay_of(run).launch(*run.batch, entry.graph, timed);
+    if (!bay.begun()) run.staging = seconds(run.started_ns, now_ns);
+    if (!bay.feed(run.entry->graphs[run.bay])) return;
+    run.launched_ns = now_ns;
+    run.query_ns = now_ns + 2 * (expected ? expected : kFirstExpectedNs);
+    run.phase = Phase::kLaunched;
   } catch (const DeviceError& error) {
-    run.batch->error = error.what();
-    run.query_ns = now_ns;
+    run.batch->failure = Refusal{Code::kInternal, error.what()};
     run.phase = Phase::kFailed;
-    bay_of(run).mark_failed();
+    bay.mark_failed();
   }
 }
 
-bool CudaExecutor::advance_launched(Run& run, uint64_t now_ns) {
+void CudaExecutor::look(Run& run, uint64_t now_ns) {
   Bay& bay = bay_of(run);
   if (!bay.ended()) {
     if (!lost_.empty()) return fail(run, lost_, true);
-    if (now_ns < run.query_ns) return false;
+    if (now_ns < run.query_ns) return;
     run.query_ns = now_ns + kQueryNs;
     int code = bay.query();
-    if (code == kCudaNotReady) return false;
+    if (code == kCudaNotReady) return;
     if (code != kCudaSuccess) lost_ = driver_.describe(code);
     if (!bay.ended())  // it may have ended since the last look
       return fail(run, lost_.empty() ? "the device failed: a batch ended without its end word" : lost_, !lost_.empty());
   }
   fetch(run, now_ns);
-  return false;
 }
 
 // A failed call fails its batch alone, unless the device answers with an error from then on.
-bool CudaExecutor::advance_failed(Run& run, uint64_t now_ns) {
+void CudaExecutor::look_at_failed(Run& run, uint64_t now_ns) {
   if (!lost_.empty()) return fail(run, lost_, true);
-  if (now_ns < run.query_ns) return false;
+  if (now_ns < run.query_ns) return;
   run.query_ns = now_ns + kQueryNs;
   int code = bay_of(run).query_failed();
-  if (code == kCudaNotReady) return false;
+  if (code == kCudaNotReady) return;
   if (code != kCudaSuccess) lost_ = driver_.describe(code);
-  return fail(run, lost_.empty() ? run.batch->error : lost_, !lost_.empty());
+  fail(run, lost_.empty() ? run.batch->failure->text : lost_, !lost_.empty());
 }
 
 void CudaExecutor::fetch(Run& run, uint64_t now_ns) {
   Entry& entry = *run.entry;
-  Timings timings;
-  bay_of(run).read_timings(&timings);
-  if (timings.measured) {
-    entry.timings = timings;
+  Bay& bay = bay_of(run);
+  DeviceSeconds measured;
+  const bool timed = bay.read_seconds(&measured);
+  if (timed) {
+    entry.seconds = measured;
     entry.untimed = 0;
   }
-  run.batch->timings = entry.timings;
-  run.batch->timings.measured = timings.measured;
-  run.batch->timings.copy_in += run.staging;
-  entry.expected_ns = std::max<uint64_t>(now_ns - run.launched_ns, 1);
-  run.phase = Phase::kFetching;
-  copy(run, bay_of(run).fetch(run.batch), now_ns);
+  run.batch->seconds = entry.seconds;
+  run.batch->seconds.measured = timed;
+  run.batch->seconds.copy_in += run.staging;
+  run.batch->pairs = bay.pairs();
+  // What the device says: how long it takes until somebody looks is no time of the batch's.
+  const double marked = entry.seconds.copy_in + entry.seconds.compute + entry.seconds.copy_out;
+  uint64_t took = now_ns - run.launched_ns;
+  if (marked > 0) took = std::min(took, static_cast<uint64_t>(marked * 1e9));
+  entry.expected_ns = std::max<uint64_t>(took / run.parts, 1);
+  run.ending_ns = now_ns;
+  run.phase = Phase::kEnding;
+  bay.fetch();
 }
 
-bool CudaExecutor::finish(const Run& run) {
-  busy_[run.bay] = false;
-  finished_.push_back(run.batch);
-  return true;
-}
-
-bool CudaExecutor::fail(const Run& run, std::string error, bool device_lost) {
-  run.batch->error = std::move(error);
-  run.batch->device_lost = device_lost;
-  return finish(run);
+void CudaExecutor::fail(Run& run, std::string text, bool device_failed) {
+  run.batch->failure = Refusal{Code::kInternal, std::move(text)};
+  run.batch->device_failed = device_failed;
+  run.phase = Phase::kEnding;
 }
 
 }  // namespace expertd::cuda

@@ -1,23 +1,25 @@
 // Computes batches with CUDA graphs, on one thread that never waits for the device.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <list>
+#include <memory>
 #include <string>
 #include <vector>
 
-#include "cuda/batch.h"
 #include "cuda/bay.h"
+#include "cuda/copier.h"
 #include "cuda/driver.h"
 #include "cuda/layout.h"
 #include "cuda/ledger.h"
+#include "engine/batch.h"
 
 namespace expertd::cuda {
 
-// Computes batches on one GPU: copies and kernels of successive batches overlap.
+// Computes batches on one GPU: copies and kernels of successive batches overlap, and so do those of a large batch's
+// parts.
 //
 // Made, filled with graphs and destroyed by any thread while no batch is under way; used by one thread in between.
 class CudaExecutor final : public Executor {
@@ -26,71 +28,78 @@ class CudaExecutor final : public Executor {
     int device = 0;
     size_t depth = 2;  // bays
     Shape shape;
-    std::vector<uint32_t> classes;  // tokens that batches are padded to, ascending; the last bounds a batch
-    uint32_t time_every = 1;        // of so many small batches of one kind, one is timed
+    std::vector<uint32_t> classes;   // tokens that parts are padded to, ascending; the last is all that kernels take
+    uint32_t max_tokens = 0;         // of a batch
+    uint32_t overlap_tokens = 4096;  // of a part, if the host has any of its rows: copies overlap with other parts
+    uint32_t time_every = 1;         // of so many small batches of one kind, one is timed
+    size_t piece_bytes = 128 << 10;  // what the copier is given at once, at least; at most `kPinStep`
+    uint32_t express_rows = 256;     // graphs of up to so many are launched on the express stream; 0: none
   };
 
-  // Allocates all memory. `driver` and `copier` outlive it. Throws `DeviceError`.
-  CudaExecutor(const Driver& driver, Options options, Copier* copier);
-  // What the device may yet use is leaked.
+  // Allocates all memory. `driver` outlives it. Throws `DeviceError`.
+  CudaExecutor(const Driver& driver, Options options, std::shared_ptr<Copier> copier);
+  // What the device or the copier may yet use is leaked.
   ~CudaExecutor() override;
 
   const Options& options() const { return options_; }
-  Layout layout(uint32_t tokens, uint8_t hidden_dtype, uint8_t reply_dtype) const;
-  const Bay& bay(size_t index) const { return bays_[index]; }
-  // Takes a graph captured for batches of a size class in bay `index`, with the weights of any layer. Throws
-  // `DeviceError`.
-  void add_graph(size_t index, const Layout& layout, void* graph, const std::array<Range, 4>& layer);
+  // Lets the calling thread use the device; a thread that starts batches does so by that.
+  void enter() const { context_.enter(); }
+  // How a batch is cut; `on_host`: whether any of its rows are there.
+  Cut cut(uint32_t tokens, bool on_host) const;
+  Layout layout(uint32_t tokens, Dtype hidden_dtype, Dtype reply_dtype) const;
+  // Where a bay has the first part of a batch.
+  Addresses addresses(size_t bay, const Layout& layout) const { return bays_[bay].addresses(layout, 0, {}); }
+  // Takes a graph captured for a size class in the first bay, with the weights of any layer. Throws `DeviceError`.
+  void add_graph(const Layout& layout, void* graph, const std::array<Range, 4>& layer);
 
   size_t depth() const override { return options_.depth; }
-  void start(Batch* batch, uint64_t now_ns) override;
-  Batch* poll(uint64_t now_ns) override;
+  void start(std::unique_ptr<Batch> batch, uint64_t now_ns) override;
+  std::unique_ptr<Batch> poll(uint64_t now_ns) override;
   uint64_t due_ns() const override;
   // After a failure of the device: lets batches start again, if it has become idle without an error. Whether it has.
   bool resume();
 
  private:
-  enum class Phase { kStaging, kLaunched, kFailed, kFetching };
+  enum class Phase {
+    kStaging,   // until everything is enqueued
+    kLaunched,  // until the end word is seen
+    kFailed,    // a call failed: until the device uses none of the batch's memory
+    kEnding     // until copies between host memory are made
+  };
 
   // A batch under way.
   struct Run {
-    Run(Batch* batch, size_t bay, Entry* entry) : batch(batch), bay(bay), entry(entry) {}
-
-    Batch* batch;
-    size_t bay;
+    std::unique_ptr<Batch> batch;
+    size_t bay, parts;
     Entry* entry;
+    uint64_t started_ns;
     Phase phase = Phase::kStaging;
-    std::atomic<bool> copied = false;        // whether the copies between host memory are all made
-    uint64_t copying_ns = 0;                 // when they began
-    double staging = 0;                      // seconds that those to the bay took
-    uint64_t launched_ns = 0, query_ns = 0;  // when it was launched, when to ask the device about it next
+    double staging = 0;                                     // seconds until the first copy of the device
+    uint64_t launched_ns = 0, query_ns = 0, ending_ns = 0;  // the second: when to ask the device about it next
   };
 
   Bay& bay_of(const Run& run) { return bays_[run.bay]; }
-  // The size class of a batch that can be computed, or 0 and why it cannot.
-  uint32_t class_of(const Batch& batch, std::string* error) const;
-  void refuse(Batch* batch, std::string error);
+  // Why a batch cannot be computed.
+  std::string obstacle(const Batch& batch) const;
+  void refuse(std::unique_ptr<Batch> batch, std::string text);
   // Takes a batch as far as it can go by now; whether it came back.
   bool advance(Run& run, uint64_t now_ns);
-  bool advance_launched(Run& run, uint64_t now_ns);
-  bool advance_failed(Run& run, uint64_t now_ns);
-  void copy(Run& run, const std::vector<Copy>& copies, uint64_t now_ns);
-  void launch(Run& run, uint64_t now_ns);
+  void feed(Run& run, uint64_t now_ns);
+  void look(Run& run, uint64_t now_ns);
+  void look_at_failed(Run& run, uint64_t now_ns);
   void fetch(Run& run, uint64_t now_ns);
-  // Gives back the batch, as it is or with an error, and the bay. True: it came back.
-  bool finish(const Run& run);
-  bool fail(const Run& run, std::string error, bool device_lost);
+  void fail(Run& run, std::string text, bool device_failed);
 
   const Driver& driver_;
   const Options options_;
-  Copier* const copier_;
+  const std::shared_ptr<Copier> copier_;
   const Context context_;
   const Streams streams_;
   std::deque<Bay> bays_;
   std::vector<bool> busy_;  // by bay
   Ledger ledger_;
   std::list<Run> runs_;  // in the order in which they were started
-  std::deque<Batch*> finished_;
+  std::deque<std::unique_ptr<Batch>> finished_;
   std::string lost_;  // why nothing is computed any more; else empty
 };
 

@@ -8,8 +8,8 @@ namespace expertd::cuda {
 namespace {
 
 constexpr int kKernelNode = 0, kCopyNode = 1, kFillNode = 2, kEmptyNode = 5;
-constexpr std::array<const char*, kNames> kNameTexts = {"ids",     "weights",        "hidden", "scales",     "sums",
-                                                        "up_gate", "up_gate_scales", "down",   "down_scales"};
+constexpr std::array<const char*, kNames> kNameTexts = {"ids",   "weights", "hidden",         "scales", "sums",
+                                                        "pairs", "up_gate", "up_gate_scales", "down",   "down_scales"};
 
 uint64_t word_at(const std::vector<std::byte>& argument, size_t offset) {
   uint64_t word;
@@ -51,8 +51,8 @@ Graph::Graph(const Driver& driver, void* graph, const Ranges& captured) : driver
   std::array<bool, kNames> seen{};
   for (const Kernel& kernel : kernels_)
     for (const Word& word : kernel.words) seen[static_cast<size_t>(word.name)] = true;
-  for (size_t i = static_cast<size_t>(Name::kUpGate); i < kNames; i++)
-    if (!seen[i]) throw DeviceError(std::string("no captured kernel is given ") + kNameTexts[i]);
+  for (size_t i = 0; i < kNames; i++)
+    if (captured[i].bytes && !seen[i]) throw DeviceError(std::string("no captured kernel is given ") + kNameTexts[i]);
   void* exec = nullptr;
   driver.check(driver.cuGraphInstantiateWithFlags(&exec, clone, 0));
   exec_ = {driver, exec};

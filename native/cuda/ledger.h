@@ -9,14 +9,26 @@
 #include <string>
 #include <vector>
 
-#include "cuda/batch.h"
 #include "cuda/driver.h"
+#include "engine/batch.h"
+#include "request/message.h"
 
 namespace expertd::cuda {
 
 // Memory that a graph's kernels are given addresses of, and that another launch may find elsewhere.
-enum class Name : uint8_t { kIds, kWeights, kHidden, kScales, kSums, kUpGate, kUpGateScales, kDown, kDownScales };
-inline constexpr size_t kNames = 9;
+enum class Name : uint8_t {
+  kIds,
+  kWeights,
+  kHidden,
+  kScales,
+  kSums,
+  kPairs,
+  kUpGate,
+  kUpGateScales,
+  kDown,
+  kDownScales
+};
+inline constexpr size_t kNames = 10;
 
 struct Range {
   DevicePointer address = 0;
@@ -30,7 +42,7 @@ using Addresses = std::array<DevicePointer, kNames>;  // what is not there: 0
 class Graph {
  public:
   // Copies a captured graph. `captured`: what it was captured with. Throws `DeviceError` for a graph that holds more
-  // than kernels, copies and fills, or whose kernels are not given all four of a layer's weights.
+  // than kernels, copies and fills, or whose kernels are not given all of `captured`: a copy's addresses stay.
   Graph(const Driver& driver, void* graph, const Ranges& captured);
 
   // Sets the kernels whose named words are not what `addresses` says. The launches before are not affected.
@@ -62,28 +74,28 @@ class Graph {
   std::vector<Kernel> kernels_;  // those with named words
 };
 
-// A graph, and what its launches took.
+// One captured graph, once for each bay, and what its launches took.
 struct Entry {
-  Graph graph;
-  uint64_t expected_ns = 0;  // from launch to end, the last time; 0: never launched
-  Timings timings{};         // the last that were measured
-  uint32_t untimed = 0;      // launches since then
+  std::vector<Graph> graphs;
+  uint64_t expected_ns =
+      0;                    // for a part, from the launch of its batch to the end, by the last times; 0: never launched
+  DeviceSeconds seconds{};  // the last that were measured
+  uint32_t untimed = 0;     // launches since then
 };
 
-// The graphs of all bays.
+// The graphs of all kinds of batches.
 class Ledger {
  public:
   struct Key {
-    size_t bay;
     uint32_t tokens;  // of the size class
-    uint8_t hidden_dtype, reply_dtype;
+    Dtype hidden_dtype, reply_dtype;
     auto operator<=>(const Key&) const = default;
   };
 
-  // Takes the place of an earlier graph for the same batches.
-  void add(const Key& key, Graph graph) {
+  // Takes the place of earlier graphs for the same batches.
+  void add(const Key& key, std::vector<Graph> graphs) {
     entries_.erase(key);
-    entries_.emplace(key, Entry{std::move(graph)});
+    entries_.emplace(key, Entry{.graphs = std::move(graphs)});
   }
   Entry* find(const Key& key) {
     auto found = entries_.find(key);

@@ -15,7 +15,8 @@ Bell::Bell() : fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
 Bell::~Bell() { close(fd_); }
 
 void Bell::disarm() {
-  asleep_.store(false, std::memory_order_seq_cst);
+  // Still armed: nobody has written.
+  if (asleep_.exchange(false, std::memory_order_seq_cst)) return;
   uint64_t count;
   // Nothing to read is as good as read.
   [[maybe_unused]] const ssize_t got = read(fd_, &count, sizeof count);

@@ -21,7 +21,7 @@ class Bell {
 
   int fd() const { return fd_; }
   void arm() { asleep_.store(true, std::memory_order_seq_cst); }
-  // Empties the eventfd.
+  // Empties the eventfd, if somebody has rung.
   void disarm();
   void ring();
 

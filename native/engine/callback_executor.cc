@@ -4,7 +4,7 @@
 
 namespace expertd {
 
-void CallbackExecutor::start(std::unique_ptr<Batch> batch) {
+void CallbackExecutor::start(std::unique_ptr<Batch> batch, uint64_t) {
   {
     // Held elsewhere for a few instructions only.
     const std::lock_guard lock(mutex_);
@@ -13,7 +13,7 @@ void CallbackExecutor::start(std::unique_ptr<Batch> batch) {
   changed_.notify_one();
 }
 
-std::unique_ptr<Batch> CallbackExecutor::poll() {
+std::unique_ptr<Batch> CallbackExecutor::poll(uint64_t) {
   if (taken_.empty()) {
     for (auto& batch : done_.take()) taken_.push_back(std::move(batch));
   }
@@ -45,7 +45,7 @@ void CallbackExecutor::interrupt() {
 
 void CallbackExecutor::give_back(std::unique_ptr<Batch> batch) {
   done_.add(std::move(batch));
-  if (wake_) wake_();
+  wake();
 }
 
 }  // namespace expertd

@@ -3,26 +3,23 @@
 
 #include <condition_variable>
 #include <deque>
-#include <functional>
 #include <memory>
 #include <mutex>
 
+#include "base/owned.h"
 #include "engine/batch.h"
 #include "engine/pile.h"
 
 namespace expertd {
 
 // Batches for threads outside that fetch them, compute them by their own means and give them back.
-class CallbackExecutor : public Executor {
+class CallbackExecutor : public Executor, public Owned, public std::enable_shared_from_this<CallbackExecutor> {
  public:
   explicit CallbackExecutor(size_t depth) : depth_(depth) {}
 
   size_t depth() const override { return depth_; }
-  void start(std::unique_ptr<Batch> batch) override;
-  std::unique_ptr<Batch> poll() override;
-
-  // `wake` makes the engine look for batches that are over.
-  void on_done(std::function<void()> wake) { wake_ = std::move(wake); }
+  void start(std::unique_ptr<Batch> batch, uint64_t now_ns) override;
+  std::unique_ptr<Batch> poll(uint64_t now_ns) override;
 
   // From the threads outside: blocks until there is a batch, or null after interrupt().
   std::unique_ptr<Batch> fetch();
@@ -33,7 +30,6 @@ class CallbackExecutor : public Executor {
 
  private:
   const size_t depth_;
-  std::function<void()> wake_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::unique_ptr<Batch>> ready_;

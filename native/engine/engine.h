@@ -2,7 +2,10 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -11,45 +14,54 @@
 #include <thread>
 #include <vector>
 
+#include "base/clock.h"
+#include "base/owned.h"
+#include "engine/admission.h"
 #include "engine/batch.h"
 #include "engine/bell.h"
-#include "engine/inbox.h"
+#include "engine/failpoints.h"
+#include "engine/lanes.h"
 #include "engine/pile.h"
 #include "engine/queue.h"
+#include "engine/sampler.h"
+#include "engine/tally.h"
+#include "lane/spin.h"
 #include "request/message.h"
 #include "request/placement.h"
 #include "request/refusal.h"
 
 namespace expertd {
 
-uint64_t monotonic_ns();
-
 // Whether the next batch starts now, with batches of `under_way` tokens computing and `waiting` tokens in the queue.
 // Two small batches never overlap: the second waits and grows, which costs the device less than both.
 bool may_start(const std::vector<uint64_t>& under_way, uint64_t waiting, size_t depth);
 
-// How much may wait, in total.
-struct Bounds {
-  uint64_t batch_tokens = 0;
-  uint64_t queued_tokens = 0;
-  uint64_t queued_bytes = 0;
-};
-
 // Takes requests, decides their order, has them computed and answers them: on one thread, which never takes Python's
 // lock.
-class Engine {
+class Engine : public Owned {
  public:
-  Engine(PlacementPtr placement, Bounds bounds, std::unique_ptr<Executor> executor);
-  ~Engine();  // stops
+  // Between two requests its thread spins for `spin_ns` at most. What happens is counted in `tally`.
+  Engine(PlacementPtr placement, uint64_t batch_tokens, Amount most_waiting, std::shared_ptr<Tally> tally,
+         int64_t spin_ns = Spin::kAutoNs);
+  ~Engine();  // stops; not to be called after a stop() that failed
 
   // From any thread -------------------------------------------------------------------------------------------------
 
+  // Has tokens of answered requests sampled, before the first turn.
+  void sample(std::shared_ptr<Sampler> sampler) { sampler_ = std::move(sampler); }
+  // Has faults strike, before the first turn.
+  void use_failpoints(std::shared_ptr<Failpoints> failpoints) { failpoints_ = std::move(failpoints); }
+  // Says what computes, before the first turn.
+  void use(std::shared_ptr<Executor> executor);
   // Starts the thread; without it a test turns.
   void start();
-  // Ends the thread. Jobs that are not answered by then never will be.
-  void stop();
+  // Ends the thread, once what others do for it is done. Jobs that are not answered by then never will be. False when
+  // they do not come to an end within a second: they may go on, and all that they use must stay for ever.
+  bool stop();
   // Looks for work now.
   void wake() { bell_.ring(); }
+  // Waits until the thread has looked for work: a sign of its life, that may never come. Throws what a failpoint says.
+  void await_turn();
 
   void open();
   // Refuses new requests with kUnavailable; those already accepted are still answered. Not yet `refusing`, only
@@ -60,22 +72,38 @@ class Engine {
   void abandon(std::string reason);
   std::optional<std::string> closed_because() const;
 
+  // Readable once the device is suspected of a failure; `take_fault` tells why, and makes it unreadable.
+  int fault_fd() const { return fault_bell_.fd(); }
+  std::optional<std::string> take_fault();
+
   PlacementPtr placement() const;
   // For requests that come from now on.
   void set_placement(PlacementPtr placement);
+  // Whether requests may still use weights of placements before that of `epoch`.
+  bool uses_before(uint64_t epoch) const;
 
-  // Checks a request whose tensors are in its message. Refuses what must not wait or be computed, or sets
-  // `job->request`.
-  std::optional<Refusal> check(const Message& message, Job* job) const;
-  // Lets an admitted job wait, `job->inbox` and `ticket` being set. Refuses when there is no room.
+  // Checks a request whose tensors are in its message. Refuses what must not wait or be computed, or sets what of
+  // `job`, whose identity is known, is known by then.
+  std::optional<Refusal> check(const Message& message, Job* job);
+  // The same in two steps for tensors in a lane's memory: what does not take long, and, on any thread, the rest.
+  std::optional<Refusal> place(const Message& message, const Lane& lane, LaneJob* job);
+  std::optional<Refusal> check_tensors(const Message& message, const Tensors& tensors, Job* job);
+  // Lets a checked job wait. Refuses when there is no room.
   std::optional<Refusal> submit(std::shared_ptr<Job> job);
   // Answers a job with kCancelled: at once if it waits, else when the device is done with it.
   void cancel(std::shared_ptr<Job> job);
 
   // Why a request of this size would be refused now.
-  std::optional<Refusal> check_room(uint64_t tokens, uint64_t bytes) const;
-  uint64_t queued_tokens() const { return queued_tokens_.load(std::memory_order_relaxed); }
-  uint64_t queued_bytes() const { return queued_bytes_.load(std::memory_order_relaxed); }
+  std::optional<Refusal> check_room(const std::string& identity, Amount more) const;
+  Amount waiting() const { return admission_.waiting(); }
+  // What threads of the pool do for the engine now.
+  size_t handed_out() const;
+
+  Tally& tally() { return *tally_; }
+  // Calls in shared memory.
+  Lanes& lanes() { return lanes_; }
+  // What every slot must leave for a reply.
+  uint32_t min_reply_room() const;
 
   // The engine's thread ----------------------------------------------------------------------------------------------
 
@@ -83,36 +111,71 @@ class Engine {
   bool turn(uint64_t now);
 
  private:
+  friend class Lanes;
+
   void run();
+  // Whether to look again at once; then what was found, and sleeping.
+  bool spins(uint64_t now);
+  void found_work(uint64_t now);
+  void sleep(uint64_t now);
+  std::optional<Refusal> check_head(const Message& message, Job* job);
+  // As if the placement had changed.
+  void begin_placement();
   void begin(uint64_t now);
+  void start(std::unique_ptr<Batch> batch, uint64_t now);
   void finish(std::unique_ptr<Batch> batch, uint64_t now);
+  // Completes an answer, and tells its caller: here, or on a thread of the pool.
+  void complete(std::shared_ptr<Job> job);
+  void answer(Job& job);
+  // Has a thread of the pool do what may take long.
+  void hand_out(std::function<void()> work);
   void give_up();
   bool take_submissions();
   bool take_cancels();
-  void release_room(const Job& job);
-  void refuse(std::shared_ptr<Job> job, Refusal refusal);
-  Refusal overloaded(std::string text, uint64_t tokens, uint64_t room) const;
+  bool take_evicted();
+  std::optional<Refusal> check_open() const;
+  // `over`: nobody uses its memory any more.
+  void refuse(Job& job, Refusal refusal, bool over = true);
 
-  const Bounds bounds_;
-  const std::unique_ptr<Executor> executor_;
-  Bell bell_;
+  const uint64_t batch_tokens_;
+  const std::shared_ptr<Tally> tally_;
+  std::shared_ptr<Sampler> sampler_;        // or null
+  std::shared_ptr<Failpoints> failpoints_;  // or null
+  std::shared_ptr<Executor> executor_;
+  Bell bell_, fault_bell_;
   std::thread thread_;
+  std::atomic<uint64_t> turns_{0};
+  std::atomic<bool> asked_{false};  // for a sign of life: something to find for a thread that is about to sleep
   std::atomic<bool> stopping_{false};
+
+  mutable std::mutex handing_;  // of the three below
+  size_t handed_out_ = 0;
+  bool running_ = false;  // the thread
+  bool lost_ = false;     // whether stop() failed: nothing is begun any more
+  std::condition_variable handed_in_;
 
   Pile<std::shared_ptr<Job>> submitted_;
   Pile<std::shared_ptr<Job>> cancels_;
+  Pile<Evicted> evicted_;
   std::atomic<bool> abandoned_{false};
-  std::atomic<uint64_t> queued_tokens_{0}, queued_bytes_{0};  // from submit() until a batch or a refusal
-  std::atomic<double> tokens_per_second_{0};
+  Admission admission_;
 
-  mutable std::mutex mutex_;  // of the three below; never held while anything else is waited for
+  mutable std::mutex mutex_;  // of the five below; never held while anything else is waited for
   std::optional<std::string> closed_because_;
   bool refusing_ = true;
   PlacementPtr placement_;
+  std::vector<std::weak_ptr<const Placement>> earlier_;  // that somebody uses
+  std::optional<std::string> fault_;
 
   // The thread's alone.
   FairQueue queue_;
-  std::vector<Batch*> under_way_;  // the executor's, until it gives them back
+  Lanes lanes_;
+  Spin spin_;
+  Spin::Turn spinning_;
+  uint64_t idle_since_ = 0;                      // 0: there was work at the last look
+  uint64_t looked_ns_ = 0;                       // for callers that left
+  std::vector<Batch*> under_way_;                // until the executor gives them back
+  std::deque<std::unique_ptr<Batch>> starting_;  // those of them whose jobs are being given room
 };
 
 }  // namespace expertd

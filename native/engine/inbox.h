@@ -19,9 +19,7 @@ class Inbox {
   // What became of one job.
   struct Answer {
     uint64_t ticket = 0;
-    std::optional<Refusal> refusal;  // nothing: the job's reply is the answer
-    bool told = true;                // whether this is the answer; else it was given before
-    bool over = true;                // whether nobody uses the job's memory any more
+    Outcome outcome;
   };
 
   // The loop watches this descriptor and calls drain() when it is readable.

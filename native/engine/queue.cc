@@ -1,32 +1,47 @@
 #include "engine/queue.h"
 
 #include <algorithm>
+#include <deque>
+#include <utility>
 
 namespace expertd {
 namespace {
 
-Lot* lot_of(Share* share, const Kind& kind) {
+Lot* lot_of(Line* line, const Kind& kind) {
   const auto found =
-      std::find_if(share->lots.begin(), share->lots.end(), [&](const Lot& lot) { return lot.kind == kind; });
-  return found == share->lots.end() ? nullptr : &*found;
+      std::find_if(line->lots.begin(), line->lots.end(), [&](const Lot& lot) { return lot.kind == kind; });
+  return found == line->lots.end() ? nullptr : &*found;
+}
+
+template <typename Part>
+Part* append(std::list<Part>* parts, Part part) {
+  parts->push_back(std::move(part));
+  parts->back().place = std::prev(parts->end());
+  return &parts->back();
+}
+
+// The next job of an identity's connections, which take turns, of at most `room` tokens; null when there is none.
+Job* next_of(std::deque<Lot*>* lots, uint64_t room) {
+  while (!lots->empty()) {
+    Lot* lot = lots->front();
+    lots->pop_front();
+    Job* job = lot->first;
+    if (job->tokens() > room) continue;
+    if (job->next != nullptr) lots->push_back(lot);
+    return job;
+  }
+  return nullptr;
 }
 
 }  // namespace
 
 void FairQueue::put(Job* job) {
-  Share*& share = by_caller_[job->caller];
-  if (share == nullptr) {
-    shares_.push_back(Share{.caller = job->caller, .lots = {}, .place = {}});
-    share = &shares_.back();
-    share->place = std::prev(shares_.end());
-  }
-  Lot* lot = lot_of(share, job->kind());
-  if (lot == nullptr) {
-    share->lots.push_back(Lot{.kind = job->kind(), .first = nullptr, .last = nullptr, .place = {}});
-    lot = &share->lots.back();
-    lot->place = std::prev(share->lots.end());
-  }
-  job->share = share;
+  Share*& share = by_identity_[job->identity];
+  if (share == nullptr) share = append(&shares_, Share{.identity = job->identity});
+  Line*& line = share->by_caller[job->caller];
+  if (line == nullptr) line = append(&share->lines, Line{.caller = job->caller, .share = share});
+  Lot* lot = lot_of(line, job->kind());
+  if (lot == nullptr) lot = append(&line->lots, Lot{.kind = job->kind(), .line = line});
   job->lot = lot;
   job->next = nullptr;
   job->previous = lot->last;
@@ -41,54 +56,66 @@ bool FairQueue::remove(Job* job) {
   return true;
 }
 
+// What has no more jobs goes with its last.
 void FairQueue::unlink(Job* job) {
-  Lot* lot = job->lot;
-  Share* share = job->share;
+  Lot* lot = std::exchange(job->lot, nullptr);
+  Line* line = lot->line;
+  Share* share = line->share;
   (job->previous ? job->previous->next : lot->first) = job->next;
   (job->next ? job->next->previous : lot->last) = job->previous;
-  tokens_ -= job->tokens();
   job->previous = job->next = nullptr;
-  job->share = nullptr;
-  job->lot = nullptr;
+  tokens_ -= job->tokens();
   if (lot->first != nullptr) return;
-  share->lots.erase(lot->place);
-  if (!share->lots.empty()) return;
-  by_caller_.erase(share->caller);
+  line->lots.erase(lot->place);
+  if (!line->lots.empty()) return;
+  share->by_caller.erase(line->caller);
+  share->lines.erase(line->place);
+  if (!share->lines.empty()) return;
+  by_identity_.erase(share->identity);
   shares_.erase(share->place);
 }
 
 std::vector<Job*> FairQueue::take(uint64_t max_tokens) {
   std::vector<Job*> taken;
   if (shares_.empty()) return taken;
-  const Kind kind = shares_.front().lots.front().kind;
-  const std::string turn = shares_.front().caller;
-  std::vector<Lot*> sharing;
+  const Line& turn = shares_.front().lines.front();
+  const Kind kind = turn.lots.front().kind;
+  const std::string identity = shares_.front().identity, caller = turn.caller;
+  std::list<std::deque<Lot*>> sharing;
   for (Share& share : shares_) {
-    if (Lot* lot = lot_of(&share, kind)) sharing.push_back(lot);
+    std::deque<Lot*>& lots = sharing.emplace_back();
+    for (Line& line : share.lines) {
+      if (Lot* lot = lot_of(&line, kind)) lots.push_back(lot);
+    }
   }
-  uint64_t room = max_tokens;
-  while (!sharing.empty()) {
-    std::vector<Lot*> left;
-    for (Lot* lot : sharing) {
-      Job* job = lot->first;
-      if (!taken.empty() && job->tokens() > room) continue;
-      if (job->next != nullptr) left.push_back(lot);
-      unlink(job);  // a lot goes with its last job
+  for (uint64_t room = max_tokens; !sharing.empty();) {
+    for (auto& lots : sharing) {
+      Job* job = next_of(&lots, taken.empty() ? ~uint64_t{0} : room);
+      if (job == nullptr) continue;
+      unlink(job);
       taken.push_back(job);
       room -= std::min<uint64_t>(job->tokens(), room);
     }
-    sharing.swap(left);
+    sharing.remove_if([](const auto& lots) { return lots.empty(); });
   }
-  if (const auto again = by_caller_.find(turn); again != by_caller_.end()) {
-    shares_.splice(shares_.end(), shares_, again->second->place);
-  }
+  end_turn(identity, caller);
   return taken;
+}
+
+void FairQueue::end_turn(const std::string& identity, const std::string& caller) {
+  const auto share = by_identity_.find(identity);
+  if (share == by_identity_.end()) return;
+  shares_.splice(shares_.end(), shares_, share->second->place);
+  auto& [name, lines, by_caller, place] = *share->second;
+  if (const auto line = by_caller.find(caller); line != by_caller.end()) {
+    lines.splice(lines.end(), lines, line->second->place);
+  }
 }
 
 std::vector<Job*> FairQueue::take_all() {
   std::vector<Job*> taken;
   while (!shares_.empty()) {
-    taken.push_back(shares_.front().lots.front().first);
+    taken.push_back(shares_.front().lines.front().lots.front().first);
     unlink(taken.back());
   }
   return taken;

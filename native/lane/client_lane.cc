@@ -1,7 +1,9 @@
 #include "lane/client_lane.h"
 
 #include <fcntl.h>
+#include <linux/memfd.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,7 +22,8 @@ int create_memory(size_t size, uint32_t entries) {
     throw std::invalid_argument("a lane of " + std::to_string(entries) + " entries in " + std::to_string(size) +
                                 " bytes");
   }
-  const int descriptor = memfd_create("expertd", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  const int descriptor =
+      static_cast<int>(syscall(SYS_memfd_create, "expertd", MFD_CLOEXEC | MFD_ALLOW_SEALING));  // old glibcs lack it
   if (descriptor < 0) throw std::system_error(errno, std::generic_category(), "memfd_create");
   if (ftruncate(descriptor, static_cast<off_t>(size)) != 0 || fcntl(descriptor, F_ADD_SEALS, F_SEAL_SHRINK) != 0) {
     const int error = errno;
@@ -30,23 +33,15 @@ int create_memory(size_t size, uint32_t entries) {
   return descriptor;
 }
 
-void pause_cpu() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 }  // namespace
 
 ClientLane::ClientLane(size_t size, uint32_t entries, SpinHost& host, int64_t spin_ns)
-    : pid_(getpid()),
-      entries_(entries),
+    : entries_(entries),
       memfd_(create_memory(size, entries)),
       memory_(std::make_shared<Mapping>(memfd_.get(), size)),
       words_(memory_->base()),
-      spin_(host, spin_ns) {
+      spin_(host, spin_ns),
+      free_(next_line(data_at(entries)), size) {
   words_.wide(0).store(kLaneMagic, std::memory_order_relaxed);
   words_.word(kVersion).store(kLaneVersion, std::memory_order_relaxed);
   words_.word(kEntries).store(entries, std::memory_order_relaxed);
@@ -60,7 +55,23 @@ ClientLane::~ClientLane() {
 
 void ClientLane::connect(int socket) { connection_.emplace(socket); }
 
-bool ClientLane::forked() const { return getpid() != pid_; }
+std::optional<uint64_t> ClientLane::take(uint64_t bytes) {
+  if (forked()) return std::nullopt;
+  const std::lock_guard lock(posting_);
+  reap_abandoned();
+  return free_.take(next_line(bytes));
+}
+
+void ClientLane::give_back(Room room) {
+  if (forked() || room.bytes == 0) return;
+  const std::lock_guard lock(posting_);
+  free_.give_back(room.at, next_line(room.bytes));
+}
+
+uint64_t ClientLane::free_bytes() const {
+  const std::lock_guard lock(posting_);
+  return free_.free_bytes();
+}
 
 Post ClientLane::post(uint64_t slot, std::string_view request, uint32_t reply_room, bool looped) {
   if (forked()) return Post::kForked;
@@ -76,14 +87,17 @@ Post ClientLane::post(uint64_t slot, std::string_view request, uint32_t reply_ro
   if (!added) return Post::kMisplaced;
   std::memcpy(memory_->base() + request_at(slot), request.data(), request.size());
   prepare(words_, slot, static_cast<uint32_t>(request.size()), reply_room);
-  if (announce({slot, kRequest})) return Post::kPosted;
+  // Before the server knows of the call: no answer comes without a bell.
+  if (looped) announce_sleep(words_, kLooping);
+  if (announce({slot, kRequest}, static_cast<uint32_t>(request.size()), reply_room)) return Post::kPosted;
   calls_.erase(call);
   return Post::kFull;
 }
 
 // False for a ring without room.
-bool ClientLane::announce(const Entry& entry) {
+bool ClientLane::announce(Entry entry, uint32_t request_bytes, uint32_t reply_room) {
   if (tail_ - words_.word(kHead).load(std::memory_order_acquire) >= entries_) return false;
+  entry.checksum = entry_checksum(tail_, entry, request_bytes, reply_room);
   if (push(words_, entries_, tail_++, entry)) connection_->ring();
   return true;
 }
@@ -135,37 +149,64 @@ std::optional<std::string> ClientLane::reply(uint64_t slot) {
   return std::string(reinterpret_cast<const char*>(memory_->base() + call.reply), length);
 }
 
-void ClientLane::cancel(uint64_t slot) {
-  if (forked()) return;
+bool ClientLane::cancel(uint64_t slot) { return cancel_call(slot, {}); }
+
+void ClientLane::abandon(uint64_t slot, Room room) { cancel_call(slot, room); }
+
+bool ClientLane::cancel_call(uint64_t slot, Room room) {
+  if (forked()) return false;
   const std::lock_guard lock(posting_);
   const auto found = calls_.find(slot);
-  if (found == calls_.end()) return;
+  if (found == calls_.end()) return false;
   found->second.cancelled = true;
-  if (!ended() && !done(slot)) announce({slot, kCancel});
+  found->second.room = room;
+  announce_sleep(words_, kLooping);
+  if (!done(slot)) {
+    if (!ended()) announce({slot, kCancel});
+    return true;
+  }
+  // No bell comes any more, but to loops that one was sent to.
+  if (found->second.looped && room.bytes == 0) return true;
+  if (room.bytes != 0 && !ended()) free_.give_back(room.at, next_line(room.bytes));
+  calls_.erase(found);
+  return false;
 }
 
-std::vector<uint64_t> ClientLane::finished(bool cancelled) {
-  std::vector<uint64_t> slots;
-  const std::lock_guard lock(posting_);
-  for (const auto& [slot, call] : calls_) {
-    if (call.cancelled == cancelled && (cancelled || call.looped) && done(slot)) slots.push_back(slot);
-  }
-  if (cancelled) {
-    for (const uint64_t slot : slots) calls_.erase(slot);
-  }
-  return slots;
+void ClientLane::reap_abandoned() {
+  // Once the lane has ended, what is done is done, but its memory is not used again.
+  if (ended()) return;
+  std::erase_if(calls_, [this](const auto& entry) {
+    const auto& [slot, call] = entry;
+    if (!call.cancelled || call.room.bytes == 0 || !done(slot)) return false;
+    free_.give_back(call.room.at, next_line(call.room.bytes));
+    return true;
+  });
 }
 
 std::vector<uint64_t> ClientLane::reap() {
-  // Once the lane has ended, what is done is done, but its memory is not used again.
-  return forked() || ended() ? std::vector<uint64_t>() : finished(true);
+  std::vector<uint64_t> slots;
+  if (forked() || ended()) return slots;
+  const std::lock_guard lock(posting_);
+  reap_abandoned();
+  for (const auto& [slot, call] : calls_) {
+    if (call.cancelled && call.room.bytes == 0 && done(slot)) slots.push_back(slot);
+  }
+  for (const uint64_t slot : slots) calls_.erase(slot);
+  return slots;
 }
 
 std::vector<uint64_t> ClientLane::poll() {
-  if (forked()) return {};
+  std::vector<uint64_t> slots;
+  if (forked()) return slots;
   if (!connection_.value().drain()) close();
-  announce_sleep(words_, kLooping);
-  return finished(false);
+  const std::lock_guard lock(posting_);
+  // A bell for every answer to a thread would wake the loop for nothing.
+  const auto is_waited_for = [](const auto& call) { return call.second.looped || call.second.cancelled; };
+  if (std::any_of(calls_.begin(), calls_.end(), is_waited_for)) announce_sleep(words_, kLooping);
+  for (const auto& [slot, call] : calls_) {
+    if (call.looped && !call.cancelled && done(slot)) slots.push_back(slot);
+  }
+  return slots;
 }
 
 void ClientLane::close() {

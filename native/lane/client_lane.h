@@ -12,8 +12,10 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/owned.h"
 #include "lane/connection.h"
 #include "lane/descriptor.h"
+#include "lane/free_list.h"
 #include "lane/mapping.h"
 #include "lane/ring.h"
 #include "lane/spin.h"
@@ -22,11 +24,16 @@ namespace expertd {
 
 enum class Post { kPosted, kFull, kMisplaced, kEnded, kForked };
 
+// A part of a lane's memory.
+struct Room {
+  uint64_t at = 0, bytes = 0;
+};
+
 // The caller's end of a lane; ring.h has the rules. Where slots and tensors are in the memory is its user's to say.
 // Threads: all functions may be called by any thread at once, but `poll`, which is the loop's that watches the socket,
 // and there must be one: it learns of the end and releases the threads that sleep in `wait`. A call is waited for by
 // one thread, or by the loop. In a forked child everything says kForked, and destruction only closes.
-class ClientLane {
+class ClientLane : public Owned {
  public:
   // New memory of `size` bytes, that is `data` and what slots need, with a ring of `entries`. Throws std::system_error,
   // and std::invalid_argument for sizes that no lane has.
@@ -38,6 +45,12 @@ class ClientLane {
   // The handover was accepted: takes the socket. Before that nothing can be posted.
   void connect(int socket);
 
+  // Memory for slots and tensors: where it is, a multiple of 64, or nothing when there is none.
+  std::optional<uint64_t> take(uint64_t bytes);
+  // Its user's no longer, and not the server's.
+  void give_back(Room room);
+  uint64_t free_bytes() const;
+
   // Announces the request in `slot`, with room for a reply of `reply_room` bytes; the tensors are in place. From now on
   // slot and tensors are the server's until the call is done, or for good once the lane has ended. kFull: there is no
   // room in the ring or too much in flight. With `looped`, `poll` names it when it is done.
@@ -45,12 +58,15 @@ class ClientLane {
   // Until the call is done, `deadline_ns` of the monotonic clock has come, a signal came, or the lane has ended without
   // it; kUnknown at once for a slot without a call.
   Wait wait(uint64_t slot, int64_t deadline_ns);
+  bool done(uint64_t slot) const;
   // The reply to a call that is done, which is no longer in flight; none if it is not done, or its length is
   // impossible.
   std::optional<std::string> reply(uint64_t slot);
-  // The answer is not wanted any more. The slot stays the server's until `reap` names it. Not told to a server with a
-  // full ring.
-  void cancel(uint64_t slot);
+  // The answer is not wanted any more. The slot stays the server's until `reap` names it; false if it is free already.
+  // Not told to a server with a full ring.
+  bool cancel(uint64_t slot);
+  // The same for the last who knows of the call: its room is given back when it is done, and `reap` does not name it.
+  void abandon(uint64_t slot, Room room);
   // Cancelled calls that are done: their slots are free.
   std::vector<uint64_t> reap();
   // For the loop, after its posts and when the socket is readable: looped calls that are done. Unless the lane has
@@ -62,7 +78,7 @@ class ClientLane {
   bool ended() const { return ended_.load(std::memory_order_seq_cst); }
   // Why the server ended it: an encoded ExecuteResponse, or empty. The loop's.
   std::string reason() const { return std::string(connection_.value().reason()); }
-  bool forked() const;
+  bool forked() const { return !here(); }
 
   int socket() const { return connection_.value().descriptor(); }
   const std::shared_ptr<Mapping>& memory() const { return memory_; }
@@ -76,13 +92,13 @@ class ClientLane {
     bool looped;
     bool cancelled;
     int64_t posted_ns;
+    Room room{};  // that is given back once a cancelled call is done; without bytes it is its user's
   };
-  bool done(uint64_t slot) const;
-  bool announce(const Entry& entry);
+  bool announce(Entry entry, uint32_t request_bytes = 0, uint32_t reply_room = 0);
   void spin(uint64_t slot);
-  std::vector<uint64_t> finished(bool cancelled);
+  bool cancel_call(uint64_t slot, Room room);
+  void reap_abandoned();
 
-  const int pid_;
   const uint32_t entries_;
   const Descriptor memfd_;
   std::shared_ptr<Mapping> memory_;
@@ -93,6 +109,7 @@ class ClientLane {
   mutable std::mutex posting_;  // one producer at a time; never held while anything waits
   uint32_t tail_ = 0;
   std::unordered_map<uint64_t, Call> calls_;  // by slot, with those cancelled
+  FreeList free_;
 };
 
 }  // namespace expertd

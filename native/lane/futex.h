@@ -11,15 +11,11 @@
 #include <cstdint>
 #include <ctime>
 
+#include "base/clock.h"
+
 namespace expertd {
 
 // Futexes of memory that processes share. `word` is an aligned word of it; the kernel reads it itself, and no other.
-
-inline int64_t monotonic_ns() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return now.tv_sec * int64_t{1'000'000'000} + now.tv_nsec;
-}
 
 // 0 when woken or when the word is not `value`, else EINTR or, after `deadline_ns` of the monotonic clock, ETIMEDOUT.
 inline int futex_wait(std::byte* word, uint32_t value, int64_t deadline_ns) {

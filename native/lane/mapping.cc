@@ -1,7 +1,6 @@
 #include "lane/mapping.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -10,15 +9,15 @@
 namespace expertd {
 namespace {
 
-constexpr size_t kPopulateStep = size_t{64} << 20;
+constexpr size_t kStep = size_t{64} << 20;
 #ifndef MADV_POPULATE_WRITE
 constexpr int MADV_POPULATE_WRITE = 23;
 #endif
 
 // MAP_POPULATE would keep all other threads from mapping anything until it is done.
 int populate(std::byte* base, size_t size) {
-  for (size_t at = 0; at < size; at += kPopulateStep) {
-    if (madvise(base + at, std::min(kPopulateStep, size - at), MADV_POPULATE_WRITE) == 0) continue;
+  for (size_t at = 0; at < size; at += kStep) {
+    if (madvise(base + at, std::min(kStep, size - at), MADV_POPULATE_WRITE) == 0) continue;
     // Kernels before 5.14 do not know it: pages come when they are used.
     return errno == EINVAL ? 0 : errno;
   }
@@ -27,7 +26,7 @@ int populate(std::byte* base, size_t size) {
 
 }  // namespace
 
-Mapping::Mapping(int descriptor, size_t size) : pid_(getpid()), size_(size) {
+Mapping::Mapping(int descriptor, size_t size) : size_(size) {
   void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
   if (at == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
   base_ = static_cast<std::byte*>(at);
@@ -42,10 +41,12 @@ Mapping::Mapping(int descriptor, size_t size) : pid_(getpid()), size_(size) {
   }
 }
 
-Mapping::~Mapping() {
+void Mapping::close() {
   guard_.reset();
   // A forked child never had it, and may have something else there.
-  if (getpid() == pid_) munmap(base_, size_);
+  if (!here()) return;
+  for (size_t at = 0; at < size_; at += kStep) munmap(base_ + at, std::min(kStep, size_ - at));
+  size_ = 0;
 }
 
 }  // namespace expertd

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/crc32c.h"
+
 namespace expertd {
 
 // THE LANE, version 1: calls between two processes of one machine, without a copy of tensors and mostly without a
@@ -20,15 +22,14 @@ namespace expertd {
 //   128          server              u32 head: entries ever taken, likewise; only the caller reads it
 //   192          both                u32 asleep: 1 while the server sleeps or is about to
 //   256          both                u32 looping: 1 while an event loop of the caller waits for answers
-//   4096 + 16 i  caller              entry i (modulo entries): u64 slot, u32 kind (1 request, 2 cancel), u32 0
+//   4096 + 16 i  caller              entry i (modulo entries): u64 slot, u32 kind (1 request, 2 cancel), u32 checksum
 //   slot         both                u32 state (1 posted, 3 posted and a thread sleeps on it, 4 done),
-//                caller              u32 request bytes (at most 4096), u32 reply room (at least what the server asks
-//                for,
-//                                    1024 + 8 for each of its experts),
+//                caller              u32 request bytes (at most 4096), u32 reply room (at least 1024 + 8 for each of
+//                                    the model's experts),
 //                server              u32 reply bytes; the rest of the 64 bytes is unused
 //   slot + 64    caller              an ExecuteRequest without tensors
-//   reply        server              an ExecuteResponse without tensors; reply is slot + 64 + request bytes, rounded up
-//   to 64
+//   reply        server              an ExecuteResponse without tensors; reply is slot + 64 + request bytes, up to a
+//                                    multiple of 64
 //
 // A slot is a multiple of 64 in [data, size), as is what segment_offset names; the caller says where slots are, and no
 // slot is in two calls at once. Tensors may lie before their slot, so that a request's length does not depend on where
@@ -92,7 +93,20 @@ static_assert(std::atomic_ref<uint32_t>::is_always_lock_free && std::atomic_ref<
 struct Entry {
   uint64_t slot = 0;
   uint32_t kind = 0;
+  uint32_t checksum = 0;  // none
 };
+
+// CRC-32C of what is posted as entry `number` since the beginning: of an older one it is another. For a cancel the
+// slot's words are 0.
+inline uint32_t entry_checksum(uint32_t number, const Entry& entry, uint32_t request_bytes, uint32_t reply_room) {
+  const uint32_t words[]{static_cast<uint32_t>(entry.slot),
+                         static_cast<uint32_t>(entry.slot >> 32),
+                         entry.kind,
+                         number,
+                         request_bytes,
+                         reply_room};
+  return crc32c(0, reinterpret_cast<const std::byte*>(words), sizeof words);
+}
 
 // Whether the other end must get a bell: its `flag` was 1, and is now 0.
 template <class Memory>
@@ -113,7 +127,7 @@ bool push(const Memory& memory, uint32_t entries, uint32_t tail, const Entry& en
   const uint64_t at = kRing + tail % entries * kEntryBytes;
   memory.wide(at).store(entry.slot, std::memory_order_relaxed);
   memory.word(at + 8).store(entry.kind, std::memory_order_relaxed);
-  memory.word(at + 12).store(0, std::memory_order_relaxed);
+  memory.word(at + 12).store(entry.checksum, std::memory_order_relaxed);
   memory.word(kTail).store(tail + 1, std::memory_order_seq_cst);
   return claim_bell(memory, kAsleep);
 }
@@ -122,7 +136,8 @@ bool push(const Memory& memory, uint32_t entries, uint32_t tail, const Entry& en
 template <class Memory>
 Entry peek(const Memory& memory, uint32_t entries, uint32_t head) {
   const uint64_t at = kRing + head % entries * kEntryBytes;
-  return {memory.wide(at).load(std::memory_order_relaxed), memory.word(at + 8).load(std::memory_order_relaxed)};
+  return {memory.wide(at).load(std::memory_order_relaxed), memory.word(at + 8).load(std::memory_order_relaxed),
+          memory.word(at + 12).load(std::memory_order_relaxed)};
 }
 
 // Caller: makes a slot one to be posted. The request's bytes are written, too, before `push`.

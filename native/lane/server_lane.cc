@@ -1,6 +1,7 @@
 #include "lane/server_lane.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <utility>
 
@@ -75,7 +76,7 @@ bool ServerLane::check(const Entry& entry, Posted* posted) {
     return fail("an entry's slot is " + std::to_string(entry.slot) + "; it must be a multiple of " +
                 std::to_string(kLine) + " from " + std::to_string(data_) + " on and below " + std::to_string(size));
   }
-  if (entry.kind == kCancel) return true;
+  if (entry.kind == kCancel) return check_sum(entry, 0, 0);
   posted->request_bytes = words_.word(entry.slot + kRequestBytes).load(std::memory_order_relaxed);
   posted->reply_room = words_.word(entry.slot + kReplyRoom).load(std::memory_order_relaxed);
   posted->reply = reply_at(entry.slot, posted->request_bytes);
@@ -88,7 +89,17 @@ bool ServerLane::check(const Entry& entry, Posted* posted) {
                 std::to_string(posted->reply) + " of " + std::to_string(size) + "; " + std::to_string(min_room_) +
                 " are needed");
   }
-  return true;
+  return check_sum(entry, posted->request_bytes, posted->reply_room);
+}
+
+bool ServerLane::check_sum(const Entry& entry, uint32_t request_bytes, uint32_t reply_room) {
+  if (entry.checksum == 0) return true;
+  const uint32_t found = entry_checksum(head_, entry, request_bytes, reply_room);
+  if (found == entry.checksum) return true;
+  char text[128];
+  std::snprintf(text, sizeof text, "entry %u has the checksum 0x%08x; what it says has 0x%08x: it was altered", head_,
+                entry.checksum, found);
+  return fail(text);
 }
 
 std::string_view ServerLane::message(const Posted& posted, std::span<char> out) const {

@@ -67,6 +67,7 @@ class ServerLane {
  private:
   ServerLane(std::shared_ptr<Mapping> memory, int socket, uint32_t min_room, uint32_t entries, uint64_t data);
   bool check(const Entry& entry, Posted* posted);
+  bool check_sum(const Entry& entry, uint32_t request_bytes, uint32_t reply_room);
   bool fail(std::string reason);
 
   std::shared_ptr<Mapping> memory_;

@@ -6,7 +6,8 @@ namespace expertd {
 namespace {
 
 constexpr int64_t kMarginNs = 20'000;
-constexpr int64_t kQuietNs = 1'000'000'000;
+constexpr int64_t kLeastQuietNs = 5'000'000;
+constexpr int64_t kMostQuietNs = 1'000'000'000;
 constexpr int64_t kLookNs = 1'000'000'000;
 constexpr double kMinCpus = 4;
 
@@ -14,7 +15,11 @@ constexpr double kMinCpus = 4;
 
 Spin::Turn Spin::begin(int64_t now) {
   const int64_t budget = budget_ns_.load(std::memory_order_relaxed);
-  if (budget == 0) return {};
+  return budget == 0 ? Turn{} : begin_until(now, now + budget);
+}
+
+Spin::Turn Spin::begin_until(int64_t now, int64_t until) {
+  if (max_ns_ == 0) return {};
   look(now);
   const double cpus = cpus_.load(std::memory_order_relaxed);
   if (cpus < kMinCpus || now < quiet_until_.load(std::memory_order_relaxed)) return {};
@@ -22,13 +27,18 @@ Spin::Turn Spin::begin(int64_t now) {
     host_.spinning.fetch_sub(1, std::memory_order_relaxed);
     return {};
   }
-  return {now + budget, host_.preemptions()};
+  return {until, host_.preemptions()};
 }
 
 void Spin::end(const Turn& turn, int64_t now) {
   if (turn.until == 0) return;
   host_.spinning.fetch_sub(1, std::memory_order_relaxed);
-  if (host_.preemptions() != turn.preemptions) quiet_until_.store(now + kQuietNs, std::memory_order_relaxed);
+  if (host_.preemptions() == turn.preemptions) return;
+  const int64_t last = quiet_ns_.load(std::memory_order_relaxed);
+  const bool again = last != 0 && now - quiet_until_.load(std::memory_order_relaxed) < 4 * last;
+  const int64_t quiet = again ? std::min(2 * last, kMostQuietNs) : kLeastQuietNs;
+  quiet_ns_.store(quiet, std::memory_order_relaxed);
+  quiet_until_.store(now + quiet, std::memory_order_relaxed);
 }
 
 void Spin::learn(int64_t gap_ns) {
@@ -49,7 +59,7 @@ void Spin::look(int64_t now) {
   cpus_.store(host_.usable_cpus(), std::memory_order_relaxed);
   const int64_t throttles = host_.throttles();
   const int64_t before = throttles_.exchange(throttles, std::memory_order_relaxed);
-  if (before >= 0 && throttles != before) quiet_until_.store(now + kQuietNs, std::memory_order_relaxed);
+  if (before >= 0 && throttles != before) quiet_until_.store(now + kMostQuietNs, std::memory_order_relaxed);
 }
 
 }  // namespace expertd

@@ -5,8 +5,18 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 namespace expertd {
+
+// Between two looks of a thread that spins.
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 // What threads that wait may know of the machine. Any thread; tests have their own.
 class SpinHost {
@@ -28,11 +38,14 @@ class SpinHost {
 
 // Whether one kind of wait is worth spinning for, learnt from how long the last 16 took: spin as long as twice their
 // median and 20 us, if that is at most `max_ns`, and not at all else. Never below 4 CPUs, with a quarter of them
-// spinning, or for 1 s after that cost a thread its CPU or the control group its quota. Any thread; threads may wait at
-// the same time. Times are nanoseconds of the monotonic clock.
+// spinning, for 1 s after that cost the control group its quota, or a while after it cost a thread its CPU: 5 ms, as
+// the kernel now and then has something to do everywhere, and twice as long as the last time, up to 1 s, if that is not
+// four times as long ago. Any thread; threads may wait at the same time. Times are nanoseconds of the monotonic clock.
 class Spin {
  public:
   static constexpr int64_t kAutoNs = 3'000'000;
+  // `us` in nanoseconds, or what is spun without an option.
+  static constexpr int64_t max_ns(std::optional<int64_t> us) { return us ? *us * 1000 : kAutoNs; }
   explicit Spin(SpinHost& host, int64_t max_ns = kAutoNs) : host_(host), max_ns_(max_ns) {}
 
   // One wait's spinning, to be handed back to `end`.
@@ -41,6 +54,8 @@ class Spin {
     int64_t preemptions = 0;
   };
   Turn begin(int64_t now);
+  // For a wait of which it is known when it ends.
+  Turn begin_until(int64_t now, int64_t until);
   void end(const Turn& turn, int64_t now);
   // How long a wait took, spun or slept.
   void learn(int64_t gap_ns);
@@ -55,7 +70,7 @@ class Spin {
   std::array<std::atomic<int64_t>, kGaps> gaps_{};
   std::atomic<uint32_t> learnt_{0};
   std::atomic<int64_t> budget_ns_{0};
-  std::atomic<int64_t> quiet_until_{0};
+  std::atomic<int64_t> quiet_until_{0}, quiet_ns_{0};
   std::atomic<int64_t> next_look_{0};
   std::atomic<double> cpus_{0};
   std::atomic<int64_t> throttles_{-1};

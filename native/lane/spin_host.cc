@@ -1,9 +1,9 @@
-#include <sched.h>
 #include <sys/resource.h>
 
 #include <algorithm>
 
-#include "lane/control_groups.h"
+#include "base/control_groups.h"
+#include "base/cpus.h"
 #include "lane/spin.h"
 
 namespace expertd {
@@ -11,13 +11,7 @@ namespace {
 
 class ThisHost : public SpinHost {
  public:
-  double usable_cpus() override {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    // More CPUs than the set has room for are enough to spin on.
-    if (sched_getaffinity(0, sizeof set, &set) != 0) return std::min<double>(CPU_SETSIZE, groups_.quota());
-    return std::min<double>(CPU_COUNT(&set), groups_.quota());
-  }
+  double usable_cpus() override { return std::min(cpus_by_affinity(), groups_.quota()); }
 
   int64_t preemptions() override {
     rusage usage;

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "base/crc32c.h"
 #include "request/wire.h"
 
 namespace expertd {
@@ -11,6 +12,15 @@ void put_packed(std::string* out, int field, const std::string& content) {
   put_header(out, field, content.size());
   *out += content;
 }
+
+// A varint of always as many bytes, whose value they must hold.
+void put_padded(std::string* out, uint64_t value, int bytes) {
+  for (; bytes > 1; --bytes, value >>= 7) out->push_back(static_cast<char>((value & 0x7F) | 0x80));
+  out->push_back(static_cast<char>(value & 0x7F));
+}
+
+// Of nanoseconds: enough for two years.
+constexpr int kTimeBytes = 8;
 
 }  // namespace
 
@@ -26,21 +36,27 @@ std::string reply_tail(const Admitted& request, const StageSeconds& seconds, uin
   std::string experts, pairs, timings, out;
   for (size_t local = 0; local < request.pairs.size(); ++local) {
     if (request.pairs[local] == 0) continue;
-    put_varint(&experts, request.placement->experts[local]);
+    put_varint(&experts, request.owned->experts[local]);
     put_varint(&pairs, request.pairs[local]);
   }
   int stage = 0;
   for (const double spent : {seconds.decode, seconds.queue, seconds.copy_in, seconds.compute, seconds.copy_out}) {
-    put_number(&timings, ++stage, static_cast<uint64_t>(std::llround(std::fmax(spent, 0.0) * 1e9)));
+    put_varint(&timings, static_cast<uint64_t>(++stage) << 3 | kVarint);
+    put_padded(&timings, static_cast<uint64_t>(std::llround(std::fmax(spent, 0.0) * 1e9)), kTimeBytes);
   }
   put_packed(&out, 5, experts);
   put_packed(&out, 6, pairs);
   put_varint(&out, 7 << 3 | kBytes);
   put_varint(&out, timings.size());
   out += timings;
-  put_varint(&out, 8 << 3 | kFixed32);
-  for (int shift = 0; shift < 32; shift += 8) out.push_back(static_cast<char>(checksum >> shift & 0xFF));
+  put_fixed32(&out, 8, checksum);
   return out;
+}
+
+uint32_t reply_checksum(uint64_t request_id, const std::byte* sums, size_t sums_bytes) {
+  std::byte id[8];
+  for (int i = 0; i < 8; ++i) id[i] = static_cast<std::byte>(request_id >> 8 * i & 0xFF);
+  return crc32c(crc32c(0, id, sizeof id), sums, sums_bytes);
 }
 
 uint64_t whole_milliseconds(double seconds) { return static_cast<uint64_t>(std::ceil(seconds * 1e3)); }

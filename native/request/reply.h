@@ -1,6 +1,7 @@
 // What an ExecuteResponse has before and after its sums.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -19,8 +20,12 @@ struct StageSeconds {
 // The head of a response with `sums_bytes` of sums in it; without (they are in a slot), 0.
 std::string reply_head(const Admitted& request, size_t sums_bytes);
 
-// What follows the sums. `checksum` is CRC-32C over the request id, 8 bytes little-endian, and the sums.
+// What follows the sums, whose length does not depend on the numbers in it. `checksum` is CRC-32C over the request id,
+// 8 bytes little-endian, and the sums.
 std::string reply_tail(const Admitted& request, const StageSeconds& seconds, uint32_t checksum);
+
+// That checksum; of a response whose sums are elsewhere, with none.
+uint32_t reply_checksum(uint64_t request_id, const std::byte* sums, size_t sums_bytes);
 
 // The ExecuteResponse that refuses request `request_id`.
 std::string reply_refusal(uint64_t request_id, const Refusal& refusal);

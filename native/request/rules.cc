@@ -5,10 +5,11 @@
 #include <initializer_list>
 #include <string>
 
+#include "request/checksums.h"
+
 namespace expertd {
 namespace {
 
-constexpr uint32_t kBlock = 128;
 constexpr size_t kMostQuoted = 64;
 
 template <typename... Parts>
@@ -105,19 +106,20 @@ std::string list_of(const int32_t* row, uint32_t top_k) {
 }
 
 // Global ids become local ones in place; the receipt is counted on the way.
-std::optional<Refusal> localise(const Placement& placement, Admitted* request) {
+std::optional<Refusal> localise(Admitted* request) {
   std::vector<int32_t>& ids = request->local_ids;
-  const auto count = static_cast<int64_t>(placement.num_routed_experts());
+  const OwnedLayer& owned = *request->owned;
+  const auto count = static_cast<int64_t>(owned.local_ids.size());
   const auto outside = std::find_if(ids.begin(), ids.end(), [=](int32_t id) { return id < -1 || id >= count; });
   if (outside != ids.end()) {
     return refuse(Code::kInvalidArgument, "expert_ids", at(outside - ids.begin(), request->top_k), " is ", *outside,
                   "; it must be -1 or from 0 to ", count - 1);
   }
   const auto foreign =
-      std::find_if(ids.begin(), ids.end(), [&](int32_t id) { return id >= 0 && placement.local_ids[id] < 0; });
+      std::find_if(ids.begin(), ids.end(), [&](int32_t id) { return id >= 0 && owned.local_ids[id] < 0; });
   if (foreign != ids.end()) {
     return refuse(Code::kNotFound, "expert_ids", at(foreign - ids.begin(), request->top_k), " is ", *foreign,
-                  "; this server owns experts ", placement.experts_text);
+                  "; this server owns experts ", owned.experts_text, " of layer ", owned.layer);
   }
   for (uint32_t token = 0; token < request->tokens; ++token) {
     const int32_t* row = ids.data() + size_t{token} * request->top_k;
@@ -126,10 +128,10 @@ std::optional<Refusal> localise(const Placement& placement, Admitted* request) {
                     "; a token may name an expert at most once");
     }
   }
-  request->pairs.assign(placement.experts.size(), 0);
+  request->pairs.assign(owned.experts.size(), 0);
   for (int32_t& id : ids) {
     if (id < 0) continue;
-    id = placement.local_ids[id];
+    id = owned.local_ids[id];
     ++request->pairs[id];
   }
   return std::nullopt;
@@ -158,12 +160,14 @@ std::variant<Admitted, Refusal> check_sizes(const Message& message, PlacementPtr
     return refuse(Code::kInvalidArgument, "cancels is ", *message.cancels,
                   "; it is for requests of a stream: end this call instead");
   }
+  if (auto refusal = check_fields(message)) return *refusal;
   if (auto refusal = check_range("num_tokens", message.num_tokens, placement->max_tokens)) return *refusal;
   if (auto refusal = check_range("top_k", message.top_k, placement->max_top_k)) return *refusal;
   if (auto refusal = check_dtype("hidden_dtype", message.hidden_dtype, {Dtype::kFloat8E4M3FN, Dtype::kBFloat16})) {
     return *refusal;
   }
-  if (auto refusal = check_dtype("reply_dtype", message.reply_dtype, {Dtype::kFloat32, Dtype::kBFloat16})) {
+  if (auto refusal =
+          check_dtype("reply_dtype", message.reply_dtype, {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat8E4M3FN})) {
     return *refusal;
   }
   Admitted request;
@@ -174,14 +178,16 @@ std::variant<Admitted, Refusal> check_sizes(const Message& message, PlacementPtr
   request.hidden_dtype = static_cast<Dtype>(message.hidden_dtype);
   request.reply_dtype = static_cast<Dtype>(message.reply_dtype);
   request.timeout_us = message.timeout_us;
+  request.checked = message.tensors_checksum.has_value();
   return request;
 }
 
 std::optional<Refusal> check_tensors(const Message& message, const Tensors& tensors, Admitted* request) {
+  if (auto refusal = check_bytes(message, tensors)) return refusal;
   const Placement& placement = *request->placement;
   const uint64_t tokens = request->tokens, top_k = request->top_k, width = placement.hidden_size;
   const bool quantized = request->hidden_dtype == Dtype::kFloat8E4M3FN;
-  const uint64_t blocks = width / kBlock;
+  const uint64_t blocks = width / QUANTIZATION_BLOCK;
   if (auto refusal = check_length("hidden_scales", tensors.scales, quantized ? tokens : 0, blocks, "float32", 4)) {
     return refusal;
   }
@@ -199,18 +205,22 @@ std::optional<Refusal> check_tensors(const Message& message, const Tensors& tens
     return refuse(Code::kAborted, "placement_epoch is ", *message.placement_epoch, "; the current one is ",
                   placement.epoch);
   }
-  if (placement.index_of(message.layer) < 0) {
+  request->owned = placement.find(message.layer);
+  if (request->owned == nullptr) {
     return refuse(Code::kNotFound, "layer is ", message.layer, "; this server owns layers ", placement.layers_text);
   }
   request->layer = static_cast<uint32_t>(message.layer);
   if (auto refusal = check_finite("weights", tensors.weights, top_k)) return refusal;
-  if (auto refusal = check_finite("hidden_scales", tensors.scales, blocks)) return refusal;
+  // Those on a GPU cannot be looked at here; the contract does not ask for it there.
+  if (!tensors.on_device) {
+    if (auto refusal = check_finite("hidden_scales", tensors.scales, blocks)) return refusal;
+  }
   request->local_ids.resize(tokens * top_k);
   std::memcpy(request->local_ids.data(), tensors.ids.data(), tensors.ids.size());
   request->hidden = tensors.hidden;
   request->scales = tensors.scales;
   request->weights = tensors.weights;
-  return localise(placement, request);
+  return localise(request);
 }
 
 }  // namespace expertd

@@ -72,6 +72,11 @@ void put_number(std::string* out, int field, uint64_t value) {
   put_varint(out, value);
 }
 
+void put_fixed32(std::string* out, int field, uint32_t value) {
+  put_varint(out, static_cast<uint64_t>(field) << 3 | kFixed32);
+  for (int shift = 0; shift < 32; shift += 8) out->push_back(static_cast<char>(value >> shift & 0xFF));
+}
+
 void put_header(std::string* out, int field, uint64_t length) {
   if (length == 0) return;
   put_varint(out, static_cast<uint64_t>(field) << 3 | kBytes);

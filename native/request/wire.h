@@ -43,9 +43,11 @@ class FieldReader {
   std::string error_;
 };
 
-// Appends to `out`: a varint; a numeric field unless it is zero; the header of `length` bytes unless there are none.
+// Appends to `out`: a varint; a numeric field unless it is zero, or of four bytes whatever it is; the header of
+// `length` bytes unless there are none.
 void put_varint(std::string* out, uint64_t value);
 void put_number(std::string* out, int field, uint64_t value);
+void put_fixed32(std::string* out, int field, uint32_t value);
 void put_header(std::string* out, int field, uint64_t length);
 void put_bytes(std::string* out, int field, std::string_view bytes);
 

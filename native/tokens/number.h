@@ -6,13 +6,17 @@
 #include <cstdint>
 
 #include "base/instructions.h"
+#include "tokens/block.h"
 #include "tokens/rows.h"
 
 namespace expertd {
 
-enum class Format { bfloat16, float16, float32 };
+// Of `float8`, E4M3, a value is what is stored times the scale of its block.
+enum class Format { bfloat16, float16, float32, float8 };
 
-constexpr std::size_t size_of(Format format) noexcept { return format == Format::float32 ? 4 : 2; }
+constexpr std::size_t size_of(Format format) noexcept {
+  return format == Format::float32 ? 4 : format == Format::float8 ? 1 : 2;
+}
 
 struct Float32 {
   using Stored = float;
@@ -41,6 +45,16 @@ struct Float16 {
     const auto finite = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
     const std::uint32_t other = magnitude | 0x7f800000 | (magnitude > 0x7c00u << 13 ? 0x00400000 : 0);
     return std::bit_cast<float>((magnitude < 0x7c00u << 13 ? finite : other) | std::uint32_t{stored & 0x8000u} << 16);
+  }
+};
+
+struct Float8 {
+  using Stored = std::uint8_t;
+  static EXPERTD_INLINE float widen(std::uint8_t stored) noexcept {
+    const std::uint32_t magnitude = std::uint32_t{stored & 0x7fu} << 20;
+    // As for Float16; NaN is the only value beyond the finite ones.
+    const auto finite = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) * 0x1p120f);
+    return std::bit_cast<float>((magnitude < 0x7fu << 20 ? finite : 0x7ff00000u) | std::uint32_t{stored & 0x80u} << 24);
   }
 };
 

@@ -1,4 +1,4 @@
-// Hidden states to FP8 E4M3 with one FP32 scale per 1x128 block of a token.
+// Hidden states, or sums, to FP8 E4M3 with one FP32 scale per 1x128 block of a token.
 #pragma once
 
 #include <cstddef>
@@ -8,10 +8,9 @@
 
 namespace expertd {
 
-constexpr std::size_t QUANTIZATION_BLOCK = 128;
-
-// hidden [tokens, width] of `format` -> out [tokens, width] E4M3, scales [tokens, width / 128] FP32; width is a
-// multiple of 128. Bit-equal to expertd.kernels.numerics.quantize.quantize_activations.
-void quantize(Rows hidden, Format format, std::size_t tokens, std::size_t width, WritableRows out, WritableRows scales);
+// hidden [tokens, width] of `format`, which is not float8 -> out [tokens, width] E4M3, scales [tokens, width / 128]
+// FP32; width is a multiple of 128. Bit-equal to expertd.kernels.numerics.quantize.quantize_activations. Whether all
+// values were finite: others make their whole block NaN.
+bool quantize(Rows hidden, Format format, std::size_t tokens, std::size_t width, WritableRows out, WritableRows scales);
 
 }  // namespace expertd

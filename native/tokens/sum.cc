@@ -19,6 +19,7 @@ struct Source {
   Format format;
   bool weighted;
   float weight;
+  const std::byte* scales;
 };
 
 template <typename Number>
@@ -29,6 +30,20 @@ EXPERTD_INLINE void add(float* total, const Source& source, std::size_t at, std:
       total[i] += Number::widen(load<typename Number::Stored>(from, i)) * source.weight;
   else
     for (std::size_t i = 0; i < size; ++i) total[i] += Number::widen(load<typename Number::Stored>(from, i));
+}
+
+// Tiles are whole blocks.
+static_assert(TILE % QUANTIZATION_BLOCK == 0);
+EXPERTD_INLINE void add_scaled(float* total, const Source& source, std::size_t at, std::size_t size) noexcept {
+  for (std::size_t block = 0; block < size; block += QUANTIZATION_BLOCK) {
+    const float scale = load<float>(source.scales, (at + block) / QUANTIZATION_BLOCK);
+    const std::byte* from = source.sums + at + block;
+    float values[QUANTIZATION_BLOCK];
+    for (std::size_t i = 0; i < QUANTIZATION_BLOCK; ++i) values[i] = Float8::widen(load<std::uint8_t>(from, i)) * scale;
+    if (source.weighted)
+      for (float& value : values) value *= source.weight;
+    for (std::size_t i = 0; i < QUANTIZATION_BLOCK; ++i) total[block + i] += values[i];
+  }
 }
 
 template <typename Number>
@@ -42,6 +57,8 @@ EXPERTD_INLINE void sum_row(std::span<const Source> sources, std::size_t width, 
         add<BFloat16>(total, source, at, size);
       else if (source.format == Format::float16)
         add<Float16>(total, source, at, size);
+      else if (source.format == Format::float8)
+        add_scaled(total, source, at, size);
       else
         add<Float32>(total, source, at, size);
     }
@@ -73,7 +90,8 @@ Plan plan(std::span<const Part> parts, std::size_t rows) {
   for (const Part& part : parts)
     for (std::size_t i = 0; i < part.count; ++i)
       sources[next[static_cast<std::size_t>(part.rows[i])]++] = {part.sums[i], part.format, part.weights != nullptr,
-                                                                 part.weights ? part.weights[i] : 1};
+                                                                 part.weights ? part.weights[i] : 1,
+                                                                 part.scales.data ? part.scales[i] : nullptr};
   // Each row's next place is now where it ends.
   return {std::move(sources), std::move(next)};
 }

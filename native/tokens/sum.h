@@ -17,10 +17,11 @@ struct Part {
   std::size_t count;
   const std::int64_t* rows;  // [count]: the row of the result that each belongs to, ascending
   const float* weights;      // [count]: what each is multiplied with; null: 1
+  Rows scales{};             // [count, width / 128] FP32: of float8 alone
 };
 
-// out [rows, width] of `format`, which is not float16: to each row its parts added in FP32 to 0, in the order of
-// `parts`, then rounded once. Throws std::out_of_range, before it writes, unless a part's rows ascend below `rows`.
+// out [rows, width] of `format`, which is bfloat16 or float32: to each row its parts added in FP32 to 0, in the order
+// of `parts`, then rounded once. Throws std::out_of_range, before it writes, unless a part's rows ascend below `rows`.
 void sum(std::span<const Part> parts, std::size_t rows, std::size_t width, Format format, WritableRows out);
 
 }  // namespace expertd

@@ -1,4 +1,7 @@
-"""What can go wrong with a request: one exception, one gRPC status, the same on both ends of the wire."""
+"""What can go wrong with a request: one exception, one gRPC status, the same on both ends of the wire.
+
+Those that Python has a kind of are of that kind, too: who calls through several libraries catches them by it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class ExpertdError(Exception):
         return type(self)(f"{prefix}{self}", retry_after=self.retry_after)
 
 
-class InvalidBatch(ExpertdError):
+class InvalidBatch(ExpertdError, ValueError):
     """The request is malformed; sending it again cannot help."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
@@ -52,13 +55,13 @@ class Overloaded(ExpertdError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-class Unavailable(ExpertdError):
+class Unavailable(ExpertdError, ConnectionError):
     """The server is starting, draining or out of reach; another replica may answer."""
 
     code = grpc.StatusCode.UNAVAILABLE
 
 
-class DeadlineExceeded(ExpertdError):
+class DeadlineExceeded(ExpertdError, TimeoutError):
     """No answer within the caller's time limit."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
@@ -88,8 +91,10 @@ class ServerFault(ExpertdError):
     code = grpc.StatusCode.INTERNAL
 
 
-OUTCOMES = ("ok", *(kind.code.name.lower() for kind in ExpertdError.__subclasses__()))
-"""What can become of a request, as metrics name it."""
+OUTCOMES: dict[str, int] = {"ok": 0} | {
+    kind.code.name.lower(): kind.code.value[0] for kind in ExpertdError.__subclasses__()
+}
+"""What can become of a request, as metrics name it, and its gRPC status."""
 _BY_CODE: dict[grpc.StatusCode, type[ExpertdError]] = {kind.code: kind for kind in ExpertdError.__subclasses__()}
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -99,9 +104,3 @@ def error_from_status(code: grpc.StatusCode | int, message: str, retry_after: fl
     status = _CODES.get(code, grpc.StatusCode.UNKNOWN) if isinstance(code, int) else code
     kind = _BY_CODE.get(status)
     return kind(message, retry_after=retry_after) if kind else ServerFault(f"{status.name}: {message}")
-
-
-def quoted(text: bytes, most: int = 64) -> str:
-    """`text` for an error message: at most `most` bytes in quotes, others than printable ASCII as \\xhh."""
-    shown = "".join(chr(b) if 0x20 <= b < 0x7F and b not in b"'\\" else f"\\x{b:02x}" for b in text[:most])
-    return f"'{shown}'" + (f"... of {len(text)} bytes" if len(text) > most else "")

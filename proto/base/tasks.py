@@ -21,11 +21,15 @@ class Tasks:
     """The background tasks of one owner, who closes or settles them before it ends."""
 
     def __init__(
-        self, on_error: Callable[[], object] = lambda: None, on_restart: Callable[[], object] = lambda: None
+        self,
+        on_error: Callable[[], object] = lambda: None,
+        on_restart: Callable[[], object] = lambda: None,
+        pauses: tuple[float, float] = (FIRST_PAUSE, LONGEST_PAUSE),
     ) -> None:
         """Called whenever one of them fails, and whenever one begins again, such as the `inc` of a counter."""
         self._on_error = on_error
         self._on_restart = on_restart
+        self._pauses = pauses
         self._running: set[asyncio.Task[None]] = set()
 
     def start(self, work: Work, what: str) -> asyncio.Task[None]:
@@ -60,17 +64,18 @@ class Tasks:
             self._tell(f"{task.get_name()} failed", error)
 
     async def _again(self, work: Callable[[], Work], what: str) -> None:
-        pause = FIRST_PAUSE
+        first, longest = self._pauses
+        pause = first
         while True:
             begun = time.monotonic()
             try:
                 return await work()
             except Exception as error:
-                if time.monotonic() - begun > LONGEST_PAUSE:
-                    pause = FIRST_PAUSE
+                if time.monotonic() - begun > longest:
+                    pause = first
                 self._tell(f"{what} failed and begins again in about {pause:g} s", error)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, longest)
             self._on_restart()
 
     def _tell(self, message: str, error: BaseException) -> None:

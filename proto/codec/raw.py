@@ -13,6 +13,9 @@ EMPTY = memoryview(b"")
 CANCELLATION_ID = 2**64 - 1
 """The request_id of messages that cancel other requests; coordinators number theirs from 1."""
 
+_CHECKED = REQUEST.write({"fields_checksum": bytes(4)})[:-4]
+"""How requests begin whose first field it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class RawRequest:
@@ -35,10 +38,8 @@ class RawRequest:
     traceparent: memoryview = EMPTY
     cancels: int | None = None
     gpu_offset: int | None = None
-
-    @property
-    def num_tensor_bytes(self) -> int:
-        return len(self.hidden) + len(self.hidden_scales) + len(self.expert_ids) + len(self.weights)
+    fields_checksum: memoryview | None = None
+    tensors_checksum: memoryview | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,14 @@ class RawResponse:
 
 
 def parse_request(data: bytes) -> RawRequest:
-    """Read a serialized ExecuteRequest; bytes that are none raise `InvalidBatch`."""
+    """Read a serialized ExecuteRequest; bytes that are none raise `InvalidBatch`, or `ServerFault` if they were."""
     try:
         return RawRequest(**REQUEST.read(data))  # type: ignore[arg-type]
     except MalformedMessage as error:
-        raise InvalidBatch(f"the {len(data)} bytes received are no {REQUEST.full_name}: {error}") from None
+        text = f"the {len(data)} bytes received are no {REQUEST.full_name}: {error}"
+        if data.startswith(_CHECKED):
+            raise ServerFault(f"{text}; they begin with a checksum: the request was altered on its way") from None
+        raise InvalidBatch(text) from None
 
 
 def parse_response(data: bytes | bytearray) -> RawResponse:
@@ -81,7 +85,6 @@ def encode_cancellation(request_id: int) -> bytes:
     return REQUEST.write({"request_id": CANCELLATION_ID, "cancels": request_id})
 
 
-def check_is_request(message: RawRequest) -> None:
-    """Raise `InvalidBatch` for a message that cancels a request."""
-    if message.cancels is not None:
-        raise InvalidBatch(f"cancels is {message.cancels}; it is for requests of a stream: end this call instead")
+def not_a_request(cancels: int) -> InvalidBatch:
+    """What is wrong with a message that cancels request `cancels` where a request is wanted."""
+    return InvalidBatch(f"cancels is {cancels}; it is for requests of a stream: end this call instead")

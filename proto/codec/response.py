@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from expertd._native import crc32c
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import ExpertdError, InvalidBatch, ServerFault, error_from_status
+from expertd.proto.codec.checksums import fixed32, sums_checksum
 from expertd.proto.codec.raw import RawResponse
 from expertd.proto.codec.schema import RESPONSE
-from expertd.proto.codec.tensors import DTYPE_CODES, buffer, check_dtype, from_bytes
+from expertd.proto.codec.tensors import check_dtype, sums_from_bytes
 
 PUSHBACK = "grpc-retry-pushback-ms"
 """Trailing metadata of a refused unary call: milliseconds until the server expects to have room."""
@@ -43,32 +44,15 @@ class ExecuteResult:
 
     request_id: int
     partials: Tensor
-    """[T, H] of the call's reply dtype."""
+    """[T, H] of the call's reply dtype, float8_e4m3fn with `scales`."""
     receipt: Mapping[int, int]
     """Computed (token, expert) pairs by global expert id; experts without pairs are absent."""
     timings: StageTimings
+    scales: Tensor | None = None
+    """[T, H/128] float32."""
 
 
-def encode_result(result: ExecuteResult) -> bytes:
-    """The ExecuteResponse of `result`."""
-    partials = buffer(result.partials)
-    return RESPONSE.write(
-        {
-            "request_id": result.request_id,
-            "partials_dtype": DTYPE_CODES[result.partials.dtype],
-            "partials": partials,
-            "receipt_experts": tuple(result.receipt.keys()),
-            "receipt_pairs": tuple(result.receipt.values()),
-            "timings": _write_timings(result.timings),
-            "checksum": _checksum(result.request_id, partials),
-        }
-    )
-
-
-def add_partials(response: bytes, request_id: int, partials: memoryview) -> bytes:
-    """The ExecuteResponse `response`, whose partials are in shared memory, with them in it."""
-    # Of fields that occur twice the last one counts: this checksum, not the one of a response without partials.
-    return RESPONSE.write({"partials": partials, "checksum": _checksum(request_id, partials)}, begin=response)
+_TIMES = attrgetter(*(f"{stage}_ns" for stage in StageTimings._fields))
 
 
 def encode_error(request_id: int, error: ExpertdError) -> bytes:
@@ -80,25 +64,33 @@ def encode_error(request_id: int, error: ExpertdError) -> bytes:
 
 
 def decode_result(
-    message: RawResponse, tokens: int, width: int, dtype: torch.dtype, shared: Tensor | None = None
+    message: RawResponse,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    shared: Tensor | None = None,
+    *,
+    checked: bool = False,
 ) -> ExecuteResult:
     """Read a response that must hold partials [tokens, width] of `dtype`, or leave them in `shared` [n] uint8.
 
+    Its checksum is of those in `shared` too where the request was `checked`, unless they are on a GPU.
     Raises the error that the response carries, or `ServerFault` when it is not what was asked for.
     """
     if message.error is not None:
         raise read_error(message.error)
-    if message.checksum != _checksum(message.request_id, message.partials):
+    covered = shared.numpy().data if checked and shared is not None and not shared.is_cuda else message.partials
+    if message.checksum != fixed32(sums_checksum(message.request_id, covered)):
         raise ServerFault("the response was altered on its way: its checksum does not match its partials")
     try:
         check_dtype("partials_dtype", message.partials_dtype, (dtype,))
         data = message.partials if shared is None else shared
-        partials = from_bytes("partials", data, dtype, (tokens, width))
+        partials, scales = sums_from_bytes("partials", data, dtype, (tokens, width))
         timings = _read_timings(message.timings)
         receipt = dict(zip(message.receipt_experts, message.receipt_pairs, strict=True))
     except (InvalidBatch, ValueError, DecodeError) as error:
         raise ServerFault(f"malformed response: {error}") from None
-    return ExecuteResult(message.request_id, partials, receipt, timings)
+    return ExecuteResult(message.request_id, partials, receipt, timings, scales)
 
 
 def read_error(message: memoryview) -> ExpertdError:
@@ -114,16 +106,5 @@ def whole_milliseconds(seconds: float) -> int:
     return math.ceil(seconds * 1e3)
 
 
-def _checksum(request_id: int, partials: memoryview) -> bytes:
-    return crc32c(partials, crc32c(request_id.to_bytes(8, "little"))).to_bytes(4, "little")
-
-
-def _write_timings(timings: StageTimings) -> bytes:
-    # The generated class is the faster one where there is nothing large.
-    nanoseconds = {f"{stage}_ns": round(seconds * 1e9) for stage, seconds in zip(timings._fields, timings, strict=True)}
-    return pb.Timings(**nanoseconds).SerializeToString()
-
-
 def _read_timings(message: memoryview) -> StageTimings:
-    timings = pb.Timings.FromString(bytes(message))
-    return StageTimings(*(getattr(timings, f"{stage}_ns") / 1e9 for stage in StageTimings._fields))
+    return StageTimings(*(spent / 1e9 for spent in _TIMES(pb.Timings.FromString(bytes(message)))))

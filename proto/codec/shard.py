@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from google.protobuf.message import DecodeError
+import torch
 
 from expertd.proto import expert_shard_pb2 as pb
-from expertd.proto.base.errors import InvalidBatch
-from expertd.proto.codec.tensors import DTYPE_CODES, HIDDEN_DTYPES, REPLY_DTYPES
+from expertd.proto.base.errors import ServerFault
+from expertd.proto.codec.tensors import DTYPE_CODES, DTYPES, HIDDEN_DTYPES, REPLY_DTYPES
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ExpertShard"].full_name
 ShardRequest = pb.GetShardRequest
@@ -34,8 +34,8 @@ class ShardInfo:
     placement_epoch: int
     config: Mapping[str, int | float | bool | str | tuple[int, ...]]
     """The fields of `MoeConfig`."""
-    layers: tuple[int, ...]
-    experts: tuple[int, ...]
+    experts: Mapping[int, tuple[int, ...]]
+    """Global ids owned, ascending, of each layer; layers ascend."""
     max_tokens_per_request: int
     max_message_bytes: int
     max_queued_tokens: int
@@ -46,30 +46,49 @@ class ShardInfo:
     version: str
     locality: str
     expert_digests: bytes = b""
-    """`DIGEST_BYTES` for each of `layers`, for each of `experts`; empty when they are not told."""
+    """`DIGEST_BYTES` for each layer, for each of its experts; empty when they are not told."""
     has_manifest: bool = False
     """Whether the fingerprint is that of a manifest, against which all weights were checked."""
     instruction_set: str = ""
     """What the native core computes with on the CPU; empty when it is not told."""
+    weight_dtype: torch.dtype = torch.float8_e4m3fn
+    """What the experts' weights are served as."""
+    checkpoint_dtypes: tuple[torch.dtype, ...] = ()
+    """What the checkpoint's files hold them as; empty when it is not told."""
+    metrics_address: str = ""
+    """host:port as it is bound; empty when it is not told."""
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.experts)
 
-def check_shard_request(data: bytes) -> None:
-    """Raise `InvalidBatch` for bytes that are no GetShardRequest."""
-    try:
-        ShardRequest.FromString(data)
-    except DecodeError as error:
-        name = ShardRequest.DESCRIPTOR.full_name
-        raise InvalidBatch(f"the {len(data)} bytes received are no {name}: {error}") from None
+    @property
+    def routed_experts(self) -> int:
+        """Of the whole model, in each layer."""
+        return int(self.config["n_routed_experts"])  # type: ignore[arg-type]
+
+    @property
+    def weights(self) -> str:
+        """For people: "fp8", "bf16", or "fp8 of bf16" for what was rounded while loading."""
+        rounded = any(dtype != self.weight_dtype for dtype in self.checkpoint_dtypes)
+        names = {torch.float8_e4m3fn: "fp8", torch.bfloat16: "bf16"}
+        return names[self.weight_dtype] + (" of bf16" if rounded else "")
 
 
 def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
+    lists = list(shard.experts.values())
+    common = set(lists[0]).intersection(*lists) if lists else set()
+    alike = all(len(one) == len(common) for one in lists)
     return pb.GetShardResponse(
         model_fingerprint=shard.model_fingerprint,
         placement_epoch=shard.placement_epoch,
         config=pb.ModelConfig(**shard.config),  # type: ignore[arg-type]
         layers=shard.layers,
-        experts=shard.experts,
-        weight_dtype=pb.DTYPE_FLOAT8_E4M3FN,
+        experts=sorted(common),
+        layer_experts=[] if alike else [pb.ExpertList(experts=one) for one in lists],
+        weight_dtype=DTYPE_CODES[shard.weight_dtype],
+        metrics_address=shard.metrics_address,
+        checkpoint_weight_dtypes=[DTYPE_CODES[dtype] for dtype in shard.checkpoint_dtypes],
         hidden_dtypes=[DTYPE_CODES[dtype] for dtype in HIDDEN_DTYPES],
         reply_dtypes=[DTYPE_CODES[dtype] for dtype in REPLY_DTYPES],
         limits=pb.Limits(
@@ -96,8 +115,7 @@ def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
         placement_epoch=message.placement_epoch,
         config={name: getattr(message.config, name) for name in fields}
         | {"dense_layers": tuple(message.config.dense_layers)},
-        layers=tuple(message.layers),
-        experts=tuple(message.experts),
+        experts=_decode_experts(message),
         max_tokens_per_request=message.limits.max_tokens_per_request,
         max_message_bytes=message.limits.max_message_bytes,
         max_queued_tokens=message.limits.max_queued_tokens,
@@ -110,7 +128,23 @@ def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
         expert_digests=message.expert_digests,
         has_manifest=message.has_manifest,
         instruction_set=message.instruction_set,
+        weight_dtype=DTYPES.get(message.weight_dtype, torch.float8_e4m3fn),
+        metrics_address=message.metrics_address,
+        checkpoint_dtypes=tuple(DTYPES[code] for code in message.checkpoint_weight_dtypes if code in DTYPES),
     )
+
+
+def _decode_experts(message: pb.GetShardResponse) -> dict[int, tuple[int, ...]]:
+    lists = [one.experts for one in message.layer_experts] or [message.experts] * len(message.layers)
+    if len(lists) != len(message.layers):
+        raise ServerFault(f"layer_experts has {len(lists)} lists; there are {len(message.layers)} layers")
+    for name, numbers in (("layers", message.layers), *(("experts", one) for one in lists)):
+        if list(numbers) != sorted(set(numbers)):
+            raise ServerFault(f"{name} are {list(numbers)}; they must ascend")
+    most = message.config.n_routed_experts
+    if any(one and one[-1] >= most for one in lists):
+        raise ServerFault(f"experts hold {max(one[-1] for one in lists if one)}; the model has {most}")
+    return {layer: tuple(one) for layer, one in zip(message.layers, lists, strict=True)}
 
 
 def decode_report(message: pb.VerifyShardResponse) -> dict[str, int | float | str | None]:

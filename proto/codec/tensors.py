@@ -10,9 +10,10 @@ from torch import Tensor
 
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import InvalidBatch
+from expertd.proto.lane.layout import QUANTIZATION_BLOCK, rows_bytes
 
 HIDDEN_DTYPES = (torch.float8_e4m3fn, torch.bfloat16)
-REPLY_DTYPES = (torch.float32, torch.bfloat16)
+REPLY_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
 
 Bytes: TypeAlias = memoryview | Tensor
 """What a tensor's bytes lie in: a message or segment, or [n] uint8 on a GPU."""
@@ -31,6 +32,8 @@ def name_of(dtype: torch.dtype) -> str:
 DTYPE_CODES: dict[torch.dtype, pb.DType] = {
     dtype: getattr(pb, f"DTYPE_{name_of(dtype).upper()}") for dtype in (*HIDDEN_DTYPES, *REPLY_DTYPES)
 }
+
+DTYPES = {int(code): dtype for dtype, code in DTYPE_CODES.items()}
 
 
 def check_dtype(field: str, code: int, accepted: tuple[torch.dtype, ...]) -> torch.dtype:
@@ -63,3 +66,21 @@ def from_bytes(field: str, data: Bytes, dtype: torch.dtype, shape: tuple[int, in
         return torch.empty(shape, dtype=dtype)
     values = data.view(dtype) if isinstance(data, Tensor) else torch.frombuffer(data, dtype=dtype)
     return values.view(shape)
+
+
+def sums_from_bytes(
+    field: str, data: Bytes, dtype: torch.dtype, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """Sums [T, H] of `dtype`, as a reply has them; of FP8 with their scales [T, H/128] float32."""
+    tokens, width = shape
+    if dtype != torch.float8_e4m3fn:
+        return from_bytes(field, data, dtype, shape), None
+    expected = rows_bytes(dtype, tokens, width)
+    blocks = width // QUANTIZATION_BLOCK
+    if len(data) != expected:
+        raise InvalidBatch(
+            f"{field} has {len(data)} bytes; [{tokens}, {width}] {name_of(dtype)}"
+            f" with scales [{tokens}, {blocks}] float32 takes {expected}"
+        )
+    values = from_bytes(field, data[: tokens * width], dtype, shape)
+    return values, from_bytes(field, data[tokens * width :], torch.float32, (tokens, blocks))

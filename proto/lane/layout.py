@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from expertd.proto.base.errors import InvalidBatch
 
+LANE_VERSION = 1
+"""Of the contract's LANE, which `native/lane/ring.h` has."""
 ALIGNMENT = 64
 """Every tensor in a segment begins at a multiple of it."""
 GPU_ALIGNMENT = 256
@@ -16,15 +18,6 @@ GPU_ALIGNMENT = 256
 GPU_SIZE_BYTES = 8
 """Of the number after the ticket where GPU memory is handed over, too."""
 QUANTIZATION_BLOCK = 128
-
-
-@dataclass(frozen=True, slots=True)
-class SharedSegment:
-    """What a caller shares with a server."""
-
-    memory: memoryview
-    gpu: Tensor | None = None
-    """[n] uint8 on the server's GPU, where the caller handed over such memory as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +42,7 @@ class Layout:
         return int(self.partials.stop) if self.on_gpu else 0
 
 
+@lru_cache(256)
 def lay_out(
     offset: int,
     gpu_offset: int | None,
@@ -66,12 +60,8 @@ def lay_out(
         raise InvalidBatch(f"segment_offset is {offset}; it must be a multiple of {ALIGNMENT}")
     if gpu_offset is not None and gpu_offset % GPU_ALIGNMENT:
         raise InvalidBatch(f"gpu_offset is {gpu_offset}; it must be a multiple of {GPU_ALIGNMENT}")
-    scales = tokens * (width // QUANTIZATION_BLOCK) * 4 if hidden_dtype == torch.float8_e4m3fn else 0
-    hidden, choices, partials = (
-        tokens * width * hidden_dtype.itemsize,
-        tokens * top_k * 4,
-        tokens * width * reply_dtype.itemsize,
-    )
+    hidden, scales = tokens * width * hidden_dtype.itemsize, scales_bytes(hidden_dtype, tokens, width)
+    choices, partials = tokens * top_k * 4, rows_bytes(reply_dtype, tokens, width)
     if gpu_offset is None:
         places = _one_after_another(offset, ALIGNMENT, hidden, scales, choices, choices, partials)
         first, second, ids, weights, last = places
@@ -79,6 +69,21 @@ def lay_out(
         ids, weights = _one_after_another(offset, ALIGNMENT, choices, choices)
         first, second, last = _one_after_another(gpu_offset, GPU_ALIGNMENT, hidden, scales, partials)
     return Layout(first, second, ids, weights, last, on_gpu=gpu_offset is not None)
+
+
+def scales_bytes(dtype: torch.dtype, tokens: int, width: int) -> int:
+    """Of [T, H/128] float32, which values of FP8 alone have."""
+    return tokens * (width // QUANTIZATION_BLOCK) * 4 if dtype == torch.float8_e4m3fn else 0
+
+
+def rows_bytes(dtype: torch.dtype, tokens: int, width: int) -> int:
+    """Of [T, H] values and their scales, which in replies follow right behind."""
+    return tokens * width * dtype.itemsize + scales_bytes(dtype, tokens, width)
+
+
+def reply_room(experts: int) -> int:
+    """Bytes that a slot leaves for the reply of a server, for a model of so many experts."""
+    return aligned(1024 + 8 * experts)
 
 
 def aligned(length: int, alignment: int = ALIGNMENT) -> int:

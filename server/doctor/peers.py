@@ -11,7 +11,7 @@ import grpc
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from expertd.kernels.model.ranges import format_ranges
+from expertd.kernels.model.ranges import describe_experts, format_ranges
 from expertd.proto import codec
 from expertd.server.doctor.finding import Finding, fail, ok, warn
 from expertd.server.options.config import InvalidOption, ServerConfig
@@ -74,7 +74,7 @@ def check_peer(address: str, config: ServerConfig, peer_ca: Path | None, model_f
             )
             shard = codec.decode_shard(ask(codec.ShardRequest(), timeout=TIMEOUT, metadata=_token(config)))
     except grpc.RpcError as error:
-        return fail("peers", f"{address}: {error.code().name}: {error.details()}: {_advice(error.code())}")
+        return fail("peers", f"{address}: {error.code().name}: {error.details()}: {_advice(error)}")
     except OSError as error:
         return fail("peers", f"{error.filename} cannot be read: {error.strerror}")
     if model_fingerprint is not None and shard.model_fingerprint != model_fingerprint:
@@ -83,7 +83,7 @@ def check_peer(address: str, config: ServerConfig, peer_ca: Path | None, model_f
         )
     return ok(
         "peers",
-        f"{address} serves experts {format_ranges(shard.experts)} of layers {format_ranges(shard.layers)}"
+        f"{address} serves experts {describe_experts(shard.experts)} of layers {format_ranges(shard.layers)}"
         f" with {shard.backend} on {shard.device}, version {shard.version}",
     )
 
@@ -104,7 +104,10 @@ def _token(config: ServerConfig) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {config.auth_token_file.read_text().split()[0]}"),)
 
 
-def _advice(code: grpc.StatusCode) -> str:
+def _advice(error: grpc.RpcError) -> str:
+    code = error.code()
+    if "http1.x server" in str(error.details()):
+        return "HTTP is spoken there, as on a metrics port: give the address of its --listen"
     if code == grpc.StatusCode.UNAUTHENTICATED:
         return "the servers' --auth-token-file must have a token in common"
     if code == grpc.StatusCode.UNAVAILABLE:

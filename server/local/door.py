@@ -1,4 +1,4 @@
-"""Calls from processes of this machine: a unix socket for the messages, shared memory for the tensors."""
+"""Calls from processes of this machine: a unix socket to hand over memory, in which the engine serves their lanes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from expertd._native import Engine, Mapping
+from expertd.kernels.memory.gpu import GpuMemory
 from expertd.proto import codec
-from expertd.proto.base.errors import ExpertdError, NotPermitted, Overloaded
+from expertd.proto.base.errors import ExpertdError, InvalidBatch
 from expertd.proto.base.loopback import UNIX
 from expertd.proto.base.tasks import Tasks
 from expertd.proto.lane.frames import check_peer, framed, peer_of, socket_address
-from expertd.proto.lane.layout import SharedSegment
-from expertd.server.local.connection import Connection
 from expertd.server.local.gpu import Gpu, Release
 from expertd.server.local.handover import Handover, receive
 from expertd.server.local.mapping import check_segment, map_segment
+from expertd.server.local.room import Room, Share
 from expertd.server.options.config import InvalidOption
-from expertd.server.rpc.conversation import Conversation
-from expertd.server.rpc.incoming import Executor
+from expertd.server.rpc.identity import user
 from expertd.server.rpc.tickets import Tickets
 
 log = logging.getLogger(__name__)
@@ -32,27 +32,24 @@ CLOSE_SECONDS = 1.0
 
 
 class LocalDoor:
-    """Takes segments from callers that have a ticket, and answers their calls until they close the connection."""
+    """Takes segments from callers that have a ticket; the engine serves them until their connections are closed."""
 
     def __init__(
-        self,
-        name: str,
-        max_bytes: int,
-        tickets: Tickets,
-        executor: Executor,
-        gpu: Gpu,
-        new_tasks: Callable[[], Tasks],
+        self, name: str, max_bytes: int, tickets: Tickets, engine: Engine, gpu: Gpu, new_tasks: Callable[[], Tasks]
     ) -> None:
         """Takes at most `max_bytes` of segments and GPU memory. `name` is the socket's, as in the contract."""
         self._name = name
-        self._max_bytes = max_bytes
+        self._room = Room(max_bytes)
         self._tickets = tickets
-        self._executor = executor
+        self._engine = engine
         self.gpu = gpu
-        self._connections: set[Connection] = set()
-        self._new_tasks = new_tasks
         self._tasks = new_tasks()
-        self.mapped_bytes = 0
+        self._ends: dict[int, asyncio.Future[None]] = {}
+        """By lane: done when nobody uses its memory any more."""
+
+    @property
+    def mapped_bytes(self) -> int:
+        return self._room.taken_bytes
 
     async def listen(self) -> None:
         self._forget_path()
@@ -66,13 +63,13 @@ class LocalDoor:
         finally:
             os.umask(mask)
         self._socket.listen()
+        asyncio.get_running_loop().add_reader(self._engine.lanes_fileno(), self._take_ended)
         self._accepting = self._tasks.keep(self._accept, "accepting local connections")
 
     async def until_listening(self) -> None: ...
 
     def disconnect(self) -> None:
-        for connection in self._connections:
-            connection.frames.close()
+        self._engine.disconnect_lanes()
 
     async def drain(self, seconds: float) -> None:
         """Close all connections then."""
@@ -80,18 +77,22 @@ class LocalDoor:
         await asyncio.gather(self._accepting, return_exceptions=True)
         self._socket.close()
         self._forget_path()
-        for connection in self._connections:
-            connection.frames.stop_reading()
-        await asyncio.gather(*(connection.idle(seconds) for connection in self._connections))
+        self._engine.drain_lanes()
+        await self._tasks.settle(seconds)
         self.disconnect()
 
     async def close(self) -> None:
         await self._tasks.settle(CLOSE_SECONDS)
+        asyncio.get_running_loop().remove_reader(self._engine.lanes_fileno())
 
     def _forget_path(self) -> None:
         """Names in the abstract namespace end with their socket; paths stay."""
         if not self._name.startswith("@"):
             Path(self._name).unlink(missing_ok=True)
+
+    def _take_ended(self) -> None:
+        for number in self._engine.take_ended_lanes():
+            self._ends.pop(number).set_result(None)
 
     async def _accept(self) -> None:
         while True:
@@ -104,65 +105,112 @@ class LocalDoor:
                 self._tasks.start(self._serve(peer), "serving a local connection")
 
     async def _serve(self, peer: socket.socket) -> None:
-        """The life of one connection."""
+        """The life of one lane."""
         try:
             check_peer(peer)
-            caller, memory = await self._take_memory(peer)
+            memory = await self._take_memory(peer)
+            try:
+                over = self._begin(peer, memory)
+            except BaseException:
+                await self._give_back(memory)
+                raise
         except ExpertdError as error:
             log.warning("a segment was refused: %s", error)
-            with peer, contextlib.suppress(OSError):
-                peer.send(framed(codec.encode_error(0, error)))
+            _answer(peer, codec.encode_error(0, error))
             return
-        connection = Connection(Conversation(caller, self._executor, memory.segment).respond, self._new_tasks())
-        self._connections.add(connection)
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection.frames, peer)
-            connection.frames.send(b"")  # A response without an error.
-            await connection.ended
-        finally:
-            self._connections.discard(connection)
-            await connection.idle()
-            await self.gpu.release(memory.release)
-            self.mapped_bytes -= memory.num_bytes
+        await over
+        await self._give_back(memory)
 
-    async def _take_memory(self, peer: socket.socket) -> tuple[str, _Memory]:
-        """Who hands over a segment, and the segment, mapped."""
+    async def _take_memory(self, peer: socket.socket) -> _Memory:
+        """The memory that is handed over, mapped."""
         handover = await receive(peer)
         try:
-            caller = self._tickets.redeem(handover.ticket)
+            process, user_id = peer_of(peer)
+            guest = self._tickets.redeem(handover.ticket)
+            caller, identity = guest.peer, guest.identity or user(user_id)
             if caller.startswith(UNIX):
                 # Connections over a unix socket have no names to tell callers apart by.
-                caller = f"{caller} process {peer_of(peer)[0]}"
-            if handover.gpu_bytes and not self.gpu.present:
-                raise NotPermitted("this server computes on no GPU; hand over the segment alone")
-            num_bytes = check_segment(handover.descriptors[0]) + handover.gpu_bytes
-            room = self._max_bytes - self.mapped_bytes
-            if num_bytes > room:
-                raise Overloaded(f"the segment has {num_bytes} bytes; {room} are left of --shared-memory-bytes")
-            self.mapped_bytes += num_bytes
+                caller = f"{caller} process {process}"
+            if handover.gpu_bytes:
+                self.gpu.require()
+            segment_bytes = check_segment(handover.descriptors[0])
+            share = self._room.take(process, segment_bytes + handover.gpu_bytes)
             try:
-                return caller, await self._map(handover, num_bytes)
+                return await self._map(handover, segment_bytes, _Owner(caller, identity, share))
             except BaseException:
-                self.mapped_bytes -= num_bytes
+                self._room.give_back(share)
                 raise
         finally:
-            for descriptor in handover.descriptors:
-                os.close(descriptor)
+            await asyncio.to_thread(_close_all, handover.descriptors)
 
-    async def _map(self, handover: Handover, num_bytes: int) -> _Memory:
-        gpu_bytes = handover.gpu_bytes
-        memory = await asyncio.to_thread(map_segment, handover.descriptors[0], num_bytes - gpu_bytes)
-        if not gpu_bytes:
-            return _Memory(SharedSegment(memory), num_bytes, await self.gpu.pin(memory))
+    async def _map(self, handover: Handover, segment_bytes: int, owner: _Owner) -> _Memory:
+        segment = await asyncio.to_thread(map_segment, handover.descriptors[0], segment_bytes)
+        if not handover.gpu_bytes:
+            try:
+                return _Memory(owner, segment, await self.gpu.pin(memoryview(segment)))
+            except ExpertdError:
+                await asyncio.to_thread(segment.close)
+                raise
         # Not pinned: what the GPU would copy from the segment is in its own memory.
-        on_gpu = await self.gpu.open(handover.descriptors[1], gpu_bytes)
-        return _Memory(SharedSegment(memory, on_gpu.tensor(0, on_gpu.size)), num_bytes, on_gpu.close)
+        on_gpu = await self.gpu.open(handover.descriptors[1], handover.gpu_bytes)
+        return _Memory(owner, segment, (on_gpu.close,), on_gpu)
+
+    def _begin(self, peer: socket.socket, memory: _Memory) -> asyncio.Future[None]:
+        """Have the lane served; done when nobody uses its memory any more. Raises `InvalidBatch`."""
+        try:
+            lane = self._engine.add_lane(
+                memory.segment,
+                peer.fileno(),
+                memory.owner.caller,
+                identity=memory.owner.identity,
+                pinned=memory.pinned,
+                gpu_address=memory.on_gpu.address if memory.on_gpu else 0,
+                gpu_bytes=memory.on_gpu.size if memory.on_gpu else 0,
+            )
+        except ValueError as error:
+            raise InvalidBatch(str(error)) from None
+        # Nothing comes before it: until then callers post nothing.
+        _answer(peer, b"")
+        self._ends[lane] = over = asyncio.get_running_loop().create_future()
+        return over
+
+    async def _give_back(self, memory: _Memory) -> None:
+        await self.gpu.release(memory.release)
+        await asyncio.to_thread(memory.segment.close)
+        self._room.give_back(memory.owner.share)
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """Who has a lane, and what it has of the room for memory."""
+
+    caller: str
+    identity: str
+    share: Share
 
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """What one connection's caller shares."""
+    """What one lane's caller shares."""
 
-    segment: SharedSegment
-    num_bytes: int
+    owner: _Owner
+    segment: Mapping
     release: Release | None
+    on_gpu: GpuMemory | None = None
+    """Kept, because it is mapped no longer than this exists."""
+
+    @property
+    def pinned(self) -> bool:
+        return self.release is not None and self.on_gpu is None
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    """Takes as long as gigabytes take to be freed, where nobody else has them."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _answer(peer: socket.socket, response: bytes) -> None:
+    """Say what became of the handover."""
+    with peer, contextlib.suppress(OSError):
+        peer.send(framed(response))

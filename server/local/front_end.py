@@ -5,7 +5,7 @@ Started by `server/local/front_ends.py`. It ends when the server says so, or is 
 
 from __future__ import annotations
 
-import mmap
+import asyncio
 import os
 import pickle
 import signal
@@ -22,16 +22,15 @@ import uvloop
 from grpc_reflection.v1alpha import reflection
 
 from expertd.proto import codec
-from expertd.proto.base.errors import NotPermitted
-from expertd.proto.base.loopback import UNIX
+from expertd.proto.base.errors import ExpertdError, NotPermitted
+from expertd.proto.base.loopback import UNIX, check_here
 from expertd.proto.base.malloc import keep_freed_memory
 from expertd.server.local.link import ServerLink, Settings
 from expertd.server.rpc.door import GrpcDoor
 from expertd.server.rpc.execution import Context, ExecuteHandlers
-from expertd.server.rpc.incoming import Incoming
+from expertd.server.rpc.incoming import Call, Incoming
 from expertd.server.rpc.limits import UNLIMITED, server_options
 from expertd.server.rpc.security import ServerSecurity
-from expertd.server.rpc.tickets import check_here
 from expertd.server.telemetry.logs import configure_logging
 
 SETTINGS_BYTES = 1 << 16
@@ -46,13 +45,27 @@ class LinkExecutor:
     def __init__(self, link: ServerLink) -> None:
         self._link = link
 
-    async def answer(self, incoming: Incoming) -> bytes:
-        request = incoming.request
-        codec.check_is_request(request)
+    def submit(self, incoming: Incoming) -> Call:
+        try:
+            request = codec.parse_request(incoming.message)
+        except ExpertdError as error:
+            return _refused(0, error)
+        message, cancels = incoming.message, request.cancels
+        if cancels is not None:
+            refusal = _refused(request.request_id, codec.not_a_request(cancels))
+            return replace(refusal, cancels=cancels)
         if incoming.time_remaining is not None:
             left = max(1, int(incoming.time_remaining * 1e6))
-            request = replace(request, timeout_us=min(request.timeout_us or left, left))
-        return await self._link.call(request, incoming.caller)
+            timeout = min(request.timeout_us or left, left)
+            message = codec.encode_request(replace(request, timeout_us=timeout))
+        number, answer = self._link.call(message, incoming.caller, incoming.identity)
+        return Call(request.request_id, None, answer, partial(self._link.cancel, number))
+
+
+def _refused(request_id: int, error: ExpertdError) -> Call:
+    answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    answer.set_exception(error)
+    return Call(request_id, None, answer, lambda: None)
 
 
 class FrontEndHandlers(grpc.GenericRpcHandler):
@@ -89,6 +102,8 @@ class FrontEndHandlers(grpc.GenericRpcHandler):
             # Not as a stream: gRPC loses the status of one that the server ends while it is being written.
             request = await anext(requests, b"")
             call = channel.unary_stream(method)(request, timeout=timeout, metadata=metadata)
+            # gRPC keeps the frames of what aborts a call until garbage is collected.
+            del request
         try:
             async for response in call:
                 await context.write(response)
@@ -99,13 +114,13 @@ class FrontEndHandlers(grpc.GenericRpcHandler):
             call.cancel()
 
 
-async def serve(connection: socket.socket, memory: mmap.mmap, settings: Settings) -> bool:
+async def serve(connection: socket.socket, settings: Settings) -> bool:
     """Answer callers until the server says that it drains or is gone; whether it said so."""
     config = settings.config
-    link = ServerLink(memory, settings)
+    link = ServerLink(settings)
     await link.open(connection)
     security = ServerSecurity(config)
-    execution = ExecuteHandlers(LinkExecutor(link), config.max_queued_bytes)
+    execution = ExecuteHandlers(LinkExecutor(link), config.max_queued_bytes, security.identities)
     async with grpc.aio.insecure_channel(f"{UNIX}{settings.server}", UNLIMITED) as channel:
 
         def make() -> grpc.aio.Server:
@@ -128,16 +143,14 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=os.dup(sys.stdin.fileno()))
-    told, descriptors, _, _ = socket.recv_fds(connection, SETTINGS_BYTES, 1)
+    told = connection.recv(SETTINGS_BYTES)
     if not told:
         return 1
     # From the process that started this one, over a socket that nobody else has.
     settings: Settings = pickle.loads(told)
-    memory = mmap.mmap(descriptors[0], settings.config.front_end_bytes)
-    os.close(descriptors[0])
     configure_logging(settings.config.log_level, settings.config.log_format)
     keep_freed_memory()
-    return 0 if uvloop.run(serve(connection, memory, settings)) else 1
+    return 0 if uvloop.run(serve(connection, settings)) else 1
 
 
 if __name__ == "__main__":

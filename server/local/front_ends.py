@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import mmap
-import os
 import pickle
 import socket
 import sys
@@ -19,17 +17,13 @@ from subprocess import Popen, TimeoutExpired
 
 import grpc.aio
 
-from expertd.proto.base.errors import ServerFault
 from expertd.proto.base.loopback import UNIX
 from expertd.proto.base.tasks import Tasks
-from expertd.proto.lane.layout import SharedSegment
-from expertd.server.local.connection import Connection
-from expertd.server.local.door import CLOSE_SECONDS
-from expertd.server.local.gpu import Gpu, Release
+from expertd.proto.lane.frames import Frames
 from expertd.server.local.link import ANSWER, CALL, CONTROL, Settings
 from expertd.server.options.config import Address, ServerConfig
-from expertd.server.rpc.conversation import Conversation
-from expertd.server.rpc.incoming import Executor
+from expertd.server.rpc.conversation import response_of
+from expertd.server.rpc.incoming import Call, Executor, Incoming
 
 log = logging.getLogger(__name__)
 FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
@@ -44,23 +38,14 @@ class FrontEnds:
     """Processes that listen on one port. Lives on the event loop."""
 
     def __init__(
-        self,
-        config: ServerConfig,
-        hidden_size: int,
-        max_message_bytes: int,
-        executor: Executor,
-        gpu: Gpu,
-        new_tasks: Callable[[], Tasks],
+        self, config: ServerConfig, max_message_bytes: int, executor: Executor, new_tasks: Callable[[], Tasks]
     ) -> None:
-        """`executor` answers their calls; with a `gpu`, the memory that is shared with them is pinned for it."""
+        """`executor` answers their calls."""
         self._config = config
-        self._hidden_size = hidden_size
         self._max_message_bytes = max_message_bytes
         self._executor = executor
-        self._gpu = gpu
         self._links: set[_Link] = set()
-        self._new_tasks = new_tasks
-        self._keepers, self._releasing = new_tasks(), new_tasks()
+        self._keepers = new_tasks()
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
 
@@ -91,7 +76,7 @@ class FrontEnds:
         return port
 
     async def listen(self) -> None:
-        settings = Settings(self._config, self._listen, str(self.socket), self._hidden_size, self._max_message_bytes)
+        settings = Settings(self._config, self._listen, str(self.socket), self._max_message_bytes)
         for number in range(self._config.front_ends):
             self._keepers.keep(partial(self._keep, number, settings), f"keeping front end {number}")
 
@@ -103,7 +88,7 @@ class FrontEnds:
     def disconnect(self) -> None:
         """All of them end and begin anew."""
         for link in self._links:
-            link.connection.frames.close()
+            link.frames.close()
 
     async def drain(self, seconds: float) -> None:
         """Have them say GOAWAY and do so; then they end."""
@@ -114,7 +99,6 @@ class FrontEnds:
         await self._keepers.close()
 
     async def close(self) -> None:
-        await self._releasing.settle(CLOSE_SECONDS)
         self._reserved.close()
         self._folder.cleanup()
 
@@ -137,97 +121,74 @@ class FrontEnds:
 
     async def _live(self, settings: Settings) -> tuple[bool, str]:
         """The life of one front end: whether it came to listen, and how it ended. Raises OSError at its start."""
-        memory, process, connection = await _start(settings)
-        link = _Link(memory, self._executor, settings.max_frame_bytes, self._changed.set, self._new_tasks())
+        process, connection = await _start(settings)
+        link = _Link(self._executor, settings.max_frame_bytes, self._changed.set)
         self._links.add(link)
-        pinning = asyncio.ensure_future(self._pin(memory))
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: link.connection.frames, connection)
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: link.frames, connection)
             if self._stopping.is_set():
                 link.drain(0.0)
-            await link.connection.ended
+            await link.ended
         finally:
             self._links.discard(link)
-            link.connection.frames.close()
-            self._releasing.start(self._release(link, pinning), "giving back a front end's memory")
+            link.frames.close()
             code = await _end(process)
         return link.listens, f"exit code {code}"
-
-    async def _pin(self, memory: memoryview) -> Release | None:
-        """Calls come through `memory` whether it can be pinned or not."""
-        try:
-            return await self._gpu.pin(memory)
-        except ServerFault as error:
-            log.warning("%s: a front end's calls are slower", error)
-            return None
-
-    async def _release(self, link: _Link, pinning: asyncio.Future[Release | None]) -> None:
-        """Give back what was pinned once the device no longer uses it."""
-        await link.connection.idle()
-        await self._gpu.release(await pinning)
 
 
 class _Link:
     """The server's end of the link to one front end."""
 
-    def __init__(
-        self,
-        memory: memoryview,
-        executor: Executor,
-        max_frame_bytes: int,
-        on_listening: Callable[[], None],
-        tasks: Tasks,
-    ) -> None:
-        self._segment = SharedSegment(memory)
+    def __init__(self, executor: Executor, max_frame_bytes: int, on_listening: Callable[[], None]) -> None:
         self._executor = executor
         self._on_listening = on_listening
-        self._calls: dict[int, Conversation] = {}
-        self.connection = Connection(self._respond, tasks, max_frame_bytes)
+        self._calls: dict[int, Call] = {}
+        self.frames = Frames(self._on_frame, self._on_end, max_frame_bytes)
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.listens = False
 
     def drain(self, seconds: float) -> None:
-        self.connection.frames.send(ANSWER.pack(CONTROL) + str(seconds).encode())
+        self.frames.send(ANSWER.pack(CONTROL) + str(seconds).encode())
 
-    async def _respond(self, frame: bytes) -> bytes | None:
-        number, shared, length = CALL.unpack_from(frame)
+    def _on_frame(self, frame: bytes) -> None:
+        number, length = CALL.unpack_from(frame)
         if number == CONTROL:
             self.listens = True
             self._on_listening()
-            return None
-        caller, message = str(frame[CALL.size : CALL.size + length], "utf-8"), frame[CALL.size + length :]
-        conversation = self._calls.get(number)
-        if conversation is not None:
-            return await conversation.respond(message)
-        self._calls[number] = conversation = Conversation(caller, self._executor, self._segment if shared else None)
-        try:
-            response = await conversation.respond(message)
-        finally:
-            del self._calls[number]
-        return None if response is None else ANSWER.pack(number) + response
+        elif number in self._calls:
+            self._calls[number].cancel()
+        else:
+            names, message = str(frame[CALL.size : CALL.size + length], "utf-8"), frame[CALL.size + length :]
+            caller, _, identity = names.partition("\n")
+            incoming = Incoming(message, caller, identity=identity)
+            self._calls[number] = call = self._executor.submit(incoming)
+            call.answer.add_done_callback(partial(self._answered, number))
+
+    def _answered(self, number: int, answer: asyncio.Future[bytes]) -> None:
+        call = self._calls.pop(number)
+        self.frames.send(ANSWER.pack(number) + response_of(call))
+
+    def _on_end(self, error: Exception | None) -> None:
+        for call in self._calls.values():
+            call.cancel()
+        self.ended.set_result(None)
 
 
-async def _start(settings: Settings) -> tuple[memoryview, Popen[bytes], socket.socket]:
-    """A new front end: the memory that it shares, its process, and the connection to it."""
+async def _start(settings: Settings) -> tuple[Popen[bytes], socket.socket]:
+    """A new front end: its process, and the connection to it."""
     ours, theirs = socket.socketpair()
-    descriptor = os.memfd_create("expertd-front-end", os.MFD_CLOEXEC)
     try:
         with theirs:
-            size = settings.config.front_end_bytes
-            os.ftruncate(descriptor, size)
-            # Its pages are taken when they are first used, the first ones first.
-            memory = memoryview(mmap.mmap(descriptor, size))
             # -P: the folder that the server happens to be in is no place to import from.
             command = (sys.executable, "-P", "-m", "expertd.server.local.front_end")
             # The library's own way, not the event loop's: that one copies the page tables of all that is mapped here.
             process = await asyncio.to_thread(lambda: Popen(command, stdin=theirs.fileno()))
-        socket.send_fds(ours, [pickle.dumps(settings)], [descriptor])
+        ours.send(pickle.dumps(settings))
         ours.setblocking(False)
     except BaseException:
         ours.close()
         raise
-    finally:
-        os.close(descriptor)
-    return memory, process, ours
+    return process, ours
 
 
 async def _end(process: Popen[bytes]) -> int:

@@ -2,65 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 
-from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, current_gpu
-from expertd.proto.base.errors import InvalidBatch, ServerFault
+from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError
+from expertd.proto.base.errors import InvalidBatch, NotPermitted, ServerFault
 from expertd.server.scheduling.device import DeviceOwner
 
-Release: TypeAlias = Callable[[], object]
-"""Gives memory back, after the last batch that uses it."""
+Release: TypeAlias = Sequence[Callable[[], object]]
+"""Gives memory back, step by step, after the last batch that uses it."""
+PIN_STEP = 2 << 20
+"""The native executor cuts its copies where registrations end: at multiples of it."""
+
+
+@dataclass(slots=True)
+class Cuda:
+    """What is asked of CUDA. Errors are its own: 0 is none."""
+
+    device: torch.device
+
+    def register(self, memory: memoryview) -> int:
+        """Let the GPU copy from and to `memory` directly."""
+        return int(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0))
+
+    def unregister(self, memory: memoryview) -> None:
+        """Undo `register` before the memory is unmapped."""
+        torch.cuda.cudart().cudaHostUnregister(_address(memory))
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def open(self, descriptor: int, size: int) -> GpuMemory:
+        """Map a caller's memory. To be closed on the device thread, too, after the last batch that uses it."""
+        return GpuMemory.open(descriptor, size, self.device)
 
 
 class Gpu:
-    """Lets the device use memory, and gives it back. A server that computes on the CPU has none present."""
+    """Lets the device use memory, and gives it back. A server that computes on the CPU has no `cuda`."""
 
-    def __init__(self, device: DeviceOwner, *, present: bool) -> None:
+    def __init__(self, device: DeviceOwner, cuda: Cuda | None) -> None:
         self._device = device
-        self.present = present
+        self.cuda = cuda
+
+    def require(self) -> Cuda:
+        """For memory of a GPU. Raises `NotPermitted` where there is none."""
+        if self.cuda is None:
+            raise NotPermitted("this server computes on no GPU; hand over the segment alone")
+        return self.cuda
 
     async def pin(self, memory: memoryview) -> Release | None:
         """Let a GPU copy from and to `memory` directly. Raises `ServerFault`."""
-        if not self.present:
+        if (cuda := self.cuda) is None:
             return None
-        await self._device.call(partial(pin, memory))
-        return partial(unpin, memory)
+        release: list[Callable[[], object]] = [cuda.synchronize]
+        # In steps: while CUDA pins a GiB, nothing is launched.
+        for piece in pieces_of(memory):
+            code = await self._device.call(partial(cuda.register, piece))
+            if code != 0:
+                await self.release(release)
+                raise ServerFault(f"the segment's {len(memory)} bytes cannot be pinned: CUDA error {code}")
+            release.append(partial(cuda.unregister, piece))
+        return release
 
     async def open(self, descriptor: int, size: int) -> GpuMemory:
         """Map a caller's memory of this GPU; its `close` gives it back. Raises `InvalidBatch`."""
-        return await self._device.call(partial(open_gpu_memory, descriptor, size))
+        try:
+            return await self._device.call(partial(self.require().open, descriptor, size))
+        except GpuMemoryError as error:
+            raise InvalidBatch(f"the {size} bytes of GPU memory cannot be mapped: {error}") from None
 
     async def release(self, release: Release | None) -> None:
-        if release is not None:
-            await self._device.call(release)
+        for step in release or ():
+            await self._device.call(step)
 
 
-def pin(memory: memoryview) -> None:
-    """Let the GPU copy from and to `memory` directly. Raises `ServerFault`."""
-    code = torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0)
-    if int(code) != 0:
-        raise ServerFault(f"the segment's {len(memory)} bytes cannot be pinned: CUDA error {int(code)}")
-
-
-def unpin(memory: memoryview) -> None:
-    """Undo `pin` before the memory is unmapped."""
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(_address(memory))
-
-
-def open_gpu_memory(descriptor: int, size: int) -> GpuMemory:
-    """Map a caller's memory of this server's GPU. Raises `InvalidBatch`.
-
-    To be closed on the device thread, too, after the last batch that uses it.
-    """
-    try:
-        return GpuMemory.open(descriptor, size, current_gpu())
-    except GpuMemoryError as error:
-        raise InvalidBatch(f"the {size} bytes of GPU memory cannot be mapped: {error}") from None
+def pieces_of(memory: memoryview) -> Iterator[memoryview]:
+    """`memory`, cut at the addresses that are multiples of `PIN_STEP`."""
+    address = _address(memory)
+    cuts = [0, *range(-address % PIN_STEP or PIN_STEP, len(memory), PIN_STEP), len(memory)]
+    return (memory[begin:end] for begin, end in pairwise(cuts))
 
 
 def _address(memory: memoryview) -> int:

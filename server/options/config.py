@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from expertd.kernels.model.ranges import parse_ranges
+from expertd.kernels.model.config import MoeConfig
+from expertd.kernels.model.ranges import parse_ranges, parse_shard, shard_of
 from expertd.proto.base.loopback import is_loopback
 
+Weights: TypeAlias = Literal["fp8", "bf16"]
 Pipeline: TypeAlias = Literal["auto", "fast", "dequant"]
 BACKENDS = ("auto", "torch", "cutile")
+WEIGHTS: tuple[Weights, ...] = ("fp8", "bf16")
 LOG_FORMATS = ("text", "json")
+SHARD = "instead of --experts: one of N even shards of all experts, such as 2/8, the second of eight"
 PIPELINES: tuple[Pipeline, ...] = ("auto", "fast", "dequant")
 
 
@@ -59,7 +63,7 @@ class ServerConfig:
         ),
     )
     experts: tuple[int, ...] = field(
-        metadata=_told("global ids of the experts to own, such as 0-31 or 0-15,64", parse_ranges)
+        metadata=_told("ids of the experts to own, such as 0-31 or 0-15,64; or all; or --shard I/N", parse_ranges)
     )
     layers: tuple[int, ...] | None = field(
         default=None, metadata=_told("layers to own, such as 3-60 (default: all MoE layers)", parse_ranges)
@@ -86,12 +90,30 @@ class ServerConfig:
     auth_token_file: Path | None = field(
         default=None, metadata=_told("file of bearer tokens, one a line: callers must send one of them", Path)
     )
+    admin_listen: Address | None = field(
+        default=None,
+        metadata=_told(
+            "address of the administration, which changes what the server owns while it serves (default: none)",
+            Address.parse,
+        ),
+    )
+    admin_token_file: Path | None = field(
+        default=None, metadata=_told("file of bearer tokens, one a line, of which administrators must send one", Path)
+    )
     insecure: bool = field(
         default=False, metadata=_told("allow plaintext on --listen addresses that other machines can reach", bool)
     )
     shared_memory_bytes: int = field(
         default=4 << 30,
         metadata=_told("memory that callers on this machine may share with the server, all together; 0: none", int),
+    )
+    spin_us: int | None = field(
+        default=None,
+        metadata=_told(
+            "microseconds to look for calls in shared memory before sleeping, at most; 0: none"
+            " (default: as is worth it on this machine)",
+            int,
+        ),
     )
     max_connections: int = field(
         default=1024, metadata=_told("connections at once; further ones are closed as they come", int)
@@ -106,12 +128,20 @@ class ServerConfig:
         default="auto",
         metadata=_told("arithmetic of the cutile backend: fast (FP8), dequant (FP16, more exact) or auto: the faster"),
     )
+    weights: Weights = field(
+        default="fp8",
+        metadata=_told(
+            "what experts' weights are served as: fp8, to which those of BF16 checkpoints are rounded, or bf16, as such"
+            " checkpoints have them, in twice the memory"
+        ),
+    )
     batch_invariant: bool = field(
         default=False,
         metadata=_told("a token's bits never depend on the rest of its batch; the torch backend is always so", bool),
     )
     threads: int | None = field(
-        default=None, metadata=_told("CPU threads of the torch backend (default: all cores)", int)
+        default=None,
+        metadata=_told("CPU threads of the torch backend (default: a share of the CPUs)", int),
     )
     max_tokens_per_request: int = field(default=4096, metadata=_told("largest request, in tokens", int))
     max_batch_tokens: int = field(default=16384, metadata=_told("largest device batch, in tokens", int))
@@ -160,6 +190,10 @@ class ServerConfig:
             raise InvalidOption(f"--backend is {self.backend!r}; choose from {', '.join(BACKENDS)}")
         if self.pipeline not in PIPELINES:
             raise InvalidOption(f"--pipeline is {self.pipeline!r}; choose from {', '.join(PIPELINES)}")
+        if self.weights not in WEIGHTS:
+            raise InvalidOption(f"--weights is {self.weights!r}; choose from {', '.join(WEIGHTS)}")
+        if self.weights == "bf16" and self.pipeline == "fast":
+            raise InvalidOption("--pipeline fast computes with FP8 weights; leave it out, or --weights bf16")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise InvalidOption(f"--log-level is {self.log_level!r}; choose from debug, info, warning, error")
         if self.log_format not in LOG_FORMATS:
@@ -175,12 +209,10 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InvalidOption(f"{flag(name)} is {value}; it must be greater than 0")
-        if self.shared_memory_bytes < 0:
-            raise InvalidOption(f"--shared-memory-bytes is {self.shared_memory_bytes}; it must be at least 0")
-        if self.front_ends < 0:
-            raise InvalidOption(f"--front-ends is {self.front_ends}; it must be at least 0")
-        if self.front_ends and not self.front_end_bytes:
-            raise InvalidOption(f"--front-ends needs --shared-memory-bytes; it is {self.shared_memory_bytes}")
+        for name in ("shared_memory_bytes", "spin_us", "front_ends"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InvalidOption(f"{flag(name)} is {value}; it must be at least 0")
         for name in ("max_batch_tokens", "max_queued_tokens"):
             value = getattr(self, name)
             if value < self.max_tokens_per_request:
@@ -192,11 +224,6 @@ class ServerConfig:
             raise InvalidOption(f"--shadow-check-rate is {self.shadow_check_rate}; it must be from 0 to 1")
         self._check_security()
 
-    @property
-    def front_end_bytes(self) -> int:
-        """Of the memory that each front end shares with the server: half of what may be shared is for them."""
-        return self.shared_memory_bytes // 2 // self.front_ends if self.front_ends else 0
-
     def _check_security(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             given, missing = ("key", "cert") if self.tls_cert is None else ("cert", "key")
@@ -205,40 +232,79 @@ class ServerConfig:
             raise InvalidOption("--tls-client-ca needs --tls-cert and --tls-key with it")
         if self.tls_cert is not None and self.insecure:
             raise InvalidOption("--insecure contradicts --tls-cert; give one of them")
-        if self.tls_cert is None and not self.insecure and not is_loopback(self.listen.host):
+        for name in ("listen", "admin_listen"):
+            address = getattr(self, name)
+            if address and self.tls_cert is None and not self.insecure and not is_loopback(address.host):
+                raise InvalidOption(
+                    f"{flag(name)} {address} would take plaintext from other machines; give --tls-cert and --tls-key,"
+                    " or --insecure in a network that protects traffic itself"
+                )
+        if self.admin_token_file is not None and self.admin_listen is None:
+            raise InvalidOption("--admin-token-file needs --admin-listen with it")
+        if self.admin_listen and self.admin_token_file is None and not is_loopback(self.admin_listen.host):
             raise InvalidOption(
-                f"--listen {self.listen} would take plaintext from other machines; give --tls-cert and --tls-key,"
-                " or --insecure in a network that protects traffic itself"
+                f"--admin-listen {self.admin_listen} would let everybody who reaches it change what the server owns;"
+                " give --admin-token-file"
             )
 
     @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+    def add_arguments(cls, parser: argparse.ArgumentParser, *, model_required: bool = True) -> None:
         for option in dataclasses.fields(cls):
             if option.metadata["parse"] is bool:
                 parser.add_argument(flag(option.name), action="store_true", help=option.metadata["help"])
                 continue
-            required = option.default is dataclasses.MISSING
-            default = "" if required or option.default is None else f" (default: {option.default})"
+            has_default = option.default not in (dataclasses.MISSING, None)
+            default = f" (default: {option.default})" if has_default else ""
             parser.add_argument(
                 flag(option.name),
-                required=required,
-                metavar=option.name.rpartition("_")[2].upper(),
+                required=model_required and option.name == "model",
+                metavar=metavar(option),
                 help=option.metadata["help"] + default,
             )
+        parser.add_argument("--shard", metavar="I/N", help=SHARD)
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> ServerConfig:
+        """Raises `InvalidOption`, or `InvalidConfig` where the model must tell which experts there are."""
+        texts = vars(arguments)
+        if (texts["experts"] is None) == (texts["shard"] is None):
+            raise InvalidOption("--experts or --shard is needed, one of them: --experts all owns the whole model")
         values: dict[str, Any] = {}
         for option in dataclasses.fields(cls):
-            text = getattr(arguments, option.name)
-            if text is not None:
-                try:
-                    values[option.name] = option.metadata["parse"](text)
-                except ValueError as error:
-                    raise InvalidOption(f"{flag(option.name)}: {error}") from None
+            text = texts[option.name]
+            if text is not None and not (option.name == "experts" and text == "all"):
+                values[option.name] = _parsed(option.name, option.metadata["parse"], text)
+        if "experts" not in values:
+            shard = (1, 1) if texts["shard"] is None else _parsed("shard", parse_shard, texts["shard"])
+            values["experts"] = _experts_of(values["model"], *shard)
         return cls(**values)
+
+
+def metavar(option: dataclasses.Field[Any]) -> str:
+    """What an option wants, for its help."""
+    name = option.name.rpartition("_")[2]
+    if option.name == "model":
+        return "FOLDER"
+    if name in ("bytes", "tokens", "us", "seconds", "rate"):
+        return name.upper()
+    wanted = {Address.parse: "HOST:PORT", parse_ranges: "RANGES", Path: "FILE", float: "SECONDS", int: "N"}
+    return wanted.get(option.metadata["parse"], name.upper())
 
 
 def flag(name: str) -> str:
     """The option that sets field `name`."""
     return "--" + name.replace("_", "-")
+
+
+def _parsed(name: str, parse: Callable[[str], Any], text: str) -> Any:  # noqa: ANN401
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise InvalidOption(f"{flag(name)}: {error}") from None
+
+
+def _experts_of(model: Path, number: int, count: int) -> tuple[int, ...]:
+    experts = MoeConfig.from_json(model / "config.json").n_routed_experts
+    if count > experts:
+        raise InvalidOption(f"--shard {number}/{count}: the model has {experts} experts, too few for so many shards")
+    return shard_of(experts, number, count)

@@ -46,6 +46,10 @@ class Share:
         """Its answer was taken, or is not wanted any more."""
         self._count(-num_bytes)
 
+    def close(self) -> None:
+        """The stream has ended: nothing that it sent is wanted any more."""
+        self._count(-self._held)
+
     async def room(self) -> None:
         """Wait until the stream holds less than is left for all: whoever does not read leaves room to the others, and
         whoever holds nothing need not wait."""

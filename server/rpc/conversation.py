@@ -1,63 +1,73 @@
-"""One stream or connection: who calls, and which of their requests are being answered."""
+"""One stream: who calls, and which of their requests are being answered."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable
+from functools import partial
 
 from expertd.proto import codec
-from expertd.proto.base.errors import Cancelled, ExpertdError
-from expertd.proto.lane.layout import SharedSegment
-from expertd.server.rpc.incoming import Executor, Incoming
+from expertd.proto.base.errors import ExpertdError
+from expertd.server.rpc.incoming import Call, Executor, Incoming
 
 
 class Conversation:
-    """What the requests of one caller's stream or connection have in common. Lives on the event loop."""
+    """What the requests of one caller's stream have in common. Lives on the event loop."""
 
-    def __init__(self, caller: str, executor: Executor, segment: SharedSegment | None = None) -> None:
-        """`segment` is where the tensors lie that the caller's messages do not carry."""
+    def __init__(
+        self, caller: str, identity: str, executor: Executor, respond: Callable[[bytes | None, int], object]
+    ) -> None:
+        """`respond` is called once for every message: with the response, if there is to be one, and its length."""
         self._caller = caller
+        self._identity = identity
         self._executor = executor
-        self._segment = segment
-        self._in_flight: dict[int, asyncio.Task[Any]] = {}
-        self._cancelled: set[asyncio.Task[Any]] = set()
+        self._respond = respond
+        self._by_id: dict[int, Call] = {}
+        self._in_flight: set[Call] = set()
+        self._changed = asyncio.Event()
 
-    async def respond(self, message: bytes) -> bytes | None:
-        """The response to one message; what is wrong with a request is in it. None: there is to be none."""
-        request_id = 0
-        try:
-            request = codec.parse_request(message)
-            if request.cancels is not None:
-                self.cancel(request.cancels)
-                return None
-            request_id = request.request_id
-            with self.request(request_id):
-                return await self._executor.answer(Incoming(request, self._caller, segment=self._segment))
-        except ExpertdError as error:
-            return codec.encode_error(request_id, error)
-
-    @contextlib.contextmanager
-    def request(self, request_id: int) -> Iterator[None]:
-        """While the current task answers a request. Raises `Cancelled` in place of what `cancel` does to the task."""
-        task = cast(asyncio.Task[Any], asyncio.current_task())
-        self._in_flight[request_id] = task
-        try:
-            yield
-        except asyncio.CancelledError:
-            # The conversation may have ended as well: then there is nobody to tell.
-            if task not in self._cancelled or task.uncancel() > 0:
-                raise
-            raise Cancelled(f"request {request_id} was cancelled by its caller") from None
-        finally:
-            self._cancelled.discard(task)
-            if self._in_flight.get(request_id) is task:
-                del self._in_flight[request_id]
+    def take(self, message: bytes) -> None:
+        """Begin to answer one message; what is wrong with a request is in its response."""
+        call = self._executor.submit(Incoming(message, self._caller, identity=self._identity))
+        if call.cancels is not None:
+            call.answer.exception()  # Of a request: this is none.
+            self.cancel(call.cancels)
+            self._respond(None, len(message))
+            return
+        self._by_id[call.request_id] = call
+        self._in_flight.add(call)
+        call.answer.add_done_callback(partial(self._answered, call, len(message)))
 
     def cancel(self, request_id: int) -> None:
         """Stop answering a request; without effect when it is not in flight, or cancelled already."""
-        task = self._in_flight.pop(request_id, None)
-        if task is not None:
-            self._cancelled.add(task)
-            task.cancel()
+        call = self._by_id.pop(request_id, None)
+        if call is not None:
+            call.cancel()
+
+    def leave(self) -> None:
+        """The caller is gone: nothing need be answered."""
+        for call in self._in_flight:
+            call.cancel()
+
+    async def idle(self) -> None:
+        """Wait until every message has its response."""
+        while self._in_flight:
+            await self._changed.wait()
+            self._changed.clear()
+
+    def _answered(self, call: Call, num_bytes: int, answer: asyncio.Future[bytes]) -> None:
+        self._in_flight.discard(call)
+        self._changed.set()
+        if self._by_id.get(call.request_id) is call:
+            del self._by_id[call.request_id]
+        self._respond(response_of(call), num_bytes)
+
+
+def response_of(call: Call) -> bytes:
+    """The response to a call that is answered, what is wrong with the request in it."""
+    error = call.answer.exception()
+    if error is None:
+        return call.answer.result()
+    if isinstance(error, ExpertdError):
+        return codec.encode_error(call.request_id, error)
+    raise error

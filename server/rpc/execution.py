@@ -1,12 +1,11 @@
-"""`Execute` and `ExecuteStream`: decode, await, encode, wherever the answers come from."""
+"""`Execute` and `ExecuteStream`: hand in, await, send, wherever the answers come from."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import replace
+from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
 import grpc
@@ -15,9 +14,9 @@ import grpc.aio
 from expertd.proto import codec
 from expertd.proto.base.errors import ExpertdError
 from expertd.proto.base.loopback import UNIX
-from expertd.proto.codec import RawRequest
 from expertd.server.rpc.backlog import Backlog
 from expertd.server.rpc.conversation import Conversation
+from expertd.server.rpc.identity import Identities
 from expertd.server.rpc.incoming import Executor, Incoming
 
 Context: TypeAlias = grpc.aio.ServicerContext[object, object]
@@ -28,8 +27,9 @@ BACKLOG_FACTOR = 2
 class ExecuteHandlers:
     """The two RPCs of one process, and the calls and streams that are open."""
 
-    def __init__(self, executor: Executor, max_queued_bytes: int) -> None:
+    def __init__(self, executor: Executor, max_queued_bytes: int, identities: Identities) -> None:
         self.executor = executor
+        self.identities = identities
         self._readers: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
         self._streams = itertools.count(1)
@@ -54,52 +54,65 @@ class ExecuteHandlers:
 
     async def execute(self, data: bytes, context: Context) -> bytes:
         self.track()
+        identity = self.identities.of(context)
+        call = self.executor.submit(
+            Incoming(data, context.peer(), context.time_remaining(), _span_of(context), identity)
+        )
+        # gRPC keeps the frames of what aborts a call until garbage is collected.
+        del data
         try:
-            request = _adopt(codec.parse_request(data), context.invocation_metadata() or ())
-            return await self.executor.answer(Incoming(request, context.peer(), context.time_remaining()))
+            return await asyncio.shield(call.answer)
         except ExpertdError as error:
             await context.abort(error.code, str(error), _pushback(error))
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
 
     async def execute_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         self.track()
-        share, writing = self._backlog.open(), asyncio.Lock()
+        share, responses = self._backlog.open(), asyncio.Queue[tuple[bytes | None, int] | None]()
         # Connections over a unix socket have no names to tell callers apart by.
         peer = context.peer()
         caller = f"{peer} stream {next(self._streams)}" if peer.startswith(UNIX) else peer
-        conversation = Conversation(caller, self.executor)
-
-        async def respond(data: bytes) -> None:
-            num_bytes = len(data)
-            try:
-                response = await conversation.respond(data)
-                # The answer may wait for long; the request need not.
-                del data
-                if response is not None:
-                    # A caller that is gone takes its stream with it: there is nobody to answer.
-                    with contextlib.suppress(grpc.aio.InternalError):
-                        async with writing:
-                            await context.write(response)
-            finally:
-                share.gave(num_bytes)
+        identity = self.identities.of(context)
+        conversation = Conversation(caller, identity, self.executor, lambda *response: responses.put_nowait(response))
 
         async def read() -> None:
-            async for data in requests:
-                share.took(len(data))
-                answers.create_task(respond(data))
-                await share.room()
+            try:
+                with contextlib.suppress(asyncio.CancelledError):
+                    async for data in requests:
+                        share.took(len(data))
+                        conversation.take(data)
+                        # The answer may wait for long; who answers keeps the request as long as it must.
+                        del data
+                        await share.room()
+                await conversation.idle()
+            finally:
+                responses.put_nowait(None)
 
-        async with asyncio.TaskGroup() as answers:
-            reader = answers.create_task(read())
-            self._readers.add(reader)
-            reader.add_done_callback(self._readers.discard)
+        reader = asyncio.create_task(read())
+        self._readers.add(reader)
+        reader.add_done_callback(self._readers.discard)
+        try:
+            while (response := await responses.get()) is not None:
+                data, num_bytes = response
+                # A caller that is gone takes its stream with it: there is nobody to answer.
+                with contextlib.suppress(grpc.aio.InternalError):
+                    if data is not None:
+                        await context.write(data)
+                share.gave(num_bytes)
+        finally:
+            reader.cancel()
+            conversation.leave()
+            share.close()
 
 
-def _adopt(request: RawRequest, metadata: Iterable[tuple[str, str | bytes]]) -> RawRequest:
-    """`request` with the caller's span from the metadata of a call, where it names none."""
-    if request.traceparent:
-        return request
-    given = [value for key, value in metadata if key == "traceparent" and isinstance(value, str)]
-    return replace(request, traceparent=memoryview(given[0].encode())) if given else request
+def _span_of(context: Context) -> str:
+    """The caller's span from the metadata of a call, if it is there."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "traceparent" and isinstance(value, str):
+            return value
+    return ""
 
 
 def _pushback(error: ExpertdError) -> tuple[tuple[str, str], ...]:

@@ -1,67 +1,97 @@
-"""What answers `Execute` on this server: decode, compute, encode."""
+"""What answers `Execute` on this server: the engine, as one event loop sees it."""
 
 from __future__ import annotations
 
-import logging
-import time
+import asyncio
+from dataclasses import replace
+from functools import partial
 
-import torch
-
-from expertd.proto import codec
-from expertd.proto.base.errors import ExpertdError, ServerFault
-from expertd.proto.codec import ExecuteResult, ShardInfo, StageTimings
-from expertd.server.rpc.incoming import Incoming
-from expertd.server.scheduling.batching import Scheduler
-from expertd.server.scheduling.shadow import ShadowCheck
-from expertd.server.scheduling.shard import Shard
-from expertd.server.telemetry.journal import Journal
-
-log = logging.getLogger(__name__)
+from expertd._native import Engine, Inbox, Refusal
+from expertd.proto.base.errors import ExpertdError, Unavailable, error_from_status
+from expertd.proto.codec import ShardInfo
+from expertd.server.rpc.incoming import Call, Incoming
 
 
-class ShardExecutor:
-    """Computes requests on the experts of one shard."""
+class EngineExecutor:
+    """Hands messages to the engine and its answers to those who wait. Lives on the event loop."""
 
-    def __init__(
-        self, shard: Shard, info: ShardInfo, scheduler: Scheduler, shadow: ShadowCheck | None, journal: Journal
-    ) -> None:
-        """`info` is what callers are told of `shard`."""
-        self.shard = shard
-        self.info = info
-        self._scheduler = scheduler
-        self._shadow = shadow
-        self._journal = journal
+    def __init__(self, engine: Engine, info: ShardInfo) -> None:
+        """`info` is what callers are told of the shard."""
+        self.engine = engine
+        self._info = info
+        self._inbox = Inbox()
+        self._waiting: set[asyncio.Future[bytes]] = set()
 
-    async def answer(self, incoming: Incoming) -> bytes:
-        """Compute one request; every outcome is recorded."""
-        with self._journal.request(incoming.request, incoming.caller):
-            try:
-                return await self._compute(incoming)
-            except ExpertdError:
-                raise
-            except Exception as error:
-                log.exception("request %d failed", incoming.request.request_id)
-                raise ServerFault(f"{type(error).__name__}: {error}") from error
+    @property
+    def info(self) -> ShardInfo:
+        return replace(self._info, placement_epoch=self.engine.placement.epoch)
 
-    async def _compute(self, incoming: Incoming) -> bytes:
-        arrived = time.perf_counter()
-        request, caller, most = incoming.request, incoming.caller, self.info.max_tokens_per_request
-        # Before anything is read of the tensors: a server with too much to do has no time for what it will refuse.
-        self._scheduler.check_room(min(request.num_tokens, most), request.num_tensor_bytes)
-        config = self.shard.config
-        call = codec.decode_call(request, config.hidden_size, config.num_experts_per_tok, most, incoming.segment)
-        batch = self.shard.admit(call)
-        decoded = time.perf_counter()
-        timeout = min((limit for limit in (call.timeout, incoming.time_remaining) if limit is not None), default=None)
-        done = await self._scheduler.execute(caller, call.layer, batch, call.reply_dtype, timeout)
-        computed = time.perf_counter()
-        timings = StageTimings(decoded - arrived, done.waited, *done.seconds)
-        pairs = done.partials.pairs.numpy()
-        receipt = {expert: count for expert, count in zip(self.shard.experts, pairs.tolist(), strict=True) if count}
-        sums = done.partials.sums if call.reply_into is None else torch.empty(0, dtype=call.reply_dtype)
-        response = codec.encode_result(ExecuteResult(call.request_id, sums, receipt, timings))
-        if self._shadow is not None:
-            self._shadow.offer(call.layer, batch, done.partials.sums)
-        encoded = time.perf_counter()
-        self._journal.answered(call, caller, pairs, timings, encoded - computed, encoded - arrived)
-        return response
+    @info.setter
+    def info(self, info: ShardInfo) -> None:
+        self._info = info
+
+    def start(self) -> None:
+        asyncio.get_running_loop().add_reader(self._inbox.fileno(), self._drain)
+
+    def stop(self) -> None:
+        """Look for answers no more: who still waits is told so."""
+        asyncio.get_running_loop().remove_reader(self._inbox.fileno())
+        self._reject("the server has stopped; use another replica")
+
+    def check_open(self) -> None:
+        """Raise `Unavailable` to new callers of a server that starts, drains or has lost its device."""
+        reason = self.engine.closed_because
+        if reason is not None:
+            raise Unavailable(reason)
+
+    def submit(self, incoming: Incoming) -> Call:
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        submitted = self._inbox.submit(
+            self.engine,
+            incoming.message,
+            incoming.caller,
+            answer,
+            incoming.time_remaining,
+            incoming.traceparent,
+            identity=incoming.identity,
+        )
+        cancel = partial(self._cancel, submitted.ticket or 0, answer)
+        refusal = submitted.refusal
+        if refusal is not None:
+            answer.set_exception(error_of(refusal))
+        elif submitted.ticket is not None:
+            self._waiting.add(answer)
+        return Call(submitted.request_id, submitted.cancels, answer, cancel)
+
+    def _cancel(self, ticket: int, answer: asyncio.Future[bytes]) -> None:
+        # Whoever cancels may not wait for the error: then it is nobody's, and asyncio is not to complain of it.
+        answer.add_done_callback(asyncio.Future.exception)
+        self._inbox.cancel(self.engine, ticket)
+
+    def abandon(self, reason: str) -> None:
+        """Answer everyone who waits with `Unavailable`, even while the engine hangs."""
+        self.engine.abandon(reason)
+        self._reject(reason)
+
+    def _reject(self, reason: str) -> None:
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_exception(Unavailable(reason))
+        self._waiting.clear()
+
+    def _drain(self) -> None:
+        for answered in self._inbox.drain():
+            answer: asyncio.Future[bytes] = answered.context
+            self._waiting.discard(answer)
+            if answer.done():
+                continue
+            refusal, response = answered.refusal, answered.response
+            if response is not None:
+                answer.set_result(response)
+            elif refusal is not None:
+                answer.set_exception(error_of(refusal))
+
+
+def error_of(refusal: Refusal) -> ExpertdError:
+    """What the engine refuses, as whoever waits for it gets it."""
+    return error_from_status(refusal.code, refusal.text, refusal.retry_after)

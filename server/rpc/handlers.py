@@ -1,10 +1,9 @@
-"""The RPCs of `expertd.v1.ExpertShard`: decode, await, encode."""
+"""The RPCs of `expertd.v1.ExpertShard`."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -12,33 +11,26 @@ import grpc.aio
 
 from expertd.proto import codec
 from expertd.proto.base.errors import ExpertdError
-from expertd.proto.codec import ShardInfo
 from expertd.server.rpc.execution import Context, ExecuteHandlers
+from expertd.server.rpc.executor import EngineExecutor
 from expertd.server.rpc.tickets import Tickets
-from expertd.server.scheduling.batching import Scheduler
-from expertd.server.scheduling.verifier import Verifier
+from expertd.server.rpc.verifier import Verifier
 
 
 class ExpertShardHandlers:
     """One server's RPCs. They hold no state of their own but the calls and streams that are open."""
 
     def __init__(
-        self,
-        execution: ExecuteHandlers,
-        info: Callable[[], ShardInfo],
-        scheduler: Scheduler,
-        verifier: Verifier,
-        tickets: Tickets,
+        self, execution: ExecuteHandlers, executor: EngineExecutor, verifier: Verifier, tickets: Tickets
     ) -> None:
         self.execution = execution
-        self._info = info
-        self._scheduler = scheduler
+        self._executor = executor
         self._verifier = verifier
-        self._tickets = tickets
+        self.tickets = tickets
 
     def register(self, server: grpc.aio.Server) -> None:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "GetShard": grpc.unary_unary_rpc_method_handler(self.get_shard),
+            "GetShard": grpc.unary_unary_rpc_method_handler(self.get_shard, codec.ShardRequest.FromString),
             "Execute": grpc.unary_unary_rpc_method_handler(self.execution.execute),
             "ExecuteStream": grpc.stream_stream_rpc_method_handler(self.execution.execute_stream),
             "VerifyShard": grpc.unary_stream_rpc_method_handler(
@@ -52,13 +44,12 @@ class ExpertShardHandlers:
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(codec.SERVICE, methods),))
 
-    async def get_shard(self, data: bytes, context: Context) -> bytes:
+    async def get_shard(self, request: codec.ShardRequest, context: Context) -> bytes:
         try:
-            codec.check_shard_request(data)
-            self._scheduler.check_open()
+            self._executor.check_open()
         except ExpertdError as error:
             await context.abort(error.code, str(error))
-        return codec.encode_shard(self._info()).SerializeToString()
+        return codec.encode_shard(self._executor.info).SerializeToString()
 
     async def verify_shard(self, request: codec.VerifyRequest, context: Context) -> None:
         self.execution.track()
@@ -73,7 +64,7 @@ class ExpertShardHandlers:
 
     async def register_shared_memory(self, request: codec.RegistrationRequest, context: Context) -> codec.Registration:
         try:
-            self._scheduler.check_open()
-            return self._tickets.issue(context.peer())
+            self._executor.check_open()
+            return self.tickets.issue(context.peer(), self.execution.identities.proven(context))
         except ExpertdError as error:
             await context.abort(error.code, str(error))

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
-
-from expertd.proto.codec import RawRequest
-from expertd.proto.lane.layout import SharedSegment
 
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """One request, not yet decoded."""
+    """One message of a caller, not yet read."""
 
-    request: RawRequest
+    message: bytes
+    """An ExecuteRequest."""
     caller: str
+    """The connection, for people."""
     time_remaining: float | None = None
     """Seconds until gRPC's deadline, if the call has one."""
-    segment: SharedSegment | None = None
-    """Where the tensors lie that the request does not carry."""
+    traceparent: str = ""
+    """The caller's span, where the message names none."""
+    identity: str = ""
+    """Who has the connection, as callers share what the server has."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One message that was handed in, and what comes of it."""
+
+    request_id: int
+    cancels: int | None
+    """The request that it cancels; nothing else of it counts then."""
+    answer: asyncio.Future[bytes]
+    """The response, or an `ExpertdError`."""
+    cancel: Callable[[], object]
+    """Have it answered with `Cancelled`, soon or once the device is done with it."""
 
 
 class Executor(Protocol):
-    """What answers requests: this process's device, or another process."""
+    """What answers requests: this process's engine, or another process."""
 
-    async def answer(self, incoming: Incoming) -> bytes:
-        """The response. Raises `ExpertdError`."""
+    def submit(self, incoming: Incoming) -> Call:
+        """Hand in a message. Never raises: what is wrong with it is its answer."""

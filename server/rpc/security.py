@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import hmac
 import logging
+import math
 import os
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2
 
+from expertd.proto.base.certificates import ends_of
 from expertd.proto.base.errors import Unauthenticated
+from expertd.proto.base.files import stamp_of
 from expertd.proto.base.loopback import UNIX, is_loopback
 from expertd.server.options.config import Address, InvalidOption, ServerConfig
+from expertd.server.rpc.health import SERVICE as HEALTH
+from expertd.server.rpc.identity import Identities
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Stamp: TypeAlias = tuple[tuple[int, int, int], ...]
-OPEN_TO_ALL = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
+Details: TypeAlias = grpc.HandlerCallDetails
+Next: TypeAlias = "Callable[[Details], Awaitable[Handler | None]]"
+RETRY_SECONDS = 1.0
+"""Between two looks at files that could not be used."""
+OPEN_TO_ALL = f"/{HEALTH}/"
 MISSING = "authorization is missing; send the metadata 'authorization: Bearer TOKEN' with a token of this server"
 WRONG = "authorization holds no bearer token that this server accepts; ask its operator for a current one"
 
@@ -32,51 +40,49 @@ WRONG = "authorization holds no bearer token that this server accepts; ask its o
 class WatchedFiles(Generic[T]):
     """What `read` makes of some files, made again when they change. Callable from any thread."""
 
-    def __init__(self, paths: tuple[Path, ...], read: Callable[[], T]) -> None:
-        """Reads at once: `read` raises `InvalidOption` for files that cannot be used."""
+    def __init__(self, paths: tuple[Path, ...], read: Callable[[], T], on_failure: Callable[[], object]) -> None:
+        """Reads at once: `read` raises `InvalidOption` for files that cannot be used; later `on_failure` is called."""
         self._paths = paths
         self._read = read
+        self._on_failure = on_failure
         self._lock = threading.Lock()
-        self._tried = self._stamp()
+        self._tried = stamp_of(paths)
+        self._again_at = math.inf
+        self._complaint = ""
         self.value = read()
 
     def refresh(self) -> bool:
-        """Read again if a file changed; whether `value` is new. Unusable files are logged once and leave it."""
+        """Read again if a file changed or could not be used; whether `value` is new.
+
+        Unusable files leave it, are tried again, and are logged when there is something new to say of them.
+        """
         with self._lock:
-            stamp = self._stamp()
-            if stamp == self._tried:
+            stamp, now = stamp_of(self._paths), time.monotonic()
+            if stamp == self._tried and now < self._again_at:
                 return False
-            self._tried = stamp
+            self._tried, self._again_at = stamp, now + RETRY_SECONDS
             names = ", ".join(map(str, self._paths))
             try:
                 self.value = self._read()
             except InvalidOption as error:
-                log.error("%s changed but cannot be used, the former content stays in force: %s", names, error)
+                self._on_failure()
+                if str(error) != self._complaint:
+                    self._complaint = str(error)
+                    log.error("%s changed but cannot be used, the former content stays in force: %s", names, error)
                 return False
+            self._again_at, self._complaint = math.inf, ""
             log.info("read %s again", names)
             return True
-
-    def _stamp(self) -> Stamp | None:
-        """What changes when a file is rewritten, replaced or its link switched; None while one is missing."""
-        try:
-            stats = [path.stat() for path in self._paths]
-        except OSError:
-            return None
-        return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
 
 
 class BearerTokens(grpc.aio.ServerInterceptor):
     """Lets calls pass that carry one of the tokens in a file; health checks need none."""
 
-    def __init__(self, path: Path) -> None:
-        self._tokens = WatchedFiles((path,), lambda: _read_tokens(path))
+    def __init__(self, path: Path, on_failure: Callable[[], object]) -> None:
+        self._tokens = WatchedFiles((path,), lambda: _read_tokens(path), on_failure)
         self._refusals = {reason: _refusal(Unauthenticated(reason)) for reason in (MISSING, WRONG)}
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
+    async def intercept_service(self, continuation: Next, handler_call_details: Details) -> Handler | None:
         if handler_call_details.method.startswith(OPEN_TO_ALL):
             return await continuation(handler_call_details)
         given = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
@@ -97,13 +103,20 @@ class BearerTokens(grpc.aio.ServerInterceptor):
 class ServerSecurity:
     """The security options of one server. Raises `InvalidOption` for files that cannot be used."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, on_failure: Callable[[], object] = lambda: None) -> None:
+        """`on_failure` is called whenever a file that changed cannot be used."""
         self._config = config
         if config.insecure and not is_loopback(config.listen.host):
             log.warning("--insecure: whoever reaches %s can read and change what callers send", config.listen)
-        self._credentials = _server_credentials(config)
+        self._credentials = _server_credentials(config, on_failure)
         tokens = config.auth_token_file
-        self.interceptors = [] if tokens is None else [BearerTokens(tokens)]
+        self.interceptors = [] if tokens is None else [BearerTokens(tokens, on_failure)]
+        self.identities = Identities(by_token=tokens is not None)
+
+    def certificate_ends(self) -> Iterator[tuple[tuple[str], tuple[float]]]:
+        """Option and the Unix time from which on a certificate in its file, as it is now, is not valid. Any thread."""
+        ends = ends_of({"tls_cert": self._config.tls_cert, "tls_client_ca": self._config.tls_client_ca})
+        return (((option,), (end,)) for option, end in ends.items())
 
     def add_port(self, server: grpc.aio.Server, address: Address) -> int:
         """Bind `server` to `address`; the port. Raises RuntimeError when it cannot be bound."""
@@ -141,13 +154,13 @@ def _answers(path: Path) -> bool:
     return True
 
 
-def _server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
+def _server_credentials(config: ServerConfig, on_failure: Callable[[], object]) -> grpc.ServerCredentials | None:
     """Credentials that read the certificate files again at the first connection after a change."""
     certificate, key, authorities = config.tls_cert, config.tls_key, config.tls_client_ca
     if certificate is None or key is None:
         return None
     paths = (certificate, key) if authorities is None else (certificate, key, authorities)
-    files = WatchedFiles(paths, lambda: _read_certificates(certificate, key, authorities))
+    files = WatchedFiles(paths, lambda: _read_certificates(certificate, key, authorities), on_failure)
 
     def fetch() -> grpc.ServerCertificateConfiguration:
         # None is gRPC's documented word for "no change"; its type stub does not know it.

@@ -2,73 +2,89 @@
 
 from __future__ import annotations
 
-import ipaddress
+import logging
 import secrets
-import socket
 import time
-from urllib.parse import unquote
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from expertd.proto.base.errors import NotPermitted, Unauthenticated
-from expertd.proto.base.loopback import UNIX
+from expertd.proto.base.loopback import check_here
 from expertd.proto.codec import Registration
+from expertd.proto.lane.layout import LANE_VERSION
 
+log = logging.getLogger(__name__)
 TICKET_BYTES = 32
 TICKET_SECONDS = 10
-MAX_TICKETS = 1024
+MAX_TICKETS, MAX_PEER_TICKETS = 1024, 16
+"""Of all callers together, and of one connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """Who may hand over memory."""
+
+    peer: str
+    """As gRPC names it."""
+    identity: str
+    """As far as it is proven, else empty."""
+    expires: float
 
 
 class Tickets:
     """One-time tickets, each for one connection to the socket that takes segments."""
 
-    def __init__(self, name: str | None, gpu: str = "") -> None:
+    def __init__(self, name: str | None, gpu: str = "", clock: Callable[[], float] = time.monotonic) -> None:
         """`name` is the socket's and `gpu` the GPU's, as in the contract; None: no memory is shared."""
         self._name = name
-        self._gpu = gpu
-        self._issued: dict[bytes, tuple[str, float]] = {}
+        self.gpu = gpu
+        self._clock = clock
+        self._issued: dict[bytes, Guest] = {}
+        """The oldest first."""
+        self._refused: set[str] = set()
 
-    def issue(self, peer: str) -> Registration:
-        """A ticket for `peer`, a caller as gRPC names it. Raises `NotPermitted`."""
+    def _check_here(self, peer: str) -> None:
+        """Raise `NotPermitted` for another machine's callers; the log says so once of each host, of the first ones."""
+        try:
+            check_here(peer)
+        except NotPermitted as refusal:
+            host = peer.rpartition(":")[0]
+            if host not in self._refused and len(self._refused) < MAX_TICKETS:
+                self._refused.add(host)
+                log.info("no memory is shared, calls come over gRPC: %s", refusal)
+            raise
+
+    def issue(self, peer: str, identity: str = "") -> Registration:
+        """A ticket for `peer`, a caller as gRPC names it, of an `identity` if that is proven. Raises `NotPermitted`.
+
+        Nobody waits for tickets that others took: when there are too many, whoever has most loses the oldest.
+        """
         if self._name is None:
             raise NotPermitted("this server shares no memory; start it with --shared-memory-bytes above 0")
-        check_here(peer)
+        self._check_here(peer)
         self._forget_old()
-        if len(self._issued) >= MAX_TICKETS:
-            raise NotPermitted(f"{MAX_TICKETS} tickets wait to be used; ask again in {TICKET_SECONDS} s")
+        held = Counter(guest.peer for guest in self._issued.values())
+        if held[peer] >= MAX_PEER_TICKETS:
+            self._drop_oldest(peer)
+        elif len(self._issued) >= MAX_TICKETS:
+            self._drop_oldest(max(held, key=lambda name: held[name]))
         ticket = secrets.token_bytes(TICKET_BYTES)
-        self._issued[ticket] = (peer, time.monotonic() + TICKET_SECONDS)
-        return Registration(socket=self._name, ticket=ticket, ticket_seconds=TICKET_SECONDS, gpu=self._gpu)
+        self._issued[ticket] = Guest(peer, identity, self._clock() + TICKET_SECONDS)
+        return Registration(
+            socket=self._name, ticket=ticket, ticket_seconds=TICKET_SECONDS, gpu=self.gpu, lane_version=LANE_VERSION
+        )
 
-    def redeem(self, ticket: bytes) -> str:
+    def redeem(self, ticket: bytes) -> Guest:
         """The caller that `ticket` was issued to. Raises `Unauthenticated` for one unknown, used or too old."""
         self._forget_old()
         if ticket not in self._issued:
             raise Unauthenticated("the ticket is unknown, used or too old; ask RegisterSharedMemory for another one")
-        return self._issued.pop(ticket)[0]
+        return self._issued.pop(ticket)
+
+    def _drop_oldest(self, peer: str) -> None:
+        del self._issued[next(ticket for ticket, guest in self._issued.items() if guest.peer == peer)]
 
     def _forget_old(self) -> None:
-        now = time.monotonic()
-        self._issued = {ticket: (peer, expires) for ticket, (peer, expires) in self._issued.items() if expires > now}
-
-
-def check_here(peer: str) -> None:
-    """Raise `NotPermitted` for a caller on another machine."""
-    if not is_here(peer):
-        raise NotPermitted(f"{peer} is not on this server's machine; only callers that are can share memory")
-
-
-def is_here(peer: str) -> bool:
-    """Whether a caller, as gRPC names it (ipv4:1.2.3.4:5, ipv6:[::1]:5 or unix:), has an address of this machine."""
-    kind, _, address = unquote(peer).partition(":")
-    if f"{kind}:" == UNIX:
-        return True
-    try:
-        host = ipaddress.ip_address(address.rpartition(":")[0].strip("[]"))
-    except ValueError:
-        return False
-    with socket.socket(socket.AF_INET if host.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
-        try:
-            # Only addresses of this machine can be bound.
-            probe.bind((str(host), 0))
-        except OSError:
-            return False
-    return True
+        now = self._clock()
+        self._issued = {ticket: guest for ticket, guest in self._issued.items() if guest.expires > now}

@@ -1,39 +1,38 @@
-"""The device owner: one thread that alone calls the backend, fed from the event loop, and one that waits for it."""
+"""The device owner: one thread that alone calls the backend, and one that waits for it."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import reduce
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertd.kernels.numerics.backend import DeviceSeconds, Partials, TokenBatch, Underway
-from expertd.proto.base.errors import ServerFault
+from expertd._native import Batch, CallbackExecutor
+from expertd.kernels.numerics.backend import Backend, TokenBatch, Underway
+from expertd.proto.codec import DTYPES
 
-S = TypeVar("S")
 T = TypeVar("T")
+Submit: TypeAlias = Callable[[int, Sequence[TokenBatch], torch.dtype], Underway]
 
 
 class DeviceOwner:
-    """Runs functions one after another on its own thread and resolves their futures on the event loop.
+    """Does chores and starts the engine's batches on its own thread; a second one waits for those batches, so that the
+    next one can start meanwhile."""
 
-    A second thread waits for the batches that the first has started, so that the next one can start meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._waits: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+    def __init__(self, backend: Backend) -> None:
+        self.submit: Submit = backend.submit
+        self.batches = CallbackExecutor(backend.depth)
+        """Where the engine puts what the backend is to compute."""
+        self._chores: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._waits: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._stopping = False
         self._threads = [
-            threading.Thread(target=_run_all, args=(queue,), name=name, daemon=True)
-            for name, queue in (("device-owner", self._work), ("device-waiter", self._waits))
+            threading.Thread(target=run, name=name, daemon=True)
+            for run, name in ((self._own, "device-owner"), (self._wait, "device-waiter"))
         ]
 
     def start(self) -> None:
@@ -42,70 +41,87 @@ class DeviceOwner:
 
     def stop(self) -> None:
         """Let the threads end after the work that they already have."""
-        self._work.put(lambda: self._waits.put(None))
-        self._work.put(None)
+        self._do(self._end)
 
     def call(self, function: Callable[[], T]) -> asyncio.Future[T]:
         """Run `function` on the device thread; its result or exception arrives in the future."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._work.put(lambda: None if future.cancelled() else _settle(future, function))
+        self._do(lambda: None if future.cancelled() else _settle(future, function))
         return future
 
-    def run(self, start: Callable[[], S], finish: Callable[[S], T], *, alone: bool = False) -> asyncio.Future[T]:
-        """Run `start` on the device thread and `finish`, which waits for the device, on the other one.
-
-        `alone`: nothing else waits for the device thread, so that it runs `finish` as well and no other is woken up.
-        """
+    def pass_through(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Run `function` behind the batches that both threads have by now."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-        def work() -> None:
-            try:
-                underway = start()
-            except Exception as error:
-                future.get_loop().call_soon_threadsafe(reject, future, error)
-                return
-            if alone:
-                _settle(future, lambda: finish(underway))
-            else:
-                self._waits.put(lambda: _settle(future, lambda: finish(underway)))
-
-        self._work.put(work)
+        self._do(lambda: self._waits.put(lambda: _settle(future, function)))
         return future
 
+    def _do(self, chore: Callable[[], None]) -> None:
+        self._chores.put(chore)
+        self.batches.interrupt()
 
-@dataclass(frozen=True, slots=True)
-class BatchOutcome:
-    """Results of merged requests, in the order in which they were given, with what their batch took."""
+    def _end(self) -> None:
+        self._stopping = True
+        self._waits.put(lambda: None)
 
-    partials: tuple[Partials, ...]
-    seconds: DeviceSeconds
+    def _own(self) -> None:
+        while not self._stopping:
+            batch = self.batches.fetch()
+            if batch is None:
+                self._chores.get()()
+            else:
+                self._start(batch)
+            # What a batch holds, callers' memory among it, is not to wait for the next one.
+            del batch
+
+    def _start(self, batch: Batch) -> None:
+        try:
+            underway = self.submit(batch.weights_key, token_batches(batch), DTYPES[batch.sums_dtype])
+        except Exception as error:
+            _fail(batch, error)
+            return
+        if batch.alone:
+            # Nothing else waits for this thread: not worth the waking of the other one.
+            _finish(batch, underway)
+        else:
+            self._waits.put(lambda: _finish(batch, underway))
+
+    def _wait(self) -> None:
+        while not self._stopping or not self._waits.empty():
+            work = self._waits.get()
+            work()
+            del work
 
 
-def collect(layer: int, requests: Sequence[TokenBatch], num_experts: int, underway: Underway) -> BatchOutcome:
-    """Wait for a batch and give each request its part.
+def token_batches(batch: Batch) -> Sequence[TokenBatch]:
+    """The requests of a batch, as tensors of the memory that is lent with it."""
+    hidden_dtype, sums_dtype = DTYPES[batch.hidden_dtype], DTYPES[batch.sums_dtype]
 
-    Raises `ServerFault` when the pairs that the backend counted are not those that the requests asked for.
-    """
-    pairs = [_count_pairs(request.expert_ids, num_experts) for request in requests]
-    expected = reduce(np.add, pairs)
-    computed = underway.result()
-    if not np.logical_and.reduce(expected == computed.pairs.numpy()):
-        raise ServerFault(
-            f"layer {layer}: the device computed pairs {computed.pairs.tolist()}, not {expected.tolist()}"
+    def tensor(data: memoryview, dtype: torch.dtype, tokens: int) -> Tensor:
+        return torch.frombuffer(data, dtype=dtype).view(tokens, -1)
+
+    return [
+        TokenBatch(
+            tensor(hidden, hidden_dtype, tokens),
+            None if scales is None else tensor(scales, torch.float32, tokens),
+            tensor(ids, torch.int32, tokens),
+            tensor(weights, torch.float32, tokens),
+            tensor(sums, sums_dtype, tokens),
         )
-    return BatchOutcome(
-        partials=tuple(
-            Partials(sums, torch.from_numpy(counted)) for sums, counted in zip(computed.sums, pairs, strict=True)
-        ),
-        seconds=computed.seconds,
-    )
+        for hidden, scales, ids, weights, sums, tokens in batch.requests()
+    ]
 
 
-def _run_all(queue: SimpleQueue[Callable[[], None] | None]) -> None:
-    while (work := queue.get()) is not None:
-        work()
-        # What the last batch holds, callers' memory among it, is not to wait for the next one.
-        del work
+def _finish(batch: Batch, underway: Underway) -> None:
+    try:
+        computed = underway.result()
+    except Exception as error:
+        _fail(batch, error)
+    else:
+        batch.finish(computed.pairs.tolist(), *computed.seconds)
+
+
+def _fail(batch: Batch, error: Exception) -> None:
+    batch.fail(f"the device failed: {type(error).__name__}: {error}", device_failed=True)
 
 
 def _settle(future: asyncio.Future[T], function: Callable[[], T]) -> None:
@@ -113,13 +129,9 @@ def _settle(future: asyncio.Future[T], function: Callable[[], T]) -> None:
     try:
         result = function()
     except Exception as error:
-        future.get_loop().call_soon_threadsafe(reject, future, error)
+        future.get_loop().call_soon_threadsafe(_reject, future, error)
     else:
         future.get_loop().call_soon_threadsafe(_resolve, future, result)
-
-
-def _count_pairs(expert_ids: Tensor, num_experts: int) -> npt.NDArray[np.int64]:
-    return np.bincount(expert_ids.numpy().ravel() + 1, minlength=num_experts + 1)[1:]
 
 
 def _resolve(future: asyncio.Future[T], result: T) -> None:
@@ -127,7 +139,6 @@ def _resolve(future: asyncio.Future[T], result: T) -> None:
         future.set_result(result)
 
 
-def reject(future: asyncio.Future[T], error: Exception) -> None:
-    """Fail `future`, unless nobody waits for it any more or it has its outcome."""
+def _reject(future: asyncio.Future[T], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)

@@ -10,13 +10,16 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from expertd._native import Failpoints
 from expertd.kernels.model.ranges import format_ranges
 from expertd.kernels.numerics.backend import Backend, LayerWeights
+from expertd.kernels.numerics.quantize import FP8
 from expertd.kernels.weights.checkpoint import Checkpoint
-from expertd.kernels.weights.experts import ExpertMatrices, layer_bytes, load_layer, read_expert
+from expertd.kernels.weights.experts import ExpertMatrices, layer_bytes, load_layer, read_expert, stored_dtypes
 from expertd.kernels.weights.ledger import Ledger
 from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.selfcheck import self_check
@@ -24,35 +27,52 @@ from expertd.server.scheduling.shard import Shard
 from expertd.server.telemetry.metrics import Metrics, adding_seconds
 
 log = logging.getLogger(__name__)
+PROGRESS_SECONDS = 2.0
+"""Between two lines of the log."""
+ROUNDED = (
+    "the checkpoint's weights are BF16 and are rounded to FP8 in blocks of 128x128, an error of 2.6e-2: the model may"
+    " choose other tokens; --weights bf16 serves them as they are, in twice the memory"
+)
 CHECKED_EXPERTS = 2
 """Of each layer, in the self-check; reading one again takes about 0.1 s at DeepSeek-V3's sizes."""
 
 
 async def load_layers(
-    checkpoint: Checkpoint, ledger: Ledger, shard: Shard, backend: Backend, device: DeviceOwner, metrics: Metrics
-) -> None:
-    """Load and check all layers of `shard`. All headers are checked before the first weight is read; `ledger` decides
-    whether what was read may be used.
+    checkpoint: Checkpoint,
+    ledger: Ledger,
+    shard: Shard,
+    backend: Backend,
+    device: DeviceOwner,
+    metrics: Metrics,
+    failpoints: Failpoints | None = None,
+) -> tuple[torch.dtype, ...]:
+    """Load and check all layers of `shard`; what the files hold their weights as. All headers are checked before the
+    first weight is read; `ledger` decides whether what was read may be used.
 
     Raises `CheckpointError` or `SelfCheckFailed`.
     """
-    total = sum(layer_bytes(checkpoint, layer, shard.experts) for layer in shard.layers)
+    total = sum(layer_bytes(checkpoint, layer, experts, shard.weight_dtype) for layer, experts in shard.experts.items())
     log.info(
         "loading layers %s, experts %s of %s: %.2f GB",
         format_ranges(shard.layers),
-        format_ranges(shard.experts),
+        format_ranges(sorted(set().union(*shard.experts.values()))),
         checkpoint.folder,
         total / 1e9,
     )
+    stored = stored_dtypes(checkpoint, shard.experts)
+    if shard.weight_dtype == FP8 and torch.bfloat16 in stored:
+        log.warning(ROUNDED)
     started = time.perf_counter()
-    worst = 0.0
+    told, worst = started, 0.0
     with _progress_bar() as bar:
         task = bar.add_task("weights", total=total)
 
         def read(layer: int) -> asyncio.Future[LayerWeights]:
             advance = partial(bar.advance, task)
             return asyncio.ensure_future(
-                asyncio.to_thread(load_layer, checkpoint, layer, shard.experts, advance, ledger.settle)
+                asyncio.to_thread(
+                    load_layer, checkpoint, layer, shard.experts[layer], advance, ledger.settle, shard.weight_dtype
+                )
             )
 
         reading = read(shard.layers[0])
@@ -63,10 +83,12 @@ async def load_layers(
                 # The disk and the device work at once, with two layers in host memory.
                 reading = read(following)
             bar.update(task, description=f"layer {layer}")
+            if failpoints is not None and failpoints.strikes("slow_loading"):
+                await asyncio.sleep(failpoints.seconds("slow_loading"))
             with adding_seconds(metrics.startup.labels("load")):
                 _, sample = await asyncio.gather(
                     device.call(partial(backend.load_layer, layer, weights)),
-                    asyncio.to_thread(_read_again, checkpoint, layer, shard.experts),
+                    asyncio.to_thread(read_again, checkpoint, layer, shard.experts[layer], shard.weight_dtype),
                 )
             with adding_seconds(metrics.startup.labels("self_check")):
                 error = await device.call(partial(self_check, backend, layer, sample))
@@ -74,6 +96,10 @@ async def load_layers(
             metrics.weights_bytes.inc(weights.num_bytes)
             metrics.layers_loaded.inc()
             log.debug("layer %d: self-check error %.2e", layer, error)
+            if time.perf_counter() > told + PROGRESS_SECONDS:
+                told = time.perf_counter()
+                done = shard.layers.index(layer) + 1
+                log.info("loaded %d of %d layers in %.0f s", done, len(shard.layers), told - started)
     await asyncio.to_thread(ledger.save)
     seconds = time.perf_counter() - started
     log.info(
@@ -84,15 +110,24 @@ async def load_layers(
         worst,
     )
     started = time.perf_counter()
-    with adding_seconds(metrics.startup.labels("warm_up")):
+    with adding_seconds(metrics.startup.labels("warm_up")), Console(stderr=True).status("warming up"):
         await device.call(backend.warm_up)
     log.info("warmed up in %.1f s", time.perf_counter() - started)
+    return stored
 
 
-def _read_again(checkpoint: Checkpoint, layer: int, experts: Sequence[int]) -> dict[int, ExpertMatrices]:
-    """A few experts of a layer by their local ids, other ones at every start, by the way that loading does not take."""
-    chosen = random.sample(range(len(experts)), min(CHECKED_EXPERTS, len(experts)))
-    return {local: read_expert(checkpoint, layer, experts[local]) for local in chosen}
+def read_again(
+    checkpoint: Checkpoint,
+    layer: int,
+    experts: Sequence[int],
+    dtype: torch.dtype,
+    among: Sequence[int] = (),
+) -> dict[int, ExpertMatrices]:
+    """A few of a layer's `experts`, or of those `among` them, by their local ids: other ones every time, by the way
+    that loading does not take."""
+    candidates = among or experts
+    chosen = random.sample(candidates, min(CHECKED_EXPERTS, len(candidates)))
+    return {experts.index(expert): read_expert(checkpoint, layer, expert, dtype) for expert in chosen}
 
 
 def _progress_bar() -> Progress:

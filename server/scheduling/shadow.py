@@ -2,107 +2,101 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import queue
 import random
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from expertd._native import Sample, Sampler
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.oracle.golden import expert_reference
 from expertd.kernels.oracle.reference import relative_error
-from expertd.kernels.weights.checkpoint import Checkpoint
-from expertd.kernels.weights.experts import read_expert
-from expertd.server.scheduling.shard import Shard
+from expertd.kernels.weights.experts import ExpertMatrices
+from expertd.proto.codec import DTYPES
 from expertd.server.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
-WAITING = 8
-"""Tokens that may wait for the check; further ones are dropped."""
 BOUNDS = {"torch": 5e-3, "cutile": 6e-2}
 """Relative error of one token, by backend: replies may be BF16, and cutile rounds BF16 hidden states to FP8 as well."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    layer: int
-    token: TokenBatch
-    """One token, with local expert ids."""
-    answer: Tensor
-    """[1, H] as it was sent."""
+STOP_SECONDS = 1.0
+"""For a check that is running: its files may be out of reach."""
 
 
 class ShadowCheck:
     """Checks on a thread of its own; never makes a request wait."""
 
-    def __init__(self, checkpoint: Checkpoint, shard: Shard, backend: str, rate: float, metrics: Metrics) -> None:
-        """`rate` is the share of requests of which a token is checked."""
-        self._checkpoint = checkpoint
-        self._shard = shard
+    def __init__(self, read: Callable[[int, int], ExpertMatrices], backend: str, rate: float, metrics: Metrics) -> None:
+        """`read` gets an expert of a layer; `rate` is the share of requests of which a token is checked."""
+        self.read = read
         self._bound = BOUNDS[backend]
-        self._rate = rate
-        self._samples: queue.Queue[_Sample | None] = queue.Queue(WAITING)
+        self.sampler = Sampler(rate, random.getrandbits(31))
+        """For the engine."""
+        # Without zeros to begin with, nobody sees the first of a kind.
+        self._outcomes = dict.fromkeys(("ok", "mismatch", "failed"), 0)
         self._thread = threading.Thread(target=self._run, name="shadow-check", daemon=True)
-        self._metrics = metrics
+        self._errors = metrics.shadow_errors
+        metrics.shadow_checks.set_function(lambda: (((name,), (count,)) for name, count in self._counted().items()))
         metrics.export(metrics.shadow_errors, metrics.shadow_checks)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Wait for the check that is running and forget those that wait."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._samples.get_nowait()
-        self._samples.put(None)
-        self._thread.join()
-
-    def offer(self, layer: int, batch: TokenBatch, answer: Tensor) -> None:
-        """Perhaps check a token of `batch` (local expert ids) and its `answer` [T, H]. Copies what it keeps."""
-        if random.random() >= self._rate:
-            return
-        row = slice(index := random.randrange(batch.num_tokens), index + 1)
-        scales = None if batch.scales is None else _copy(batch.scales[row])
-        token = TokenBatch(_copy(batch.hidden[row]), scales, _copy(batch.expert_ids[row]), _copy(batch.weights[row]))
-        try:
-            self._samples.put_nowait(_Sample(layer, token, _copy(answer[row])))
-        except queue.Full:
-            self._metrics.shadow_checks.labels("dropped").inc()
+        """Forget the checks that wait, and the one that is running when it takes long."""
+        self.sampler.interrupt()
+        self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
-        while (sample := self._samples.get()) is not None:
+        while (sample := self.sampler.take()) is not None:
             try:
-                self._check(sample)
+                self._outcomes[self._check(sample.layer, *tensors_of(sample))] += 1
             except Exception:
                 # The checkpoint may be out of reach for a while; serving does not depend on it.
                 log.exception("the shadow check of a token of layer %d failed", sample.layer)
-                self._metrics.shadow_checks.labels("failed").inc()
+                self._outcomes["failed"] += 1
 
-    def _check(self, sample: _Sample) -> None:
-        expected = sample.answer.float().new_zeros(sample.answer.shape)
-        chosen = [local for local in sample.token.expert_ids[0].tolist() if local >= 0]
-        for local in chosen:
-            matrices = read_expert(self._checkpoint, sample.layer, self._shard.experts[local])
-            expected += expert_reference(sample.token, local, matrices)
-        error = relative_error(sample.answer, expected)
-        self._metrics.shadow_errors.observe(math.inf if math.isnan(error) else error)
+    def _counted(self) -> dict[str, int]:
+        return self._outcomes | {"dropped": self.sampler.dropped}
+
+    def _check(self, layer: int, token: TokenBatch, answer: Tensor) -> str:
+        """The outcome."""
+        expected = answer.float().new_zeros(answer.shape)
+        chosen = [expert for expert in token.expert_ids[0].tolist() if expert >= 0]
+        for expert in chosen:
+            expected += expert_reference(token, expert, self.read(layer, expert))
+        error = _error(answer, expected)
+        self._errors.observe(math.inf if math.isnan(error) else error)
         if error <= self._bound:
-            self._metrics.shadow_checks.labels("ok").inc()
-            return
-        self._metrics.shadow_checks.labels("mismatch").inc()
+            return "ok"
         log.error(
             "shadow check: layer %d, experts %s: relative error %.3g exceeds %g; run 'expertd verify' on this server",
-            sample.layer,
-            [self._shard.experts[local] for local in chosen],
+            layer,
+            chosen,
             error,
             self._bound,
         )
+        return "mismatch"
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    """In host memory."""
-    return tensor.to("cpu", copy=True)
+def _error(answer: Tensor, expected: Tensor) -> float:
+    """Relative; what callers send that is not finite must not come back finite, and says nothing else of the server."""
+    finite = expected.isfinite()
+    if answer[~finite].isfinite().any():
+        return math.inf
+    return relative_error(answer[finite], expected[finite])
+
+
+def tensors_of(sample: Sample) -> tuple[TokenBatch, Tensor]:
+    """The token, with global expert ids, and its answer [1, H] as it was sent."""
+
+    def row(data: bytearray, dtype: torch.dtype) -> Tensor:
+        return torch.frombuffer(data, dtype=dtype).view(1, -1)
+
+    scales = row(sample.scales, torch.float32) if sample.scales else None
+    ids, weights = row(sample.ids, torch.int32), row(sample.weights, torch.float32)
+    token = TokenBatch(row(sample.hidden, DTYPES[sample.hidden_dtype]), scales, ids, weights)
+    return token, row(sample.sums, DTYPES[sample.sums_dtype])

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from datetime import UTC, datetime
+
+from expertd.server.telemetry.log_writer import LogWriter
 
 _KNOWN = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName"}
 
 
-def configure_logging(level: str, log_format: str) -> None:
+def configure_logging(level: str, log_format: str) -> LogWriter:
     """Write the log of this process to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    writer = LogWriter()
+    writer.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[writer])
+    return writer
 
 
 class TextFormatter(logging.Formatter):

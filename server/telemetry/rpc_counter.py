@@ -16,8 +16,12 @@ from prometheus_client import Counter
 from expertd.server.telemetry.metrics import Metrics
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Details: TypeAlias = grpc.HandlerCallDetails
+Next: TypeAlias = "Callable[[Details], Awaitable[Handler | None]]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 ByCode: TypeAlias = Callable[[str], Counter]
+WORDS = {(0, 0): "unary", (1, 0): "client_stream", (0, 1): "server_stream", (1, 1): "bidi_stream"}
+"""Of the gRPC libraries' own metrics, by whether there are many requests and many responses."""
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
@@ -29,22 +33,19 @@ class RpcCounter(grpc.aio.ServerInterceptor):
         self._counters: dict[str, ByCode] = {}
         for name in services:
             for method in descriptor_pool.Default().FindServiceByName(name).methods:
-                kind = _kind(method.client_streaming, method.server_streaming)
+                kind = WORDS[method.client_streaming, method.server_streaming]
                 by_code = partial(metrics.rpcs.labels, kind, name, method.name)
                 self._counters[f"/{name}/{method.name}"] = by_code
                 by_code("OK")
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
+    async def intercept_service(self, continuation: Next, handler_call_details: Details) -> Handler | None:
         handler = await continuation(handler_call_details)
         by_code = self._counters.get(handler_call_details.method)
         if handler is None or by_code is None:
             return handler
-        behaviors = {kind: getattr(handler, kind) for kind in KINDS}
-        counted = {kind: _counted(behavior, by_code) for kind, behavior in behaviors.items() if behavior is not None}
+        counted = {
+            kind: _counted(behavior, by_code) for kind in KINDS if (behavior := getattr(handler, kind)) is not None
+        }
         return handler._replace(**counted)  # type: ignore[attr-defined, no-any-return]
 
 
@@ -60,7 +61,10 @@ def _counted(behavior: Callable[..., Any], by_code: ByCode) -> Callable[..., Any
 
     async def call(request: object, context: Context) -> object:
         with _counting(context, by_code):
-            return await behavior(request, context)
+            answer = behavior(request, context)
+            # gRPC keeps the frames of what aborts a call until garbage is collected.
+            del request
+            return await answer
 
     return call
 
@@ -85,10 +89,3 @@ def _code(context: Context) -> grpc.StatusCode | None:
     """The status that was set; gRPC keeps it as a number."""
     number = context.code()
     return next((code for code in grpc.StatusCode if number in (code, code.value[0])), None)
-
-
-def _kind(client_streaming: bool, server_streaming: bool) -> str:
-    """The words of the gRPC libraries' own metrics."""
-    if client_streaming and server_streaming:
-        return "bidi_stream"
-    return "client_stream" if client_streaming else "server_stream" if server_streaming else "unary"

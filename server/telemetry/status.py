@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from expertd.kernels.model.ranges import format_ranges
+from expertd.kernels.model.ranges import describe_experts, format_ranges
 from expertd.proto.codec import ShardInfo
 from expertd.server.options.config import ServerConfig
-from expertd.server.telemetry.journal import Answered, Journal
-from expertd.server.telemetry.loads import ExpertLoads
+from expertd.server.telemetry.journal import REMEMBERED_ANSWERS, Answered, Journal
 from expertd.server.telemetry.metrics import STAGES
 
 RATE_SECONDS = 60.0
@@ -27,26 +26,31 @@ class Status:
     """One server, to be looked at from any thread."""
 
     config: ServerConfig
-    info: ShardInfo
+    info: Callable[[], ShardInfo]
     address: Callable[[], str]
     journal: Journal
-    loads: ExpertLoads
     queued_tokens: Callable[[], int]
     closed_because: Callable[[], str | None]
+    gpu: Callable[[], str | None] = lambda: None
+    """How the GPU is, if there is one that tells."""
+    clock: Callable[[], float] = time.time
     started: float = dataclasses.field(default_factory=time.time)
 
     def snapshot(self) -> dict[str, Any]:
         """All of it as JSON values; times in seconds."""
-        now = time.time()
-        answers, errors = tuple(self.journal.answers), tuple(self.journal.errors)
+        now = self.clock()
+        answers, errors, loads = self.journal.answers, self.journal.errors, self.journal.loads
+        info = self.info()
         return {
             "address": self.address(),
-            "version": self.info.version,
-            "backend": self.info.backend,
-            "backend_reason": self.info.backend_reason,
-            "device": self.info.device,
+            "version": info.version,
+            "backend": info.backend,
+            "backend_reason": info.backend_reason,
+            "device": info.device,
+            "gpu": self.gpu(),
             "model": str(self.config.model),
-            "model_fingerprint": self.info.model_fingerprint,
+            "model_fingerprint": info.model_fingerprint,
+            "routed_experts": info.routed_experts,
             "ready": self.closed_because() is None,
             "reason": self.closed_because(),
             "time": now,
@@ -54,15 +58,9 @@ class Status:
             "queue": {"tokens": self.queued_tokens(), "capacity": self.config.max_queued_tokens},
             "in_flight": self.journal.in_flight,
             **_lately([answer for answer in answers if answer.time > now - RATE_SECONDS], self._span(answers, now)),
-            "outcomes": dict(self.journal.outcomes),
+            "outcomes": self.journal.outcomes,
             "errors": [dataclasses.asdict(error) for error in reversed(errors)],
-            "loads": {
-                "layers": self.loads.layers,
-                "experts": self.loads.experts,
-                "pairs": self.loads.pairs.tolist(),
-                "lately": self.loads.lately().round(3).tolist(),
-                "balance": self.loads.balance(),
-            },
+            "loads": loads.tables(),
             "config": {
                 option.name: _as_text(getattr(self.config, option.name)) for option in dataclasses.fields(self.config)
             },
@@ -70,7 +68,7 @@ class Status:
 
     def _span(self, answers: Sequence[Answered], now: float) -> float:
         """Seconds that the remembered answers cover, at most `RATE_SECONDS`."""
-        full = len(answers) == self.journal.answers.maxlen
+        full = len(answers) == REMEMBERED_ANSWERS
         return min(RATE_SECONDS, now - (answers[0].time if full else self.started))
 
 
@@ -90,7 +88,8 @@ def placement_of(info: ShardInfo) -> dict[str, str]:
     return {
         "model_fingerprint": info.model_fingerprint,
         "layers": format_ranges(info.layers),
-        "experts": format_ranges(info.experts),
+        "experts": describe_experts(info.experts),
+        "routed_experts": str(info.routed_experts),
     }
 
 

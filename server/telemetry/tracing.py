@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -44,11 +43,11 @@ class RequestTracer:
         self._tracer = provider.get_tracer("expertd.server")
         self._propagator = TraceContextTextMapPropagator()
 
-    def answered(self, traceparent: str, attributes: Attributes, seconds: Mapping[str, float]) -> None:
-        """A request ended now that took `seconds`: total, and by stage. The stages are laid end to end."""
+    def answered(self, traceparent: str, attributes: Attributes, seconds: Mapping[str, float], ended: float) -> None:
+        """A request ended at the Unix time `ended` that took `seconds`: total, and by stage, laid end to end."""
         from opentelemetry.trace import set_span_in_context
 
-        end = time.time_ns()
+        end = _nanoseconds(ended)
         begin = end - _nanoseconds(seconds["total"])
         span = self._start(traceparent, attributes, begin)
         if span is None:
@@ -60,14 +59,14 @@ class RequestTracer:
             begin = stage_end
         span.end(end)
 
-    def refused(self, traceparent: str, attributes: Attributes, message: str) -> None:
-        """A request ended now in an error."""
+    def refused(self, traceparent: str, attributes: Attributes, message: str, ended: float) -> None:
+        """A request ended at the Unix time `ended` in an error."""
         from opentelemetry.trace import Status, StatusCode
 
-        span = self._start(traceparent, attributes, time.time_ns())
+        span = self._start(traceparent, attributes, _nanoseconds(ended))
         if span is not None:
             span.set_status(Status(StatusCode.ERROR, message))
-            span.end()
+            span.end(_nanoseconds(ended))
 
     def _start(self, traceparent: str, attributes: Attributes, begin: int) -> Span | None:
         """A child of the caller's span; None when that is malformed or not sampled."""

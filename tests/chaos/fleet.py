@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -22,7 +23,8 @@ from expertd.server.failpoints import VARIABLE
 
 OPTIONS = ("--backend", "torch", "--threads", "1", "--drain-seconds", "20")
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["expertd.cli", "expertd.server.serve"])
+PRELOADED = ("expertd.cli", "expertd.server.serve")
+FORKS.set_forkserver_preload([*PRELOADED])
 
 
 @dataclass(slots=True)
@@ -34,10 +36,14 @@ class ServerProcess:
     address: str
     metrics_url: str
     log: Path
+    admin: str = ""
+    """Where its administration is, if it has any."""
 
     def signal(self, number: signal.Signals) -> None:
         if self.process.is_alive() and self.process.pid is not None:
-            os.kill(self.process.pid, number)
+            # It may end by itself meanwhile.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
 
     async def exit_code(self, timeout: float = 30.0) -> int:
         """Wait for the end. Raises `TimeoutError`."""
@@ -93,13 +99,20 @@ class Fleet:
             process.join()
 
     async def start(
-        self, experts: str, *, address: str = "127.0.0.1:0", faults: str = "", options: Sequence[str] = ()
+        self,
+        experts: str,
+        *,
+        address: str = "127.0.0.1:0",
+        faults: str = "",
+        options: Sequence[str] = (),
+        model: Path | None = None,
+        log: Path | None = None,
     ) -> ServerProcess:
-        """A server, ready. Raises `TimeoutError`."""
+        """A server, ready; of the fleet's model with a log of its own, unless told otherwise. Raises `TimeoutError`."""
         number = next(self._numbers)
-        ready, log = self._folder / f"{number}.json", self._folder / f"{number}.log"
+        ready, log = self._folder / f"{number}.json", log or self._folder / f"{number}.log"
         arguments = [
-            *("serve", "--model", str(self._model), "--experts", experts),
+            *("serve", "--model", str(model or self._model), "--experts", experts),
             *("--listen", address, "--metrics", "127.0.0.1:0", "--ready-file", str(ready)),
             *(*OPTIONS, *options),
         ]
@@ -112,7 +125,9 @@ class Fleet:
                 raise TimeoutError(f"server {number} is not ready: {log.read_text(errors='replace')[-2000:]}")
             await asyncio.sleep(0.005)
         bound = json.loads(ready.read_text())
-        return ServerProcess(process, experts, bound["listen"], f"http://{bound['metrics']}/metrics", log)
+        return ServerProcess(
+            process, experts, bound["listen"], f"http://{bound['metrics']}/metrics", log, bound.get("admin", "")
+        )
 
     async def restart(self, server: ServerProcess, faults: str = "", options: Sequence[str] = ()) -> ServerProcess:
         """Another server in the place of one that has ended."""

@@ -15,19 +15,22 @@ with atheris.instrument_imports(include=["expertd.proto"]):
     from expertd.proto.base.errors import ExpertdError
 
 import torch
+from google.protobuf.message import DecodeError
+
+from tests.support.model.messages import decode_call
 
 WIDTH, TOP_K, MAX_TOKENS = 256, 4, 8
 
 
 def read(data: bytes) -> None:
     """Read `data` as every message that a server or a client receives."""
-    for reader in (_as_request, _as_response, codec.check_shard_request):
-        with contextlib.suppress(ExpertdError):
+    for reader in (_as_request, _as_response, codec.ShardRequest.FromString):
+        with contextlib.suppress(ExpertdError, DecodeError):
             reader(data)
 
 
 def _as_request(data: bytes) -> None:
-    call = codec.decode_call(codec.parse_request(data), WIDTH, TOP_K, MAX_TOKENS)
+    call = decode_call(codec.parse_request(data), WIDTH, TOP_K, MAX_TOKENS)
     assert call.hidden.shape == (len(call.expert_ids), WIDTH)
 
 

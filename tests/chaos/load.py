@@ -28,6 +28,7 @@ from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.fleet.discovery import Discovery
 from expertd.kernels.numerics.backend import TokenBatch
+from expertd.kernels.numerics.quantize import quantize_activations
 from expertd.kernels.oracle.reference import reference_partials, relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import load_layer
@@ -64,8 +65,8 @@ class Case:
     right: Tensor
 
 
-def make_cases(model: Path, seed: int, sizes: Sequence[int] = SIZES) -> list[Case]:
-    """Calls of several sizes for every layer, with what the FP32 reference makes of them."""
+def make_cases(model: Path, seed: int, sizes: Sequence[int] = SIZES, *, quantized: bool = False) -> list[Case]:
+    """Calls of several sizes for every layer, with what the FP32 reference makes of them, or of their FP8 values."""
     generator = torch.Generator().manual_seed(seed)
     cases = []
     with Checkpoint(model) as checkpoint:
@@ -78,7 +79,10 @@ def make_cases(model: Path, seed: int, sizes: Sequence[int] = SIZES) -> list[Cas
                 hidden = torch.randn(count, config.hidden_size, generator=generator).bfloat16()
                 ids = torch.rand(count, experts, generator=generator).argsort(dim=1)[:, :top_k]
                 shares = torch.rand(count, top_k, generator=generator)
-                right = reference_partials(TokenBatch(hidden, None, ids.int(), shares), weights)
+                sent, scales = hidden, None
+                if quantized:
+                    sent, scales = quantize_activations(hidden)
+                right = reference_partials(TokenBatch(sent, scales, ids.int(), shares), weights)
                 cases.append(Case(layer, hidden, ids, shares, right))
     return cases
 
@@ -198,7 +202,7 @@ class CheckedLoad:
             report.violations.append(f"unexplained: {type(error).__name__}: {error}")
         else:
             wrong = relative_error(result.output, case.right)
-            if wrong > TOLERANCE or result.degraded_tokens:
+            if not is_right(wrong) or result.degraded_tokens:
                 report.violations.append(f"layer {case.layer}, {len(case.ids)} tokens: error {wrong:.2e}")
             report.right += 1
             report.retries += result.effort.retries
@@ -208,6 +212,11 @@ class CheckedLoad:
                 self.last_seen[server.address] = time.monotonic()
         report.calls += 1
         report.seconds.append(time.monotonic() - started)
+
+
+def is_right(error: float) -> bool:
+    """Whether a result with this relative error is; NaN never is."""
+    return error <= TOLERANCE
 
 
 async def _main(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from expertd.client.transport.interface import Transport
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import ExpertdError
 from expertd.proto.codec import ExecuteCall, ShardInfo
-from tests.chaos.load import TOLERANCE, Case
+from tests.chaos.load import Case, is_right
 
 
 class Offers:
@@ -46,7 +46,7 @@ class Offers:
             self.outcomes[type(error).__name__] += 1
         else:
             self.outcomes["ok"] += 1
-            self.wrong += relative_error(result.partials, case.right) > TOLERANCE
+            self.wrong += not is_right(relative_error(result.partials, case.right))
 
     async def peak(self, seconds: float, callers: int = 6) -> float:
         """Answers a second, with so many requests at once: choose as many as the server's queue takes."""

@@ -19,6 +19,7 @@ FAULTS = {
     "delay": "delay=0.3:0.2",
     "drop": "drop=0.05",
     "reset": "reset=0.1",
+    "corrupt_request": "corrupt_request=0.2",
     "corrupt_reply": "corrupt_reply=0.2",
     "wrong_receipt": "wrong_receipt=0.2",
     "crash_before": "crash_before=0.1",
@@ -30,19 +31,23 @@ FAULTS = {
     "freeze": "",
 }
 """By kind; freeze is SIGSTOP. Sound replicas of all experts stand beside the faulty server."""
-ON_THE_WIRE = replace(CONFIG, shared_memory_bytes=0)
-"""Replies cannot be altered on their way where there is none."""
+FROZEN_SECONDS = 2.7
+"""Longer than it takes to find out, and shorter than `attempt_timeout`, which would hide that nobody did."""
+WAYS = {"grpc": CONFIG, "lane": replace(CONFIG, shared_memory_bytes=1 << 25, checksums="always")}
+"""How calls go to all of the servers."""
 HURRIED = ("--device-timeout", "0.3")
 ENDS = {"crash_before": -signal.SIGKILL, "crash_after": -signal.SIGKILL, "device_error": 1}
 """Exit codes of servers that end by themselves."""
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-async def test_results_are_right_whatever_one_replica_does(small_model: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "way"), [(kind, way) for kind in FAULTS for way in WAYS])
+async def test_results_are_right_whatever_one_replica_does(
+    small_model: Path, tmp_path: Path, kind: str, way: str
+) -> None:
     async with Fleet(small_model, tmp_path) as fleet:
         servers = [await fleet.start(experts) for experts in ("0-7", "0-7", "8-15", "8-15")]
         faulty = servers[0]
-        load = CheckedLoad([server.address for server in servers], small_model, config=ON_THE_WIRE)
+        load = CheckedLoad([server.address for server in servers], small_model, config=WAYS[way])
         strikes = 0
         async with load:
             for seed in range(SEEDS):
@@ -52,7 +57,7 @@ async def test_results_are_right_whatever_one_replica_does(small_model: Path, tm
                 faulty = await fleet.restart(faulty, text, HURRIED if kind == "stuck_device" else ())
                 strikes += await strike(load, faulty, kind)
                 await load.answered(CALLS)
-        hold(load.report, f"{kind}, {SEEDS} seeds, {strikes} strikes", SEEDS * CALLS)
+        hold(load.report, f"{kind} by {way}, {SEEDS} seeds, {strikes} strikes", SEEDS * CALLS)
         assert strikes >= 0.5 * SEEDS
         # With a sound replica for every expert, no caller need see any of it.
         assert load.report.failed == 0
@@ -65,7 +70,7 @@ async def strike(load: CheckedLoad, server: ServerProcess, kind: str) -> int:
     if kind == "freeze":
         await load.uses(server.address, since=time.monotonic())
         server.signal(signal.SIGSTOP)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(FROZEN_SECONDS)
         server.signal(signal.SIGCONT)
         return 1
     if kind in ENDS:

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
-from expertd.proto.base.errors import InvalidBatch
+from expertd.proto.base.errors import InvalidBatch, ServerFault
 from expertd.proto.codec import wire
 from tests.chaos.fleet import Fleet, ServerProcess
 from tests.chaos.scale import scaled
+from tests.support.model.messages import encode_result
 from tests.support.serving import random_batch, request_for
 
 MESSAGES = scaled(100_000, 2_000)
@@ -168,7 +169,7 @@ def _wants_an_answer(message: bytes) -> bool:
     """Whether it is a request, or nothing that can be read, and not the cancellation of one."""
     try:
         return codec.parse_request(message).cancels is None
-    except InvalidBatch:
+    except (InvalidBatch, ServerFault):
         return True
 
 
@@ -204,7 +205,7 @@ def test_nonsense_is_answered_as_documented(target: Target, method: str) -> None
 def test_readers_of_messages_raise_nothing_but_errors_of_the_project(target: Target, tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="atheris has no build for this Python")
     (tmp_path / "request").write_bytes(target.valid)
-    answer = codec.encode_result(codec.ExecuteResult(1, torch.zeros(2, 256), {3: 2}, codec.StageTimings()))
+    answer = encode_result(codec.ExecuteResult(1, torch.zeros(2, 256), {3: 2}, codec.StageTimings()))
     (tmp_path / "response").write_bytes(answer)
     fuzzer = [sys.executable, "-m", "tests.chaos.fuzz_codec", f"-atheris_runs={MESSAGES}", "-max_len=8192"]
     ended = subprocess.run([*fuzzer, str(tmp_path)], capture_output=True, text=True, timeout=1200, check=False)

@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -45,6 +46,7 @@ ANSWER_RATIO = 2
 """Bytes of an answer for each byte of its request: FP32 for BF16."""
 CALLS, WARM_UP_CALLS = scaled((100_000, 10_000), (2_500, 1_000))
 MOST_GROWTH = 4 * MIB
+NAMES, NAME_BYTES = 24, 4 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,38 @@ async def test_callers_who_read_no_answers_stay_within_the_budget_and_hinder_nob
     assert written < connections * streams_each * requests_each
     assert 0 < grown < most
     assert other.outcomes == {"ok": 1}
+
+
+async def test_names_of_megabytes_stay_within_the_budget_and_with_nobody(small_model: Path, tmp_path: Path) -> None:
+    case = make_cases(small_model, seed=0, sizes=(1,))[0]
+    # So that such messages may come at all.
+    tokens = NAME_BYTES * 5 // 4 // (4 * case.hidden.shape[1])
+    options = (*OPTIONS, "--max-tokens-per-request", str(tokens), "--max-batch-tokens", str(tokens))
+    async with Fleet(small_model, tmp_path) as fleet:
+        server = await fleet.start("0-15", options=options)
+        channel = ClientSecurity().open_channel(server.address, [("grpc.max_send_message_length", -1)])
+        transport = GrpcTransport(server.address)
+        shard = await warm_up(server, [transport], [case])
+        before, sizes = server.peak(), []
+        fields = (None, case.layer, case.hidden, None, case.ids.int(), case.weights, torch.float32)
+        async with channel:
+            execute: Any = channel.unary_unary(f"/{codec.SERVICE}/Execute")
+
+            async def ask(number: int) -> None:
+                message = codec.encode_call(ExecuteCall(number, chr(65 + number) * NAME_BYTES, *fields))
+                with pytest.raises(grpc.aio.AioRpcError, match=f"... of {NAME_BYTES} bytes"):
+                    await execute(message)
+
+            for _ in range(12):
+                await asyncio.gather(*(ask(number) for number in range(NAMES)))
+                sizes.append(server.rss())
+        grown = server.peak() - before
+        await transport.close()
+    most = NAMES * (WINDOW_BYTES + 2 * shard.max_message_bytes) * 3 // 2
+    print(f"\n{NAMES} names of {NAME_BYTES >> 20} MiB: peak {grown >> 20} MiB more; RSS {[s >> 20 for s in sizes]} MiB")
+    assert grown < most
+    # The allocator has its fill by the middle; half the rounds' names are six times the bound.
+    assert sizes[-1] - sizes[len(sizes) // 2 - 1] < NAMES * NAME_BYTES
 
 
 async def test_calls_leave_nothing_behind(small_model: Path, tmp_path: Path) -> None:

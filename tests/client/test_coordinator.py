@@ -18,6 +18,7 @@ from expertd.kernels.numerics.quantize import quantize_activations
 from expertd.kernels.numerics.routing import route, router_logits
 from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import (
     DeadlineExceeded,
     InvalidBatch,
@@ -27,10 +28,9 @@ from expertd.proto.base.errors import (
     Unavailable,
     UnknownExpert,
 )
-from expertd.proto.codec import ExecuteCall, ExecuteResult
 from tests.support.coordinators import EXACT, EXPERTS, HIDDEN, LAYER, TOP_K, oracle, routing, tokens
 from tests.support.fleets import addresses, running_servers
-from tests.support.serving import running_server
+from tests.support.serving import call_for, random_batch, running_server
 
 QUARTERS = [range(first, first + 4) for first in range(0, EXPERTS, 4)]
 
@@ -203,11 +203,11 @@ async def test_an_unreachable_server_is_named(small_model: Path) -> None:
 
 async def test_a_coordinator_waits_for_servers_that_are_still_starting(small_model: Path) -> None:
     async with running_server(small_model, range(EXPERTS)) as server:
-        server.scheduler.close("the server is starting")
+        server.engine.close("the server is starting")
         opening = asyncio.create_task(Coordinator([str(server.address)]).__aenter__())
         await asyncio.sleep(0.3)
         assert not opening.done()
-        server.scheduler.open()
+        server.engine.open()
         await (await opening).close()
 
 
@@ -234,9 +234,16 @@ async def test_a_stream_that_ended_is_opened_again(small_model: Path) -> None:
 async def test_a_restarted_server_refuses_calls_planned_before(small_model: Path) -> None:
     hidden, (ids, weights) = tokens(5), routing(5)
     async with running_server(small_model, range(EXPERTS)) as server, Coordinator([str(server.address)]) as moe:
-        object.__setattr__(server.shard, "placement_epoch", server.shard.placement_epoch + 1)
+        anew = replace(server.shard, placement_epoch=server.shard.placement_epoch + 1)
+        server.engine.placement = anew.placement(server.config.max_tokens_per_request)
+        (transport,) = moe.transports
+        planned = call_for(server, random_batch(5, HIDDEN, EXPERTS, TOP_K))
+        stale = replace(planned, placement_epoch=anew.placement_epoch - 1)
         with pytest.raises(StalePlacement, match="placement_epoch is"):
-            await moe(LAYER, hidden, topk_ids=ids, topk_weights=weights)
+            await transport.execute(stale)
+        # A coordinator asks and plans again.
+        result = await moe.execute(LAYER, hidden, topk_ids=ids, topk_weights=weights)
+        assert result.effort.retries == 1
 
 
 async def test_a_call_past_its_timeout_fails_and_the_stream_serves_on(small_model: Path) -> None:
@@ -249,22 +256,50 @@ async def test_a_call_past_its_timeout_fails_and_the_stream_serves_on(small_mode
             await moe(LAYER, hidden, topk_ids=ids, topk_weights=weights)
 
 
-class LosingTransport(GrpcTransport):
+class AlteringTransport(GrpcTransport):
+    """Alters what servers answer."""
+
+    def alter(self, response: pb.ExecuteResponse) -> None:
+        raise NotImplementedError
+
+    async def exchange(self, request_id: int, message: bytes) -> bytes:
+        response = pb.ExecuteResponse.FromString(await super().exchange(request_id, message))
+        self.alter(response)
+        return response.SerializeToString()
+
+
+class LosingTransport(AlteringTransport):
     """Reports one pair less than was computed."""
 
-    async def execute(self, call: ExecuteCall) -> ExecuteResult:
-        result = await super().execute(call)
-        expert = next(iter(result.receipt))
-        return replace(result, receipt={**result.receipt, expert: result.receipt[expert] - 1})
+    def alter(self, response: pb.ExecuteResponse) -> None:
+        response.receipt_pairs[0] -= 1
 
 
-async def test_a_receipt_with_a_lost_pair_fails_the_call(small_model: Path) -> None:
+class FlippingTransport(AlteringTransport):
+    """Flips one bit of the partial sums."""
+
+    def alter(self, response: pb.ExecuteResponse) -> None:
+        partials = bytearray(response.partials)
+        partials[17] ^= 4
+        response.partials = bytes(partials)
+
+
+@pytest.mark.parametrize(
+    ("transport", "complaint"),
+    [
+        (LosingTransport, r"the receipt does not match the request: expert \d+: \d pairs sent"),
+        (FlippingTransport, "its checksum does not match its partials"),
+    ],
+)
+async def test_an_answer_that_is_not_what_was_computed_fails_the_call(
+    small_model: Path, transport: type[AlteringTransport], complaint: str
+) -> None:
     async with (
         running_server(small_model, range(EXPERTS)) as server,
-        Coordinator([str(server.address)], open_transport=LosingTransport) as moe,
+        Coordinator([str(server.address)], open_transport=transport) as moe,
     ):
         ids, weights = routing(5)
-        with pytest.raises(ServerFault, match=r"the receipt does not match the request: expert \d+: \d pairs sent"):
+        with pytest.raises(ServerFault, match=complaint):
             await moe(LAYER, tokens(5), topk_ids=ids, topk_weights=weights)
 
 
@@ -305,5 +340,5 @@ async def test_a_coordinator_that_is_not_connected_says_how_to_connect() -> None
         await moe(LAYER, tokens(1))
     with pytest.raises(ValueError, match=r"servers is \[\]; give a list with at least one host:port"):
         Coordinator([])
-    with pytest.raises(ValueError, match=r"reply_dtype is torch\.float8_e4m3fn"):
-        CoordinatorConfig(reply_dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"reply_dtype is torch\.float16"):
+        CoordinatorConfig(reply_dtype=torch.float16)

@@ -13,9 +13,10 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
@@ -24,10 +25,16 @@ import torch
 from expertd.client.tools.cluster import LocalCluster, LocalServer
 from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
 from tests.docs.fences import DOCUMENTS, ROOT, UNTIL_STOPPED, Fence
+from tests.support.programs import find_program
 
 MODEL = DemoModel(hidden_size=256, moe_intermediate_size=128, moe_layers=1, quantized=False)
 """256 experts, top 8 of 4 of 8 groups, as in the documents."""
+NEXT_MODEL = replace(MODEL, seed=1)
 SOURCES = [path for folder in ("client", "kernels", "proto", "server") for path in (ROOT / folder).rglob("*.py")]
+# The engine says what its model says, word by word.
+SOURCES += (ROOT / "tests" / "support" / "model").glob("*.py")
+PROGRAMS = {"promtool": "prometheus"}
+"""What documents may ask for that is neither in the environment nor on every machine, and Debian's package with it."""
 ALERTS = ROOT / "deploy" / "prometheus" / "rules" / "alerts.yml"
 
 
@@ -43,15 +50,17 @@ class Cluster:
     """Two servers that together own all experts, which the documents call node0 and node1."""
 
     model: Path
+    next_model: Path
     servers: list[LocalServer]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    model = write_demo_checkpoint(tmp_path_factory.mktemp("models"), MODEL)
+    models = tmp_path_factory.mktemp("models")
+    model, next_model = (write_demo_checkpoint(models, one) for one in (MODEL, NEXT_MODEL))
     options = ["--backend", "torch", "--threads", "1", "--per-expert-metrics"]
     async with LocalCluster(model, ["0-127", "128-255"], options) as started:
-        yield Cluster(model, started.servers)
+        yield Cluster(model, next_model, started.servers)
 
 
 @pytest.fixture
@@ -80,7 +89,8 @@ class Reader:
         port, metrics = free_ports(2)
         self.replacements = {
             **{f"node{index}:50051": server.address for index, server in enumerate(self.cluster.servers)},
-            **{f"http://node{index}:9464/metrics": one.metrics_url for index, one in enumerate(self.cluster.servers)},
+            **{f"node{index}:9464": urlsplit(one.metrics_url).netloc for index, one in enumerate(self.cluster.servers)},
+            "/models/DeepSeek-V3.1": str(self.cluster.next_model),
             "/models/DeepSeek-V3": str(self.cluster.model),
             "50051": str(port),
             "9464": str(metrics),
@@ -102,6 +112,8 @@ class Reader:
         # In one pass: nothing that is put in may be taken for something written.
         written = "|".join(map(re.escape, self.replacements))
         code = re.sub(written, lambda found: self.replacements[found[0]], fence.code)
+        if fence.is_shell and "expertd serve " in fence.code:
+            await self.stop()
         if fence.language == "python":
             await self._run_python(code)
         elif fence.mark == UNTIL_STOPPED:
@@ -116,7 +128,7 @@ class Reader:
             assert process.returncode == 0, f"line {fence.line}: {code}\n{output.decode()}"
 
     async def stop(self) -> None:
-        """Stop the server, if one runs; it must have drained."""
+        """Stop the server, if one runs; it must have drained. A document has one at a time."""
         if self.server is not None:
             self.server.send_signal(signal.SIGTERM)
             assert await asyncio.wait_for(self.server.wait(), 60) == 0, self._log.read_text()
@@ -130,7 +142,6 @@ class Reader:
                 await result
 
     async def _start(self, code: str) -> None:
-        assert self.server is None, "a document has one server at a time"
         with self._log.open("wb") as log:
             # In place of the shell, so that signals reach the server.
             self.server = await self._shell(code.replace("expertd serve", "exec expertd serve"), log)
@@ -169,6 +180,9 @@ def free_ports(count: int) -> list[int]:
 @pytest.mark.parametrize("document", RUN, ids=names(RUN))
 @pytest.mark.filterwarnings("default")
 async def test_what_a_document_tells_to_run_works(document: Path, clone: Path, cluster: Cluster) -> None:
+    for program, package in PROGRAMS.items():
+        if program in document.read_text():
+            find_program(program, package=package)
     folder = clone if document.parent.name == "docs" else clone / document.parent.relative_to(ROOT)
     reader = Reader(folder, clone, cluster)
     try:

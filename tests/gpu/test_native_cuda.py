@@ -1,8 +1,7 @@
-"""The native executor on a GPU: the bits of `CutileBackend.submit`, for every size class, dtype and layer."""
+"""The native executor on a GPU: the bits of kernels launched one by one, for every size class, dtype and layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,10 +10,12 @@ import pytest
 import torch
 
 from expertd.kernels.cutile.base.shape import ExpertShape
+from expertd.kernels.cutile.pipeline.arithmetic import Pipeline
+from expertd.kernels.cutile.run.backend import CutileBackend
 from expertd.kernels.cutile.tools.inputs import random_batch
-from expertd.kernels.numerics.backend import TokenBatch
+from expertd.kernels.numerics.backend import Computed, TokenBatch
 from expertd.kernels.numerics.quantize import FP8, dequantize_activations
-from tests.gpu.native_gpu import NativeRig
+from tests.gpu.bench.executor import eager, loaded, placed, poison
 from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
@@ -24,15 +25,13 @@ CPU = torch.device("cpu")
 LAYERS = 3
 MAX_TOKENS = 1024
 TOKENS = (1, 5, 8, 63, 64, 100, 255, 256, 257, 900, 1024)
-# Not those whose last part of 512 has at most 256: padded, it is computed in the configuration of another class.
+PLACES = ("pageable", "pinned", "device")
 
 
 @pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeRig]:
+def backend(tmp_path_factory: pytest.TempPathFactory) -> CutileBackend:
     """Half as many tokens at once as a batch may have, so that the largest are computed in parts."""
-    rig = NativeRig(tmp_path_factory.mktemp("rig"), SHAPE, LAYERS, MAX_TOKENS, max_tokens=MAX_TOKENS // 2)
-    yield rig
-    rig.close()
+    return loaded(tmp_path_factory.mktemp("backend"), SHAPE, LAYERS, MAX_TOKENS, max_tokens=MAX_TOKENS // 2)
 
 
 def host_batch(tokens: int, hidden: torch.dtype, top_k: int = 8) -> TokenBatch:
@@ -43,60 +42,100 @@ def host_batch(tokens: int, hidden: torch.dtype, top_k: int = 8) -> TokenBatch:
     return replace(batch, hidden=dequantize_activations(batch.hidden, batch.scales).bfloat16(), scales=None)
 
 
-def check(rig: NativeRig, layer: int, batches: list[TokenBatch], reply: torch.dtype, *, pinned: bool = False) -> None:
-    expected = rig.backend.submit(layer, batches, reply).result()
+def equal(got: Computed, wanted: Computed) -> None:
+    for mine, its in zip(got.sums, wanted.sums, strict=True):
+        assert torch.equal(mine.cpu().view(torch.uint8), its.cpu().view(torch.uint8))
+    assert torch.equal(got.pairs, wanted.pairs)
+
+
+def check(backend: CutileBackend, layer: int, batches: list[TokenBatch], reply: torch.dtype, *places: str) -> None:
+    batches = [placed(batch, place, reply) for batch, place in zip(batches, places, strict=True)]
+    expected = eager(backend, layer, batches, reply)
+    poison(backend)
+    # The executor's streams wait for nobody's but their own.
     torch.cuda.synchronize()
-    rig.poison()
-    sums, pairs = rig.compute(layer, batches, reply, pinned=pinned)
-    for got, wanted in zip(sums, expected.sums, strict=True):
-        assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
-    assert torch.equal(pairs, expected.pairs)
+    equal(backend.submit(layer, batches, reply).result(), expected)
 
 
 @pytest.mark.parametrize("hidden", [FP8, torch.bfloat16])
 @pytest.mark.parametrize("reply", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_bits_of_a_lone_request(rig: NativeRig, tokens: int, hidden: torch.dtype, reply: torch.dtype) -> None:
-    for layer, pinned in product((0, 2, 1, 1), (False, True)):
-        check(rig, layer, [host_batch(tokens, hidden)], reply, pinned=pinned)
+def test_bits_of_a_lone_request(backend: CutileBackend, tokens: int, hidden: torch.dtype, reply: torch.dtype) -> None:
+    for layer, place in product((0, 2, 1, 1), PLACES):
+        check(backend, layer, [host_batch(tokens, hidden)], reply, place)
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 3), (60, 1, 3), (200, 400, 1, 300), (100, 100)])
-def test_bits_of_merged_requests(rig: NativeRig, sizes: tuple[int, ...]) -> None:
-    for layer, pinned in product(range(LAYERS), (False, True)):
-        check(rig, layer, [host_batch(tokens, FP8) for tokens in sizes], torch.bfloat16, pinned=pinned)
+def test_bits_of_merged_requests(backend: CutileBackend, sizes: tuple[int, ...]) -> None:
+    for layer, first in product(range(LAYERS), range(len(PLACES))):
+        alike = [PLACES[first]] * len(sizes)
+        mixed = [PLACES[(first + index) % len(PLACES)] for index in range(len(sizes))]
+        for places in (alike, mixed):
+            batches = [host_batch(tokens, FP8) for tokens in sizes]
+            check(backend, layer, batches, torch.bfloat16, *places)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 900])
-def test_fewer_experts_a_token_than_graphs_have(rig: NativeRig, tokens: int) -> None:
-    check(rig, 1, [host_batch(tokens, FP8, top_k=2)], torch.bfloat16)
+def test_fewer_experts_a_token_than_graphs_have(backend: CutileBackend, tokens: int) -> None:
+    check(backend, 1, [host_batch(tokens, FP8, top_k=2)], torch.bfloat16, "pageable")
 
 
-def test_two_bays_at_once(rig: NativeRig) -> None:
-    for _ in range(20):
-        batches = [host_batch(tokens, FP8) for tokens in (900, 800)]
-        expected = [rig.backend.submit(i, [batch], torch.bfloat16).result() for i, batch in enumerate(batches)]
-        torch.cuda.synchronize()
-        rig.poison()
-        jobs = [rig.start(i, [batch], torch.bfloat16) for i, batch in enumerate(batches)]
-        rig.wait(jobs)
-        for job, wanted in zip(jobs, expected, strict=True):
-            assert torch.equal(job.sums[0], wanted.sums[0])
-            assert torch.equal(job.pairs, wanted.pairs)
+def test_two_bays_at_once(backend: CutileBackend) -> None:
+    for places in product(PLACES, repeat=2):
+        for _ in range(7):
+            batches = [
+                placed(host_batch(tokens, FP8), place, torch.bfloat16)
+                for tokens, place in zip((900, 800), places, strict=True)
+            ]
+            expected = [eager(backend, layer, [batch], torch.bfloat16) for layer, batch in enumerate(batches)]
+            poison(backend)
+            under_way = [backend.submit(layer, [batch], torch.bfloat16) for layer, batch in enumerate(batches)]
+            for batch, wanted in zip(under_way, expected, strict=True):
+                equal(batch.result(), wanted)
 
 
-def test_timings_are_measured(rig: NativeRig) -> None:
+def test_timings_are_measured(backend: CutileBackend) -> None:
     for tokens in (8, 1024):
-        job = rig.start(0, [host_batch(tokens, FP8)], torch.bfloat16)
-        rig.wait([job])
-        assert job.native.measured
-        assert all(0 < seconds < 0.1 for seconds in job.native.timings)
+        for _ in range(8):
+            batch = backend.submit(0, [host_batch(tokens, FP8)], torch.bfloat16)
+            assert all(0 < seconds < 0.1 for seconds in batch.result().seconds)
+            if batch.native.measured:
+                break
+        assert batch.native.measured
 
 
-def test_the_dequant_pipeline_in_graphs(tmp_path: Path) -> None:
-    rig = NativeRig(tmp_path, SHAPE, 2, 64, max_tokens=64, pipeline="dequant")
-    for tokens, layer in product((1, 8, 64), (0, 1, 0)):
+@pytest.mark.parametrize("hidden", [FP8, torch.bfloat16])
+def test_large_batches_of_host_memory_in_parts_that_overlap(tmp_path: Path, hidden: torch.dtype) -> None:
+    backend = loaded(tmp_path, ExpertShape(8, 256, 128), 1, 16384)
+    for tokens, place in product((4097, 9000, 16384), PLACES):
+        batch = random_batch(ExpertShape(8, 256, 128), tokens, CPU, model_experts=16)
+        if hidden != FP8:
+            assert batch.scales is not None
+            batch = replace(batch, hidden=dequantize_activations(batch.hidden, batch.scales).bfloat16(), scales=None)
+        check(backend, 0, [batch], torch.bfloat16, place)
+
+
+@pytest.mark.parametrize("pipeline", ["fast", "dequant"])
+def test_every_size_class_is_a_graph(tmp_path: Path, pipeline: Pipeline) -> None:
+    """The bits of a graph that is told of another layer, and of addresses that it was not captured with."""
+    backend = loaded(tmp_path, SHAPE, 2, 16384, pipeline=pipeline)
+    assert len(backend._graphs) == 4 * len(backend.native_executor().classes) == 36
+    for tokens, layer in product((1, 8, 64, 256, 1024, 2048, 4096), (0, 1)):
         batch = host_batch(tokens, FP8)
-        for reply in (torch.bfloat16, torch.float32):
-            check(rig, layer, [batch], reply)
-    rig.close()
+        for reply, place in product((torch.bfloat16, torch.float32), ("pageable", "device")):
+            check(backend, layer, [batch], reply, place)
+    for tokens in (8192, 16384):
+        check(backend, 1, [host_batch(tokens, FP8)], torch.bfloat16, "device")
+
+
+@pytest.mark.parametrize("hidden", [FP8, torch.bfloat16])
+def test_small_batches_beside_large_ones_change_no_bit_of_either(backend: CutileBackend, hidden: torch.dtype) -> None:
+    reply = torch.bfloat16
+    large, small = ([placed(host_batch(tokens, hidden), "pinned", reply)] for tokens in (MAX_TOKENS, 60))
+    wanted = eager(backend, 0, large, reply), eager(backend, 1, small, reply)
+    poison(backend)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        both = backend.submit(0, large, reply), backend.submit(1, small, reply)
+        for got, expected in zip(both, wanted, strict=True):
+            equal(got.result(), expected)

@@ -76,9 +76,9 @@ int enter(const char* name, bool waits = false) {
   return 0;
 }
 
-#define ENTER(...)                                         \
+#define ENTER(...)                                                        \
   if (int code = enter(__func__ __VA_OPT__(, ) __VA_ARGS__)) return code; \
-  if (!entered) return kInvalidContext;                    \
+  if (!entered) return kInvalidContext;                                   \
   if (sticky) return sticky
 
 bool inside(const std::map<uint64_t, size_t>& memory, uint64_t address, size_t bytes) {
@@ -183,7 +183,8 @@ bool step(Stream* stream) {
   return true;
 }
 
-void push(void* stream, std::string what, std::function<void()> run, std::function<bool()> ready = [] { return true; }) {
+void push(
+    void* stream, std::string what, std::function<void()> run, std::function<bool()> ready = [] { return true; }) {
   auto to = static_cast<Stream*>(stream);
   calls.back() += " " + std::to_string(to->index);
   to->queue.push_back({std::move(what), std::move(ready), std::move(run)});
@@ -272,7 +273,14 @@ int cuMemcpyDtoHAsync(void* to, uint64_t from, size_t bytes, void* stream) {
   push(stream, "out", [=] { std::memcpy(to, host(from), bytes); });
   return 0;
 }
-int cuStreamCreate(void** stream, unsigned flags) {
+int cuMemcpyDtoDAsync(uint64_t to, uint64_t from, size_t bytes, void* stream) {
+  ENTER();
+  for (uint64_t place : {to, from})
+    if (!inside(device, place - kBias, bytes)) breaches.push_back(std::string(__func__) + " outside of device memory");
+  push(stream, "across", [=] { std::memcpy(host(to), host(from), bytes); });
+  return 0;
+}
+int cuStreamCreateWithPriority(void** stream, unsigned flags, int) {
   ENTER(true);
   if (flags != 1) breaches.push_back("a stream that waits for the default one");
   *stream = *streams.insert(new Stream{next_stream++, {}}).first;
@@ -384,7 +392,10 @@ int cuGraphExecKernelNodeSetParams(void* exec, void* node, const KernelNodeParam
     std::memcpy(arguments[i].data(), params->arguments[i], arguments[i].size());
   return 0;
 }
-int cuGraphUpload(void*, void*) { ENTER(true); return 0; }
+int cuGraphUpload(void*, void*) {
+  ENTER(true);
+  return 0;
+}
 int cuGraphLaunch(void* exec, void* stream) {
   ENTER();
   auto its = static_cast<Exec*>(exec);
@@ -436,6 +447,7 @@ void fake_drop() {
 }
 void fake_serving(int yes) { serving = yes; }
 void fake_fail(const char* name, int nth, int code) { failures.push_back({name, nth, code}); }
+void fake_forget_failures() { failures.clear(); }
 void fake_sticky(int code) { sticky = code; }
 // Does the next piece of work of a stream; whether there was one that is not waiting.
 int fake_step(int index) {
@@ -475,7 +487,8 @@ const char* fake_breaches() {
 // Memory, streams, events, graphs and contexts that exist.
 int fake_alive() {
   return static_cast<int>(device.size() + pinned.size() + streams.size() + events.size() + graphs.size() +
-                          execs.size()) + contexts;
+                          execs.size()) +
+         contexts;
 }
 void fake_register(void* memory, size_t bytes) { pinned[reinterpret_cast<uint64_t>(memory)] = bytes; }
 void fake_unregister(void* memory) { pinned.erase(reinterpret_cast<uint64_t>(memory)); }
@@ -485,6 +498,16 @@ uint64_t fake_device_floats(const float* values, size_t count) {
   return reinterpret_cast<uint64_t>(memory) + kBias;
 }
 void fake_device_floats_free(uint64_t memory) { std::free(host(memory)); }
+// Memory on the device of a caller; `bytes` may be odd.
+uint64_t fake_share(size_t bytes) {
+  auto memory = static_cast<char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  device[reinterpret_cast<uint64_t>(memory)] = bytes;
+  return reinterpret_cast<uint64_t>(memory) + kBias;
+}
+void fake_unshare(uint64_t memory) {
+  device.erase(memory - kBias);
+  std::free(host(memory));
+}
 void* fake_device_bytes(uint64_t memory) { return host(memory); }
 // A captured graph: a kernel without interest, one that counts pairs, one that computes. `odd`: a node's type, -1 none.
 void* fake_graph(uint64_t ids, uint64_t weights, uint64_t hidden, uint64_t scales, uint64_t pairs, uint64_t sums,
@@ -499,7 +522,9 @@ void* fake_graph(uint64_t ids, uint64_t weights, uint64_t hidden, uint64_t scale
   std::copy_n(layer, 4, four);
   graph->nodes.push_back({0, 0, false, {bytes(int32_t{7}), bytes(uint64_t{42})}, {}});
   graph->nodes.push_back({0, 1, true, {bytes(chosen), bytes(pairs), bytes(num_experts)}, {}});
-  graph->nodes.push_back({0, 2, false,
+  graph->nodes.push_back({0,
+                          2,
+                          false,
                           {bytes(chosen), bytes(rows), bytes(weights), bytes(scales), bytes(sums), bytes(four),
                            bytes(static_cast<uint8_t>(wide))},
                           {}});

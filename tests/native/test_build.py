@@ -7,21 +7,19 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
 import pytest
 
-ROOT = Path(__file__).parents[2]
-NATIVE = ROOT / "native"
-SOURCES = [
-    str(NATIVE / "bindings.cc"),
-    *(str(path) for part in ("base", "tokens") for path in sorted((NATIVE / part).glob("*.cc"))),
-]
-FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", f"-I{NATIVE}"]
+from tests.support.native.build import NATIVE, ROOT, SUFFIX, build_library, part, sanitizer
+
+PORTABLE = part("base", "tokens")
+SOURCES = [NATIVE / "bindings.cc", NATIVE / "bindings/cuda.cc", *PORTABLE, *part("cuda")]
+FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-ffp-contract=off", f"-I{NATIVE}"]
 PYTHON = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
+RUNTIMES = {"address,undefined": "libasan.so", "thread": "libtsan.so"}
 
 
 def run(*command: str, **environment: str) -> str:
@@ -78,12 +76,17 @@ def test_a_wheel_is_built_without_a_compiler(checkout: Path, tmp_path: Path) -> 
     assert max(int(word.split(".")[1]) for word in versions) <= 17
 
 
-@pytest.mark.parametrize("target", ["aarch64-linux-gnu.2.17", "aarch64-macos", "x86_64-macos", "x86_64-linux-gnu.2.17"])
+@pytest.mark.parametrize("target", ["aarch64-linux-gnu.2.17", "aarch64-macos", "x86_64-macos"])
 def test_other_machines_can_have_it(target: str, tmp_path: Path) -> None:
-    zig = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-O1", *FLAGS, "-c"]
-    for source in SOURCES:
-        if "linux" in target or not source.endswith("bindings.cc"):  # Python's headers here are Linux's
-            run(*zig, *PYTHON, source, "-o", str(tmp_path / f"{Path(source).stem}.o"))
+    """Beside x86-64 with Linux, whose wheel is made above."""
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-O0", *FLAGS, *PYTHON, "-c"]
+
+    def compile_one(source: Path) -> None:
+        run(*zig, str(source), "-o", str(tmp_path / f"{source.stem}.o"))
+
+    # Python's headers here are Linux's.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(compile_one, SOURCES if "linux" in target else PORTABLE))
 
 
 @pytest.mark.parametrize("kind", RUNTIMES)
@@ -94,9 +97,8 @@ def test_sanitizers_find_nothing(kind: str, tmp_path: Path) -> None:
     for path in (ROOT / "src" / "expertd").iterdir():
         if not path.name.startswith("_native."):
             (package / path.name).symlink_to(path.resolve())
-    sanitize = f"-fsanitize={kind},undefined" if kind == "address" else f"-fsanitize={kind}"
-    options = [sanitize, "-fno-sanitize-recover=all", "-O1", "-g", "-fPIC", "-shared", "-pthread"]
-    run("g++", *options, *FLAGS, *PYTHON, *SOURCES, "-o", str(package / f"_native{SUFFIX}"))
+    sources = [NATIVE / "bindings.cc", *part("base", "tokens")]
+    build_library(package / f"_native{SUFFIX}", sources, *sanitizer(kind))
     # With the library that throws: the runtime looks for it once, at the start, to watch exceptions.
     preloaded = [run("g++", f"-print-file-name={name}").strip() for name in (RUNTIMES[kind], "libstdc++.so")]
     pytest_here = ("-m", "pytest", "-q", "--capture=no", "--noconftest", "-p", "no:cacheprovider", "-p", "no:asyncio")

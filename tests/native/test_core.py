@@ -16,6 +16,7 @@ from expertd import _native
 from tests.support.instructions import AVAILABLE, BEST
 
 Array = npt.NDArray[np.generic]
+NO_SCALES = (0, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,8 @@ def quantized(hidden: Array, code: int) -> tuple[Array, Array]:
     """Into rows further apart than they are wide, between guards."""
     tokens, width = hidden.shape
     out, scales = np.full((tokens, width + 3), 0xAA, np.uint8), np.full((tokens, width // 128 + 1), -1, np.float32)
-    _native.quantize(place(hidden), code, tokens, width, place(out), place(scales))
+    finite = _native.quantize(place(hidden), code, tokens, width, place(out), place(scales))
+    assert finite == bool(np.isfinite(scales).all())
     assert (out[:, width:] == 0xAA).all()
     assert (scales[:, -1] == -1).all()
     return out[:, :width].copy(), scales[:, :-1].copy()
@@ -125,7 +127,9 @@ def test_parts_are_added_in_their_order(
         own = sums[:, 1:-1]
         expected[chosen] += own * weights[:, None] if weighted else own
         kept += [chosen, sums, weights]
-        parts.append((place(own), _native.FLOAT32, len(chosen), address(chosen), address(weights) if weighted else 0))
+        parts.append(
+            (place(own), _native.FLOAT32, len(chosen), address(chosen), address(weights) if weighted else 0, NO_SCALES)
+        )
     out = np.full((rows, width + 1), 7, np.float32)
     _native.sum_parts(parts, rows, width, _native.FLOAT32, place(out))
     assert (out[:, :width].view(np.uint32) == expected.view(np.uint32)).all()
@@ -136,7 +140,9 @@ def test_parts_are_added_in_their_order(
 def test_rows_that_do_not_ascend_within_the_sum_are_refused(indices: list[int]) -> None:
     chosen, sums, out = np.array(indices), np.ones((2, 8), np.float32), np.zeros((5, 8), np.float32)
     with pytest.raises(IndexError, match="rows must ascend, each below 5"):
-        _native.sum_parts([(place(sums), _native.FLOAT32, 2, address(chosen), 0)], 5, 8, _native.FLOAT32, place(out))
+        _native.sum_parts(
+            [(place(sums), _native.FLOAT32, 2, address(chosen), 0, NO_SCALES)], 5, 8, _native.FLOAT32, place(out)
+        )
     assert not out.any()
 
 
@@ -172,7 +178,7 @@ def large_sum(seed: int) -> tuple[Array, Array]:
     sums = generator.standard_normal((2, 300, 2048), np.float32)
     rows = np.arange(300)
     out = np.empty((300, 2048), np.float32)
-    parts = [(place(each), _native.FLOAT32, 300, address(rows), 0) for each in sums]
+    parts = [(place(each), _native.FLOAT32, 300, address(rows), 0, NO_SCALES) for each in sums]
     _native.sum_parts(parts, 300, 2048, _native.FLOAT32, place(out))
     return out, sums[0] + sums[1]
 

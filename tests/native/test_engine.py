@@ -2,51 +2,44 @@
 
 import random
 import select
-import tempfile
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from expertd._native import Batch, CallbackExecutor, Engine, Inbox, Tally
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.proto import codec
 from expertd.proto.base.errors import Overloaded
 from expertd.proto.codec import ExecuteCall
-from expertd.server.scheduling.admission import Admission
-from expertd.server.scheduling.batching import may_start
-from expertd.server.scheduling.queue import FairQueue, Job
-from tests.support.native_build import build_engine_extension
+from tests.support.model.admission import Admission
+from tests.support.model.queue import FairQueue, Job, may_start
+from tests.support.native.placements import placement_of
 
-NATIVE: Any = build_engine_extension(Path(tempfile.mkdtemp(prefix="engine-")))
+OVERLOADED = 8
 WIDTH, MAX_BATCH, MAX_QUEUED, MAX_BYTES, DEPTH = 128, 600, 2000, 300_000, 2
 SIZES = (1, 1, 2, 5, 100, 255, 256, 300, 700)
 
 
-def placement(epoch: int = 1) -> Any:  # noqa: ANN401
-    return NATIVE.Placement(
-        model_fingerprint="model",
-        epoch=epoch,
-        layers=(1, 2),
-        layers_text="1-2",
-        experts=(0, 1),
-        experts_text="0-1",
-        num_routed_experts=4,
-        hidden_size=WIDTH,
-        max_top_k=2,
-        max_tokens=1000,
+def make_engine(tally: Tally | None = None) -> tuple[Any, Any, Any]:
+    """An engine, open, what its batches are fetched from, and an inbox."""
+    engine, executor = (
+        Engine(
+            placement_of(),
+            max_batch_tokens=MAX_BATCH,
+            max_queued_tokens=MAX_QUEUED,
+            max_queued_bytes=MAX_BYTES,
+            tally=tally or Tally((1, 2), 4, (1.0,), (1.0,)),
+        ),
+        CallbackExecutor(DEPTH),
     )
-
-
-def make_engine() -> Any:  # noqa: ANN401
-    engine = NATIVE.Engine(
-        placement(), max_batch_tokens=MAX_BATCH, max_queued_tokens=MAX_QUEUED, max_queued_bytes=MAX_BYTES, depth=DEPTH
-    )
+    engine.use(executor)
     engine.open()
-    return engine
+    return engine, executor, Inbox()
 
 
 def call(number: int, tokens: int, layer: int = 1, reply: torch.dtype = torch.float32, top_k: int = 1) -> ExecuteCall:
@@ -76,21 +69,25 @@ class Model:
         self.under_way: list[tuple[int, list[int], float]] = []
         self.started: list[list[int]] = []
         self.jobs: dict[int, Job] = {}
+        self.evicted: dict[int, Overloaded] = {}
 
-    def submit(self, caller: str, one: ExecuteCall) -> Overloaded | None:
+    def submit(self, identity: str, caller: str, one: ExecuteCall) -> Overloaded | None:
+        job = Job(caller, one.layer, batch_of(one), one.reply_dtype, 0.0, None, identity)
         try:
-            self.admission.check(one.hidden.shape[0], batch_of(one).num_bytes)
+            evicted = self.admission.put(job)
         except Overloaded as error:
             return error
-        job = Job(caller, one.layer, batch_of(one), one.reply_dtype, 0.0, None, None)  # type: ignore[arg-type]
         self.jobs[one.request_id] = job
-        self.queue.put(job)
+        self.evicted |= {self.number_of(left): error for left, error in evicted}
         return None
+
+    def number_of(self, job: Job) -> int:
+        return next(number for number, known in self.jobs.items() if known is job)
 
     def turn(self, now: float) -> None:
         while self.queue and may_start([tokens for tokens, _, _ in self.under_way], self.queue.tokens, DEPTH):
             jobs = self.queue.take(MAX_BATCH)
-            numbers = [number for job in jobs for number, known in self.jobs.items() if known is job]
+            numbers = [self.number_of(job) for job in jobs]
             self.under_way.append((sum(job.batch.num_tokens for job in jobs), numbers, now))
             self.started.append(numbers)
 
@@ -100,26 +97,43 @@ class Model:
         return numbers
 
 
-def finish(batch: Any) -> None:  # noqa: ANN401
-    sums = [
-        torch.zeros(tokens, WIDTH, dtype=_dtype(batch)).view(torch.uint8).numpy() for *_, tokens in batch.requests()
-    ]
+def finish(batch: Batch) -> None:
     pairs = [batch.tokens, batch.tokens if batch.top_k == 2 else 0]
-    batch.finish(sums, pairs, 0.0, 0.0, 0.0)
+    batch.finish(pairs, 0.0, 0.0, 0.0)
 
 
-def _dtype(batch: Any) -> torch.dtype:  # noqa: ANN401
-    return torch.bfloat16 if batch.reply_dtype == 2 else torch.float32
+def settle(engine: Engine, now: int = 0) -> None:
+    """Turn until the pool has made room for long answers, and whatever starts then has started."""
+    deadline = time.monotonic() + 5
+    while engine.handed_out and time.monotonic() < deadline:
+        time.sleep(0.0002)
+    engine.turn(now)
 
 
+@pytest.mark.parametrize("tokens", [1, 500])
+def test_who_wants_no_expert_gets_zeros_without_the_device(tokens: int) -> None:
+    engine, _, inbox = make_engine()
+    nothing = replace(call(1, tokens), expert_ids=torch.full((tokens, 1), -1, dtype=torch.int32))
+    inbox.submit(engine, codec.encode_call(nothing), "caller", None, None, "")
+    engine.turn(time.monotonic_ns())
+    settle(engine)
+    settle(engine)
+    (answer,) = inbox.drain()
+    result = codec.decode_result(codec.parse_response(answer.response), tokens, WIDTH, torch.float32)
+    assert not result.partials.any()
+    assert result.receipt == {}
+
+
+@pytest.mark.parametrize("identities", ["x", "xyz"])
 @pytest.mark.parametrize("seed", range(20))
-def test_order_and_bounds_are_those_of_the_python_queue(seed: int) -> None:
+def test_order_and_bounds_are_those_of_the_python_queue(seed: int, identities: str) -> None:
     chance = random.Random(seed)
-    engine, model, inbox = make_engine(), Model(), NATIVE.Inbox()
+    tally = Tally((1, 2), 4, (1.0,), (1.0,))
+    (engine, executor, inbox), model = make_engine(tally), Model()
     batches: list[Any] = []
     tickets: dict[int, int] = {}
     answered: dict[int, int] = {}
-    number, clock = 0, 0
+    number, clock, evictions, refusals = 0, 0, 0, 0
     for _ in range(400):
         clock += chance.randint(1, 10_000_000)
         kind = chance.random()
@@ -132,11 +146,13 @@ def test_order_and_bounds_are_those_of_the_python_queue(seed: int) -> None:
                 reply=chance.choice((torch.float32, torch.bfloat16)),
                 top_k=chance.choice((1, 1, 2)),
             )
-            caller = chance.choice("abc")
-            got = inbox.submit(engine, codec.encode_call(one), caller, number, None, "")
-            refused = model.submit(caller, one)
+            # Of whom the first sends most, so that others come to a queue that is its.
+            identity, caller = chance.choice(identities[0] * 4 + identities), chance.choice("abc")
+            got = inbox.submit(engine, codec.encode_call(one), caller, number, None, "", identity=identity)
+            refused = model.submit(identity, caller, one)
             assert (got.refusal is None) == (refused is None)
             if refused is not None:
+                refusals += 1
                 assert got.refusal.text == str(refused)
                 assert (got.refusal.retry_after is None) == (refused.retry_after is None)
                 assert got.refusal.retry_after == pytest.approx(refused.retry_after)
@@ -154,13 +170,19 @@ def test_order_and_bounds_are_those_of_the_python_queue(seed: int) -> None:
                 answered.setdefault(over, 0)
         model.turn(clock * 1e-9)
         engine.turn(clock)
+        settle(engine, clock)
         while len(batches) < len(model.under_way):
-            batches.append(engine.fetch())
+            batches.append(executor.fetch())
         assert engine.queued_tokens == model.queue.tokens
         assert engine.queued_bytes == model.queue.num_bytes
         assert [batch.tokens for batch in batches] == [tokens for tokens, _, _ in model.under_way]
+        answered |= dict.fromkeys(model.evicted, OVERLOADED)
         for answer in inbox.drain():
             tickets.pop(answer.request_id, None)
+            if error := model.evicted.pop(answer.request_id, None):
+                evictions += 1
+                assert answer.refusal.text == str(error)
+                assert answer.refusal.retry_after == pytest.approx(error.retry_after)
             assert answered.pop(answer.request_id) == (0 if answer.refusal is None else answer.refusal.code)
             assert answer.context == answer.request_id
             if answer.refusal is None:
@@ -169,12 +191,55 @@ def test_order_and_bounds_are_those_of_the_python_queue(seed: int) -> None:
         under_way = {one for _, numbers, _ in model.under_way for one in numbers}
         assert set(answered) <= under_way
     assert len(model.started) > 20
+    assert (evictions > 0) == (len(identities) > 1)
+    assert tally.evictions == evictions
+    # An eviction is no refusal that has to come at once.
+    assert sum(tally.refusal_seconds()[0]) == refusals
     for batch in batches:
         batch.fail("the test is over")
 
 
+def test_what_many_threads_submit_and_evict_is_answered_once_and_leaves_the_room_empty() -> None:
+    tally = Tally((1, 2), 4, (1.0,), (1.0,))
+    engine, executor, _ = make_engine(tally)
+    answers: Counter[int] = Counter()
+    refused: list[bool] = []
+
+    def compute() -> None:
+        while (batch := executor.fetch()) is not None:
+            time.sleep(0.002)
+            finish(batch)
+
+    def offer(identity: str, tokens: int) -> None:
+        inbox = Inbox()
+        # Long enough to be checked without Python's lock.
+        message = codec.encode_call(call(1, tokens))
+        submitted = [inbox.submit(engine, message, "a", None, None, "", identity=identity) for _ in range(300)]
+        refused.extend(one.refusal is not None for one in submitted)
+        deadline = time.monotonic() + 20
+        while len(inbox) and time.monotonic() < deadline:
+            answers.update(0 if answer.refusal is None else answer.refusal.code for answer in inbox.drain())
+            time.sleep(0.001)
+
+    sizes = {"a": 300, "b": 300, "c": 260, "d": 700}
+    threads = [threading.Thread(target=offer, args=item) for item in sizes.items()]
+    worker = threading.Thread(target=compute)
+    engine.start()
+    for thread in (*threads, worker):
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    executor.interrupt()
+    worker.join(5)
+    engine.stop()
+    assert sum(answers.values()) + sum(refused) == 4 * 300
+    assert set(answers) <= {0, OVERLOADED}
+    assert answers[OVERLOADED] == tally.evictions > 0
+    assert (engine.queued_tokens, engine.queued_bytes, tally.in_flight) == (0, 0, 0)
+
+
 def test_what_ran_out_in_the_queue_is_not_computed() -> None:
-    engine, inbox = make_engine(), NATIVE.Inbox()
+    engine, executor, inbox = make_engine()
     inbox.submit(engine, codec.encode_call(call(1, 1)), "a", "computed", None, "")
     engine.turn(time.monotonic_ns())
     for number, one in (
@@ -183,9 +248,9 @@ def test_what_ran_out_in_the_queue_is_not_computed() -> None:
         (4, call(4, 1)),
     ):
         inbox.submit(engine, codec.encode_call(one), "a", number, 0.002 if number == 4 else None, "")
-    finish(engine.fetch())
+    finish(executor.fetch())
     engine.turn(time.monotonic_ns() + 1_000_000_000)
-    batch = engine.fetch()
+    batch = executor.fetch()
     assert batch.tokens == 1
     finish(batch)
     engine.turn(time.monotonic_ns())
@@ -198,14 +263,29 @@ def test_what_ran_out_in_the_queue_is_not_computed() -> None:
     assert len(inbox) == 0
 
 
+def test_what_ran_out_before_it_waited_did_not_wait() -> None:
+    message = codec.encode_call(call(1, 500))
+    waited = []
+    # The engine may have looked at the clock at any time while the request was read.
+    for early in range(0, 100_000, 500):
+        engine, _, inbox = make_engine()
+        assert inbox.submit(engine, message, "a", 1, 0.0, "").refusal is None
+        engine.turn(time.monotonic_ns() - early)
+        waited += [answer.refusal.text for answer in inbox.drain()]
+    assert "timeout_us ran out after 0.000000 s in the queue" in waited
+    assert all(text.startswith("timeout_us ran out after 0.0") for text in waited)
+
+
 def test_a_reply_is_what_the_codec_reads() -> None:
-    engine, inbox = make_engine(), NATIVE.Inbox()
+    engine, executor, inbox = make_engine()
     one = call(9, 3, reply=torch.bfloat16, top_k=2)
     inbox.submit(engine, codec.encode_call(one), "a", None, None, "")
     engine.turn(0)
-    batch = engine.fetch()
+    batch = executor.fetch()
     sums = torch.randn(3, WIDTH).bfloat16()
-    batch.finish([sums.view(torch.uint8).numpy()], [3, 3], 0.25, 0.5, 0.125)
+    ((*_, place, _),) = batch.requests()
+    place[:] = codec.flat_bytes(sums).numpy().data
+    batch.finish([3, 3], 0.25, 0.5, 0.125)
     engine.turn(0)
     (answer,) = inbox.drain()
     result = codec.decode_result(codec.parse_response(answer.response), 3, WIDTH, torch.bfloat16)
@@ -217,11 +297,11 @@ def test_a_reply_is_what_the_codec_reads() -> None:
 
 
 def test_a_batch_with_other_pairs_than_asked_for_fails() -> None:
-    engine, inbox = make_engine(), NATIVE.Inbox()
+    engine, executor, inbox = make_engine()
     inbox.submit(engine, codec.encode_call(call(9, 3)), "a", None, None, "")
     engine.turn(0)
-    batch = engine.fetch()
-    batch.finish([torch.zeros(3, WIDTH).view(torch.uint8).numpy()], [2, 0], 0.0, 0.0, 0.0)
+    batch = executor.fetch()
+    batch.finish([2, 0], 0.0, 0.0, 0.0)
     engine.turn(0)
     (answer,) = inbox.drain()
     assert (answer.refusal.code, answer.refusal.text) == (13, "layer 1: the device computed pairs [2, 0], not [3, 0]")
@@ -229,12 +309,13 @@ def test_a_batch_with_other_pairs_than_asked_for_fails() -> None:
 
 
 def test_giving_up_answers_everyone_at_once_and_keeps_what_the_device_may_use() -> None:
-    engine, inbox = make_engine(), NATIVE.Inbox()
+    engine, executor, inbox = make_engine()
     for number in (1, 2):
         inbox.submit(engine, codec.encode_call(call(number, 300)), "a", number, None, "")
     for number in (3, 4, 5):
         inbox.submit(engine, codec.encode_call(call(number, 1)), "a", number, None, "")
     engine.turn(0)
+    settle(engine)
     engine.abandon("the device is lost")
     engine.turn(0)
     answers = {answer.context: answer.refusal for answer in inbox.drain()}
@@ -243,10 +324,11 @@ def test_giving_up_answers_everyone_at_once_and_keeps_what_the_device_may_use() 
     assert inbox.submit(engine, codec.encode_call(call(6, 1)), "a", 6, None, "").refusal.text == "the device is lost"
     held = len(inbox)
     assert held >= 2
-    batch = engine.fetch()
+    batch = executor.fetch()
     requests = len(batch.requests())
     finish(batch)
     engine.turn(0)
+    settle(engine)
     assert inbox.drain() == []
     assert len(inbox) == held - requests
     engine.open()
@@ -254,10 +336,10 @@ def test_giving_up_answers_everyone_at_once_and_keeps_what_the_device_may_use() 
 
 
 def test_a_thread_turns_by_itself_and_rings() -> None:
-    engine, inbox = make_engine(), NATIVE.Inbox()
+    engine, executor, inbox = make_engine()
 
     def compute() -> None:
-        while (batch := engine.fetch()) is not None:
+        while (batch := executor.fetch()) is not None:
             finish(batch)
 
     worker = threading.Thread(target=compute)
@@ -272,7 +354,7 @@ def test_a_thread_turns_by_itself_and_rings() -> None:
             assert poller.poll(5000), number
             answers = inbox.drain()
         assert [answer.context for answer in answers] == [number]
-    engine.interrupt()
+    executor.interrupt()
     worker.join(5)
     engine.stop()
     assert not worker.is_alive()

@@ -35,7 +35,7 @@ def test_the_contract_is_clean_and_breaks_nobody() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("bytes hidden = 9;", "bytes hidden = 19;", 'field "9" with name "hidden"'),
+        ("bytes hidden = 9;", "bytes hidden = 99;", 'field "9" with name "hidden"'),
         ("optional uint64 placement_epoch = 3;", "uint64 placement_epoch = 3;", "changed cardinality"),
         ("uint32 top_k = 6;", "uint32 slots = 6;", 'changed name from "top_k" to "slots"'),
         ("  bytes hidden_scales = 10;\n", "", '"hidden_scales"'),

@@ -12,6 +12,7 @@ from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import InvalidBatch, ServerFault
 from expertd.proto.codec import ExecuteCall, ExecuteResult, StageTimings, wire
 from expertd.proto.codec.schema import REQUEST, RESPONSE
+from tests.support.model.messages import decode_call, encode_result
 
 uint32 = st.integers(0, 2**32 - 1)
 uint64 = st.integers(0, 2**64 - 1)
@@ -32,6 +33,8 @@ requests = st.builds(
     timeout_us=uint64,
     segment_offset=st.none() | uint64,
     cancels=st.none() | uint64,
+    fields_checksum=st.none() | uint32,
+    tensors_checksum=st.none() | uint32,
 )
 responses = st.builds(
     pb.ExecuteResponse,
@@ -51,6 +54,8 @@ def assert_read_alike(raw: codec.RawRequest, message: pb.ExecuteRequest) -> None
         theirs = getattr(message, field.name)
         if field.name in ("placement_epoch", "segment_offset", "cancels", "gpu_offset"):
             assert ours == (theirs if message.HasField(field.name) else None)
+        elif field.name in ("fields_checksum", "tensors_checksum"):
+            assert ours == (theirs.to_bytes(4, "little") if message.HasField(field.name) else None)
         elif isinstance(theirs, str):
             assert bytes(ours) == theirs.encode()
         else:
@@ -151,7 +156,7 @@ def test_results_are_written_byte_for_byte_like_the_generated_class(
     receipt: dict[int, int], request_id: int, tokens: int
 ) -> None:
     timings = StageTimings(decode=0.0, queue=1.5, copy_in=1e-9, compute=3.0, copy_out=0.0)
-    data = codec.encode_result(ExecuteResult(request_id, torch.randn(tokens, 128), receipt, timings))
+    data = encode_result(ExecuteResult(request_id, torch.randn(tokens, 128), receipt, timings))
     assert pb.ExecuteResponse.FromString(data).SerializeToString(deterministic=True) == data
 
 
@@ -164,7 +169,8 @@ def test_truncated_requests_are_refused_exactly_when_the_generated_class_refuses
     try:
         expected = pb.ExecuteRequest.FromString(cut)
     except Exception:
-        with pytest.raises(InvalidBatch, match=r"bytes received are no expertd\.v1\.ExecuteRequest"):
+        # Those that begin with their checksum were altered.
+        with pytest.raises((InvalidBatch, ServerFault), match=r"bytes received are no expertd\.v1\.ExecuteRequest"):
             codec.parse_request(cut)
     else:
         assert_read_alike(codec.parse_request(cut), expected)
@@ -200,6 +206,6 @@ def test_reading_and_writing_copy_no_tensor() -> None:
     )
     data = codec.encode_call(call)
     start = torch.frombuffer(data, dtype=torch.uint8).data_ptr()
-    back = codec.decode_call(codec.parse_request(data), 128, 2, 4)
+    back = decode_call(codec.parse_request(data), 128, 2, 4)
     for tensor in (back.hidden, back.expert_ids, back.weights):
         assert start <= tensor.data_ptr() < start + len(data)

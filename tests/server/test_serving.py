@@ -1,7 +1,10 @@
 """A server in this process: what it says of itself, its metrics, its streams and its drain."""
 
 import asyncio
+import contextlib
 import json
+import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,22 @@ from prometheus_client import CollectorRegistry
 
 from expertd import __version__, _native
 from expertd.kernels.oracle.reference import relative_error
+from expertd.kernels.weights.experts import ExpertMatrices
 from expertd.proto import codec
-from expertd.proto.base.errors import Overloaded
 from expertd.server.app import Server
 from expertd.server.assembly import assemble
 from expertd.server.options.config import InvalidOption, ServerConfig
 from expertd.server.telemetry.metrics import Metrics
-from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server, stream_method
+from tests.support.serving import (
+    Gate,
+    execute_method,
+    open_channel,
+    random_batch,
+    request_for,
+    running_server,
+    stream_method,
+    until,
+)
 
 ALL = range(16)
 SETTINGS, GOAWAY = 4, 7
@@ -46,7 +58,7 @@ async def test_get_shard_tells_what_a_caller_needs(small_model: Path) -> None:
         )
         shard = codec.decode_shard(await method(codec.ShardRequest()))
         assert shard.instruction_set == _native.instruction_set()
-    assert (shard.layers, shard.experts) == ((2,), (4, 5, 6, 7))
+    assert shard.experts == {2: (4, 5, 6, 7)}
     assert (shard.backend, shard.backend_reason, shard.version) == ("torch", "--backend torch", __version__)
     assert shard.config["hidden_size"] == 256
     assert shard.config["routed_scaling_factor"] == 2.5
@@ -131,18 +143,20 @@ async def test_refusals_for_overload_say_when_to_come_back_and_cost_no_time(smal
         assert samples["expertd_refusal_duration_seconds_count"] == len(refused) + len(errors)
 
 
-async def test_a_full_server_reads_nothing_of_what_it_refuses(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(tokens: int, num_bytes: int) -> None:
-        raise Overloaded(f"no room for {tokens} tokens, {num_bytes} bytes")
-
-    async with running_server(small_model, ALL) as server, open_channel(server) as channel:
-        monkeypatch.setattr(server.scheduler, "check_room", full)
+async def test_a_full_server_reads_nothing_of_what_it_refuses(small_model: Path) -> None:
+    options = {"max_tokens_per_request": 4, "max_batch_tokens": 4, "max_queued_tokens": 4}
+    async with running_server(small_model, ALL, **options) as server, open_channel(server) as channel:
+        gate, execute = Gate(server), execute_method(channel)
+        fits = [asyncio.ensure_future(execute(request_for(server, random_batch(4, 256, 16, 4))))]
+        await until(lambda: len(gate.reached) == 1)
+        fits.append(asyncio.ensure_future(execute(request_for(server, random_batch(4, 256, 16, 4)))))
+        await until(lambda: server.engine.queued_tokens == 4)
         malformed = request_for(server, random_batch(3, 256, 16, 4))
         malformed.hidden = b"xyz"
-        with pytest.raises(grpc.aio.AioRpcError, match=r"no room for 3 tokens, 123 bytes"):
-            await execute_method(channel)(malformed)
+        with pytest.raises(grpc.aio.AioRpcError, match="4 tokens are queued and num_tokens is 3; at most 4 may wait"):
+            await execute(malformed)
+        gate.open()
+        await asyncio.gather(*fits)
 
 
 async def test_a_caller_who_does_not_read_is_not_read_from(small_model: Path) -> None:
@@ -251,6 +265,44 @@ async def frame_of(reader: asyncio.StreamReader, kind: int) -> bytes:
         payload = await reader.readexactly(int.from_bytes(header[:3]))
         if header[3] == kind:
             return payload
+
+
+async def test_a_drain_does_not_wait_for_a_shadow_check_that_does_not_end(small_model: Path) -> None:
+    checking, let_go = threading.Event(), threading.Event()
+
+    def read(*_: object) -> ExpertMatrices:
+        checking.set()
+        let_go.wait(30)
+        raise OSError("let go")
+
+    async with running_server(small_model, ALL, drain_seconds=1.0, shadow_check_rate=1.0) as server:
+        assert server.shadow is not None
+        server.shadow.read = read
+        async with open_channel(server) as channel:
+            await execute_method(channel)(request_for(server, random_batch(1, 256, 16, 4)))
+        await until(checking.is_set)
+        started = time.monotonic()
+    # Of the drain, and a second each for what is given time to end by itself.
+    assert time.monotonic() - started < 1.0 + 2.5
+    let_go.set()
+
+
+async def test_a_stuck_device_does_not_prolong_the_drain(small_model: Path) -> None:
+    async with contextlib.AsyncExitStack() as channels:
+        async with running_server(small_model, ALL, drain_seconds=2.0) as server:
+            server.notice_seconds = 1.5
+            gate = Gate(server)
+            channel = await channels.enter_async_context(open_channel(server))
+            unanswered = asyncio.ensure_future(
+                execute_method(channel)(request_for(server, random_batch(1, 256, 16, 4)))
+            )
+            await until(lambda: len(gate.reached) == 1)
+            started = time.monotonic()
+        # The time for those on their way is part of it.
+        assert time.monotonic() - started < 2.9
+        gate.open()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await unanswered
 
 
 async def test_watchers_of_health_do_not_hold_up_the_drain(small_model: Path) -> None:

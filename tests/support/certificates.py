@@ -15,11 +15,11 @@ DAY = datetime.timedelta(days=1)
 class Authority:
     """A certificate authority; `pem` is a file with its own certificate."""
 
-    def __init__(self, folder: Path, name: str = "authority") -> None:
+    def __init__(self, folder: Path, name: str = "authority", lasts: datetime.timedelta = DAY) -> None:
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = _builder(self._name, self._name, self._key.public_key(), DAY)
+        builder = _builder(self._name, self._name, self._key.public_key(), lasts)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         self.pem = folder / f"{name}.pem"
         self.pem.write_bytes(_pem(builder.sign(self._key, hashes.SHA256())))

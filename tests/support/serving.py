@@ -4,13 +4,12 @@ import asyncio
 import contextlib
 import gc
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc.aio
-import pytest
 import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
@@ -24,8 +23,8 @@ from expertd.proto.codec import ExecuteCall, ShardInfo
 from expertd.server.app import Server
 from expertd.server.assembly import assemble
 from expertd.server.options.config import Address, ServerConfig
+from expertd.server.rpc.incoming import Call, Incoming
 from expertd.server.telemetry.metrics import Metrics
-from expertd.server.telemetry.tracing import RequestTracer
 
 D = TypeVar("D")
 ANY_PORT = Address("127.0.0.1", 0)
@@ -34,10 +33,10 @@ ANY_PORT = Address("127.0.0.1", 0)
 @contextlib.asynccontextmanager
 async def running_server(model: Path, experts: range, **options: Any) -> AsyncIterator[Server]:  # noqa: ANN401
     """A server in this process, ready to be called; drained at the end."""
-    tracer: RequestTracer | None = options.pop("tracer", None)
+    parts = {name: options.pop(name) for name in ("tracer", "choose", "open_gpu") if name in options}
     defaults: dict[str, Any] = {"listen": ANY_PORT, "metrics": ANY_PORT, "backend": "torch"}
     config = ServerConfig(model=model, experts=tuple(experts), **(defaults | options))
-    server = assemble(config, Metrics(CollectorRegistry()), tracer)
+    server = assemble(config, Metrics(CollectorRegistry()), **parts)
     running = asyncio.create_task(server.run())
     ready = asyncio.create_task(server.ready.wait())
     await asyncio.wait((running, ready), return_when=asyncio.FIRST_COMPLETED)
@@ -54,21 +53,45 @@ async def running_server(model: Path, experts: range, **options: Any) -> AsyncIt
 class Gate:
     """Keeps what has reached a server's device from being computed until it is opened."""
 
-    def __init__(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, server: Server) -> None:
         self.reached: list[int] = []
         """The layer of every request."""
         self._opened = threading.Event()
-        submit = server.backend.submit
+        submit = server.device.submit
 
         def wait_then_submit(layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> Underway:
             self.reached += [layer] * len(requests)
             assert self._opened.wait(30)
             return submit(layer, requests, reply_dtype)
 
-        monkeypatch.setattr(server.backend, "submit", wait_then_submit)
+        server.device.submit = wait_then_submit
 
     def open(self) -> None:
         self._opened.set()
+
+
+class Answers:
+    """Stands at a server's gRPC handlers: `answer` says what a request gets, or raises its error."""
+
+    def __init__(self, server: Server, answer: Callable[[Incoming], Awaitable[bytes]]) -> None:
+        self._answer = answer
+        self._server = server
+        self._executor = server.handlers.execution.executor
+        server.handlers.execution.executor = self
+
+    def submit(self, incoming: Incoming) -> Call:
+        request = codec.parse_request(incoming.message)
+        if request.cancels is not None:
+            return self._executor.submit(incoming)
+        answer = asyncio.ensure_future(self._answer(incoming))
+        return Call(request.request_id, None, answer, answer.cancel)
+
+    def leave(self) -> None:
+        self._server.handlers.execution.executor = self._executor
+
+    async def real(self, incoming: Incoming) -> bytes:
+        """What the server answers by itself."""
+        return await self._executor.submit(incoming).answer
 
 
 def door(server: Server, kind: type[D]) -> D:
@@ -127,11 +150,13 @@ def matrices_of(weights: LayerWeights, local: int) -> ExpertMatrices:
 
 
 def random_batch(tokens: int, hidden: int, experts: int, top_k: int, seed: int = 0, absent: float = 0.3) -> TokenBatch:
-    """Each token with `top_k` distinct experts, a share `absent` of them elsewhere (-1)."""
+    """Each token with `top_k` distinct experts, a share `absent` of them elsewhere (-1); not all, if less than 1."""
     generator = torch.Generator().manual_seed(seed)
     values, scales = quantize_activations(torch.randn(tokens, hidden, generator=generator))
-    ids = torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k].int()
-    ids[torch.rand(tokens, top_k, generator=generator) < absent] = -1
+    chosen = torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k].int()
+    ids = chosen.masked_fill(torch.rand(tokens, top_k, generator=generator) < absent, -1)
+    if absent < 1 and not (ids >= 0).any():
+        ids[0, 0] = chosen[0, 0]
     return TokenBatch(values, scales, ids, torch.rand(tokens, top_k, generator=generator) + 0.1)
 
 
@@ -144,10 +169,20 @@ def call_for(server: Server | ShardInfo, batch: TokenBatch, **changes: Any) -> E
     """A call that `server`, or the one that said this of itself, accepts, for `batch` with global expert ids."""
     shard = server.info if isinstance(server, Server) else server
     fields: dict[str, Any] = {
-        "request_id": 7,
         "model_fingerprint": shard.model_fingerprint,
         "placement_epoch": shard.placement_epoch,
         "layer": shard.layers[0],
+    }
+    return call_of(batch, **(fields | changes))
+
+
+def call_of(batch: TokenBatch, **changes: Any) -> ExecuteCall:  # noqa: ANN401
+    """A call for `batch` of layer 1 of "model", under any placement, unless `changes` say otherwise."""
+    fields: dict[str, Any] = {
+        "request_id": 7,
+        "model_fingerprint": "model",
+        "placement_epoch": None,
+        "layer": 1,
         "hidden": batch.hidden,
         "scales": batch.scales,
         "expert_ids": batch.expert_ids,

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.markers import no_gpu
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -40,6 +42,15 @@ def test_every_transport_is_measured_and_drawn_beside_the_floors(tmp_path: Path)
     assert {(row["what"], row["tokens"], row["callers"]) for row in rows} == floors | transports
     assert all(0 < row["p50"] <= row["p99"] and row["gigabytes_per_second"] > 0 for row in rows)
     assert all(row["stages"]["compute"] > 0 for row in rows if row["what"].startswith("expertd"))
+    p50 = {(row["what"], row["tokens"]): row["p50"] for row in rows}
+    for row in rows:
+        if row["what"].startswith("expertd") and row["callers"] == 1:
+            moved = p50["raw socket" if row["what"] == "expertd shm" else "grpc echo", row["tokens"]]
+            floor = moved + row["stages"]["compute"]
+            assert row["over_floor"] == pytest.approx(row["p50"] / floor)
+            assert row["call_over_floor"] == pytest.approx(row["call_p50"] / floor)
+        else:
+            assert row["over_floor"] is row["call_p50"] is row["call_over_floor"] is None
     assert "expertd shm" in ended.stdout
     assert picture.read_bytes().startswith(PNG)
 

@@ -21,14 +21,15 @@ from tests.support.families import SMALL
 SMALL_DEMO = ["--servers", "4"]
 
 
-def arguments(*extra: str) -> argparse.Namespace:
+def arguments(*extra: str, **others: object) -> argparse.Namespace:
+    """What the command line says; `others` are what it has no words for."""
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
-    return parser.parse_args(extra)
+    return parser.parse_args(extra, argparse.Namespace(**others))
 
 
-def run(*extra: str) -> int:
-    return demo.run(arguments(*extra))
+def run(*extra: str, **others: object) -> int:
+    return demo.run(arguments(*extra, **others))
 
 
 def children(pid: int) -> set[int]:
@@ -49,9 +50,8 @@ def is_running(pid: int) -> bool:
 def test_the_whole_demo_ends_green(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "BATCHES", {1: 3, 64: 3, 1024: 2})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert run() == 0
+    assert run(batches={1: 3, 64: 3, 1024: 2}) == 0
     shown = capfd.readouterr().out
     assert "starting 8 servers with experts 0-31, 32-63, " in shown
     assert shown.count(": ok") == 6
@@ -67,21 +67,19 @@ def test_the_whole_demo_ends_green(
 def test_a_result_outside_its_bound_fails_the_demo(
     small_model: Path, bound: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "BATCHES", {8: 1})
     monkeypatch.setitem(demo.BOUNDS, "torch", replace(demo.BOUNDS["torch"], **{bound: 1e-12}))
-    assert run("--model", str(small_model), *SMALL_DEMO) == 1
+    assert run("--model", str(small_model), *SMALL_DEMO, batches={8: 1}) == 1
     assert "FAILED: results outside their bounds" in capfd.readouterr().out
 
 
 async def test_servers_that_run_already_are_compared_and_left_running(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "BATCHES", {64: 2})
     # At 256 wide the shared expert, which is exact, is a smaller part of the output than at the demo's 512.
     monkeypatch.setitem(demo.BOUNDS, "torch", replace(demo.BOUNDS["torch"], layer=4e-2))
     async with LocalCluster(small_model, ["0-7", "8-15"], ["--threads", "1"]) as cluster:
         connect = ("--model", str(small_model), "--connect", *cluster.addresses)
-        assert await demo.demonstrate(arguments(*connect), Console()) == 0
+        assert await demo.demonstrate(arguments(*connect, batches={64: 2}), Console()) == 0
         assert "every result agrees, with 2 servers" in capfd.readouterr().out
         with pytest.raises(UnknownExpert, match="no server owns experts 8, 9"):
             await demo.demonstrate(arguments(*connect[:-1]), Console())
@@ -89,20 +87,19 @@ async def test_servers_that_run_already_are_compared_and_left_running(
 
 
 def test_connecting_needs_the_checkpoint_of_the_servers(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("--connect", "127.0.0.1:1") == 1
+    assert run("--connect", "127.0.0.1:1") == 2
     assert "--connect needs --model" in capfd.readouterr().err
 
 
-def test_the_checkpoint_alone_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "DemoModel", lambda: SMALL)
-    assert run("--write", str(tmp_path / "new" / "demo")) == 0
-    assert run("--write", str(tmp_path / "new" / "demo")) == 0, "it is kept"
+def test_the_checkpoint_alone_can_be_written(tmp_path: Path) -> None:
+    assert run("--write", str(tmp_path / "new" / "demo"), demo_model=SMALL) == 0
+    assert run("--write", str(tmp_path / "new" / "demo"), demo_model=SMALL) == 0, "it is kept"
     with Checkpoint(tmp_path / "new" / "demo") as checkpoint:
         assert checkpoint.config.n_routed_experts == SMALL.n_routed_experts
 
 
 def test_a_folder_without_a_checkpoint_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("--model", str(tmp_path)) == 1
+    assert run("--model", str(tmp_path)) == 2
     assert f"expertd demo: error: {tmp_path}/config.json does not exist" in capfd.readouterr().err
 
 

@@ -32,6 +32,8 @@ from expertd.server.local.front_end import FrontEndHandlers
 from expertd.server.local.front_ends import FrontEnds
 from expertd.server.options.config import InvalidOption, ServerConfig
 from expertd.server.rpc.execution import ExecuteHandlers
+from expertd.server.rpc.identity import Identities
+from expertd.server.rpc.incoming import Call, Incoming
 from expertd.server.telemetry.metrics import Metrics
 from tests.support.certificates import Authority
 from tests.support.serving import (
@@ -166,59 +168,81 @@ async def test_what_is_refused_is_refused_with_the_same_words(
         assert answer == expected
 
 
-async def test_a_full_queue_says_when_to_come_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    admission = server.scheduler._admission
-    monkeypatch.setattr(admission, "_max_tokens", 3)
-    monkeypatch.setattr(admission, "_tokens_per_second", 10.0)
-    refused: Any = await outcome(server, request_for(server, BATCH))
-    assert refused[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert refused[2][codec.PUSHBACK] == "100"
-    error = pb.Error.FromString(await streamed(server, request_for(server, BATCH)))  # type: ignore[arg-type]
-    assert (error.code, error.retry_after_ms) == (grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], 100)
-    assert error.message == refused[1]
+async def test_a_full_queue_says_when_to_come_back(small_model: Path) -> None:
+    options = {"max_tokens_per_request": 4, "max_batch_tokens": 4, "max_queued_tokens": 4}
+    async with (
+        running_server(small_model, ALL, front_ends=1, **options) as server,
+        open_channel(server) as channel,
+    ):
+        # Then the server knows the device's pace.
+        assert content(await execute_method(channel)(request_for(server, BATCH)))
+        gate, waiting = Gate(server), []
+        for queued in (0, 4):
+            waiting.append(asyncio.ensure_future(execute_method(channel)(request_for(server, BATCH))))
+            await until(lambda: bool(gate.reached) and server.engine.queued_tokens == queued)  # noqa: B023
+        refused: Any = await outcome(server, request_for(server, BATCH))
+        assert refused[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+        error = pb.Error.FromString(await streamed(server, request_for(server, BATCH)))  # type: ignore[arg-type]
+        assert error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        assert 1 <= error.retry_after_ms == int(refused[2][codec.PUSHBACK])
+        assert error.message == refused[1]
+        gate.open()
+        await asyncio.gather(*waiting)
 
 
-async def test_what_nobody_waits_for_leaves_the_queue(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(server, monkeypatch)
+async def test_what_nobody_waits_for_leaves_the_queue(server: Server) -> None:
+    gate = Gate(server)
     async with open_channel(server) as channel, open_channel(server) as other:
         first = asyncio.ensure_future(execute_method(channel)(request_for(server, BATCH)))
         await until(lambda: gate.reached == [1])
         held = asyncio.ensure_future(execute_method(channel)(request_for(server, BATCH)))
-        await until(lambda: server.scheduler.queued_tokens == 4)
+        await until(lambda: server.engine.queued_tokens == 4)
 
         stream: Any = stream_method(other)()
         await stream.write(request_for(server, BATCH, request_id=3))
         await stream.write(request_for(server, LARGE, request_id=4))
-        await until(lambda: server.scheduler.queued_tokens == 408)
+        await until(lambda: server.engine.queued_tokens == 408)
         await stream.write(pb.ExecuteRequest(request_id=99, cancels=4))
         assert (await stream.read()).error.code == grpc.StatusCode.CANCELLED.value[0]
-        await until(lambda: server.scheduler.queued_tokens == 8)
+        await until(lambda: server.engine.queued_tokens == 8)
         stream.cancel()
-        await until(lambda: server.scheduler.queued_tokens == 4)
+        await until(lambda: server.engine.queued_tokens == 4)
 
         late = execute_method(channel)(request_for(server, BATCH), timeout=0.3)
-        await until(lambda: server.scheduler.queued_tokens == 8)
-        await until(lambda: server.scheduler.queued_tokens == 4)
+        await until(lambda: server.engine.queued_tokens == 8)
+        await until(lambda: server.engine.queued_tokens == 4)
         with pytest.raises(grpc.aio.AioRpcError, match="DEADLINE_EXCEEDED"):
             await late
         held.cancel()
-        await until(lambda: server.scheduler.queued_tokens == 0)
+        await until(lambda: server.engine.queued_tokens == 0)
         assert not first.done()
         gate.open()
         assert content(await first)
 
 
-async def test_callers_have_names_of_their_own_and_take_turns(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, queue = Gate(server, monkeypatch), server.scheduler._queue
-    monkeypatch.setattr(server.scheduler, "_max_batch_tokens", 8)
-    async with connection(server) as many, connection(server) as few:
+async def test_callers_have_names_of_their_own_and_take_turns(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_tokens_per_request": 8, "max_batch_tokens": 8, "front_ends": 2}
+    async with (
+        running_server(small_model, ALL, **options) as server,
+        connection(server) as many,
+        connection(server) as few,
+    ):
+        gate, names, submit = Gate(server), set(), server.executor.submit
+
+        def note(incoming: Incoming) -> Call:
+            names.add(incoming.caller)
+            return submit(incoming)
+
+        monkeypatch.setattr(server.executor, "submit", note)
         flood: Any = stream_method(many)()
         for number in range(1, 41):
             await flood.write(request_for(server, BATCH, request_id=number))
-        await until(lambda: bool(gate.reached) and server.scheduler.queued_tokens >= 4 * 36)
+        await until(lambda: bool(gate.reached) and server.engine.queued_tokens >= 4 * 36)
         single = asyncio.ensure_future(execute_method(few)(request_for(server, BATCH)))
-        await until(lambda: len(queue._waiting) == 2)
-        assert all(str(name).startswith("ipv4:127.0.0.1:") for name in queue._waiting)
+        await until(lambda: len(names) == 2)
+        assert all(name.startswith("ipv4:127.0.0.1:") for name in names)
         before = count_of(server, "ok")
         gate.open()
         await single
@@ -281,7 +305,7 @@ async def test_callers_on_other_machines_get_no_ticket_whatever_they_say(server:
 
     address = f"unix:{door(server, FrontEnds).socket}"
     async with grpc.aio.insecure_channel(address) as channel:
-        handlers: Any = FrontEndHandlers(ExecuteHandlers(None, 1), channel)  # type: ignore[arg-type]
+        handlers: Any = FrontEndHandlers(ExecuteHandlers(None, 1, Identities(by_token=False)), channel)  # type: ignore[arg-type]
         method: Any = handlers.service(Details()).stream_stream
         with pytest.raises(Refused, match=r"ipv4:192\.0\.2\.1:5 is not on this server's machine"):
             await method(requests(), Remote())
@@ -334,10 +358,8 @@ async def test_a_killed_front_end_comes_back_and_no_call_fails(
     await until(lambda: server.journal.in_flight == 0)
 
 
-async def test_memory_is_taken_back_from_front_ends_before_a_stuck_device_may_write_to_it(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate = Gate(server, monkeypatch)
+async def test_memory_is_taken_back_from_front_ends_before_a_stuck_device_may_write_to_it(server: Server) -> None:
+    gate = Gate(server)
     before = front_ends_of(os.getpid())
     async with open_channel(server) as channel:
         call = asyncio.ensure_future(execute_method(channel)(request_for(server, BATCH), timeout=20))

@@ -44,6 +44,15 @@ def descriptors(process: int) -> int:
     return len(list(Path(f"/proc/{process}/fd").iterdir()))
 
 
+async def settled_descriptors(process: int) -> int:
+    """As soon as they stay the same: a coordinator asks for signs of life on a connection that it opens by and by."""
+    before = -1
+    while before != (now := descriptors(process)):
+        before = now
+        await asyncio.sleep(1)
+    return now
+
+
 async def test_a_killed_clients_memory_and_descriptors_are_freed_and_others_go_on(small_model: Path) -> None:
     hidden, ids, weights = torch.randn(9, 256), torch.arange(4).expand(9, 4), torch.ones(9, 4)
     async with LocalCluster(small_model, ["0-15"], OPTIONS) as cluster, Coordinator(cluster.addresses) as moe:
@@ -52,7 +61,7 @@ async def test_a_killed_clients_memory_and_descriptors_are_freed_and_others_go_o
         right = await moe(1, hidden, topk_ids=ids, topk_weights=weights)
         before = mappings(server.process.pid), shared_bytes(server.metrics_url)
         assert before == (1, 16 << 20)
-        open_before = descriptors(server.process.pid)
+        open_before = await settled_descriptors(server.process.pid)
         client = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-c", CLIENT, server.address), stdout=asyncio.subprocess.PIPE
         )

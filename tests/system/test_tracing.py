@@ -20,17 +20,17 @@ from opentelemetry.trace import SpanKind, StatusCode, Tracer
 
 from expertd.client.coordinator import Coordinator
 from expertd.client.tools.cluster import LocalCluster
-from expertd.kernels.numerics.backend import TokenBatch
+from expertd.proto import codec
 from expertd.proto.base.errors import Unavailable
-from expertd.proto.codec import ExecuteCall
-from expertd.server.scheduling.shard import Shard
+from expertd.server.rpc.incoming import Incoming
 from expertd.server.telemetry.metrics import STAGES
 from expertd.server.telemetry.tracing import RequestTracer
 from tests.support.coordinators import EXACT, LAYER, call, routing, tokens
 from tests.support.fleets import addresses
-from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server
+from tests.support.serving import Answers, execute_method, open_channel, random_batch, request_for, running_server
 
 HALVES = (range(8), range(8, 16))
+OVER_GRPC = replace(EXACT, shared_memory_bytes=0)
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACED = (("traceparent", f"00-{TRACE}-{PARENT}-01"),)
 UNSAMPLED = (("traceparent", f"00-{TRACE}-{PARENT}-00"),)
@@ -102,7 +102,7 @@ async def test_a_failed_attempt_and_a_refused_request_say_so(small_model: Path, 
         running_server(small_model, range(16), tracer=recorder.servers) as server,
         Coordinator(addresses([server]), replace(EXACT, tracer=recorder.tracer, max_attempts=1)) as moe,
     ):
-        server.scheduler.close("the server is draining; use another replica")
+        server.engine.close("the server is draining; use another replica")
         with pytest.raises(Unavailable):
             await call(moe)
     for name in ("expertd.call", "expertd.attempt", "expertd.request"):
@@ -130,23 +130,20 @@ async def test_unary_calls_carry_the_context_in_their_metadata_and_nonsense_is_n
     assert (f"{span.context.trace_id:032x}", f"{_parent(span):016x}") == (TRACE, PARENT)
 
 
-async def test_what_is_not_sampled_is_not_sent_along(
-    small_model: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_is_not_sampled_is_not_sent_along(small_model: Path, recorder: Recorder) -> None:
     off = TracerProvider(sampler=ALWAYS_OFF)
     seen: list[str] = []
     async with (
         running_server(small_model, range(16), tracer=recorder.servers) as server,
-        Coordinator(addresses([server]), replace(EXACT, tracer=off.get_tracer("off"))) as unsampled,
-        Coordinator(addresses([server]), EXACT) as untraced,
+        Coordinator(addresses([server]), replace(OVER_GRPC, tracer=off.get_tracer("off"))) as unsampled,
+        Coordinator(addresses([server]), OVER_GRPC) as untraced,
     ):
-        admit = Shard.admit
 
-        def watch(shard: Shard, call: ExecuteCall) -> TokenBatch:
-            seen.append(call.traceparent)
-            return admit(shard, call)
+        async def watch(incoming: Incoming) -> bytes:
+            seen.append(incoming.traceparent + str(codec.parse_request(incoming.message).traceparent, "ascii"))
+            return await answers.real(incoming)
 
-        monkeypatch.setattr(Shard, "admit", watch)
+        answers = Answers(server, watch)
         await call(unsampled)
         await call(untraced)
     assert seen == ["", ""]

@@ -5,7 +5,6 @@
 #include <grpcpp/grpcpp.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -23,6 +22,8 @@
 #include <vector>
 
 #include "expert_shard.grpc.pb.h"
+#include "lane.h"
+#include "refused.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "tensors travel little-endian; this machine is not"
@@ -36,23 +37,9 @@ using google::protobuf::Value;
 
 constexpr int kBlock = 128;
 constexpr int kMessagesInFlight = 4;
+constexpr uint64_t kLaneBytes = 64 << 20;
+constexpr uint32_t kLaneVersion = 1;
 constexpr auto kTimeout = std::chrono::seconds(60);
-
-// What the server refused: "INVALID_ARGUMENT: top_k is 9; it must be from 1 to 8".
-class Refused : public std::runtime_error {
- public:
-  Refused(unsigned code, const std::string& message) : std::runtime_error(Name(code) + ": " + message) {}
-
- private:
-  static std::string Name(unsigned code) {
-    static constexpr std::array kNames = {
-        "OK",        "CANCELLED",      "UNKNOWN",           "INVALID_ARGUMENT",   "DEADLINE_EXCEEDED",
-        "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
-        "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
-        "DATA_LOSS", "UNAUTHENTICATED"};
-    return code < kNames.size() ? kNames[code] : "status " + std::to_string(code);
-  }
-};
 
 // --- Numbers as the contract wants them ------------------------------------------------------------------------------
 
@@ -153,6 +140,12 @@ void Check(const grpc::Status& status) {
   if (!status.ok()) throw Refused(status.error_code(), status.error_message());
 }
 
+void Check(const Replies& replies) {
+  for (const auto& reply : replies) {
+    if (reply.has_error()) throw Refused(reply.error().code(), reply.error().message());
+  }
+}
+
 // An expertd server.
 class Server {
  public:
@@ -160,8 +153,7 @@ class Server {
     grpc::ChannelArguments arguments;
     // The server bounds its messages (Limits.max_message_bytes); 4 MiB, the library's own bound, is too low.
     arguments.SetMaxReceiveMessageSize(-1);
-    stub_ = v1::ExpertShard::NewStub(
-        grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments));
+    stub_ = v1::ExpertShard::NewStub(grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments));
   }
 
   v1::GetShardResponse GetShard() {
@@ -193,12 +185,15 @@ class Server {
     writer.join();
     Check(stream->Finish());
     Replies replies;
-    for (const auto& request : requests) {
-      const v1::ExecuteResponse& reply = answered.at(request.request_id());
-      if (reply.has_error()) throw Refused(reply.error().code(), reply.error().message());
-      replies.push_back(reply);
-    }
+    for (const auto& request : requests) replies.push_back(answered.at(request.request_id()));
     return replies;
+  }
+
+  v1::RegisterSharedMemoryResponse RegisterSharedMemory() {
+    const auto context = MakeContext();
+    v1::RegisterSharedMemoryResponse door;
+    Check(stub_->RegisterSharedMemory(context.get(), {}, &door));
+    return door;
   }
 
  private:
@@ -333,8 +328,20 @@ Input RandomInput(const v1::GetShardResponse& shard) {
   return input;
 }
 
-// All tokens in one unary call, or cut into several requests of one stream.
-Struct RunOne(Server& server, const v1::GetShardResponse& shard, const Input& input, const std::string& rpc,
+// Memory shared with a server of this machine that speaks the same version of the lane; null for all others.
+std::unique_ptr<Lane> OpenLane(Server& server, const v1::GetShardResponse& shard) {
+  try {
+    const auto door = server.RegisterSharedMemory();
+    if (door.lane_version() == kLaneVersion) return std::make_unique<Lane>(door, shard, kLaneBytes);
+    std::cout << "no shared memory: the server's lane has version " << door.lane_version() << "\n";
+  } catch (const Refused& error) {
+    std::cout << "no shared memory: " << error.what() << "\n";
+  }
+  return nullptr;
+}
+
+// All tokens in one unary call, or cut into several requests of one stream or of a lane.
+Struct RunOne(Server& server, Lane* lane, const v1::GetShardResponse& shard, const Input& input, const std::string& rpc,
               v1::DType hidden_dtype) {
   const size_t parts = rpc == "Execute" ? 1 : kMessagesInFlight;
   const size_t size = (input.tokens.size() + parts - 1) / parts;
@@ -344,8 +351,10 @@ Struct RunOne(Server& server, const v1::GetShardResponse& shard, const Input& in
     const Tokens part(begin, begin + std::min(size, input.tokens.size() - first));
     requests.push_back(MakeRequest(shard, input.layer, part, hidden_dtype, requests.size() + 1));
   }
-  const Replies replies =
-      rpc == "Execute" ? Replies{server.Execute(requests.front())} : server.ExecuteStream(requests);
+  const Replies replies = rpc == "Execute"         ? Replies{server.Execute(requests.front())}
+                          : rpc == "ExecuteStream" ? server.ExecuteStream(requests)
+                                                   : lane->Execute(requests);
+  Check(replies);
   return Collect(requests, replies, shard.config().hidden_size());
 }
 
@@ -358,7 +367,7 @@ std::string Summary(const Struct& result) {
   for (int token = 0; token < std::min(5, partials.size()); token++) {
     double squares = 0;
     for (const double value : Row<double>(partials[token])) squares += value * value;
-    text += " " + std::to_string(std::sqrt(squares));
+    text.append(" ").append(std::to_string(std::sqrt(squares)));
   }
   return text + "; pairs by expert " + ToJson(fields.at("receipt").struct_value());
 }
@@ -372,12 +381,15 @@ int Run(const std::string& address, const std::string& input_file, const std::st
   Struct output;
   bool refused = false;
   Value& results = (*output.mutable_fields())["results"];
-  for (const std::string rpc : {"Execute", "ExecuteStream"}) {
+  const std::unique_ptr<Lane> lane = OpenLane(server, shard);
+  std::vector<std::string> rpcs = {"Execute", "ExecuteStream"};
+  if (lane) rpcs.push_back("SharedMemory");
+  for (const std::string& rpc : rpcs) {
     for (const v1::DType hidden_dtype : {v1::DTYPE_FLOAT8_E4M3FN, v1::DTYPE_BFLOAT16}) {
       Struct& result = *results.mutable_list_value()->add_values()->mutable_struct_value();
       // A refusal is a result too.
       try {
-        result = RunOne(server, shard, input, rpc, hidden_dtype);
+        result = RunOne(server, lane.get(), shard, input, rpc, hidden_dtype);
       } catch (const Refused& error) {
         (*result.mutable_fields())["error"] = Text(error.what());
         refused = true;

@@ -1,5 +1,7 @@
 """The high-precision pipeline: weights and tokens are dequantised, and nothing is quantised a second time.
 
+Weights that are FP16 already, as those of BF16 checkpoints may be, go into the products as they are.
+
 FP16 products with FP32 sums. FP16 rounds eight times finer than BF16; so that its range never matters, every operand is
 divided by a factor that is put back in FP32 after the product: a token's and an expert's largest block scale, and the
 largest magnitude of an intermediate row. The relative error against exact arithmetic on the same FP8 inputs is about
@@ -22,6 +24,7 @@ from expertd.kernels.cutile.dequant.silu_and_mul import LEAST_FACTOR, silu_and_m
 from expertd.kernels.cutile.dequant.token_sort import ExpertRows, sort_rows
 from expertd.kernels.cutile.dequant.weights import dequant_weights
 from expertd.kernels.numerics.backend import LayerWeights, Partials, TokenBatch
+from expertd.kernels.numerics.quantize import FP8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +49,24 @@ def default_config(arch: str, num_tokens: int) -> DequantConfig:
 class DequantPipeline:
     """Runs batches over the weights of any layer of one shape.
 
-    Keeps room for one layer's FP16 weights (2.8 GB for DeepSeek-V3's 32 experts); a batch takes 6H + 10I bytes more for
-    each of its choices from PyTorch's allocator, at most 8.6 GB for 16384 tokens of 8 choices.
+    Keeps room for one layer's FP16 weights (2.8 GB for DeepSeek-V3's 32 experts), unless they are FP16; a batch takes
+    6H + 10I bytes more for each of its choices from PyTorch's allocator, at most 8.6 GB for 16384 tokens of 8 choices.
     """
 
     def __init__(
-        self, num_experts: int, hidden_size: int, intermediate_size: int, device: torch.device, gpu: Gpu
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        device: torch.device,
+        gpu: Gpu,
+        *,
+        dtype: torch.dtype = FP8,
     ) -> None:
+        """`dtype` is the weights': float8_e4m3fn, or float16 with one scale an expert."""
+
         def room(rows: int, columns: int) -> Tensor:
-            return torch.empty(num_experts, rows, columns, dtype=torch.float16, device=device)
+            return torch.empty(num_experts if dtype == FP8 else 0, rows, columns, dtype=torch.float16, device=device)
 
         self._up_gate = room(2 * intermediate_size, hidden_size)
         self._down = room(hidden_size, intermediate_size)
@@ -71,7 +83,7 @@ class DequantPipeline:
         bounds = (weights.num_experts, batch.expert_ids.numel(), active_experts)
         active = max(1, min(bound for bound in bounds if bound is not None))
         rows = sort_rows(batch.expert_ids, weights.num_experts, active, config.tile_m)
-        if active < config.group_from:
+        if active < config.group_from and weights.dtype == FP8:
             sums = self._individual(batch, rows, weights)
         else:
             launches, sums = self.grouped(batch, rows, weights, config)
@@ -86,6 +98,11 @@ class DequantPipeline:
         slots = len(rows.experts)
         hidden_size, intermediate_size = weights.down.shape[1:]
         up_gate_weight, down_weight = self._up_gate[:slots], self._down[:slots]
+        tile_experts = rows.experts[rows.tile_slots.clamp(max=slots - 1)]
+        tiles = (rows.tile_slots, rows.num_tiles)
+        if weights.dtype != FP8:
+            up_gate_weight, down_weight = weights.up_gate, weights.down
+            tiles = (tile_experts, rows.num_tiles)
 
         def buffer(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(len(rows.tokens), columns, dtype=dtype, device=batch.hidden.device)
@@ -93,22 +110,24 @@ class DequantPipeline:
         hidden, factors, gather = _hidden_rows(batch, rows.tokens, self._gpu.arch)
         up_gate_scales, up_gate_factors = _normalized(weights.up_gate_scales)
         down_scales, down_factors = _normalized(weights.down_scales)
-        row_experts = rows.experts[rows.tile_slots.clamp(max=slots - 1)].repeat_interleave(config.tile_m)
-        factors *= up_gate_factors[row_experts]
+        factors *= up_gate_factors[tile_experts.repeat_interleave(config.tile_m)]
         up_gate = buffer(2 * intermediate_size, torch.float32)
         activated = buffer(intermediate_size, torch.float16)
         activated_factors = torch.empty_like(factors)
         down = buffer(hidden_size, torch.float32)
         pair_weights = batch.weights * down_factors[batch.expert_ids]
         sums = torch.empty(batch.hidden.shape, dtype=torch.float32, device=batch.hidden.device)
-        tiles = (rows.tile_slots, rows.num_tiles)
         arch, processors = self._gpu.arch, self._gpu.processors
+
+        def dequant(weight: Tensor, scales: Tensor, out: Tensor) -> list[Launch]:
+            return [dequant_weights(fp8_operand(weight, arch), scales, rows.experts, out)] if weight is not out else []
+
         launches = [
             *gather,
-            dequant_weights(fp8_operand(weights.up_gate, arch), up_gate_scales, rows.experts, up_gate_weight),
+            *dequant(weights.up_gate, up_gate_scales, up_gate_weight),
             group_gemm(hidden, up_gate_weight, *tiles, up_gate, config.tile_m, config.up_gate, processors),
             silu_and_mul(up_gate, rows.tokens, factors, activated, activated_factors),
-            dequant_weights(fp8_operand(weights.down, arch), down_scales, rows.experts, down_weight),
+            *dequant(weights.down, down_scales, down_weight),
             group_gemm(activated, down_weight, *tiles, down, config.tile_m, config.down, processors),
             aggregate(down, activated_factors, rows.positions, pair_weights, sums),
         ]

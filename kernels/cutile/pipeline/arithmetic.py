@@ -28,15 +28,15 @@ MAX_TILE_ROWS = 128
 class Layer(Protocol):
     """Computes any layer of one shape, on the current stream and without waiting for the device."""
 
-    max_graph_tokens: int
-    """Up to this many tokens the work of a batch is the same for every batch, so that a graph can replay it."""
-
     def compute(self, weights: LayerWeights, batch: TokenBatch, sums: Tensor, pairs: Tensor) -> None:
-        """Write `sums` [T, H] and `pairs` [E] int32 of a device batch."""
+        """Write `sums` [T, H] and `pairs` [E] int32 of a device batch.
+
+        By kernels, whose addresses a graph can be told anew, and not by copies; in the same way for every batch of T.
+        """
 
 
 class FastLayer:
-    """FP8 products; at most `max_tokens` tokens at once, longer batches in parts."""
+    """FP8 products; at most `max_tokens` tokens at once."""
 
     def __init__(
         self,
@@ -48,12 +48,9 @@ class FastLayer:
         max_tokens: int,
         max_top_k: int,
         batch_invariant: bool,
-        max_graph_tokens: int,
     ) -> None:
-        self.max_graph_tokens = min(max_graph_tokens, max_tokens)
         self._shape = ExpertShape(*weights.down.shape)
         self._table, self._gpu = table, gpu
-        self._max_tokens = max_tokens
         self._batch_invariant = batch_invariant
         self._workspace = Workspace.allocate(max_tokens, max_top_k, weights, MAX_TILE_ROWS, device)
         width = self._shape.hidden_size
@@ -61,14 +58,6 @@ class FastLayer:
         self._scales = torch.empty(max_tokens, width // BLOCK, device=device)
 
     def compute(self, weights: LayerWeights, batch: TokenBatch, sums: Tensor, pairs: Tensor) -> None:
-        for first in range(0, batch.num_tokens, self._max_tokens):
-            part = _part(batch, first, self._max_tokens)
-            counted = pairs if first == 0 else self._workspace.schedule.pairs
-            self._compute_part(weights, part, sums[first : first + part.num_tokens], counted)
-            if first:
-                pairs += counted
-
-    def _compute_part(self, weights: LayerWeights, batch: TokenBatch, sums: Tensor, pairs: Tensor) -> None:
         tokens = batch.num_tokens
         if batch.scales is None:
             hidden, scales = self._quantized[:tokens], self._scales[:tokens]
@@ -86,9 +75,7 @@ class FastLayer:
 
 
 class DequantLayer:
-    """FP16 products of dequantised weights."""
-
-    max_graph_tokens = 0
+    """FP16 products of dequantised weights, or of such as are FP16."""
 
     def __init__(
         self, weights: LayerWeights, table: Table, gpu: Gpu, device: torch.device, *, batch_invariant: bool
@@ -97,12 +84,14 @@ class DequantLayer:
         self._table, self._gpu = table, gpu
         self._batch_invariant = batch_invariant
         shape = self._shape
-        self._pipeline = DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, device, gpu)
+        self._pipeline = DequantPipeline(
+            shape.num_experts, shape.hidden_size, shape.intermediate_size, device, gpu, dtype=weights.dtype
+        )
 
     def compute(self, weights: LayerWeights, batch: TokenBatch, sums: Tensor, pairs: Tensor) -> None:
         partials = self._pipeline(batch, weights, self._config(batch.num_tokens))
-        sums.copy_(partials.sums)
-        pairs.copy_(partials.pairs)
+        torch.mul(partials.sums, 1.0, out=sums)
+        torch.mul(partials.pairs, 1, out=pairs)
 
     def _config(self, num_tokens: int) -> DequantConfig:
         if self._batch_invariant:
@@ -124,11 +113,3 @@ def choose_pipeline(arch: str, table: Table, shape: ExpertShape) -> Pipeline:
         if measured is not None:
             return "dequant" if measured == "dequant" else "fast"
     return "fast"
-
-
-def _part(batch: TokenBatch, first: int, tokens: int) -> TokenBatch:
-    if batch.num_tokens <= tokens:
-        return batch
-    rows = slice(first, first + tokens)
-    scales = None if batch.scales is None else batch.scales[rows]
-    return TokenBatch(batch.hidden[rows], scales, batch.expert_ids[rows], batch.weights[rows])

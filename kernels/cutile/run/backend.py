@@ -3,48 +3,47 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
+from torch import Tensor
 
+from expertd._native import CudaExecutor
 from expertd.kernels.cutile.base.fp8 import has_fp8
 from expertd.kernels.cutile.base.launch import Gpu
-from expertd.kernels.cutile.base.shape import SHAPE_CLASSES, ExpertShape, shape_class
+from expertd.kernels.cutile.base.shape import SHAPE_CLASSES, ExpertShape
+from expertd.kernels.cutile.dequant.halves import to_float16
 from expertd.kernels.cutile.pipeline.arithmetic import DequantLayer, FastLayer, Layer, Pipeline, choose_pipeline
 from expertd.kernels.cutile.pipeline.table import DEFAULT_CACHE, Machine, load_table
-from expertd.kernels.cutile.run.replay import Replay
-from expertd.kernels.cutile.run.staging import (
-    BatchShape,
-    Bay,
-    DeviceBatch,
-    fill_routing,
-    move_batch,
-    move_sums,
-    pinned,
-    sums_target,
-)
+from expertd.kernels.cutile.run.batch import DeviceBatch, start_batch
+from expertd.kernels.cutile.run.cache import warn_unless_kept
+from expertd.kernels.cutile.run.capture import Graphs
 from expertd.kernels.model.config import BLOCK
-from expertd.kernels.numerics.backend import DeviceMemory, LayerWeights, TokenBatch, UnsupportedShape
-from expertd.kernels.numerics.quantize import FP8
-from expertd.kernels.numerics.threads import compute_alone
+from expertd.kernels.numerics.backend import (
+    DeviceMemory,
+    LayerAddresses,
+    LayerWeights,
+    TokenBatch,
+    UnsupportedShape,
+    spliced,
+)
 
 log = logging.getLogger(__name__)
 
 MAX_HIDDEN_SIZE = 8192
 MAX_INTERMEDIATE_SIZE = 4096
 MAX_EXPERTS = 64
-GRAPH_TOKENS = 256
-"""Up to this many tokens a batch is padded to its shape class and replayed as a CUDA graph."""
+TIME_EVERY = 8
+"""Of so many small batches of a kind one is timed: four events cost 5 us of their 47 to 70."""
+EXPRESS_ROWS = 256
+"""Batches of up to so many tokens are computed beside larger ones, where that takes some MB and not another layer's."""
 
 
 class CutileBackend:
-    """Computes on one GPU: copies and kernels of successive batches overlap, on three streams.
+    """Computes on one GPU, through the native executor alone: by `submit`, until an engine takes that.
 
+    BF16 weights are kept as FP16 of the same values, for the dequant pipeline, which "auto" then is.
     `pipeline` is "fast" (FP8 products, relative error below 3e-2), "dequant" (FP16 products, below 1e-3) or "auto":
     `choose_pipeline`. A token's bits never depend on the order of its batch; with `batch_invariant` they do not depend
     on its size either. Batches of up to `max_batch_tokens` tokens are taken; kernels compute at most `max_tokens` at
@@ -76,92 +75,64 @@ class CutileBackend:
         self._max_top_k = max_top_k
         self._table = load_table(Machine.detect(), cache)
         self._layers: dict[int, LayerWeights] = {}
-        self._bays: SimpleQueue[Bay] = SimpleQueue()
-        self._inward, self._outward = (torch.cuda.Stream(self._device) for _ in range(2))
 
     @property
     def device(self) -> str:
         return torch.cuda.get_device_name(self._device)
 
     def load_layer(self, layer: int, weights: LayerWeights) -> None:
-        """Take a layer's weights. Raises `UnsupportedShape`; all layers have one shape."""
+        """Take a layer's weights. Raises `UnsupportedShape`; all layers have one shape and type."""
+        plain = weights.dtype == torch.bfloat16
+        if plain and self._pipeline == "fast":
+            raise UnsupportedShape("the fast pipeline computes with FP8 weights: choose dequant for BF16 ones")
         if not self._layers:
             self._shape = _shape_of(weights)
             if self._pipeline == "auto":
-                self._pipeline = choose_pipeline(self._gpu.arch, self._table, self._shape)
+                chosen = choose_pipeline(self._gpu.arch, self._table, self._shape)
+                self._pipeline = "dequant" if plain else chosen
                 log.info("pipeline %s", self._pipeline)
             self._allocate(weights)
         elif _shape_of(weights) != self._shape:
             raise UnsupportedShape(f"layer {layer} has {_shape_of(weights)}, the layers before it {self._shape}")
-        self._layers[layer] = LayerWeights(
-            *(
-                tensor.to(self._device, copy=True)
-                for tensor in (weights.up_gate, weights.up_gate_scales, weights.down, weights.down_scales)
-            )
-        )
-        self._replay.forget(layer)
+        self._layers[layer] = to_float16(weights, self._device) if plain else _on(weights, self._device)
+
+    def splice_layer(self, layer: int, base: int, kept: Mapping[int, int], added: LayerWeights) -> None:
+        room, wanted = self._shape.num_experts, len(kept) + added.num_experts
+        if wanted > room:
+            raise UnsupportedShape(f"{wanted} experts of a layer: the kernels of this server were made for {room}")
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            new = to_float16(added, self._device) if added.dtype == torch.bfloat16 else added
+            tensors = spliced(_tensors(self._layers[base]), kept, _tensors(new), room)
+            torch.cuda.current_stream(self._device).synchronize()
+        self._layers[layer] = LayerWeights(*tensors)
+
+    def drop_layer(self, layer: int) -> None:
+        self._layers.pop(layer, None)
 
     def warm_up(self) -> None:
-        """Compile what every shape class needs and capture the graphs of small batches of every layer."""
-        first = next(iter(self._layers))
-        for tokens in (tokens for tokens in SHAPE_CLASSES if tokens <= self._max_batch_tokens):
-            for layer in self._layers if tokens <= GRAPH_TOKENS else (first,):
-                for reply_dtype in (torch.bfloat16, torch.float32):
-                    # Kernels are compiled once for sizes that are multiples of 16 and once for others.
-                    for size in {tokens, max(tokens - 1, 1)}:
-                        self.submit(layer, [self._blank(size, FP8)], reply_dtype).result()
-            self.submit(first, [self._blank(tokens, torch.bfloat16)], torch.bfloat16).result()
-        # The host's part is small from now on: spread over all cores it would take them from the callers beside us.
-        compute_alone(torch.get_num_threads())
+        """Compile what every size class needs and capture its graphs."""
+        warn_unless_kept()
+        self._graphs.capture_all(next(iter(self._layers.values())))
 
-    @torch.inference_mode()
     def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> DeviceBatch:
         tokens, top_k = sum(request.num_tokens for request in requests), requests[0].expert_ids.shape[1]
         if top_k > self._max_top_k:
             raise UnsupportedShape(f"{top_k} experts a token exceed max_top_k {self._max_top_k}")
         if tokens > self._max_batch_tokens:
             raise UnsupportedShape(f"{tokens} tokens exceed max_batch_tokens {self._max_batch_tokens}")
-        shape = BatchShape(tokens, top_k, self._shape.hidden_size, requests[0].hidden.dtype)
-        if tokens <= self._compute.max_graph_tokens:
-            padded = replace(shape, tokens=min(shape_class(tokens), self._compute.max_graph_tokens))
-            batch = self._replay.submit(layer, requests, padded, reply_dtype)
-            if batch is not None:
-                return batch
-        bay = self._bays.get_nowait()
-        try:
-            return self._stream(bay, layer, requests, shape, reply_dtype)
-        except BaseException:
-            self._bays.put(bay)
-            raise
+        weights = self._layers[layer]
+        *_, rows = self._executor.cut(tokens, on_host=not all(request.hidden.is_cuda for request in requests))
+        self._graphs.capture(weights, rows, requests[0].hidden.dtype, reply_dtype)
+        return start_batch(self._executor, weights.addresses, requests, reply_dtype)
+
+    def native_executor(self) -> CudaExecutor:
+        return self._executor
+
+    def layer_addresses(self) -> Mapping[int, LayerAddresses]:
+        return {layer: weights.addresses for layer, weights in self._layers.items()}
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
-
-    def _stream(
-        self, bay: Bay, layer: int, requests: Sequence[TokenBatch], shape: BatchShape, reply_dtype: torch.dtype
-    ) -> DeviceBatch:
-        """Copy in, compute and copy out on a stream each, to overlap those of the batches before and after."""
-        started, marks = time.perf_counter(), bay.marks
-        kernels = torch.cuda.current_stream(self._device)
-        results = bay.results.used(shape.tokens, reply_dtype)
-        fill_routing(requests, bay.host_batch(shape))
-        staged = time.perf_counter() - started
-        with torch.cuda.stream(self._inward):
-            marks[0].record()
-            batch = move_batch(requests, bay, shape)
-            marks[1].record()
-        kernels.wait_event(marks[1])
-        marks[2].record()
-        computed = sums_target(requests, results.sums(reply_dtype))
-        self._compute.compute(self._layers[layer], batch, computed, results.pairs)
-        marks[3].record()
-        with torch.cuda.stream(self._outward):
-            self._outward.wait_event(marks[3])
-            marks[4].record()
-            pairs = pinned(results.pairs.shape, torch.int32).copy_(results.pairs, non_blocking=True)
-            sums = move_sums(requests, computed)
-            marks[5].record()
-        return DeviceBatch(requests, sums, pairs, marks, staged, partial(self._bays.put, bay))
 
     def memory(self) -> DeviceMemory:
         free, size = torch.cuda.mem_get_info(self._device)
@@ -173,31 +144,39 @@ class CutileBackend:
         )
 
     def _allocate(self, weights: LayerWeights) -> None:
-        experts, width = self._shape.num_experts, self._shape.hidden_size
-        largest = BatchShape(self._max_batch_tokens, self._max_top_k, width, torch.bfloat16)
-        for _ in range(self.depth):
-            self._bays.put(Bay(largest, experts, self._device))
+        most = min(self._max_tokens, self._max_batch_tokens)
+        self._executor = CudaExecutor(
+            torch.cuda.current_device() if self._device.index is None else self._device.index,
+            depth=self.depth,
+            hidden_size=self._shape.hidden_size,
+            num_experts=self._shape.num_experts,
+            max_top_k=self._max_top_k,
+            classes=[*(tokens for tokens in SHAPE_CLASSES if tokens < most), most],
+            max_tokens=self._max_batch_tokens,
+            time_every=TIME_EVERY,
+            express_rows=0 if self._pipeline == "dequant" else EXPRESS_ROWS,
+        )
+        compute = self._computing(weights, most)
+        express = self._computing(weights, min(most, EXPRESS_ROWS)) if self._executor.express_rows else compute
+        self._graphs = Graphs(self._executor, compute, express, self._device)
+
+    def _computing(self, weights: LayerWeights, max_tokens: int) -> Layer:
+        """The kernels and, for batches of up to `max_tokens`, their memory."""
         common = (weights, self._table, self._gpu, self._device)
         if self._pipeline == "dequant":
-            self._compute: Layer = DequantLayer(*common, batch_invariant=self._batch_invariant)
-        else:
-            self._compute = FastLayer(
-                *common,
-                max_tokens=min(self._max_tokens, self._max_batch_tokens),
-                max_top_k=self._max_top_k,
-                batch_invariant=self._batch_invariant,
-                max_graph_tokens=GRAPH_TOKENS,
-            )
-        small = replace(largest, tokens=GRAPH_TOKENS)
-        self._replay = Replay(small, experts, self._compute, self._layers, self._device)
+            return DequantLayer(*common, batch_invariant=self._batch_invariant)
+        return FastLayer(
+            *common, max_tokens=max_tokens, max_top_k=self._max_top_k, batch_invariant=self._batch_invariant
+        )
 
-    def _blank(self, tokens: int, dtype: torch.dtype) -> TokenBatch:
-        """A batch of zeros whose first token goes to expert 0, for warming up."""
-        width = self._shape.hidden_size
-        ids = torch.full((tokens, self._max_top_k), -1, dtype=torch.int32)
-        ids[0, 0] = 0
-        scales = torch.ones(tokens, width // BLOCK) if dtype == FP8 else None
-        return TokenBatch(torch.zeros(tokens, width, dtype=dtype), scales, ids, torch.ones(ids.shape))
+
+def _on(weights: LayerWeights, device: torch.device) -> LayerWeights:
+    """A copy of theirs."""
+    return LayerWeights(*(tensor.to(device, copy=True) for tensor in _tensors(weights)))
+
+
+def _tensors(weights: LayerWeights) -> tuple[Tensor, ...]:
+    return (weights.up_gate, weights.up_gate_scales, weights.down, weights.down_scales)
 
 
 def _shape_of(weights: LayerWeights) -> ExpertShape:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,72 +14,76 @@ from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
 from expertd.kernels.numerics.quantize import FP8
 
+if TYPE_CHECKING:
+    from expertd._native import CudaExecutor
+
 CODES = {FP8: 1, torch.bfloat16: 2, torch.float32: 3}
 """Of `DType` in proto/expert_shard.proto."""
-KINDS = tuple(product((FP8, torch.bfloat16), (torch.bfloat16, torch.float32)))
-"""Dtypes of hidden states and replies."""
+DTYPES = tuple(product((FP8, torch.bfloat16), (torch.bfloat16, torch.float32)))
+"""Of hidden states and replies."""
 
 
-class Executor(Protocol):
-    """The native executor before it serves."""
+class Graphs:
+    """The graphs that an executor was given, by size class and dtypes."""
 
-    @property
-    def depth(self) -> int:
-        """Bays: batches that may be under way at once."""
+    def __init__(self, executor: CudaExecutor, compute: Layer, express: Layer, device: torch.device) -> None:
+        """`express` computes the classes that may run at the same time as one of the others."""
+        self._executor = executor
+        self._device = device
+        # Others run one after another, so that they have their temporaries in the same memory: the largest go first.
+        self._express, self._other = ((layer, torch.cuda.graph_pool_handle()) for layer in (express, compute))
+        # The executor has copies; these hold the memory.
+        self._captured: dict[tuple[int, torch.dtype, torch.dtype], torch.cuda.CUDAGraph] = {}
 
-    @property
-    def classes(self) -> Sequence[int]:
-        """The token counts that batches are padded to."""
+    def __len__(self) -> int:
+        return len(self._captured)
 
-    @property
-    def max_top_k(self) -> int:
-        """Ids of a token in a batch; those that a request lacks are -1."""
+    def layer_for(self, tokens: int) -> Layer:
+        """What computes a size class."""
+        return self._way(tokens)[0]
 
-    def places(self, bay: int, tokens: int, hidden_dtype: int, reply_dtype: int) -> Mapping[str, int]:
-        """Device addresses of ids, weights, hidden, scales, sums and pairs of a batch in a bay."""
+    def capture_all(self, weights: LayerWeights) -> None:
+        for tokens, (hidden, reply) in product(reversed(self._executor.classes), DTYPES):
+            self.capture(weights, tokens, hidden, reply)
 
-    def add_graph(
-        self,
-        bay: int,
-        tokens: int,
-        hidden_dtype: int,
-        reply_dtype: int,
-        graph: int,
-        layer: Sequence[tuple[int, int]],
-    ) -> None:
-        """Copy a captured graph, given where and how long the weights are that it was captured with."""
+    def capture(self, weights: LayerWeights, tokens: int, hidden: torch.dtype, reply: torch.dtype) -> None:
+        """Capture the graph of a size class, unless that was done before, with any layer's weights.
 
+        Waits for all batches that are under way: the kernels' memory is theirs.
+        """
+        key = (tokens, hidden, reply)
+        if key in self._captured:
+            return
+        self._executor.drain()
+        torch.cuda.synchronize(self._device)
+        kind = (tokens, CODES[hidden], CODES[reply])
+        with torch.cuda.stream(torch.cuda.Stream(self._device)), torch.inference_mode():
+            graph = self._capture(weights, _Places(self._executor.places(0, *kind), self._device), *key)
+        tensors = (weights.up_gate, weights.up_gate_scales, weights.down, weights.down_scales)
+        ranges = [(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors]
+        self._executor.add_graph(*kind, graph=graph.raw_cuda_graph(), layer=ranges)
+        self._captured[key] = graph
 
-@torch.inference_mode()
-def capture_graphs(
-    executor: Executor, compute: Layer, weights: LayerWeights, device: torch.device
-) -> list[torch.cuda.CUDAGraph]:
-    """Capture every kind of batch with one layer's weights, for all layers of its shape.
+    def _capture(
+        self, weights: LayerWeights, places: _Places, tokens: int, hidden: torch.dtype, reply: torch.dtype
+    ) -> torch.cuda.CUDAGraph:
+        batch = places.batch(tokens, self._executor.max_top_k, weights.down.shape[1], hidden)
+        sums = places.tensor("sums", tuple(batch.hidden.shape), reply)
+        pairs = places.tensor("pairs", (weights.num_experts,), torch.int32)
+        batch.expert_ids.fill_(-1)
+        layer, pool = self._way(tokens)
+        layer.compute(weights, batch, sums, pairs)  # compiles: that cannot happen in a capture
+        torch.cuda.current_stream(self._device).synchronize()
+        torch.cuda.empty_cache()  # what that took, the capture takes from the graphs' memory
+        # `torch.cuda.graph` would collect garbage each time.
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        layer.compute(weights, batch, sums, pairs)
+        graph.capture_end()
+        return graph
 
-    What is returned holds the memory of the kernels' temporaries: it must outlive the executor.
-    """
-    pool = torch.cuda.graph_pool_handle()
-    tensors = (weights.up_gate, weights.up_gate_scales, weights.down, weights.down_scales)
-    ranges = [(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors]
-    graphs = []
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        for bay, tokens, (hidden, reply) in product(range(executor.depth), executor.classes, KINDS):
-            kind = (bay, tokens, CODES[hidden], CODES[reply])
-            tensors_at = _Places(executor.places(*kind), device)
-            batch = tensors_at.batch(tokens, executor.max_top_k, weights.down.shape[1], hidden)
-            sums = tensors_at.tensor("sums", tuple(batch.hidden.shape), reply)
-            pairs = tensors_at.tensor("pairs", (weights.num_experts,), torch.int32)
-            batch.expert_ids.fill_(-1)
-            compute.compute(weights, batch, sums, pairs)  # compiles: that cannot happen in a capture
-            torch.cuda.current_stream(device).synchronize()
-            # `torch.cuda.graph` would collect garbage each time.
-            graph = torch.cuda.CUDAGraph(keep_graph=True)
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            compute.compute(weights, batch, sums, pairs)
-            graph.capture_end()
-            executor.add_graph(*kind, graph.raw_cuda_graph(), ranges)
-            graphs.append(graph)
-    return graphs
+    def _way(self, tokens: int) -> tuple[Layer, Any]:
+        return self._express if tokens <= self._executor.express_rows else self._other
 
 
 class _Places:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,24 @@ from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
 from expertd.kernels.numerics.quantize import FP8
 
 
-def random_weights(shape: ExpertShape, device: torch.device, generator: torch.Generator | None = None) -> LayerWeights:
-    """Weights of one layer with values spread over FP8's range and scales that differ from block to block."""
+def random_weights(
+    shape: ExpertShape,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = FP8,
+) -> LayerWeights:
+    """Weights of one layer with values spread over FP8's range and scales that differ from block to block; of another
+    `dtype` than float8_e4m3fn they are all one power of two."""
 
     def matrix(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        weight = torch.empty(shape.num_experts, rows, columns, dtype=FP8, device=device)
+        weight = torch.empty(shape.num_experts, rows, columns, dtype=dtype, device=device)
         for expert in weight:
             expert.copy_(torch.randn(rows, columns, device=device, generator=generator) * 64)
         blocks = (shape.num_experts, rows // BLOCK, columns // BLOCK)
         # Outputs stay near the inputs' size: a row of K products of unit variance has variance K.
         scale = (0.5 + torch.rand(blocks, device=device, generator=generator)) / 64 / columns**0.5
+        if dtype != FP8:
+            scale.fill_(2.0 ** -round(math.log2(64 * columns**0.5)))
         return weight, scale
 
     up_gate, up_gate_scales = matrix(2 * shape.intermediate_size, shape.hidden_size)

@@ -30,7 +30,8 @@ def shipped_launches(arch: str, table: Table, shape: ExpertShape = V3) -> Iterat
     gpu = Gpu(arch, processors=132)
     for tokens in SHAPE_CLASSES:
         config = table.get("dequant", shape.key(tokens), DequantConfig) or default_config(arch, tokens)
-        yield from dequant_launches(shape, tokens, config, META, gpu)
+        for dtype in (FP8, torch.float16):
+            yield from dequant_launches(shape, tokens, config, META, gpu, dtype)
         if has_fp8(arch):
             fast = table.get("fast", shape.key(tokens), LayerConfig)
             for choice in {fast or default_layer_config(tokens), default_layer_config(tokens, batch_invariant=True)}:
@@ -39,13 +40,19 @@ def shipped_launches(arch: str, table: Table, shape: ExpertShape = V3) -> Iterat
 
 
 def dequant_launches(
-    shape: ExpertShape, tokens: int, config: DequantConfig, device: torch.device, gpu: Gpu
+    shape: ExpertShape,
+    tokens: int,
+    config: DequantConfig,
+    device: torch.device,
+    gpu: Gpu,
+    dtype: torch.dtype = FP8,
 ) -> list[Launch]:
-    """The grouped products of the dequant pipeline, with what they need before and after."""
-    weights, batch = random_weights(shape, device), random_batch(shape, tokens, device)
+    """The grouped products of the dequant pipeline with weights of `dtype`, and what they need before and after."""
+    weights, batch = random_weights(shape, device, dtype=dtype), random_batch(shape, tokens, device)
     active = min(shape.num_experts, batch.expert_ids.numel())
     rows = sort_rows(batch.expert_ids, shape.num_experts, active, config.tile_m)
-    pipeline = DequantPipeline(shape.num_experts, shape.hidden_size, shape.intermediate_size, device, gpu)
+    sizes = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
+    pipeline = DequantPipeline(*sizes, device, gpu, dtype=dtype)
     return pipeline.grouped(batch, rows, weights, config)[0]
 
 

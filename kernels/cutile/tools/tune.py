@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     table = Table() if args.again else load_table(machine, args.cache)
     shape = ExpertShape(args.experts, args.hidden_size, args.intermediate_size)
     columns = (SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("tuning", total=len(args.tokens))
         tuner = Tuner(table, args.budget, report=progress.console.print)
         bench = TuningBench(shape, torch.device("cuda"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expertd.client.call.choice import ELSEWHERE, NOBODY, Candidate, candidates, choose
-from expertd.client.fleet.membership import Member
+from expertd.client.fleet.member import Member
 from expertd.client.transport.grpc_streams import GrpcTransport
 
 BOTH = torch.ones(2, 3, dtype=torch.bool)
@@ -31,7 +31,9 @@ def test_nobody_is_chosen_where_nobody_in_use_owns() -> None:
     assert choose(owned, (Candidate(1, in_use=False), Candidate(2))).tolist() == [NOBODY, 2]
 
 
-@pytest.mark.parametrize("reluctant", [Candidate(1, busy=True), Candidate(1, elsewhere=True), Candidate(1)])
+@pytest.mark.parametrize(
+    "reluctant", [Candidate(1, busy=True), Candidate(1, slow=True), Candidate(1, elsewhere=True), Candidate(1)]
+)
 def test_one_that_is_busy_elsewhere_or_to_be_avoided_is_asked_only_in_need(reluctant: Candidate) -> None:
     avoid = 1 if reluctant == Candidate(1) else None
     other = Candidate(2, 4000, turn=0.9)
@@ -75,3 +77,9 @@ async def test_a_snapshot_says_who_is_busy_and_how_much_is_outstanding() -> None
     before, after = (candidates(members, "", 0.25, now) for now in (9.9, 10.0))
     assert before == (Candidate(3, 50, in_use=False, busy=True, turn=0.25), Candidate(4, turn=0.75))
     assert after[0] == Candidate(3, 50, in_use=False, turn=0.25)
+
+
+def test_what_a_slower_server_has_to_do_weighs_more() -> None:
+    assert chosen(Candidate(1, 40, weight=2.0), Candidate(2, 60)) == 2
+    assert chosen(Candidate(1, 20, weight=2.0), Candidate(2, 60)) == 1
+    assert chosen(Candidate(1, weight=2.5, turn=0.0), Candidate(2, turn=0.9)) == 2

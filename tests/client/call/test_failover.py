@@ -16,7 +16,10 @@ from expertd.proto.base.errors import DeadlineExceeded, Overloaded, ServerFault,
 from expertd.server.options.config import Address
 from tests.support.coordinators import LAYER, QUICK, call, expected, oracle, tokens
 from tests.support.fleets import addresses, computed_tokens, flat, running_replicas, stop
-from tests.support.serving import running_server
+from tests.support.serving import Answers, running_server
+
+OVER_GRPC = replace(QUICK, shared_memory_bytes=0)
+"""Where `Answers` are."""
 
 
 async def test_calls_go_on_without_an_error_while_a_replica_stops(small_model: Path) -> None:
@@ -104,19 +107,17 @@ async def test_idle_replicas_share_concurrent_calls(small_model: Path) -> None:
         assert all(computed_tokens(server) > 0 for half in replicas for server in half)
 
 
-async def test_an_overloaded_replica_is_passed_over_and_stays_in_use(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with running_replicas(small_model) as replicas, Coordinator(flat(replicas), QUICK) as moe:
+async def test_an_overloaded_replica_is_passed_over_and_stays_in_use(small_model: Path) -> None:
+    async with running_replicas(small_model) as replicas, Coordinator(flat(replicas), OVER_GRPC) as moe:
 
-        async def refuse(*_: object) -> None:
+        async def refuse(*_: object) -> bytes:
             raise Overloaded("99 tokens are queued")
 
         full = replicas[0][0]
-        monkeypatch.setattr(full.scheduler, "execute", refuse)
+        answers = Answers(full, refuse)
         for seed in range(8):
             assert relative_error(await call(moe, seed), expected(small_model, seed)) < 1e-5
-        monkeypatch.undo()
+        answers.leave()
         await asyncio.gather(*(call(moe, seed) for seed in range(8)))
         assert computed_tokens(full) > 0
 
@@ -124,25 +125,26 @@ async def test_an_overloaded_replica_is_passed_over_and_stays_in_use(
 async def test_a_server_that_fails_is_replaced_by_its_replica(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with running_replicas(small_model) as replicas, Coordinator(flat(replicas), QUICK) as moe:
+    async with running_replicas(small_model) as replicas, Coordinator(flat(replicas), OVER_GRPC) as moe:
 
-        async def fail(*_: object) -> None:
+        async def fail(*_: object) -> bytes:
             raise ServerFault("the device failed: RuntimeError: CUDA error")
 
         for half in replicas:
-            monkeypatch.setattr(half[0].scheduler, "execute", fail)
+            Answers(half[0], fail)
         for seed in range(10):
             assert relative_error(await call(moe, seed), expected(small_model, seed)) < 1e-5
 
 
 async def test_a_server_that_hangs_costs_one_attempt(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(QUICK, attempt_timeout=0.2)
+    config = replace(OVER_GRPC, attempt_timeout=0.2)
     async with running_replicas(small_model) as replicas, Coordinator(flat(replicas), config) as moe:
 
-        async def hang(*_: object) -> None:
+        async def hang(*_: object) -> bytes:
             await asyncio.Event().wait()
+            raise AssertionError
 
-        monkeypatch.setattr(replicas[0][0].scheduler, "execute", hang)
+        Answers(replicas[0][0], hang)
         started = asyncio.get_running_loop().time()
         assert relative_error(await call(moe), expected(small_model)) < 1e-5
         assert asyncio.get_running_loop().time() - started < 2
@@ -159,14 +161,14 @@ async def test_the_callers_own_time_limit_takes_no_server_out_of_use(small_model
 async def test_attempts_are_bounded(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = 0
 
-    async def refuse(*_: object) -> None:
+    async def refuse(*_: object) -> bytes:
         nonlocal attempts
         attempts += 1
         raise Overloaded("always full")
 
     async with running_server(small_model, range(16)) as server:
-        monkeypatch.setattr(server.scheduler, "execute", refuse)
-        async with Coordinator(addresses([server]), replace(QUICK, max_attempts=3)) as moe:
+        Answers(server, refuse)
+        async with Coordinator(addresses([server]), replace(OVER_GRPC, max_attempts=3)) as moe:
             with pytest.raises(Overloaded, match="always full"):
                 await call(moe)
     assert attempts == 3

@@ -36,7 +36,21 @@ def shard(layers: Sequence[int], experts: Sequence[int], **changes: Any) -> Shar
     """Every expert's digest is made of its layer and number."""
     digests = b"".join(bytes([layer, expert]) * (DIGEST_BYTES // 2) for layer in layers for expert in experts)
     told = ShardInfo(
-        *("f00d", 1, dataclasses.asdict(CONFIG), tuple(layers), tuple(experts), 1, 1, 1, 1, "torch", "cpu", "", "", ""),
+        *(
+            "f00d",
+            1,
+            dataclasses.asdict(CONFIG),
+            dict.fromkeys(layers, tuple(experts)),
+            1,
+            1,
+            1,
+            1,
+            "torch",
+            "cpu",
+            "",
+            "",
+            "",
+        ),
         expert_digests=digests,
     )
     return dataclasses.replace(told, **changes)
@@ -74,7 +88,7 @@ def test_a_server_that_tells_no_digests_is_not_compared() -> None:
 
 def test_digests_of_another_number_of_experts_are_refused() -> None:
     assert refusal(shard((3, 4), (1, 2, 3), expert_digests=bytes(16))) == (
-        "node0:1 tells 16 bytes of digests for (2, 3) experts"
+        "node0:1 tells 16 bytes of digests for 6 experts"
     )
 
 

@@ -199,3 +199,17 @@ async def test_what_cannot_run_says_why(servers: list[str], float_model: Path) -
                 logits(other, prompts())
 
     await in_thread(check)
+
+
+async def test_a_model_that_outlives_its_registration_says_so(servers: list[str], float_model: Path) -> None:
+    def check() -> None:
+        with register(servers):
+            model = load(float_model, NAME, dtype=torch.float32)
+        with pytest.raises(RuntimeError, match=r"registered no longer: use the model within 'with register"):
+            logits(model, prompts())
+        with register(servers):
+            logits(model, prompts())
+        with pytest.raises(ValueError, match="give a list with at least one host:port"):
+            register(servers[0])
+
+    await in_thread(check)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from expertd.client.placement.assignment import Fleet, InvalidPlan, Placement, place, place_layers
+from expertd.client.placement.assignment import Fleet, InvalidPlan, Placement, place
 from expertd.client.placement.packing import POWER, Floats, bin_loads, count_copies, even_out
 
 EPLB_LOADS = np.array(
@@ -84,7 +84,7 @@ def eplb_balancedness(layer: int) -> float:
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_as_even_as_eplb_on_its_example(layer: int) -> None:
-    placement = place_layers(EPLB_LOADS, Fleet.uniform(8, 2, nodes=2), groups=4)[layer]
+    placement = place(EPLB_LOADS[[layer]], Fleet.uniform(8, 2, nodes=2), groups=4)
     assert placement.policy == "hierarchical"
     assert placement.balancedness(EPLB_LOADS[[layer]]) >= eplb_balancedness(layer) - 1e-12
     nodes_of_group = placement.held.reshape(2, 4, 4, 3).any(axis=(1, 3)).sum(axis=0)
@@ -106,7 +106,7 @@ def test_more_even_than_eplb_on_zipf_loads(
     # `eplb` is what its rebalance_experts reaches for these loads, in the mean of both layers.
     loads = zipf_loads(256, 2, exponent)
     fleet = Fleet.uniform(servers, slots, nodes)
-    even = [p.balancedness(loads[[layer]]) for layer, p in enumerate(place_layers(loads, fleet, groups))]
+    even = [place(layer[None], fleet, groups).balancedness(layer[None]) for layer in loads]
     assert np.mean(even) >= eplb
 
 

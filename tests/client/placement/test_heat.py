@@ -36,9 +36,13 @@ async def test_loads_come_from_running_servers(small_model: Path, capsys: pytest
         assert np.array_equal(loads, expected)
         planned = await asyncio.to_thread(main, ["plan", "--loads", *urls, "--servers", "2", "--slots", "10"])
         assert planned == 0
-        assert "placement of 16 experts, layers 1-2" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "placement of 16 experts, layers 1-2" in printed
+        assert "no traffic in layers 1;" in printed
         with pytest.raises(InvalidPlan, match="layer 1, expert 0; name a server that owns it"):
             await asyncio.to_thread(read_heat, urls[1:])
+        with pytest.raises(InvalidPlan, match="layer 1, expert 8; name a server that owns it"):
+            await asyncio.to_thread(read_heat, urls[:1])
 
 
 async def test_a_server_that_does_not_count_experts_is_named_with_the_cure(small_model: Path) -> None:
@@ -75,5 +79,5 @@ def test_sources_that_cannot_be_read_are_errors_of_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for source in (str(tmp_path / "none"), "http://127.0.0.1:1/metrics"):
-        assert main(["plan", "--loads", source, "--servers", "2"]) == 1
+        assert main(["plan", "--loads", source, "--servers", "2"]) == 2
         assert "expertd plan: error: " in capsys.readouterr().err

@@ -50,13 +50,14 @@ def test_a_plan_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ([1, 2], ["--servers", "2"], "must hold a JSON object from layers"),
         ({"3": [1, 2]}, ["--servers", "2", "--simulate"], "--simulate has loads and fleets of its own"),
         ({"3": [1, 2]}, ["--servers", "2", "--plot", "x.png"], "give --simulate with it"),
+        ({"3": [0, 0], "4": [0, 0]}, ["--servers", "2"], "no traffic at all"),
         ({"3": [1] * 65}, ["--servers", "2"], "the fleet has 64 slots for 65 experts"),
     ],
 )
 def test_unusable_input_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], loads: object, options: list[str], message: str
 ) -> None:
-    assert main(["plan", "--loads", write(tmp_path, "loads.json", loads), *options]) == 1
+    assert main(["plan", "--loads", write(tmp_path, "loads.json", loads), *options]) == 2
     assert message in capsys.readouterr().err
 
 

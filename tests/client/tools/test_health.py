@@ -28,7 +28,7 @@ async def test_a_server_is_healthy_until_it_is_gone(small_model: Path) -> None:
     async with running_server(small_model, range(16)) as server:
         address = str(server.address)
         assert await health(address) == (0, f"{address}: SERVING\n")
-        await server.health.set("", 2)
+        server.health.set_serving(False)
         assert await health(address) == (1, f"{address}: NOT_SERVING\n")
     code, output = await health(address)
     assert code == 1
@@ -45,6 +45,20 @@ async def test_with_mutual_tls_it_needs_the_certificates(small_model: Path, tmp_
         assert (await health(*trusting, "--tls-client-cert", str(probe), "--tls-client-key", str(probe_key)))[0] == 0
         assert (await health(*trusting))[0] == 1
         assert (await health(str(server.address)))[0] == 1
+
+
+async def test_the_metrics_port_says_it_without_certificates(small_model: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("server", host="node0.example.org")
+    options = {"tls_cert": certificate, "tls_key": key, "tls_client_ca": authority.pem}
+    async with running_server(small_model, range(16), **options) as server:
+        url = f"http://{server.metrics_address}/readyz"
+        assert await health(url) == (0, f"{url}: ready\n")
+        server.engine.close("the server is draining")
+        assert await health(url) == (1, f"{url}: the server is draining\n")
+    code, output = await health(url)
+    assert code == 1
+    assert "refused" in output
 
 
 async def test_options_that_cannot_work_have_an_exit_code_of_their_own(tmp_path: Path) -> None:

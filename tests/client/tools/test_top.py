@@ -9,13 +9,14 @@ import sys
 import termios
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
 from rich.console import Console
 
 from expertd.cli import main
-from expertd.client.tools.top import Seen, look, render
+from expertd.client.tools.top import Seen, chosen, look, render
 from tests.support.fleets import running_servers
 from tests.support.serving import execute_method, open_channel, random_batch, request_for
 
@@ -32,10 +33,10 @@ async def test_every_server_is_a_row(small_model: Path, capsys: pytest.CaptureFi
             with pytest.raises(grpc.aio.AioRpcError):
                 await execute(request_for(servers[0], random_batch(1, 256, 8, 4), layer=50))
         addresses = [*(str(server.metrics_address) for server in servers), GONE]
-        servers[1].scheduler.close("the server is draining; use another replica")
+        servers[1].engine.close("the server is draining; use another replica")
         text = shown(await look(addresses))
         code = await asyncio.to_thread(main, ["top", *addresses[:2], "--once"])
-        servers[1].scheduler.open()
+        servers[1].engine.open()
         assert code == 1
         assert await asyncio.to_thread(main, ["top", *addresses[:2]]) == 0
     assert "2 of 2 servers ready" in capsys.readouterr().out
@@ -83,5 +84,102 @@ async def test_a_terminal_is_refreshed_until_ctrl_c(small_model: Path) -> None:
     assert b"2 of 2 servers ready" in screen
 
 
+async def test_q_ends_it_and_leaves_the_terminal_as_it_was() -> None:
+    controller, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "expertd.cli", "top", GONE, "--interval", "30"),
+        stdin=terminal,
+        stdout=terminal,
+        start_new_session=True,
+        preexec_fn=_control,
+    )
+    screen = b""
+    while b"servers ready" not in screen:
+        screen += await asyncio.to_thread(os.read, controller, 65536)
+    os.write(controller, b"q")
+    assert await asyncio.wait_for(process.wait(), 20) == 0
+    assert termios.tcgetattr(terminal) == before
+    os.close(terminal)
+    os.close(controller)
+
+
+def status(**changes: Any) -> dict[str, Any]:  # noqa: ANN401
+    told: dict[str, Any] = {
+        "model_fingerprint": "0123456789abcdef",
+        "routed_experts": 64,
+        "ready": True,
+        "reason": None,
+        "uptime": 90000.0,
+        "tokens_per_second": 123456.0,
+        "requests_per_second": 1234.0,
+        "queue": {"tokens": 3, "capacity": 100},
+        "stages": {"total": {"p50": 0.0123, "p99": 0.123}},
+        "outcomes": {"ok": 7, "unavailable": 2},
+        "errors": [],
+        "loads": {"layers": [3], "experts": list(range(0, 64, 2)), "pairs": [[7] * 32], "balance": {"1": 0.98}},
+    }
+    return told | changes
+
+
+def test_80_columns_cut_neither_addresses_nor_figures() -> None:
+    address = "expertd-17.expertd.inference.svc:9464"
+    output = io.StringIO()
+    Console(file=output, width=80).print(render([Seen(address, status())], 0.0, 80))
+    text = output.getvalue()
+    assert all(figure in text for figure in ("123k", "12.3ms", "123ms", "3%"))
+    assert "…" not in text
+    start = next(line for line in text.splitlines() if "ready" in line and "12.3ms" in line)
+    width = start.index("ready")
+    assert "".join(line[:width].strip() for line in text.splitlines()[4:]).startswith(address)
+
+
+@pytest.mark.parametrize("width", [80, 110, 120])
+def test_an_ipv4_address_stays_on_one_line(width: int) -> None:
+    seen = [Seen("10.123.210.117:50051", status()), Seen("255.255.255.255:65535", None, "gone")]
+    output = io.StringIO()
+    Console(file=output, width=width).print(render(seen, 0.0, width))
+    lines = output.getvalue().splitlines()
+    assert all(any(line.strip().startswith(f"{one.address} ") for line in lines[:-1]) for one in seen)
+    assert all(figure in output.getvalue() for figure in ("123k", "12.3ms", "123ms", "3%"))
+
+
+def test_servers_are_sorted_and_filtered() -> None:
+    seen = [
+        Seen("a:1", None, "gone"),
+        Seen("b:1", status(tokens_per_second=1.0)),
+        Seen("c:1", status(ready=False, uptime=1.0)),
+    ]
+    assert [one.address for one in chosen(seen, None, "")] == ["a:1", "b:1", "c:1"]
+    assert [one.address for one in chosen(seen, "tokens", "")] == ["c:1", "b:1", "a:1"]
+    assert [one.address for one in chosen(seen, "up", "1")] == ["c:1", "b:1", "a:1"]
+    assert [one.address for one in chosen(seen, None, "not ready")] == ["c:1"]
+    assert [one.address for one in chosen(seen, None, "no answer")] == ["a:1"]
+
+
 def _control() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_mixed_or_partly_lost_fleet_is_told_as_such() -> None:
+    even, odd = (status()["loads"] | {"experts": list(range(first, 64, 2))} for first in (0, 1))
+    whole = [Seen("a:1", status(loads=even)), Seen("b:1", status(loads=odd))]
+    assert "fleet:" not in shown(whole)
+    lost = shown([whole[0], Seen("b:1", None, "gone")])
+    assert "fleet: layers 3: nobody owns experts 1, 3, 5, 7, 9, 11, 13, 15 and 24 more (--experts " in lost
+    other = Seen("c:1", status(loads=odd, model_fingerprint="fedcba9876543210"))
+    mixed = [line.strip() for line in shown([whole[0], other, whole[1]]).splitlines()]
+    rows = [line.split()[0] for line in mixed if line.startswith(("a:1 ", "b:1 ", "c:1 "))]
+    assert rows == ["a:1", "b:1", "c:1"]
+    assert mixed.index("model 0123456789ab") < mixed.index("model fedcba987654")
+    assert "fleet: mixed models: '0123456789abcdef' on a:1, b:1; 'fedcba9876543210' on c:1" in mixed
+    assert "fleet: of '0123456789abcdef': whole" in mixed
+    assert any(line.startswith("fleet: of 'fedcba9876543210': layers 3: nobody owns experts 0, 2") for line in mixed)
+
+
+async def test_scripts_see_a_partly_lost_fleet_by_the_exit_code(small_model: Path) -> None:
+    async with running_servers(small_model, HALVES) as servers:
+        addresses = [str(server.metrics_address) for server in servers]
+        assert await asyncio.to_thread(main, ["top", "--once", *addresses]) == 0
+        assert await asyncio.to_thread(main, ["top", "--once", addresses[0]]) == 1
+        assert await asyncio.to_thread(main, ["top", "--once", "--filter", addresses[0], *addresses]) == 0

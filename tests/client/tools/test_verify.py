@@ -93,6 +93,24 @@ async def test_a_server_of_a_damaged_checkpoint_fails(
         assert (await verify(server.address)).code == 0
 
 
+async def test_fp8_replies_have_bounds_of_their_own(small_model: Path, tmp_path: Path, verify: Verify) -> None:
+    fp8 = ("--reply-dtype", "float8_e4m3fn", "--json")
+    async with running_server(small_model, range(16)) as server:
+        outcome = await verify(server.address, "--model", small_model, *fp8)
+        assert (outcome.code, outcome.wrong) == (0, set())
+        (found,) = outcome.servers
+        assert found["bounds"]["relative_error"] == pytest.approx(3e-2, rel=1e-3)
+        assert all(2e-2 < one["relative_error"] < 3e-2 for one in found["comparisons"])
+        alone = await verify(server.address, *fp8)
+        assert (alone.code, alone.out) == (2, "")
+        assert "--reply-dtype needs --model" in alone.err
+    served = copy_of(small_model, tmp_path)
+    rot(served, 2, MUTATIONS["gain 1.05"])
+    async with running_server(served, range(16)) as server:
+        outcome = await verify(server.address, "--model", small_model, *fp8)
+        assert (outcome.code, outcome.wrong & {(2, DAMAGED)}) == (1, {(2, DAMAGED)})
+
+
 async def test_weights_that_changed_in_memory_fail_by_the_servers_own_files(small_model: Path, verify: Verify) -> None:
     async with running_server(small_model, range(16)) as server:
         assert isinstance(server.backend, TorchBackend)

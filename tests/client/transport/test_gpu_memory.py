@@ -4,28 +4,28 @@ import asyncio
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 import torch
 
-from expertd.client.transport import segment_pool
 from expertd.client.transport.gpu_room import GpuRoom
 from expertd.client.transport.grpc_streams import GrpcTransport
-from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
+from expertd.client.transport.shared_memory import FIRST_BYTES, HOST, SharedMemoryTransport
 from expertd.kernels.memory.gpu import GpuMemoryError
 from expertd.proto.base.errors import Unavailable
 from expertd.server.app import Server
 from expertd.server.local.door import LocalDoor
-from tests.support import stand_in_gpu
+from tests.support.native import stand_in_gpu
+from tests.support.native.stand_in_gpu import DEVICE, StandInMemory, StandInStream, as_stream
 from tests.support.serving import call_for, door, random_batch, running_server
-from tests.support.stand_in_gpu import DEVICE, StandInMemory, StandInStream, as_stream
 
 ALL = range(16)
 MIB = 1 << 20
 
 
-async def connected(server: Server, max_bytes: int = 64 * MIB) -> SharedMemoryTransport:
-    transport = SharedMemoryTransport(GrpcTransport(str(server.address)), max_bytes)
+async def connected(server: Server, max_bytes: int = 64 * MIB, first_bytes: int = FIRST_BYTES) -> SharedMemoryTransport:
+    transport = SharedMemoryTransport(GrpcTransport(str(server.address)), max_bytes, first_bytes=first_bytes)
     await transport.get_shard(5.0)
     return transport
 
@@ -37,16 +37,15 @@ def gpu_bytes(transport: SharedMemoryTransport) -> list[int]:
 async def test_results_are_those_of_host_memory_and_many_calls_share_the_memory(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segment_pool, "FIRST_BYTES", 64 << 10)
     async with running_server(small_model, ALL) as server:
         calls = [
             call_for(server, random_batch(tokens, 256, 16, 4, seed=tokens), request_id=tokens)
             for tokens in range(1, 60)
         ]
-        host = await connected(server)
+        host = await connected(server, first_bytes=64 << 10)
         expected = [(await host.execute(call)).partials.clone() for call in calls]
         stand_in_gpu.install(monkeypatch, server)
-        transport = await connected(server)
+        transport = await connected(server, first_bytes=64 << 10)
         for _ in range(3):
             results = await asyncio.gather(*map(transport.execute, calls))
             assert all(torch.equal(result.partials, right) for result, right in zip(results, expected, strict=True))
@@ -77,9 +76,15 @@ async def test_without_room_on_the_gpu_tensors_go_through_host_memory(
         await transport.close()
 
 
-REFUSALS = {
-    "another GPU": ("gpu_uuid", lambda device: "GPU-another", logging.INFO, "the server computes on GPU-stand-in; the"),
-    "CUDA says no": ("GpuMemory", None, logging.WARNING, "cuMemCreate: CUDA_ERROR_NOT_SUPPORTED"),
+class NoMemory(StandInMemory):
+    @classmethod
+    def create(cls, size: int, device: torch.device) -> tuple[Self, int]:
+        raise GpuMemoryError("cuMemCreate: CUDA_ERROR_NOT_SUPPORTED")
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "another GPU": ({"uuid": "GPU-another"}, logging.INFO, "the server computes on GPU-stand-in; the"),
+    "CUDA says no": ({"memory": NoMemory}, logging.WARNING, "cuMemCreate: CUDA_ERROR_NOT_SUPPORTED"),
 }
 
 
@@ -88,17 +93,9 @@ async def test_where_gpu_memory_cannot_be_shared_host_memory_is_and_the_log_says
     small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     caplog.set_level(logging.INFO, "expertd.client")
-    attribute, value, level, reason = REFUSALS[name]
+    refusing, level, reason = REFUSALS[name]
     async with running_server(small_model, ALL) as server:
-        stand_in_gpu.install(monkeypatch, server)
-        if value is None:
-
-            def refuse(size: int, device: torch.device) -> tuple[StandInMemory, int]:
-                raise GpuMemoryError("cuMemCreate: CUDA_ERROR_NOT_SUPPORTED")
-
-            monkeypatch.setattr(StandInMemory, "create", refuse)
-        else:
-            monkeypatch.setattr(segment_pool, attribute, value)
+        stand_in_gpu.install(monkeypatch, server, **refusing)
         transport = await connected(server)
         for _ in range(3):
             assert (await transport.execute(call_for(server, random_batch(2, 256, 16, 4)))).partials.isfinite().all()
@@ -116,7 +113,7 @@ async def test_a_server_without_a_gpu_is_called_through_host_memory(
     caplog.set_level(logging.INFO, "expertd.client")
     async with running_server(small_model, ALL) as server:
         stand_in_gpu.install(monkeypatch, server)
-        monkeypatch.setattr(server.handlers._tickets, "_gpu", "")
+        server.handlers.tickets.gpu = ""
         transport = await connected(server)
         assert (await transport.execute(call_for(server, random_batch(2, 256, 16, 4)))).partials.isfinite().all()
         assert "the server computes on no GPU; the tensors are on GPU-stand-in" in caplog.text
@@ -150,8 +147,7 @@ async def test_a_lost_connection_is_made_again(small_model: Path, monkeypatch: p
         transport = await connected(server)
         call = call_for(server, random_batch(2, 256, 16, 4))
         expected = (await transport.execute(call)).partials.clone()
-        for connection in door(server, LocalDoor)._connections:
-            connection.frames.close()
+        door(server, LocalDoor).disconnect()
         with pytest.raises(Unavailable, match="the connection of shared memory was closed"):
             await transport.execute(call)
         async with asyncio.timeout(10):

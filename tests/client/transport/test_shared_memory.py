@@ -1,6 +1,7 @@
 """Coordinators and servers that share memory: the same bits as over gRPC, and gRPC where there is no room."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import threading
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
-from expertd.client.transport import segment_pool
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.security import ClientSecurity
+from expertd.client.transport.segment_pool import FIRST_PAUSE
 from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
-from expertd.proto.base.errors import DeadlineExceeded, Unavailable
-from expertd.proto.codec import ExecuteCall
-from expertd.server.app import Server
+from expertd.kernels.numerics.backend import Underway
+from expertd.proto.base.errors import DeadlineExceeded, InvalidBatch, Unavailable
+from expertd.proto.codec import ExecuteCall, ExecuteResult, Registration
 from expertd.server.local.door import LocalDoor
 from tests.support.coordinators import EXACT, LAYER, free_bytes, routing, segments_of, tokens
 from tests.support.serving import Gate, call_for, door, random_batch, running_server, until
@@ -33,6 +34,18 @@ DEFAULT = CoordinatorConfig()
 async def call(moe: Coordinator, count: int, seed: int = 0) -> Tensor:
     ids, weights = routing(count, seed)
     return await moe(LAYER, tokens(count, seed), topk_ids=ids, topk_weights=weights)
+
+
+class Noting(GrpcTransport):
+    """Notes what goes over gRPC although memory is shared, in tokens."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.sent: list[int] = []
+
+    async def execute(self, call: ExecuteCall) -> ExecuteResult:
+        self.sent.append(len(call.hidden))
+        return await super().execute(call)
 
 
 def transport_of(moe: Coordinator) -> SharedMemoryTransport:
@@ -67,15 +80,15 @@ async def test_with_a_token_and_over_a_unix_socket(small_model: Path, tmp_path: 
         assert (await call(moe, 3)).isfinite().all()
 
 
-async def test_many_calls_at_once_use_slots_again_and_memory_grows_as_needed(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(segment_pool, "FIRST_BYTES", 64 << 10)
-    config = replace(DEFAULT, shared_memory_bytes=256 << 10)
+async def test_many_calls_at_once_use_slots_again_and_memory_grows_as_needed(small_model: Path) -> None:
+
+    def small(address: str) -> SharedMemoryTransport:
+        return SharedMemoryTransport(GrpcTransport(address), 256 << 10, first_bytes=64 << 10)
+
     async with (
         running_server(small_model, ALL) as server,
         Coordinator([str(server.address)], replace(DEFAULT, shared_memory_bytes=0)) as over_grpc,
-        Coordinator([str(server.address)], config) as moe,
+        Coordinator([str(server.address)], open_transport=small) as moe,
     ):
         expected = [await call(over_grpc, 40, seed) for seed in range(20)]
         for _ in range(5):
@@ -87,25 +100,16 @@ async def test_many_calls_at_once_use_slots_again_and_memory_grows_as_needed(
         assert [free_bytes(segment) for segment in segments] == [segment.size for segment in segments]
 
 
-async def test_calls_without_room_go_over_grpc(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(DEFAULT, shared_memory_bytes=16 << 10)
-    async with (
-        running_server(small_model, ALL) as server,
-        Coordinator([str(server.address)], replace(DEFAULT, shared_memory_bytes=0)) as over_grpc,
-        Coordinator([str(server.address)], config) as moe,
-    ):
-        sent: list[int] = []
-        execute = GrpcTransport.execute
-
-        async def note(self: GrpcTransport, call: ExecuteCall) -> Any:  # noqa: ANN401
-            sent.append(len(call.hidden))
-            return await execute(self, call)
-
+async def test_calls_without_room_go_over_grpc(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server, contextlib.AsyncExitStack() as stack:
+        grpc = Noting(str(server.address))
+        shared = SharedMemoryTransport(grpc, 16 << 10)
+        over_grpc = await stack.enter_async_context(Coordinator([grpc.address], open_transport=GrpcTransport))
+        moe = await stack.enter_async_context(Coordinator([grpc.address], open_transport=lambda _: shared))
         expected = await call(over_grpc, 300)
-        monkeypatch.setattr(GrpcTransport, "execute", note)
         await call(moe, 2)
         assert torch.equal(await call(moe, 300), expected)
-        assert sent == [300]
+        assert grpc.sent == [300]
 
 
 @pytest.mark.parametrize(
@@ -129,31 +133,136 @@ async def test_where_memory_is_refused_calls_go_over_grpc_and_the_log_says_why(
         assert reason in said[0].message
 
 
+async def test_a_server_without_room_is_asked_again_later(small_model: Path) -> None:
+    now = 1000.0
+    asked = []
+
+    class Asking(GrpcTransport):
+        async def register_shared_memory(self, timeout: float) -> Registration:
+            asked.append(now)
+            return await super().register_shared_memory(timeout)
+
+    options = {"shared_memory_bytes": 128 << 10}
+    async with running_server(small_model, ALL, **options) as server, contextlib.AsyncExitStack() as stack:
+        # All that a process may have, and then some.
+        first, second = (
+            SharedMemoryTransport(Asking(str(server.address)), 64 << 10, first_bytes=64 << 10, clock=lambda: now)
+            for _ in range(2)
+        )
+        for transport in (first, second):
+            stack.push_async_callback(transport.close)
+            await transport.get_shard(5.0)
+        assert [len(transport.shared_devices) for transport in (first, second)] == [1, 0]
+        one = call_for(server, random_batch(1, 256, 16, 4))
+        for seconds in (0.0, FIRST_PAUSE - 1, 1.5, FIRST_PAUSE, FIRST_PAUSE - 1):
+            now += seconds
+            await second.execute(one)
+        assert asked == [1000.0, 1000.0, 1000.5 + FIRST_PAUSE]
+        await first.close()
+        await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
+        now += 2 * FIRST_PAUSE
+        await second.execute(one)
+        assert second.shared_devices == {HOST}
+
+
+async def test_lanes_of_another_version_are_not_spoken(small_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "expertd.client")
+
+    class Newer(GrpcTransport):
+        async def register_shared_memory(self, timeout: float) -> Registration:
+            registration = await super().register_shared_memory(timeout)
+            registration.lane_version = 2
+            return registration
+
+    def newer(address: str) -> SharedMemoryTransport:
+        return SharedMemoryTransport(Newer(address), 1 << 30)
+
+    async with (
+        running_server(small_model, ALL) as server,
+        Coordinator([str(server.address)], open_transport=newer) as moe,
+    ):
+        assert moe.sharing_memory == frozenset()
+        assert (await call(moe, 3)).isfinite().all()
+    assert "the server's lanes are of version 2; this caller's are of 1" in caplog.text
+
+
+async def test_a_request_that_is_too_long_for_its_slot_goes_over_grpc(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server:
+        grpc = Noting(str(server.address))
+        transport = await shared_transport(grpc)
+        expected = await transport.execute(call_for(server, random_batch(8, 256, 16, 4)))
+        long = call_for(server, random_batch(8, 256, 16, 4), traceparent="0" * 600)
+        assert torch.equal((await transport.execute(long)).partials, expected.partials)
+        assert grpc.sent == [8]
+        assert free_bytes(segments_of(transport)[0]) < segments_of(transport)[0].size
+        del expected
+        await until(lambda: free_bytes(segments_of(transport)[0]) == segments_of(transport)[0].size)
+        await transport.close()
+
+
+async def test_a_call_that_is_given_up_is_taken_off_the_servers_queue_and_its_slot_used_again(
+    small_model: Path,
+) -> None:
+    async with running_server(small_model, ALL) as server:
+        transport = await shared_transport(GrpcTransport(str(server.address)))
+        segment = segments_of(transport)[0]
+        gate = Gate(server)
+        computing = asyncio.create_task(transport.execute(call_for(server, random_batch(8, 256, 16, 4))))
+        await until(lambda: bool(gate.reached))
+        given_up = asyncio.create_task(transport.execute(call_for(server, random_batch(8, 256, 16, 4), layer=2)))
+        await until(lambda: server.engine.queued_tokens == 8)
+        given_up.cancel()
+        await until(lambda: server.engine.queued_tokens == 0)
+        await until(lambda: len(segment._waiting) == 1)
+        gate.open()
+        del given_up
+        assert (await computing).partials.isfinite().all()
+        del computing
+        await until(lambda: free_bytes(segment) == segment.size)
+        await transport.close()
+
+
+async def test_a_lane_that_the_server_ends_fails_its_calls_with_the_reason(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server:
+        transport = await shared_transport(GrpcTransport(str(server.address)))
+        gate = Gate(server)
+        waiting = asyncio.create_task(transport.execute(call_for(server, random_batch(8, 256, 16, 4))))
+        await until(lambda: bool(gate.reached))
+        segment = segments_of(transport)[0]
+        segment.memory[64:68] = (1 << 30).to_bytes(4, "little")  # its tail
+        # Whatever wakes the server; it looks at the lane then.
+        grpc = GrpcTransport(str(server.address))
+        asking = asyncio.create_task(grpc.execute(call_for(server, random_batch(8, 256, 16, 4))))
+        with pytest.raises(InvalidBatch, match=rf"^{server.address}: "):
+            await waiting
+        gate.open()
+        await asking
+        await asyncio.gather(transport.close(), grpc.close())
+
+
 async def test_a_socket_that_cannot_be_reached_falls_back_too(
     small_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with running_server(small_model, ALL) as server:
-        server.handlers._tickets._name = "@expertd-elsewhere"
+        server.handlers.tickets._name = "@expertd-elsewhere"
         async with Coordinator([str(server.address)]) as moe:
             assert moe.sharing_memory == frozenset()
             assert (await call(moe, 3)).isfinite().all()
     assert "calls go over gRPC: [Errno 111] Connection refused" in caplog.text
 
 
-async def shared_transport(server: Server) -> SharedMemoryTransport:
-    transport = SharedMemoryTransport(GrpcTransport(str(server.address)), 1 << 20)
+async def shared_transport(grpc: GrpcTransport) -> SharedMemoryTransport:
+    transport = SharedMemoryTransport(grpc, 1 << 20)
     await transport.get_shard(5.0)
     assert HOST in transport.shared_devices
     return transport
 
 
-async def test_a_slot_is_the_servers_until_it_has_answered_even_when_nobody_waits(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_slot_is_the_servers_until_it_has_answered_even_when_nobody_waits(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server:
-        transport = await shared_transport(server)
+        transport = await shared_transport(GrpcTransport(str(server.address)))
         segment = segments_of(transport)[0]
-        gate = Gate(server, monkeypatch)
+        gate = Gate(server)
         with pytest.raises(DeadlineExceeded, match=rf"^{server.address}: no answer within 0\.1 s"):
             await transport.execute(call_for(server, random_batch(8, 256, 16, 4), timeout=0.1))
         # Neither the event loop nor the error's traceback must be what keeps the slot.
@@ -167,7 +276,7 @@ async def test_a_slot_is_the_servers_until_it_has_answered_even_when_nobody_wait
 
 async def test_a_slot_is_the_callers_while_the_partials_are_in_use(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server:
-        transport = await shared_transport(server)
+        transport = await shared_transport(GrpcTransport(str(server.address)))
         segment = segments_of(transport)[0]
         first = await transport.execute(call_for(server, random_batch(8, 256, 16, 4)))
         kept, copy = first.partials[3:], first.partials[3:].clone()
@@ -182,56 +291,45 @@ async def test_a_slot_is_the_callers_while_the_partials_are_in_use(small_model: 
         await transport.close()
 
 
-async def test_a_lost_connection_fails_its_calls_and_is_made_again(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arrived = asyncio.Event()
+async def test_a_lost_connection_fails_its_calls_and_is_made_again(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server, Coordinator([str(server.address)]) as moe:
         expected = await call(moe, 5)
         transport = transport_of(moe)
-
-        async def hang(*_: object) -> None:
-            arrived.set()
-            await asyncio.Event().wait()
-
-        monkeypatch.setattr(server.scheduler, "execute", hang)
+        gate = Gate(server)
         waiting = asyncio.create_task(transport.execute(call_for(server, random_batch(8, 256, 16, 4))))
-        await arrived.wait()
-        monkeypatch.undo()
-        for connection in door(server, LocalDoor)._connections:
-            connection.frames.close()
+        await until(lambda: bool(gate.reached))
+        door(server, LocalDoor).disconnect()
         with pytest.raises(Unavailable, match=rf"^{server.address}: the connection of shared memory was closed"):
             await waiting
         assert HOST not in transport.shared_devices
+        gate.open()
         assert torch.equal(await call(moe, 5), expected)
         await transport.get_shard(5.0)
         assert HOST in transport.shared_devices
         assert torch.equal(await call(moe, 5), expected)
 
 
-async def test_memory_that_a_stuck_device_may_still_write_to_is_not_used_again(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_memory_that_a_stuck_device_may_still_write_to_is_not_used_again(small_model: Path) -> None:
     submitted, release = threading.Event(), threading.Event()
     async with running_server(small_model, ALL) as server, Coordinator([str(server.address)]) as moe:
         expected = await call(moe, 5)
         transport = transport_of(moe)
-        submit = server.backend.submit
+        submit = server.device.submit
 
-        def stick(*arguments: Any) -> Any:  # noqa: ANN401
+        def stick(*arguments: Any) -> Underway:  # noqa: ANN401
             submitted.set()
             release.wait(20)
             return submit(*arguments)
 
-        monkeypatch.setattr(server.backend, "submit", stick)
+        server.device.submit = stick
         waiting = asyncio.create_task(transport.execute(call_for(server, random_batch(8, 256, 16, 4))))
         assert await asyncio.to_thread(submitted.wait, 20)
-        server.scheduler.abandon("stuck")
+        server.watchdog._abandon("stuck")
         with pytest.raises(Unavailable, match="the connection of shared memory was closed"):
             await waiting
         assert HOST not in transport.shared_devices
         release.set()
-        server.scheduler.open()
+        server.engine.open()
         await transport.get_shard(5.0)
         assert HOST in transport.shared_devices
         assert torch.equal(await call(moe, 5), expected)
@@ -257,6 +355,7 @@ async def test_calls_survive_servers_that_stop(small_model: Path) -> None:
     [
         ({"shared_memory_bytes": -1}, "shared_memory_bytes is -1; it must be at least 0"),
         ({"shared_memory_chunk_bytes": 0}, "shared_memory_chunk_bytes is 0; it must be at least 1"),
+        ({"spin_us": -1}, "spin_us is -1; it must be at least 0"),
         ({"channels": 0}, "channels is 0; it must be at least 1"),
     ],
 )

@@ -22,6 +22,32 @@ def test_activation_error_is_that_of_three_mantissa_bits() -> None:
     assert 0.02 < min(per_token) < max(per_token) < 0.03
 
 
+def test_no_block_is_off_by_a_sixteenth() -> None:
+    """The bound in docs/numerics.md: half a unit in the last of three places, whatever the values are."""
+    exponents = torch.linspace(-20, 20, 64).unsqueeze(1)
+    tails = torch.randn(64, 1280) * torch.exp(2 * torch.randn(64, 1280))
+    # All just above where rounding is worst: midway between 256 and 288, in units of the scale.
+    worst = torch.full((64, 1280), 272.0)
+    worst[:, ::128] = 448.0
+    for values in (torch.randn(64, 1280), torch.rand(64, 1280), tails, worst):
+        exact = values * 2**exponents
+        back = dequantize_activations(*quantize_activations(exact))
+        blocks, errors = exact.view(-1, 128), (back - exact).view(-1, 128)
+        assert (errors.norm(dim=1) < blocks.norm(dim=1) / 16).all()
+        assert (errors.abs() <= blocks.abs().amax(dim=1, keepdim=True) / 28 * (1 + 1e-6)).all()
+    assert (errors.norm(dim=1) > blocks.norm(dim=1) / 17.5).all(), "the bound is no better than it must be"
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_spoils_its_own_block(odd: float) -> None:
+    values = torch.ones(2, 384)
+    values[1, 200] = odd
+    back = dequantize_activations(*quantize_activations(values))
+    assert back[1, 128:256].isnan().all()
+    assert back[0].isfinite().all()
+    assert torch.cat([back[1, :128], back[1, 256:]]).isfinite().all()
+
+
 def test_every_block_uses_the_full_range() -> None:
     stored, _ = quantize_activations(torch.randn(16, 512))
     assert torch.equal(stored.float().reshape(16, 4, 128).abs().amax(dim=-1), torch.full((16, 4), FP8_MAX))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from expertd import _native
 from expertd.kernels.numerics import tokens
-from expertd.kernels.numerics.quantize import FP8, quantize_activations
+from expertd.kernels.numerics.quantize import FP8, dequantize_activations, quantize_activations
 from expertd.kernels.numerics.tokens import Addend
 from tests.support.instructions import AVAILABLE, BEST
 
@@ -121,6 +121,40 @@ def test_sums_are_those_of_torch(
             assert torch.equal(out.view(torch.int16), expected.view(torch.int16)), "NaN as torch writes it on x86"
 
 
+@given(
+    count=st.integers(1, 20),
+    width=st.sampled_from([128, 256, 1152]),
+    sizes=st.lists(st.integers(0, 20), max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    weighted=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None)
+def test_sums_of_fp8_are_those_of_torch(
+    count: int, width: int, sizes: list[int], dtype: torch.dtype, weighted: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parts, total = [], torch.zeros(count, width)
+    for size in sizes:
+        rows = torch.randperm(count, generator=generator)[:size].sort().values
+        # Every code there is, NaN among them.
+        sums = torch.randint(256, (len(rows), width), generator=generator, dtype=torch.uint8).view(FP8)
+        scales = torch.rand(len(rows), width // 128, generator=generator)
+        weights = torch.randn(len(rows), generator=generator) if weighted else None
+        added = dequantize_activations(sums, scales)
+        total[rows] += added if weights is None else added * weights[:, None]
+        parts.append(Addend(sums, rows, weights, scales))
+    expected = total.to(dtype)
+    for instructions in AVAILABLE:
+        assert _native.use_instruction_set(instructions)
+        out = torch.empty(count, width, dtype=dtype)
+        tokens.sum_into(out, parts)
+        nan = expected.isnan()
+        assert torch.equal(out.isnan(), nan)
+        raw, wanted = (each.masked_fill(nan, 1).view(torch.uint8) for each in (out, expected))
+        assert torch.equal(raw, wanted), instructions
+
+
 @given(count=st.integers(1, 30), dtype=st.sampled_from([*FLOATS, FP8]), seed=st.integers(0, 1000))
 @settings(deadline=None)
 def test_gathered_rows_are_those_of_torch(count: int, dtype: torch.dtype, seed: int) -> None:
@@ -160,6 +194,13 @@ def test_tensors_that_do_not_fit_are_refused(hidden: torch.Tensor, out: torch.Te
 
 def test_parts_that_do_not_fit_are_refused() -> None:
     rows = torch.arange(2)
+    fp8, scales = torch.ones(2, 256).to(FP8), torch.ones(2, 2)
+    for part in (Addend(fp8, rows), Addend(torch.ones(2, 256), rows, scales=scales)):
+        with pytest.raises(ValueError, match=r"scales belong to torch\.float8_e4m3fn, and to nothing else"):
+            tokens.sum_into(torch.zeros(5, 256), [part])
+    for part in (Addend(fp8, rows, scales=scales[:, :1]), Addend(fp8[:, :200], rows, scales=scales[:, :1])):
+        with pytest.raises(ValueError, match="must be"):
+            tokens.sum_into(torch.zeros(5, part.sums.shape[1]), [part])
     for part in (Addend(torch.ones(3, 4), rows), Addend(torch.ones(2, 5), rows), Addend(torch.ones(2, 4), rows.int())):
         with pytest.raises(ValueError, match="it must be"):
             tokens.sum_into(torch.zeros(5, 4), [part])

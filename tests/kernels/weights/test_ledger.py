@@ -78,7 +78,7 @@ def load(folder: Path) -> str:
         for layer in LAYERS:
             load_layer(checkpoint, layer, range(EXPERTS), lambda _: None, ledger.settle)
         ledger.save()
-        assert len(ledger.found(LAYERS, range(EXPERTS), 16)) == len(LAYERS) * EXPERTS * 16
+        assert len(ledger.found(dict.fromkeys(LAYERS, range(EXPERTS)), 16)) == len(LAYERS) * EXPERTS * 16
     return ledger.fingerprint
 
 

@@ -19,11 +19,9 @@ using namespace expertd::testing;
 constexpr size_t kSize = 1 << 17;
 
 // A child that lets itself be traced, and stops before `work`.
-pid_t start(const std::function<void()> &prepare,
-            const std::function<void()> &work) {
+pid_t start(const std::function<void()>& prepare, const std::function<void()>& work) {
   const pid_t child = fork();
-  if (child)
-    return child;
+  if (child) return child;
   ptrace(PTRACE_TRACEME, 0, nullptr, nullptr);
   prepare();
   raise(SIGSTOP);
@@ -39,8 +37,7 @@ bool kill_after(pid_t child, int steps) {
     ptrace(PTRACE_SINGLESTEP, child, nullptr, nullptr);
     waitpid(child, &status, 0);
   }
-  if (WIFEXITED(status))
-    return false;
+  if (WIFEXITED(status)) return false;
   kill(child, SIGKILL);
   waitpid(child, nullptr, 0);
   return true;
@@ -48,19 +45,17 @@ bool kill_after(pid_t child, int steps) {
 
 // Kills at 0, stride, 2 stride ... instructions until the work comes to its
 // end; returns how often.
-int sweep(int stride, const std::function<bool(int)> &kill_once) {
+int sweep(int stride, const std::function<bool(int)>& kill_once) {
   int kills = 0;
-  while (kill_once(kills * stride))
-    kills++;
+  while (kill_once(kills * stride)) kills++;
   return kills;
 }
 
 // A call that two processes' ends make in this one, to see that the server is
 // well.
-void call(EchoServer &server, ClientLane &lane) {
+void call(EchoServer& server, ClientLane& lane) {
   require(post(lane, 1) == Post::kPosted, "a post");
-  for (int i = 0; i < 8 && lane.wait(slot_of(lane, 1), 0) != Wait::kDone; i++)
-    server.turn(0);
+  for (int i = 0; i < 8 && lane.wait(slot_of(lane, 1), 0) != Wait::kDone; i++) server.turn(0);
   check_reply(lane, 1);
 }
 
@@ -79,28 +74,23 @@ int kill_callers(int stride) {
           lane->connect(to);
         },
         [&] {
-          require(post(*lane, 2, false, 0, 256, 256) == Post::kPosted,
-                  "a post");
-          require(post(*lane, 3, false, 1, 256, 256) == Post::kPosted,
-                  "a held post");
+          require(post(*lane, 2, false, 0, 256, 256) == Post::kPosted, "a post");
+          require(post(*lane, 3, false, 1, 256, 256) == Post::kPosted, "a held post");
           lane->cancel(slot_of(*lane, 3));
           lane->wait(slot_of(*lane, 2), monotonic_ns());
         });
     close(there);
     std::string reason;
     const int memfd = receive_descriptor(here);
-    require(server.add(std::make_shared<Mapping>(memfd, kSize), here, &reason),
-            reason.c_str());
+    require(server.add(std::make_shared<Mapping>(memfd, kSize), here, &reason), reason.c_str());
     close(memfd);
     const uint64_t before = server.served();
-    server.turn(0); // asleep, so that posts ring
+    server.turn(0);  // asleep, so that posts ring
     const bool killed = kill_after(child, steps);
-    for (int i = 0; i < 4; i++)
-      server.turn(0);
+    for (int i = 0; i < 4; i++) server.turn(0);
     call(server, *other);
     require(server.lanes() == 1, "the dead caller's lane is gone");
-    require(server.served() <= before + 2 && server.reasons().empty(),
-            "what was posted was whole");
+    require(server.served() <= before + 2 && server.reasons().empty(), "what was posted was whole");
     return killed;
   });
 }
@@ -118,28 +108,20 @@ int kill_servers(int stride) {
         [&, from = there] {
           close(here);
           std::string reason;
-          require(
-              server.add(std::make_shared<Mapping>(lane.descriptor(), kSize),
-                         from, &reason),
-              reason.c_str());
+          require(server.add(std::make_shared<Mapping>(lane.descriptor(), kSize), from, &reason), reason.c_str());
         },
         [&] { server.turn(0); });
     close(there);
     require(post(lane, 2, false, 0, 256, 256) == Post::kPosted, "a post");
     Wait how = Wait::kExpired;
-    std::thread sleeper(
-        [&] { how = lane.wait(slot_of(lane, 2), in_ms(20'000)); });
+    std::thread sleeper([&] { how = lane.wait(slot_of(lane, 2), in_ms(20'000)); });
     const Words words(lane.memory()->base());
-    while (words.word(slot_of(lane, 2)).load() == kPosted)
-      usleep(20);
+    while (words.word(slot_of(lane, 2)).load() == kPosted) usleep(20);
     const bool killed = kill_after(child, steps);
-    while (!lane.ended())
-      lane.poll();
+    while (!lane.ended()) lane.poll();
     sleeper.join();
-    require(how == Wait::kDone || how == Wait::kEnded,
-            "the sleeper learns of the end");
-    if (how == Wait::kDone)
-      check_reply(lane, 2, 256, 256);
+    require(how == Wait::kDone || how == Wait::kEnded, "the sleeper learns of the end");
+    if (how == Wait::kDone) check_reply(lane, 2, 256, 256);
     done += how == Wait::kDone;
     return killed;
   });
@@ -159,11 +141,8 @@ void stops() {
     close(here);
     EchoServer server;
     std::string reason;
-    require(server.add(std::make_shared<Mapping>(lane.descriptor(), kSize),
-                       there, &reason),
-            reason.c_str());
-    while (server.lanes())
-      server.turn(-1);
+    require(server.add(std::make_shared<Mapping>(lane.descriptor(), kSize), there, &reason), reason.c_str());
+    while (server.lanes()) server.turn(-1);
     _exit(0);
   }
   close(there);
@@ -171,13 +150,10 @@ void stops() {
   kill(child, SIGSTOP);
   waitpid(child, nullptr, WUNTRACED);
   require(post(lane, 2) == Post::kPosted, "a post to a stopped server");
-  for (int i = 0; i < 100; i++)
-    call(own, *other);
-  require(lane.wait(slot_of(lane, 2), in_ms(50)) == Wait::kExpired,
-          "a deadline");
+  for (int i = 0; i < 100; i++) call(own, *other);
+  require(lane.wait(slot_of(lane, 2), in_ms(50)) == Wait::kExpired, "a deadline");
   kill(child, SIGCONT);
-  require(lane.wait(slot_of(lane, 2), in_ms(10'000)) == Wait::kDone,
-          "an answer after all");
+  require(lane.wait(slot_of(lane, 2), in_ms(10'000)) == Wait::kDone, "an answer after all");
   check_reply(lane, 2);
   lane.close();
   waitpid(child, nullptr, 0);
@@ -189,20 +165,16 @@ void stops() {
     ClientLane posting(kSize, 64);
     send_descriptor(theirs, posting.descriptor());
     posting.connect(theirs);
-    for (uint32_t index = 1; index < 5; index++)
-      post(posting, index, true);
+    for (uint32_t index = 1; index < 5; index++) post(posting, index, true);
     raise(SIGSTOP);
     _exit(0);
   }
   close(theirs);
   std::string reason;
-  require(own.add(std::make_shared<Mapping>(receive_descriptor(ours), kSize),
-                  ours, &reason),
-          reason.c_str());
+  require(own.add(std::make_shared<Mapping>(receive_descriptor(ours), kSize), ours, &reason), reason.c_str());
   waitpid(caller, nullptr, WUNTRACED);
   const uint64_t before = own.served();
-  for (int i = 0; i < 100; i++)
-    call(own, *other);
+  for (int i = 0; i < 100; i++) call(own, *other);
   require(own.served() == before + 104, "its calls were answered");
   kill(caller, SIGKILL);
   waitpid(caller, nullptr, 0);
@@ -210,15 +182,14 @@ void stops() {
   require(own.lanes() == 1, "it is gone");
 }
 
-} // namespace
+}  // namespace
 
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   const std::string what = argv[1];
   if (what == "stops") {
     stops();
   } else {
     const int stride = argc > 2 ? std::atoi(argv[2]) : 1;
-    std::printf("kills: %d\n",
-                what == "caller" ? kill_callers(stride) : kill_servers(stride));
+    std::printf("kills: %d\n", what == "caller" ? kill_callers(stride) : kill_servers(stride));
   }
 }

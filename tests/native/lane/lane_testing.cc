@@ -7,15 +7,15 @@
 #include <string>
 #include <thread>
 
+#include "base/control_groups.h"
 #include "echo_server.h"
-#include "lane/control_groups.h"
 #include "lane/spin.h"
 
 namespace py = pybind11;
 
 namespace expertd {
 
-void bind_lane(py::module_ &module);
+void bind_lane(py::module_& module);
 
 namespace testing {
 
@@ -27,8 +27,8 @@ struct Machine : SpinHost {
   int64_t throttles() override { return throttled; }
 };
 
-} // namespace testing
-} // namespace expertd
+}  // namespace testing
+}  // namespace expertd
 
 PYBIND11_MODULE(lane_testing, module) {
   using namespace expertd;
@@ -38,13 +38,12 @@ PYBIND11_MODULE(lane_testing, module) {
   py::class_<EchoServer>(module, "EchoServer")
       .def(py::init())
       .def("add",
-           [](EchoServer &server, std::shared_ptr<Mapping> memory, int socket) {
+           [](EchoServer& server, std::shared_ptr<Mapping> memory, int socket) {
              std::string reason;
              server.add(std::move(memory), socket, &reason);
              return reason;
            })
-      .def("turn", &EchoServer::turn, py::arg("timeout_ms") = 0,
-           py::call_guard<py::gil_scoped_release>())
+      .def("turn", &EchoServer::turn, py::arg("timeout_ms") = 0, py::call_guard<py::gil_scoped_release>())
       .def("stop", &EchoServer::stop)
       .def_property_readonly("lanes", &EchoServer::lanes)
       .def_property_readonly("served", &EchoServer::served)
@@ -56,20 +55,16 @@ PYBIND11_MODULE(lane_testing, module) {
       .def_readwrite("cpus", &Machine::cpus)
       .def_readwrite("preempted", &Machine::preempted)
       .def_readwrite("throttled", &Machine::throttled)
-      .def_property_readonly("spinning", [](const Machine &machine) {
-        return machine.spinning.load();
-      });
-  py::class_<Spin::Turn>(module, "Turn")
-      .def_readonly("until", &Spin::Turn::until);
+      .def_property_readonly("spinning", [](const Machine& machine) { return machine.spinning.load(); });
+  py::class_<Spin::Turn>(module, "Turn").def_readonly("until", &Spin::Turn::until);
   py::class_<Spin>(module, "Spin")
-      .def(py::init<SpinHost &, int64_t>(), py::keep_alive<1, 2>())
+      .def(py::init<SpinHost&, int64_t>(), py::keep_alive<1, 2>())
       .def("begin", &Spin::begin)
+      .def("begin_until", &Spin::begin_until)
       .def("end", &Spin::end)
       .def("learn", &Spin::learn);
   py::class_<ControlGroups>(module, "ControlGroups")
-      .def(py::init([](const std::string &mounted, const std::string &self) {
-        return ControlGroups(mounted, self);
-      }))
+      .def(py::init([](const std::string& mounted, const std::string& self) { return ControlGroups(mounted, self); }))
       .def("quota", &ControlGroups::quota)
       .def("throttles", &ControlGroups::throttles);
 }

@@ -5,39 +5,41 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.support.native.build import NATIVE, SANITIZED, SUFFIX, build, build_library, load, part
+
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT}/native", "-Wl,-z,now"]
 
 
 @functools.cache
-def built(name: str, *flags: str) -> Path:
-    """The program of NAME.cc with the lane's sources, compiled with `flags`."""
-    return _compile(name, [HERE / f"{name}.cc", *lane_objects(*flags)], *flags)
+def built(name: str, *options: str, beside: tuple[str, ...] = ()) -> Path:
+    """The program of NAME.cc with the lane's sources, and with all of the parts `beside`, compiled with `options`."""
+    sources = {*lane_sources(), *part(*beside)}
+    return build(_folder() / name, [HERE / f"{name}.cc", *sorted(sources)], *options, link=["-Wl,-z,now"])
 
 
 @functools.cache
-def extension() -> Path:
+def hostile() -> Path:
+    """The fuzzer, with the whole engine and sanitizers."""
+    return built("hostile", *SANITIZED, beside=("engine", "request", "base", "tokens"))
+
+
+@functools.cache
+def extension() -> ModuleType:
     """The Python module `lane_testing`: both ends."""
-    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
-    includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    flags = ["-O1", "-fPIC", "-fvisibility=hidden"]
-    sources = [HERE / "lane_testing.cc", ROOT / "native/bindings/lane.cc", *lane_objects(*flags)]
-    return _compile("lane_testing.so", sources, "-shared", *flags, *includes)
+    sources = [HERE / "lane_testing.cc", NATIVE / "bindings/lane.cc", *lane_sources()]
+    return load("lane_testing", build_library(_folder() / f"lane_testing{SUFFIX}", sources))
 
 
 @functools.cache
-def lane_objects(*flags: str) -> list[Path]:
-    """Of the lane's sources, for all programs with these flags."""
-    return [
-        _compile(f"{source.stem}.o", [source], "-c", *flags) for source in sorted((ROOT / "native/lane").glob("*.cc"))
-    ]
+def lane_sources() -> list[Path]:
+    base = [NATIVE / "base" / name for name in ("control_groups.cc", "cpus.cc", "crc32c.cc", "instructions.cc")]
+    return [*part("lane"), *base]
 
 
 def run(program: Path, *arguments: str, seconds: float = 120) -> str:
@@ -47,10 +49,7 @@ def run(program: Path, *arguments: str, seconds: float = 120) -> str:
     return done.stdout
 
 
-def _compile(name: str, sources: list[Path], *flags: str) -> Path:
-    compiler = shutil.which("g++")
-    if compiler is None:
+def _folder() -> Path:
+    if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    out = Path(tempfile.mkdtemp(prefix="lane-")) / name
-    subprocess.run([compiler, *FLAGS, *flags, *sources, "-o", out], check=True)
-    return out
+    return Path(tempfile.mkdtemp(prefix="lane-"))

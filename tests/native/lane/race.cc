@@ -11,14 +11,13 @@
 using namespace expertd;
 using namespace expertd::testing;
 
-int main(int, char **argv) {
+int main(int, char** argv) {
   const auto calls = static_cast<uint32_t>(std::atoi(argv[1]));
   constexpr uint32_t kThreads = 3;
   EchoServer server;
   auto lane = join(server, 1 << 20, 64);
   std::thread engine([&] {
-    while (server.lanes())
-      server.turn(-1);
+    while (server.lanes()) server.turn(-1);
   });
   std::vector<std::thread> callers;
   for (uint32_t index = 0; index < kThreads; index++) {
@@ -26,14 +25,10 @@ int main(int, char **argv) {
       for (uint32_t i = 0; i < calls; i++) {
         const bool held = i % 16 == 0;
         require(post(*lane, index, false, held) == Post::kPosted, "a post");
-        if (held)
-          lane->cancel(slot_of(*lane, index));
-        require(lane->wait(slot_of(*lane, index), in_ms(60'000)) == Wait::kDone,
-                "an answer");
-        if (!held)
-          check_reply(*lane, index);
-        while (held && lane->in_flight() &&
-               !lane->reply(slot_of(*lane, index))) {
+        if (held) lane->cancel(slot_of(*lane, index));
+        require(lane->wait(slot_of(*lane, index), in_ms(60'000)) == Wait::kDone, "an answer");
+        if (!held) check_reply(*lane, index);
+        while (held && lane->in_flight() && !lane->reply(slot_of(*lane, index))) {
         }
       }
     });
@@ -47,14 +42,10 @@ int main(int, char **argv) {
     }
     check_reply(*lane, kThreads);
   }
-  for (auto &caller : callers)
-    caller.join();
+  for (auto& caller : callers) caller.join();
   // The end, while a thread sleeps on a call that is never answered.
   require(post(*lane, 0, false, 1) == Post::kPosted, "a last post");
-  std::thread sleeper([&] {
-    require(lane->wait(slot_of(*lane, 0), in_ms(60'000)) == Wait::kEnded,
-            "an end");
-  });
+  std::thread sleeper([&] { require(lane->wait(slot_of(*lane, 0), in_ms(60'000)) == Wait::kEnded, "an end"); });
   usleep(20'000);
   lane->close();
   sleeper.join();

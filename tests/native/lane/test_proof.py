@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from tests.native.lane.programs import built, run
+from tests.native.lane.programs import built, hostile, run
+from tests.support.native.build import sanitizer
 
 SCENARIOS = ["calls", "narrow", "loop", "loop-killed-server", "killed-caller", "killed-server", "closes"]
 NEEDED = [
@@ -36,13 +37,19 @@ def test_explorer_finds_weaker_memory_orders(scenario: str, site: str) -> None:
 
 
 def test_no_race_is_seen_between_the_ends() -> None:
-    assert "served: " in run(built("race", "-O1", "-fsanitize=thread"), "500")
+    assert "served: " in run(built("race", *sanitizer("thread")), "500")
 
 
 @pytest.mark.parametrize("seed", ["1", "2", "3"])
 def test_hostile_caller_harms_nobody(seed: str) -> None:
-    program = built("hostile", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    assert "ended with a reason" in run(program, "4", seed)
+    assert "ended with a reason" in run(hostile(), "4", seed)
+
+
+@pytest.mark.parametrize("kind", ["address,undefined", "thread"])
+def test_calls_go_straight_to_lanes_and_all_memory_comes_back(kind: str) -> None:
+    program = built("straight", *sanitizer(kind), beside=("call", "request", "tokens", "base"))
+    report = run(program, "2000", "7")
+    assert int(report.split()[1].rstrip(",")) > 500, report
 
 
 @pytest.mark.parametrize(("end", "stride"), [("caller", "20"), ("server", "20")])

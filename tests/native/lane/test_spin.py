@@ -47,16 +47,42 @@ def test_at_most_a_quarter_of_the_cpus_spin(native: ModuleType, cpus: float, thr
     assert machine.spinning == 0
 
 
-def test_preempted_spinner_rests_for_a_second(native: ModuleType) -> None:
-    spin, machine = spin_of(native, 10 * US)
-    turn = spin.begin(5 * S)
-    machine.preempted += 1
-    spin.end(turn, 5 * S + 1)
-    assert not spin.begin(6 * S).until
-    turn = spin.begin(6 * S + 1)
+def preempted(spin: Any, machine: Any, now: int) -> None:  # noqa: ANN401
+    turn = spin.begin(now)
     assert turn.until
-    spin.end(turn, 7 * S)
-    assert spin.begin(7 * S).until
+    machine.preempted += 1
+    spin.end(turn, now)
+
+
+def test_a_spinner_that_is_preempted_again_and_again_rests_for_a_second(native: ModuleType) -> None:
+    spin, machine = spin_of(native, 10 * US)
+    now = 5 * S
+    for quiet in (5, 10, 20, 40, 80, 160, 320, 640, 1000, 1000):
+        preempted(spin, machine, now)
+        now += quiet * MS
+        assert not spin.begin(now - 1).until
+        turn = spin.begin(now)
+        assert turn.until
+        spin.end(turn, now)
+
+
+def test_a_spinner_that_is_preempted_rarely_hardly_rests(native: ModuleType) -> None:
+    spin, machine = spin_of(native, 10 * US)
+    for now in range(5 * S, 6 * S, 25 * MS):
+        preempted(spin, machine, now)
+        assert not spin.begin(now + 5 * MS - 1).until
+        turn = spin.begin(now + 5 * MS)
+        assert turn.until
+        spin.end(turn, now + 5 * MS)
+
+
+def test_a_wait_whose_end_is_known_needs_no_gaps(native: ModuleType) -> None:
+    spin, machine = spin_of(native)
+    assert not spin.begin(5 * S).until
+    assert spin.begin_until(5 * S, 5 * S + 7).until == 5 * S + 7
+    machine.cpus = 2
+    assert not spin.begin_until(7 * S, 7 * S + 7).until
+    assert not native.Spin(native.Machine(), 0).begin_until(5 * S, 6 * S).until
 
 
 def test_throttled_group_rests_for_a_second(native: ModuleType) -> None:

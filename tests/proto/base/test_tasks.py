@@ -5,14 +5,9 @@ import logging
 
 import pytest
 
-from expertd.proto.base import tasks as module
 from expertd.proto.base.tasks import Tasks
 
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.004)
+PAUSES = 0.001, 0.004
 
 
 async def fail(message: str = "a bug") -> None:
@@ -46,7 +41,7 @@ async def test_kept_work_begins_again_after_longer_and_longer_pauses_until_it_re
             await fail()
 
     monkeypatch.setattr("random.uniform", lambda low, high: (low + high) / 2)
-    tasks = Tasks(lambda: failures.append(None))
+    tasks = Tasks(lambda: failures.append(None), pauses=PAUSES)
     await tasks.keep(work, "watching")
     assert (len(begun), len(failures)) == (5, 4)
     pauses = [f"watching failed and begins again in about {seconds:g} s" for seconds in (0.001, 0.002, 0.004, 0.004)]
@@ -58,7 +53,7 @@ async def test_kept_work_begins_again_after_longer_and_longer_pauses_until_it_re
 async def test_new_beginnings_are_counted_and_failures_of_started_work_are_none() -> None:
     counted: list[str] = []
     lives = iter([fail, fail, lambda: asyncio.sleep(0)])
-    tasks = Tasks(lambda: counted.append("error"), lambda: counted.append("restart"))
+    tasks = Tasks(lambda: counted.append("error"), lambda: counted.append("restart"), PAUSES)
     await tasks.keep(lambda: next(lives)(), "watching")
     tasks.start(fail(), "counting sheep")
     await tasks.settle()
@@ -74,7 +69,7 @@ async def test_work_that_went_on_for_long_begins_again_soon(caplog: pytest.LogCa
             await asyncio.sleep(life)
             await fail()
 
-    await Tasks().keep(work, "watching")
+    await Tasks(pauses=PAUSES).keep(work, "watching")
     assert [record.message.split()[-2] for record in caplog.records] == ["0.001", "0.002", "0.001"]
 
 
@@ -88,7 +83,7 @@ async def test_closing_cancels_all_and_waits_for_what_they_still_do(caplog: pyte
             await asyncio.sleep(0.01)
             done.append(name)
 
-    tasks = Tasks()
+    tasks = Tasks(pauses=PAUSES)
     tasks.start(tidy("started"), "working")
     tasks.keep(lambda: tidy("kept"), "working")
     pausing = tasks.keep(fail, "failing")
@@ -101,7 +96,7 @@ async def test_closing_cancels_all_and_waits_for_what_they_still_do(caplog: pyte
 
 
 async def test_settling_waits_for_all_or_so_long() -> None:
-    tasks = Tasks()
+    tasks = Tasks(pauses=PAUSES)
     await tasks.settle()
     quick = tasks.start(asyncio.sleep(0.01), "sleeping")
     await tasks.settle()

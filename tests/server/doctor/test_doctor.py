@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grpc_health.v1 import health_pb2
 
 from expertd import cli
 from expertd.kernels.model.config import MoeConfig
-from expertd.server.doctor import checkup, host, peers
+from expertd.server.doctor import checkup, gpu, host, peers
 from expertd.server.doctor.finding import Finding
 from expertd.server.options.config import Address, ServerConfig
 from tests.support.certificates import Authority
@@ -110,10 +109,8 @@ def test_options_that_contradict_each_other_are_refused(capsys: pytest.CaptureFi
         ("580.65.06", "auto", "ok", "580.65.06"),
     ],
 )
-def test_drivers(monkeypatch: pytest.MonkeyPatch, driver: str | None, backend: str, level: str, text: str) -> None:
-    monkeypatch.setattr(host, "_driver_version", lambda: driver)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    finding = only(list(host.check_gpu(config(backend=backend))), "driver")
+def test_drivers(driver: str | None, backend: str, level: str, text: str) -> None:
+    finding = only(list(gpu.check_gpu(config(backend=backend), lambda: driver)), "driver")
     assert finding.level == level
     assert text in finding.text
 
@@ -123,12 +120,12 @@ def test_drivers(monkeypatch: pytest.MonkeyPatch, driver: str | None, backend: s
     [((7, 5), "auto", "fail"), ((8, 0), "fast", "fail"), ((8, 9), "auto", "warn"), ((9, 0), "fast", "ok")],
 )
 def test_gpus(capability: tuple[int, int], pipeline: Any, level: str) -> None:  # noqa: ANN401
-    assert host._judge_gpu("NVIDIA X", capability, config(pipeline=pipeline)).level == level
+    assert gpu._judge_gpu("NVIDIA X", capability, config(pipeline=pipeline)).level == level
 
 
 def test_the_compiler_is_tried() -> None:
-    assert host.check_compiler("sm_90").level == "ok"
-    refused = host.check_compiler("sm_70")
+    assert gpu.check_compiler("sm_90").level == "ok"
+    refused = gpu.check_compiler("sm_70")
     assert refused.level == "fail"
     assert "pip install 'expertd[server]'" in refused.text
 
@@ -138,16 +135,13 @@ def test_memory_must_suffice_and_should_leave_some(free: int, level: str) -> Non
     assert host._judge_memory("gpu memory", "2 layers", 100, 50, free, "own fewer").level == level
 
 
-def test_memory_is_that_of_the_wanted_layers_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_that_of_the_wanted_layers_and_experts() -> None:
     model = MoeConfig()
     assert (
         random_weights(3, 256, 128).num_bytes == 3 * MoeConfig(hidden_size=256, moe_intermediate_size=128).expert_bytes
     )
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (140_000_000_000, 141_000_000_000))
-    monkeypatch.setattr(host, "_available_memory", lambda: 2_000_000_000)
     wanted = ServerConfig(model=Path("m"), experts=tuple(range(32)))
-    on_gpu, loading = host.check_memory(wanted, model)
+    on_gpu, loading = host.check_memory(wanted, model, 2_000_000_000, 140_000_000_000)
     assert on_gpu == Finding("ok", "gpu memory", "58 layers of 32 experts: 81.76 GB of 140.00 GB free")
     assert loading.level == "fail", "two layers of 32 experts are 2.8 GB"
 
@@ -155,14 +149,14 @@ def test_memory_is_that_of_the_wanted_layers_and_experts(monkeypatch: pytest.Mon
 def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 900 kB\nMemAvailable: 800 kB\n")
-    assert host._available_memory(tmp_path) == 800 * 1024
+    assert host.available_memory(tmp_path) == 800 * 1024
     cgroup = tmp_path / "sys/fs/cgroup"
     cgroup.mkdir(parents=True)
     (cgroup / "memory.max").write_text("5000\n")
     (cgroup / "memory.current").write_text("1000\n")
-    assert host._available_memory(tmp_path) == 4000
+    assert host.available_memory(tmp_path) == 4000
     (cgroup / "memory.max").write_text("max\n")
-    assert host._available_memory(tmp_path) == 800 * 1024
+    assert host.available_memory(tmp_path) == 800 * 1024
 
 
 def test_a_port_in_use_fails_by_the_name_of_its_option() -> None:
@@ -180,8 +174,7 @@ def test_few_open_files_and_little_shared_memory_are_warned_of(monkeypatch: pyte
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
     assert "ulimit -n" in host.check_limits().text
     assert host.check_shared_memory(tmp_path / "none").level == "warn"
-    monkeypatch.setattr(host, "SMALL_SHARED_MEMORY", 1 << 60)
-    assert "--shm-size" in host.check_shared_memory(tmp_path).text
+    assert "--shm-size" in host.check_shared_memory(tmp_path, least=1 << 60).text
 
 
 @pytest.mark.parametrize(
@@ -224,5 +217,12 @@ async def test_peers_are_asked_as_a_client_would(small_model: Path, tmp_path: Pa
         assert "holds another model" in (await ask("another", **secured, auth_token_file=tokens)).text
         assert "a token in common" in (await ask(**secured, auth_token_file=wrong)).text
         assert "do both sides have TLS" in (await ask()).text
-        await server.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        server.health.set_serving(False)
         assert (await ask(**secured, auth_token_file=tokens)).level == "warn"
+
+
+def test_without_arguments_it_looks_at_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    diagnose("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--backend", "torch")
+    shown = capsys.readouterr().out
+    assert "checkpoint     none to look at: give --model" in shown
+    assert "fail" not in shown

@@ -3,32 +3,29 @@
 import asyncio
 import contextlib
 import fcntl
+import gc
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
 import torch
 
-from expertd.kernels.numerics.backend import TokenBatch
-from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
-from expertd.proto.lane.frames import MAX_FRAME_BYTES
 from expertd.server.app import Server
 from expertd.server.local.door import LocalDoor
-from expertd.server.scheduling.shard import Shard
 from tests.support.local_caller import (
     BATCH,
+    DATA,
     INVALID,
     OK,
     PARTIALS,
     PLACES,
     SEGMENT_BYTES,
-    Caller,
+    Handover,
     accepted,
     handing_over,
     over_grpc,
@@ -56,8 +53,23 @@ async def server(small_model: Path) -> AsyncIterator[Server]:
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
+def all_mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:expertd")
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """What earlier tests have not given back is not this one's."""
+    gc.collect()
+    OTHERS[:] = [all_mappings()]
+
+
+OTHERS = [0]
+
+
 def mappings() -> int:
-    return Path("/proc/self/maps").read_text().count("memfd:test-segment")
+    """Segments mapped here since the test began, but for the one of the caller itself."""
+    return all_mappings() - OTHERS[0] - 1
 
 
 async def test_partials_and_receipt_are_those_of_grpc_bit_for_bit(server: Server) -> None:
@@ -66,35 +78,31 @@ async def test_partials_and_receipt_are_those_of_grpc_bit_for_bit(server: Server
         for offset in (0, 64 * 500, 64 * 129):
             answer = await caller.ask(caller.place(request_for(server, BATCH, request_id=9), offset))
             assert (answer.request_id, answer.error.code, answer.partials) == (9, OK, b"")
-            assert os.pread(caller.descriptor, 4096, offset + PARTIALS) == expected.partials
+            assert caller.partials(offset) == expected.partials
             assert answer.receipt_experts == expected.receipt_experts
             assert answer.receipt_pairs == expected.receipt_pairs
 
 
-async def test_what_was_checked_is_what_is_computed_whatever_the_caller_writes_meanwhile(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_was_checked_is_what_is_computed_whatever_the_caller_writes_meanwhile(server: Server) -> None:
     expected = await over_grpc(server)
-    admit = Shard.admit
+    gate = Gate(server)
     async with accepted(server) as caller:
-
-        def overwrite_then_admit(shard: Shard, call: codec.ExecuteCall) -> TokenBatch:
-            for field, length in (("hidden_scales", 32), ("expert_ids", 64), ("weights", 64)):
-                os.pwrite(caller.descriptor, b"\xff" * length, PLACES[field])
-            return admit(shard, call)
-
-        monkeypatch.setattr(Shard, "admit", overwrite_then_admit)
-        assert (await caller.ask(caller.place(request_for(server, BATCH)))).error.code == OK
-        assert os.pread(caller.descriptor, 4096, PARTIALS) == expected.partials
+        asking = asyncio.create_task(caller.ask(caller.place(request_for(server, BATCH))))
+        await until(lambda: bool(gate.reached))
+        for field, length in (("hidden_scales", 32), ("expert_ids", 64), ("weights", 64)):
+            caller.write(b"\xff" * length, PLACES[field])
+        gate.open()
+        assert (await asking).error.code == OK
+        assert caller.partials() == expected.partials
 
 
 async def test_nan_codes_stay_within_their_tokens(server: Server) -> None:
     expected = torch.frombuffer(bytearray((await over_grpc(server)).partials), dtype=torch.float32).view(4, 256)
     async with accepted(server) as caller:
         request = caller.place(request_for(server, BATCH))
-        os.pwrite(caller.descriptor, b"\xff" * 256, PLACES["hidden"] + 256)
+        caller.write(b"\xff" * 256, PLACES["hidden"] + 256)
         await caller.ask(request)
-        partials = torch.frombuffer(bytearray(os.pread(caller.descriptor, 4096, PARTIALS)), dtype=torch.float32)
+        partials = torch.frombuffer(bytearray(caller.partials()), dtype=torch.float32)
     assert partials.view(4, 256)[1].isnan().all()
     others = [0, 2, 3]
     assert torch.equal(partials.view(4, 256)[others], expected[others])
@@ -117,6 +125,7 @@ BAD_REQUESTS: dict[str, tuple[Callable[[pb.ExecuteRequest], pb.ExecuteRequest | 
         edited(lambda r: setattr(r, "segment_offset", SEGMENT_BYTES - PARTIALS - 4096 + 64)),
         "the call's tensors end at byte 65600; the segment has 65536",
     ),
+    "in the ring": (edited(lambda r: setattr(r, "segment_offset", DATA - 64)), "the segment's data begin at byte 5120"),
     "far beyond": (edited(lambda r: setattr(r, "segment_offset", 2**64 - 64)), "end at byte 18446744073709556864"),
     "unaligned": (edited(lambda r: setattr(r, "segment_offset", 65)), "segment_offset is 65; it must be a multiple of"),
     "no offset": (edited(lambda r: r.ClearField("segment_offset")), "segment_offset is missing"),
@@ -165,15 +174,34 @@ async def test_a_segment_offset_over_grpc_is_refused(server: Server) -> None:
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_a_frame_that_is_too_long_ends_the_connection_with_the_reason(server: Server) -> None:
+async def test_a_ring_that_breaks_the_rules_ends_the_lane_with_the_reason(server: Server) -> None:
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
     async with accepted(server) as caller:
-        caller.writer.write((MAX_FRAME_BYTES + 1).to_bytes(4, "little"))
-        answer = await caller.answer()
+        tail = 64
+        caller.memory[tail : tail + 4] = (1000).to_bytes(4, "little")
+        await over_grpc(server)  # For the server to look.
+        await until(caller.ended)
+        answer = pb.ExecuteResponse.FromString(caller.lane.reason)
         assert (answer.request_id, answer.error.code) == (0, INVALID)
-        assert answer.error.message == f"a frame has {MAX_FRAME_BYTES + 1} bytes; at most {MAX_FRAME_BYTES} are read"
-        assert await caller.reader.read() == b""
+        await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
     async with accepted(server) as caller:
         assert (await caller.ask(caller.place(request_for(server, BATCH)))).error.code == OK
+
+
+async def test_what_begins_as_no_lane_is_refused(server: Server) -> None:
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
+    wrong = sealed_memory()
+    os.pwrite(wrong, bytes(4), 8)
+    for descriptor, complaint in (
+        (wrong, "the segment begins with no lane of version 1"),
+        (sealed_memory(4096), "the ring is at 4096 and the data at 5120 of 4096 bytes"),
+    ):
+        async with handing_over(server, [descriptor]) as caller:
+            error = (await caller.answer()).error
+            assert error.code == INVALID
+            assert complaint in error.message
+            assert await caller.reader.read() == b""
+    assert door(server, LocalDoor).mapped_bytes == 0
 
 
 def regular_file() -> int:
@@ -223,7 +251,7 @@ async def test_huge_pages_are_refused(server: Server) -> None:
 async def test_an_accepted_segment_cannot_shrink(server: Server) -> None:
     async with accepted(server) as caller:
         with pytest.raises(PermissionError):
-            os.ftruncate(caller.descriptor, 0)
+            os.ftruncate(caller.lane.descriptor, 0)
 
 
 async def test_tickets_open_one_connection_and_no_other_bytes_do(server: Server) -> None:
@@ -251,36 +279,31 @@ async def test_a_silent_connection_is_closed(server: Server, monkeypatch: pytest
     connection = socket.socket(socket.AF_UNIX)
     connection.connect("\0" + registration.socket.removeprefix("@"))
     reader, writer = await asyncio.open_unix_connection(sock=connection)
-    answer = await Caller(-1, reader, writer).answer()
+    answer = await Handover(reader, writer).answer()
     assert answer.error.message == "no ticket came within 0.05 s"
     assert await reader.read() == b""
     writer.close()
 
 
-async def test_a_closed_connection_gives_its_memory_back_even_with_calls_in_flight(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_closed_connection_gives_its_memory_back_even_with_calls_in_flight(server: Server) -> None:
     await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
-    arrived = asyncio.Event()
-
-    async def hang(*_: object) -> None:
-        arrived.set()
-        await asyncio.Event().wait()
-
+    gate = Gate(server)
+    other = asyncio.create_task(over_grpc(server))
+    await until(lambda: bool(gate.reached))
     async with accepted(server) as caller:
         assert (door(server, LocalDoor).mapped_bytes, mappings()) == (SEGMENT_BYTES, 1)
-        monkeypatch.setattr(server.scheduler, "execute", hang)
-        caller.send(caller.place(request_for(server, BATCH)))
-        await arrived.wait()
+        caller.send(caller.place(request_for(server, BATCH, layer=2)))
+        await until(lambda: server.engine.queued_tokens == BATCH.num_tokens)
     await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
-    assert mappings() == 0
+    assert (mappings(), server.engine.queued_tokens) == (0, 0)
+    gate.open()
+    await other
+    assert gate.reached == [1]
 
 
-async def test_memory_of_a_closed_connection_is_given_back_only_when_the_device_is_done_with_it(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_memory_of_a_closed_connection_is_given_back_only_when_the_device_is_done_with_it(server: Server) -> None:
     await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
-    gate = Gate(server, monkeypatch)
+    gate = Gate(server)
     async with accepted(server) as caller:
         caller.send(caller.place(request_for(server, BATCH)))
         await until(lambda: bool(gate.reached))
@@ -294,22 +317,49 @@ async def test_memory_of_a_closed_connection_is_given_back_only_when_the_device_
 async def test_drain_answers_what_was_read_and_closes(small_model: Path) -> None:
     batch = random_batch(4, 256, 16, 4)
     async with running_server(small_model, range(16), shared_memory_bytes=1 << 20) as server:
-        started = asyncio.Event()
-        execute = server.scheduler.execute
-
-        async def slowly(*arguments: Any) -> Any:  # noqa: ANN401
-            started.set()
-            result = await execute(*arguments)
-            await asyncio.sleep(0.2)
-            return result
-
-        server.scheduler.execute = slowly  # type: ignore[assignment,method-assign]
+        gate = Gate(server)
         async with accepted(server) as caller:
             asking = asyncio.create_task(caller.ask(caller.place(request_for(server, batch))))
-            await started.wait()
+            await until(lambda: bool(gate.reached))
             server.stop()
+            await asyncio.sleep(0.5)
+            assert not caller.ended()
+            gate.open()
             assert (await asking).error.code == OK
-            assert await caller.reader.read() == b""
+            await until(caller.ended)
+            assert caller.lane.reason == b""
+
+
+async def test_drain_ends_what_is_not_answered_in_time(small_model: Path) -> None:
+    options = {"shared_memory_bytes": 1 << 20, "drain_seconds": 0.3}
+    async with running_server(small_model, range(16), **options) as server:
+        gate = Gate(server)
+        async with accepted(server) as caller:
+            caller.send(caller.place(request_for(server, BATCH)))
+            await until(lambda: bool(gate.reached))
+            server.stop()
+            await until(caller.ended)
+            assert (door(server, LocalDoor).mapped_bytes, mappings()) == (SEGMENT_BYTES, 1)
+            gate.open()
+            await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
+
+
+async def test_a_process_has_a_bounded_part(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
+    async with contextlib.AsyncExitStack() as lanes:
+        for _ in range(8):
+            await lanes.enter_async_context(accepted(server))
+        async with handing_over(server, [sealed_memory()]) as caller:
+            error = (await caller.answer()).error
+        assert error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        part = f"of the half of --shared-memory-bytes that process {os.getpid()} may have"
+        assert error.message == f"the segment has 65536 bytes; 0 are left {part}"
+        monkeypatch.setattr("expertd.server.local.door.peer_of", lambda connection: (77, os.geteuid()))
+        async with accepted(server) as other:
+            assert (await other.ask(other.place(request_for(server, BATCH)))).error.code == OK
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
+    async with accepted(server):
+        pass
 
 
 async def test_a_server_with_a_unix_socket_takes_segments_beside_it(small_model: Path, tmp_path: Path) -> None:
@@ -331,7 +381,7 @@ async def test_a_door_that_cannot_accept_says_so_and_accepts_again(
         counted = server.metrics.registry.get_sample_value
         with monkeypatch.context() as broken:
             broken.setattr(LocalDoor, "_serve", fail)
-            with contextlib.suppress(ConnectionError, EOFError, asyncio.IncompleteReadError):
+            with contextlib.suppress(ConnectionError, AssertionError):
                 async with accepted(server):
                     pass
         await until(lambda: counted("expertd_background_restarts_total") == 1)

@@ -1,4 +1,4 @@
-"""Memory that the GPU cannot pin: a caller's is refused, a front end's is used as it is."""
+"""Memory that the GPU cannot pin is refused, and calls come in by the other doors."""
 
 from pathlib import Path
 
@@ -6,32 +6,66 @@ import grpc
 import pytest
 import torch
 
+from expertd.kernels.torch.backend import TorchBackend
 from expertd.proto.base.errors import ServerFault
 from expertd.server.local.door import LocalDoor
 from expertd.server.local.front_ends import FrontEnds
-from expertd.server.local.gpu import Gpu
+from expertd.server.local.gpu import PIN_STEP, Gpu
+from expertd.server.scheduling.device import DeviceOwner
 from tests.support.local_caller import handing_over, sealed_memory
+from tests.support.native.stand_in_gpu import StandInCuda
 from tests.support.serving import door, execute_method, open_channel, random_batch, request_for, running_server
 
 
-def refuse(memory: memoryview) -> None:
-    raise ServerFault(f"the segment's {len(memory)} bytes cannot be pinned: CUDA error 2")
+class Limited(StandInCuda):
+    """Pins `most` pieces of memory."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+        self.pinned: dict[int, int] = {}
+
+    def register(self, memory: memoryview) -> int:
+        if len(self.pinned) == self._most:
+            return 2
+        self.pinned[address_of(memory)] = len(memory)
+        return 0
+
+    def unregister(self, memory: memoryview) -> None:
+        del self.pinned[address_of(memory)]
 
 
-async def test_what_cannot_be_pinned_is_refused_from_callers_alone(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("expertd.server.local.gpu.pin", refuse)
-    present = Gpu.__init__
-    monkeypatch.setattr(Gpu, "__init__", lambda gpu, device, **_: present(gpu, device, present=True))
-    monkeypatch.setattr("expertd.server.assembly.current_gpu", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr("expertd.server.assembly.gpu_uuid", lambda device: "GPU-none")
+async def test_what_cannot_be_pinned_is_refused_from_callers_alone(small_model: Path) -> None:
     async with running_server(small_model, range(16), shared_memory_bytes=1 << 20, front_ends=1) as server:
+        door(server, LocalDoor).gpu.cuda = Limited(most=0)
         async with handing_over(server, [sealed_memory()]) as caller:
             error = (await caller.answer()).error
         assert (error.code, door(server, LocalDoor).mapped_bytes) == (grpc.StatusCode.INTERNAL.value[0], 0)
         assert error.message == "the segment's 65536 bytes cannot be pinned: CUDA error 2"
         assert door(server, FrontEnds).listening == 1
-        assert "bytes cannot be pinned: CUDA error 2: a front end's calls are slower" in caplog.text
         async with open_channel(server) as channel:
             assert (await execute_method(channel)(request_for(server, random_batch(4, 256, 16, 4)))).partials
+
+
+async def test_memory_is_pinned_in_steps_that_copies_are_cut_at_and_all_or_nothing() -> None:
+    cuda = Limited(most=3)
+    pinned = cuda.pinned
+    device = DeviceOwner(TorchBackend())
+    device.start()
+    gpu = Gpu(device, cuda)
+    memory = memoryview(bytearray(5 * PIN_STEP))
+    begin = address_of(memory)
+    whole = memory[-begin % PIN_STEP + PIN_STEP - 4096 :][: PIN_STEP + 8192]
+    release = await gpu.pin(whole)
+    assert list(pinned.values()) == [4096, PIN_STEP, 4096]
+    assert all(address % PIN_STEP == 0 for address in list(pinned)[1:])
+    await gpu.release(release)
+    assert not pinned
+    with pytest.raises(ServerFault, match=f"the segment's {len(memory)} bytes cannot be pinned: CUDA error 2"):
+        await gpu.pin(memory)
+    assert not pinned
+    device.stop()
+
+
+def address_of(memory: memoryview) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()

@@ -3,7 +3,6 @@
 import gc
 import logging
 import os
-import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import pytest_asyncio
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.server.app import Server
 from expertd.server.local.door import LocalDoor
-from tests.support import stand_in_gpu
 from tests.support.local_caller import (
     BATCH,
+    DATA,
     INVALID,
     OK,
     Caller,
@@ -26,6 +25,7 @@ from tests.support.local_caller import (
     registration_of,
     sealed_memory,
 )
+from tests.support.native import stand_in_gpu
 from tests.support.serving import door, request_for, running_server, until
 
 GPU_BYTES = 1 << 16
@@ -34,7 +34,7 @@ SEGMENT_PLACES = {"expert_ids": 0, "weights": 64}
 PARTIALS = 1280
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="module")
 async def server(small_model: Path) -> AsyncIterator[Server]:
     async with running_server(small_model, range(16), shared_memory_bytes=1 << 20) as server:
         yield server
@@ -48,12 +48,14 @@ def gpu_memory(size: int = GPU_BYTES) -> int:
 
 
 def placed(request: pb.ExecuteRequest, caller: Caller, gpu: int, offset: int, gpu_offset: int) -> pb.ExecuteRequest:
-    """Move the request's tensors to the segment and to GPU memory."""
-    for places, descriptor, start in ((GPU_PLACES, gpu, gpu_offset), (SEGMENT_PLACES, caller.descriptor, offset)):
-        for field, place in places.items():
-            os.pwrite(descriptor, getattr(request, field), start + place)
-            request.ClearField(field)
-    request.segment_offset, request.gpu_offset = offset, gpu_offset
+    """Move the request's tensors to the segment, `offset` bytes into its data, and to GPU memory."""
+    for field, place in GPU_PLACES.items():
+        os.pwrite(gpu, getattr(request, field), gpu_offset + place)
+    for field, place in SEGMENT_PLACES.items():
+        caller.write(getattr(request, field), offset + place)
+    for field in (*GPU_PLACES, *SEGMENT_PLACES):
+        request.ClearField(field)
+    request.segment_offset, request.gpu_offset = DATA + offset, gpu_offset
     return request
 
 
@@ -66,8 +68,7 @@ async def test_partials_are_those_of_grpc_bit_for_bit(server: Server, monkeypatc
     assert (await registration_of(server)).gpu == stand_in_gpu.UUID
     expected = await over_grpc(server)
     gpu = gpu_memory()
-    async with handing_over(server, [sealed_memory(), gpu], gpu_bytes=GPU_BYTES) as caller:
-        assert (await caller.answer()) == pb.ExecuteResponse()
+    async with accepted(server, gpu, GPU_BYTES) as caller:
         for offset, gpu_offset in ((0, 0), (64 * 500, 256 * 7), (64, GPU_BYTES - PARTIALS - 4096)):
             request = placed(request_for(server, BATCH, request_id=9), caller, gpu, offset, gpu_offset)
             answer = await caller.ask(request)
@@ -86,17 +87,18 @@ async def test_a_closed_connection_gives_the_memory_back_on_the_device_thread(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in_gpu.install(monkeypatch, server)
-    closed = []
-    monkeypatch.setattr(
-        stand_in_gpu.StandInMemory, "close", lambda memory: closed.append(threading.current_thread().name)
-    )
     await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
-    async with handing_over(server, [sealed_memory(), gpu_memory()], gpu_bytes=GPU_BYTES) as caller:
-        assert (await caller.answer()) == pb.ExecuteResponse()
+    gpu = gpu_memory()
+    gc.collect()
+    unmapped_by = stand_in_gpu.StandInMemory.unmapped_by
+    unmapped_by.clear()
+    async with accepted(server, gpu, GPU_BYTES):
         assert door(server, LocalDoor).mapped_bytes == 2 * GPU_BYTES
+        gc.collect()
+        assert unmapped_by == []
         assert stand_ins() > 0
     await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
-    assert closed == ["device-owner"]
+    assert unmapped_by == ["device-owner"]
     await until(lambda: stand_ins() == 0)
 
 

@@ -14,6 +14,12 @@ def parse(*arguments: str) -> ServerConfig:
     return ServerConfig.from_arguments(parser.parse_args(["--model", "m", "--experts", "0-31", *arguments]))
 
 
+def of_model(model: Path, *arguments: str) -> ServerConfig:
+    parser = argparse.ArgumentParser()
+    ServerConfig.add_arguments(parser)
+    return ServerConfig.from_arguments(parser.parse_args(["--model", str(model), *arguments]))
+
+
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "0-99999999", "1,,2", "1.5"])
 def test_bad_ranges_are_refused_with_the_option_and_the_text(text: str) -> None:
     with pytest.raises(InvalidOption, match=r"^--layers: "):
@@ -51,10 +57,36 @@ def test_defaults_listen_on_loopback_only() -> None:
         (["--shadow-check-rate", "1.5"], r"--shadow-check-rate is 1\.5; it must be from 0 to 1"),
         (["--shadow-check-rate", "nan"], "--shadow-check-rate is nan; it must be from 0 to 1"),
         (["--front-ends", "-1"], "--front-ends is -1; it must be at least 0"),
-        (["--front-ends", "2", "--shared-memory-bytes", "0"], "--front-ends needs --shared-memory-bytes; it is 0"),
         (["--max-queued-tokens", "100"], "--max-queued-tokens is 100; it must be at least"),
     ],
 )
 def test_values_that_cannot_work_are_refused_with_option_and_bound(arguments: list[str], complaint: str) -> None:
     with pytest.raises(InvalidOption, match=complaint):
         parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "experts"),
+    [
+        (("--experts", "all"), range(16)),
+        (("--shard", "2/8"), range(2, 4)),
+        (("--shard", "1/3"), range(5)),
+        (("--shard", "3/3"), range(10, 16)),
+    ],
+)
+def test_the_model_tells_which_experts_there_are(small_model: Path, given: tuple[str, ...], experts: range) -> None:
+    assert of_model(small_model, *given).experts == tuple(experts)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), "--experts or --shard is needed, one of them"),
+        (("--experts", "0", "--shard", "1/2"), "--experts or --shard is needed, one of them"),
+        (("--shard", "0/8"), "--shard: '0/8' is not a shard such as 2/8"),
+        (("--shard", "1/17"), "--shard 1/17: the model has 16 experts"),
+    ],
+)
+def test_unusable_shards_are_named(small_model: Path, given: tuple[str, ...], said: str) -> None:
+    with pytest.raises(InvalidOption, match=said):
+        of_model(small_model, *given)

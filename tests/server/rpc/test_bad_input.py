@@ -150,10 +150,10 @@ CASES: dict[str, tuple[Callable[[Server], Request], grpc.StatusCode, str]] = {
         INVALID,
         r"hidden_dtype is 99; accepted",
     ),
-    "reply in float8": (
-        lambda s: edited(s, lambda m: setattr(m, "reply_dtype", 1)),
+    "no reply dtype": (
+        lambda s: edited(s, lambda m: setattr(m, "reply_dtype", 0)),
         INVALID,
-        r"reply_dtype is DTYPE_FLOAT8_E4M3FN; accepted: DTYPE_FLOAT32, DTYPE_BFLOAT16",
+        r"reply_dtype is DTYPE_UNSPECIFIED; accepted: DTYPE_FLOAT32, DTYPE_BFLOAT16, DTYPE_FLOAT8_E4M3FN",
     ),
     "unknown layer": (lambda s: request(s, layer=99), NOT_FOUND, r"layer is 99; this server owns layers 1-2"),
     "dense layer": (lambda s: request(s, layer=0), NOT_FOUND, r"layer is 0; this server owns layers 1-2"),

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,8 @@ import pytest
 import pytest_asyncio
 
 from expertd.proto import expert_shard_pb2 as pb
-from expertd.proto.base.errors import Cancelled
 from expertd.server.app import Server
-from expertd.server.rpc.conversation import Conversation
-from tests.support.local_caller import BATCH, PARTIALS, Caller, accepted, over_grpc
+from tests.support.local_caller import BATCH, Caller, accepted, over_grpc
 from tests.support.serving import (
     Gate,
     count_of,
@@ -68,12 +65,13 @@ async def sharing(server: Server) -> AsyncIterator[Talk]:
     async with accepted(server) as caller:
 
         async def send(request: pb.ExecuteRequest) -> None:
-            placed = request if request.HasField("cancels") else place(caller, request)
-            caller.send(placed)
+            if request.HasField("cancels"):
+                caller.cancel(request.cancels)
+            else:
+                caller.send(place(caller, request))
 
         yield Talk(server, send, caller.answer)
-        caller.writer.write_eof()
-        assert await caller.reader.read() == b""
+        assert not caller.ended()
 
 
 Opened: TypeAlias = Callable[[Server], contextlib.AbstractAsyncContextManager[Talk]]
@@ -94,18 +92,18 @@ both = pytest.mark.parametrize("opened", [streaming, sharing], ids=["stream", "s
 
 @both
 async def test_a_request_cancelled_in_the_queue_is_answered_at_once_and_never_computed(
-    server: Server, monkeypatch: pytest.MonkeyPatch, opened: Opened
+    server: Server, opened: Opened
 ) -> None:
-    gate = Gate(server, monkeypatch)
+    gate = Gate(server)
     async with opened(server) as conversation:
         await conversation.request(1)
         await until(lambda: gate.reached == [1])
         for number in (2, 3, 4):
             await conversation.request(number, layer=2)
-        await until(lambda: server.scheduler.queued_tokens == 3 * BATCH.num_tokens)
+        await until(lambda: server.engine.queued_tokens == 3 * BATCH.num_tokens)
         await conversation.cancel(3)
         assert await conversation.refusal() == (3, CANCELLED, "request 3 was cancelled by its caller")
-        assert server.scheduler.queued_tokens == 2 * BATCH.num_tokens
+        assert server.engine.queued_tokens == 2 * BATCH.num_tokens
         gate.open()
         answers = [await conversation.answer() for _ in range(3)]
         assert {(answer.request_id, answer.error.code) for answer in answers} == {(1, 0), (2, 0), (4, 0)}
@@ -115,9 +113,9 @@ async def test_a_request_cancelled_in_the_queue_is_answered_at_once_and_never_co
 
 @both
 async def test_a_request_cancelled_under_way_is_answered_when_the_device_is_done_with_it(
-    server: Server, monkeypatch: pytest.MonkeyPatch, opened: Opened
+    server: Server, opened: Opened
 ) -> None:
-    gate = Gate(server, monkeypatch)
+    gate = Gate(server)
     async with opened(server) as conversation:
         await conversation.request(1)
         await until(lambda: gate.reached == [1])
@@ -131,19 +129,17 @@ async def test_a_request_cancelled_under_way_is_answered_when_the_device_is_done
     assert (count_of(server, "cancelled"), count_of(server, "ok")) == (1, 0)
 
 
-async def test_when_a_slot_is_answered_for_the_device_has_written_to_it_for_the_last_time(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_when_a_slot_is_answered_for_the_device_has_written_to_it_for_the_last_time(server: Server) -> None:
     expected = (await over_grpc(server)).partials
-    gate = Gate(server, monkeypatch)
+    gate = Gate(server)
     async with accepted(server) as caller:
         caller.send(place(caller, request_for(server, BATCH, request_id=1)))
         await until(lambda: gate.reached == [1])
-        caller.send(pb.ExecuteRequest(cancels=1))
+        caller.cancel(1)
         await asyncio.sleep(0.1)
         gate.open()
         assert (await caller.answer()).error.code == CANCELLED
-        assert os.pread(caller.descriptor, len(expected), SLOT_BYTES + PARTIALS) == expected
+        assert caller.partials(SLOT_BYTES) == expected
 
 
 @both
@@ -159,16 +155,14 @@ async def test_what_is_not_in_flight_can_be_cancelled_as_often_as_one_likes(serv
 
 
 @both
-async def test_requests_of_other_callers_are_out_of_reach(
-    server: Server, monkeypatch: pytest.MonkeyPatch, opened: Opened
-) -> None:
-    gate = Gate(server, monkeypatch)
+async def test_requests_of_other_callers_are_out_of_reach(server: Server, opened: Opened) -> None:
+    gate = Gate(server)
     async with opened(server) as mine, opened(server) as theirs:
         await mine.request(1)
         await until(lambda: gate.reached == [1])
         await mine.request(2)
         await theirs.request(2)
-        await until(lambda: server.scheduler.queued_tokens == 2 * BATCH.num_tokens)
+        await until(lambda: server.engine.queued_tokens == 2 * BATCH.num_tokens)
         await theirs.cancel(2)
         assert (await theirs.refusal())[:2] == (2, CANCELLED)
         gate.open()
@@ -177,9 +171,9 @@ async def test_requests_of_other_callers_are_out_of_reach(
 
 @both
 async def test_a_caller_that_leaves_after_it_cancelled_is_forgotten_when_the_device_is_done(
-    server: Server, monkeypatch: pytest.MonkeyPatch, opened: Opened
+    server: Server, opened: Opened
 ) -> None:
-    gate = Gate(server, monkeypatch)
+    gate = Gate(server)
     with contextlib.suppress(asyncio.CancelledError):
         async with opened(server) as conversation:
             await conversation.request(1)
@@ -192,18 +186,16 @@ async def test_a_caller_that_leaves_after_it_cancelled_is_forgotten_when_the_dev
     assert count_of(server, "cancelled") == 1
 
 
-async def test_a_call_of_its_own_that_ends_leaves_the_queue_at_once(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate = Gate(server, monkeypatch)
+async def test_a_call_of_its_own_that_ends_leaves_the_queue_at_once(server: Server) -> None:
+    gate = Gate(server)
     async with open_channel(server) as channel:
         execute = execute_method(channel)
         running = asyncio.ensure_future(execute(request_for(server, BATCH)))
         await until(lambda: gate.reached == [1])
         unwanted = execute(request_for(server, BATCH, layer=2))
-        await until(lambda: server.scheduler.queued_tokens == BATCH.num_tokens)
+        await until(lambda: server.engine.queued_tokens == BATCH.num_tokens)
         unwanted.cancel()
-        await until(lambda: server.scheduler.queued_tokens == 0)
+        await until(lambda: server.engine.queued_tokens == 0)
         gate.open()
         assert (await running).partials
     assert gate.reached == [1]
@@ -219,31 +211,12 @@ async def test_a_call_of_its_own_is_ended_not_cancelled_by_a_message(server: Ser
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_who_is_gone_is_not_told_of_the_cancellation() -> None:
-    conversation = Conversation("caller", None)  # type: ignore[arg-type]
-
-    async def answer() -> None:
-        with conversation.request(1):
-            await asyncio.Event().wait()
-
-    for ends, expected in ((False, Cancelled), (True, asyncio.CancelledError)):
-        answering = asyncio.create_task(answer())
-        await asyncio.sleep(0)
-        conversation.cancel(1)
-        if ends:
-            answering.cancel()
-        with pytest.raises(expected):
-            await answering
-
-
 @pytest.mark.parametrize("over_stream", [True, False], ids=["stream", "shared-memory"])
-async def test_the_drain_ends_in_time_even_if_the_device_never_answers(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch, over_stream: bool
-) -> None:
+async def test_the_drain_ends_in_time_even_if_the_device_never_answers(small_model: Path, over_stream: bool) -> None:
     async with contextlib.AsyncExitStack() as callers:
         options = {"drain_seconds": 0.5, "device_timeout": 600.0}
         async with asyncio.timeout(20), running_server(small_model, range(16), **options) as server:
-            gate = Gate(server, monkeypatch)
+            gate = Gate(server)
             callers.callback(gate.open)
             channel = await callers.enter_async_context(open_channel(server))
             caller = await callers.enter_async_context(accepted(server))
@@ -252,7 +225,7 @@ async def test_the_drain_ends_in_time_even_if_the_device_never_answers(
             else:
                 caller.send(place(caller, request_for(server, BATCH)))
             await until(lambda: bool(gate.reached))
-        assert await caller.reader.read() == b"", "its slot may still be written to"
+        assert caller.ended(), "its slot may still be written to"
         gate.open()
         # Results must not come after the end of the event loop.
         await until(lambda: not any(thread.is_alive() for thread in server.device._threads))

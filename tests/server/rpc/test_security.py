@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import logging
 import shutil
@@ -15,16 +16,29 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
+from expertd.client.telemetry.metrics import CoordinatorMetrics
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.security import ClientSecurity
 from expertd.proto import codec
-from expertd.proto.base.errors import Unauthenticated
+from expertd.proto.base.errors import Unauthenticated, Unavailable
 from expertd.server.app import Server
+from expertd.server.options.config import Address
 from tests.support.certificates import DAY, Authority
-from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server, stream_method
+from tests.support.coordinators import QUICK, call
+from tests.support.fleets import stop
+from tests.support.serving import (
+    execute_method,
+    open_channel,
+    random_batch,
+    request_for,
+    running_server,
+    stream_method,
+    until,
+)
 
 TOKEN, OTHER_TOKEN = "Zr0-first-secret", "Zr0-second-secret"
 
@@ -177,6 +191,50 @@ async def test_a_renewed_server_certificate_is_used_without_restart_and_an_unusa
         assert "unable to get local issuer certificate" in await refusal(server, security)
         files.server_key.unlink()
         await connect(server, by_stranger)
+
+
+async def test_a_coordinator_whose_certificate_expired_goes_on_with_the_one_that_took_its_place(
+    small_model: Path, files: Fixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    registry = CollectorRegistry()
+    mine, key = files.authority.issue("mine", lasts=datetime.timedelta(seconds=4))
+    expires = datetime.datetime.now().timestamp() + 4
+    security = files.client(client_cert=mine, client_key=key)
+    config = dataclasses.replace(QUICK, security=security, metrics=CoordinatorMetrics(registry), owner_timeout=0.1)
+
+    def end(file: str) -> float:
+        told = registry.get_sample_value("expertd_coordinator_certificate_expiry_timestamp_seconds", {"file": file})
+        assert told is not None
+        return told
+
+    async with contextlib.AsyncExitStack() as stack:
+        former = await stack.enter_async_context(running_server(small_model, range(16), **files.mutual_tls()))
+        told = former.metrics.registry.get_sample_value
+        for option in ("tls_cert", "tls_client_ca"):
+            ends = told("expertd_certificate_expiry_timestamp_seconds", {"file": option})
+            assert ends is not None
+            assert abs(ends - expires - DAY.total_seconds()) < 60
+        moe = await stack.enter_async_context(Coordinator([str(former.address)], config))
+        await call(moe)
+        assert abs(end("client_cert") - expires) < 2
+        assert abs(end("root_ca") - expires - DAY.total_seconds()) < 60
+        await stop(former)
+        await asyncio.sleep(max(0.0, expires + 1 - datetime.datetime.now().timestamp()))
+        listen = Address("127.0.0.1", former.address.port)
+        await stack.enter_async_context(running_server(small_model, range(16), listen=listen, **files.mutual_tls()))
+        with pytest.raises(Unavailable):
+            await call(moe)
+        renewed, renewed_key = files.authority.issue("renewed")
+        replace(mine, renewed.read_bytes())
+        # The key comes later, and is not missed.
+        await until(lambda: "the former certificates stay in force: client_cert" in caplog.text)
+        assert not moe.backends
+        replace(key, renewed_key.read_bytes())
+        await until(lambda: bool(moe.backends))
+        assert (await call(moe)).isfinite().all()
+        assert end("client_cert") > expires + 3600
+    assert caplog.text.count("the former certificates stay in force") == 1
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -15,9 +15,10 @@ from expertd.client.transport.security import ClientSecurity
 from expertd.proto.base.errors import Unauthenticated
 from expertd.server.assembly import assemble
 from expertd.server.options.config import InvalidOption, ServerConfig
+from expertd.server.rpc.incoming import Incoming
 from expertd.server.telemetry.metrics import Metrics
 from tests.support.certificates import Authority
-from tests.support.serving import ANY_PORT, running_server
+from tests.support.serving import ANY_PORT, Answers, running_server
 
 ALL = range(16)
 HIDDEN, IDS, WEIGHTS = torch.randn(9, 256), torch.arange(4).expand(9, 4), torch.ones(9, 4)
@@ -40,13 +41,12 @@ async def test_streams_of_one_socket_are_callers_of_their_own(small_model: Path,
     address = f"unix:{tmp_path / 'expertd.sock'}"
     async with running_server(small_model, ALL, unix_socket=tmp_path / "expertd.sock") as server:
         callers = []
-        execute = server.scheduler.execute
 
-        async def note(caller: str, *rest: object) -> object:
-            callers.append(caller)
-            return await execute(caller, *rest)  # type: ignore[arg-type]
+        async def note(incoming: Incoming) -> bytes:
+            callers.append(incoming.caller)
+            return await answers.real(incoming)
 
-        server.scheduler.execute = note  # type: ignore[assignment]
+        answers = Answers(server, note)
         for _ in range(2):
             async with Coordinator([address], CoordinatorConfig(channels=1, shared_memory_bytes=0)) as moe:
                 for _ in range(2):

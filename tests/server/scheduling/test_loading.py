@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 
 from expertd import cli
 from expertd.kernels.numerics.backend import LayerWeights
+from expertd.kernels.torch.backend import TorchBackend
 from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
 from expertd.kernels.weights.experts import expert_tensors, load_layer
 from expertd.kernels.weights.manifest import MANIFEST, Manifest
 from expertd.kernels.weights.record import RECORD
 from expertd.proto import codec
-from expertd.server.scheduling import loading
 from expertd.server.scheduling.selfcheck import SelfCheckFailed
 from tests.support.mutations import DAMAGED, MUTATIONS, Tensors, mutate_checkpoint
 from tests.support.serving import open_channel, running_server
@@ -86,18 +85,18 @@ async def test_an_expert_of_zeros_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["zeros", "another layer", "gate and up swapped"])
-async def test_the_self_check_sees_what_loading_did_wrong(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    def load(checkpoint: Checkpoint, layer: int, experts: Sequence[int], *others: Any) -> LayerWeights:  # noqa: ANN401
-        weights = load_layer(checkpoint, 3 - layer if fault == "another layer" else layer, experts, *others)
-        if fault == "zeros":
-            weights.down.view(torch.uint8).zero_()
-        elif fault == "gate and up swapped":
-            for tensor in (weights.up_gate.view(torch.uint8), weights.up_gate_scales):
-                tensor.copy_(tensor.roll(tensor.shape[1] // 2, dims=1))
-        return weights
+async def test_the_self_check_sees_what_loading_did_wrong(small_model: Path, fault: str) -> None:
+    class Spoiling(TorchBackend):
+        def load_layer(self, layer: int, weights: LayerWeights) -> None:
+            if fault == "another layer":
+                with Checkpoint(small_model) as checkpoint:
+                    weights = load_layer(checkpoint, 3 - layer, range(16), lambda _: None)
+            elif fault == "zeros":
+                weights.down.view(torch.uint8).zero_()
+            elif fault == "gate and up swapped":
+                for tensor in (weights.up_gate.view(torch.uint8), weights.up_gate_scales):
+                    tensor.copy_(tensor.roll(tensor.shape[1] // 2, dims=1))
+            super().load_layer(layer, weights)
 
-    monkeypatch.setattr(loading, "load_layer", load)
     with pytest.raises(SelfCheckFailed, match="self-check of layer 1 on backend torch failed: relative error "):
-        await start(small_model)
+        await start(small_model, choose=lambda *_: (Spoiling(), "a test"))

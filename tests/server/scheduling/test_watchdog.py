@@ -11,11 +11,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertd.client.tools.cluster import LocalCluster
 from expertd.client.transport.grpc_streams import GrpcTransport
-from expertd.kernels.numerics.backend import TokenBatch
+from expertd.kernels.numerics.backend import TokenBatch, Underway
 from expertd.proto.codec import ShardInfo
 from expertd.server.app import Server
 from expertd.server.failpoints import VARIABLE
-from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server
+from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server, until
 
 TIMEOUT = 1.0
 EXPERTS = range(16)
@@ -57,6 +57,25 @@ async def test_a_stuck_device_turns_health_down_answers_who_waits_and_serves_aga
         watch.cancel()
 
 
+async def test_a_condemned_server_does_not_serve_again_when_its_device_answers(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(VARIABLE, f"stuck_device=1:{1.6 * TIMEOUT}")
+    async with (
+        running_server(small_model, EXPERTS, device_timeout=TIMEOUT) as server,
+        open_channel(server) as channel,
+    ):
+        assert await outcomes(execute_method(channel), server, 1) == {
+            "UNAVAILABLE: the device has not answered for 1 s; use another replica"
+        }
+        server.watchdog.condemn("the GPU had an error")
+        await until(lambda: "the device answers again" in caplog.text)
+        refused = await outcomes(execute_method(channel), server, 1)
+        assert refused == {"UNAVAILABLE: the GPU had an error; use another replica"}
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == STATUS.NOT_SERVING
+
+
 @pytest.mark.parametrize(
     ("fault", "told", "end"),
     [
@@ -86,21 +105,19 @@ async def test_a_lost_device_ends_the_process_with_1_after_everyone_was_answered
         assert end in cluster.servers[0].log.read_text()
 
 
-async def test_an_error_of_one_batch_alone_costs_that_batch_and_nothing_else(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_error_of_one_batch_alone_costs_that_batch_and_nothing_else(small_model: Path) -> None:
     async with (
         running_server(small_model, EXPERTS, device_timeout=TIMEOUT) as server,
         open_channel(server) as channel,
     ):
         execute = execute_method(channel)
 
-        def fail(*_: object) -> None:
+        def fail(*_: object) -> Underway:
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(server.backend, "submit", fail)
+        server.device.submit, submit = fail, server.device.submit
         refused = await outcomes(execute, server, 1)
         assert refused == {"INTERNAL: the device failed: RuntimeError: out of memory"}
-        monkeypatch.undo()
+        server.device.submit = submit
         await asyncio.sleep(2 * TIMEOUT)
         assert len((await execute(request_for(server, batch()))).partials) == 3 * 256 * 4

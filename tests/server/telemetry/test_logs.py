@@ -20,7 +20,7 @@ from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import Unauthenticated
 from expertd.server.telemetry.logs import JsonFormatter, TextFormatter
 from tests.support.certificates import Authority
-from tests.support.serving import execute_method
+from tests.support.serving import execute_method, until
 
 TOKEN, WRONG_TOKEN = "Zr0-a-secret-token", "Zr0-a-wrong-token"
 CALLS = 5
@@ -86,7 +86,10 @@ async def test_every_request_is_one_line_at_debug_and_secrets_are_in_none(
                 await execute_method(channel)(pb.ExecuteRequest(), metadata=right.metadata())
         with pytest.raises(Unauthenticated):
             await Coordinator(cluster.addresses, CoordinatorConfig(security=wrong)).__aenter__()
-        text = cluster.servers[0].log.read_text()
+        file = cluster.servers[0].log
+        if level == "debug":
+            await until(lambda: "request refused: num_tokens" in file.read_text())
+        text = file.read_text()
     lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
     assert {"time", "level", "logger", "message"} <= set.intersection(*(set(line) for line in lines))
     answered = [line for line in lines if line["message"] == "request answered"]

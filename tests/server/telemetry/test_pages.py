@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from expertd import __version__
-from expertd.server import app
+from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.server.app import Server
 from expertd.server.assembly import assemble
+from expertd.server.failpoints import VARIABLE
 from expertd.server.options.config import ServerConfig
-from expertd.server.telemetry import pages
 from expertd.server.telemetry.metrics import STAGES, Metrics
 from tests.support.programs import find_program, node_modules
 from tests.support.serving import ANY_PORT, execute_method, open_channel, random_batch, request_for, running_server
@@ -77,14 +78,12 @@ async def test_the_snapshot_tells_what_happened(small_model: Path) -> None:
     assert (status["config"]["experts"], status["config"]["max_queued_tokens"]) == ("0-15", "65536")
 
 
-async def test_rates_look_back_no_further_than_the_server_lives_or_a_minute(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_rates_look_back_no_further_than_the_server_lives_or_a_minute(small_model: Path) -> None:
     async with busy_server(small_model) as server:
         now = time.time()
-        monkeypatch.setattr(time, "time", lambda: now + 30)
+        server.pages.status = replace(server.pages.status, clock=lambda: now + 30)
         half = json.loads((await asyncio.to_thread(get, server, "/status.json"))[1])
-        monkeypatch.setattr(time, "time", lambda: now + 3600)
+        server.pages.status = replace(server.pages.status, clock=lambda: now + 3600)
         later = json.loads((await asyncio.to_thread(get, server, "/status.json"))[1])
     assert 30 < half["span"] < 60
     assert half["requests_per_second"] == pytest.approx(3 / half["span"])
@@ -92,12 +91,7 @@ async def test_rates_look_back_no_further_than_the_server_lives_or_a_minute(
 
 
 async def test_probes_follow_the_life_of_the_server(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loading = asyncio.Event()
-
-    async def load(*_: object) -> None:
-        await loading.wait()
-
-    monkeypatch.setattr(app, "load_layers", load)
+    monkeypatch.setenv(VARIABLE, "slow_loading=1:1")
     config = ServerConfig(model=small_model, experts=tuple(ALL), listen=ANY_PORT, metrics=ANY_PORT, backend="torch")
     server = assemble(config, Metrics(CollectorRegistry()))
     running = asyncio.create_task(server.run())
@@ -105,19 +99,18 @@ async def test_probes_follow_the_life_of_the_server(small_model: Path, monkeypat
         await asyncio.sleep(0.01)
     assert await asyncio.to_thread(get, server, "/readyz") == (503, "the server is starting\n")
     assert await asyncio.to_thread(get, server, "/healthz") == (200, "alive\n")
-    loading.set()
     await server.ready.wait()
     assert await asyncio.to_thread(get, server, "/readyz") == (200, "ready\n")
-    server.scheduler.close("the server is draining; use another replica")
+    server.engine.close("the server is draining; use another replica")
     assert await asyncio.to_thread(get, server, "/readyz") == (503, "the server is draining; use another replica\n")
     assert json.loads((await asyncio.to_thread(get, server, "/status.json"))[1])["ready"] is False
     server.stop()
     await running
 
 
-async def test_a_stuck_event_loop_is_not_alive(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "ALIVE_SECONDS", 0.2)
+async def test_a_stuck_event_loop_is_not_alive(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server:
+        server.pages.alive_seconds = 0.2
         asking = asyncio.create_task(asyncio.to_thread(get, server, "/healthz"))
         await asyncio.sleep(0)
         time.sleep(3)
@@ -131,28 +124,39 @@ async def test_other_paths_are_not_found(small_model: Path) -> None:
         assert await asyncio.to_thread(get, server, "/nothing") == (404, "no /nothing; try /")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_a_reader_sees_the_server_in_a_browser(small_model: Path, tmp_path: Path, scheme: str) -> None:
+async def look(server: Server, picture: Path, scheme: str) -> dict[str, Any]:
+    """What tests/browser/look.js sees."""
     find_program("chromium", package="chromium")
     node, packages = find_program("node", package="nodejs"), node_modules(BROWSER / "package.json")
+    process = await asyncio.create_subprocess_exec(
+        *(node, str(BROWSER / "look.js"), f"http://{server.metrics_address}/", str(picture), scheme),
+        env=os.environ | {"NODE_PATH": str(packages)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    stdout, stderr = await asyncio.wait_for(process.communicate(), 180)
+    assert process.returncode == 0, stderr.decode()
+    seen: dict[str, Any] = json.loads(stdout)
+    return seen
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_a_reader_sees_the_server_in_a_browser(small_model: Path, tmp_path: Path, scheme: str) -> None:
     picture = tmp_path / "page.png"
     async with busy_server(small_model) as server:
-        process = await asyncio.create_subprocess_exec(
-            *(node, str(BROWSER / "look.js"), f"http://{server.metrics_address}/", str(picture), scheme),
-            env=os.environ | {"NODE_PATH": str(packages)},
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        stdout, stderr = await asyncio.wait_for(process.communicate(), 180)
-    assert process.returncode == 0, stderr.decode()
-    seen = json.loads(stdout)
+        seen = await look(server, picture, scheme)
     assert seen["complaints"] == []
     assert {url.removeprefix(f"http://{server.metrics_address}") for url in seen["requests"]} <= {
         "/",
         "/status.json",
     } | {url for url in seen["requests"] if url.startswith("data:")}
     assert (seen["title"], seen["state"]) == (f"{server.address} · expertd", "serving")
-    for text in ("experts 0-15 · layers 1-2", "not_found", "layer is 50; this server owns layers 1-2", "3 answered"):
+    for text in (
+        f"{small_model.name} · experts 0-15 · layers 1-2",
+        "not_found",
+        "layer is 50; this server owns layers 1-2",
+        "3 answered",
+    ):
         assert text in seen["text"]
     assert all(stage.replace("_", " ") in seen["text"] for stage in STAGES)
     assert seen["tip"].startswith("layer 1, expert 0")
@@ -161,3 +165,17 @@ async def test_a_reader_sees_the_server_in_a_browser(small_model: Path, tmp_path
     assert not seen["wider"]
     assert seen["background"] == {"light": "rgb(245, 246, 248)", "dark": "rgb(15, 18, 22)"}[scheme]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+async def test_256_experts_have_room_on_every_screen(tmp_path: Path) -> None:
+    model = DemoModel(hidden_size=128, moe_intermediate_size=128, moe_layers=1, quantized=False)
+    async with running_server(write_demo_checkpoint(tmp_path, model), range(256)) as server:
+        seen = await look(server, tmp_path / "page.png", "light")
+    assert seen["cells"] == 256
+    assert "none since the start" in seen["text"]
+    assert list(seen["widths"]) == ["390", "768", "1024", "1440"]
+    for width, amiss in seen["widths"].items():
+        labels, tiles = amiss.pop("labels"), amiss.pop("tiles")
+        assert amiss == {"wider": False, "touching": 0, "squeezed": False}, width
+        # No screen has more than it can hold, or a last row with gaps.
+        assert (labels, tiles) == {"390": (4, 2), "768": (16, 3), "1024": (16, 3), "1440": (32, 6)}[width]

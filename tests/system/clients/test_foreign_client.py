@@ -45,6 +45,7 @@ LAYER = 2
 TOKENS = 23
 TOLERANCE = 1e-5
 RPCS = ("Execute", "ExecuteStream")
+LANE = "SharedMemory"
 FP8, BF16 = "DTYPE_FLOAT8_E4M3FN", "DTYPE_BFLOAT16"
 
 
@@ -86,6 +87,7 @@ class Program:
 
     command: tuple[str, ...]
     environment: dict[str, str]
+    rpcs: tuple[str, ...] = RPCS
 
 
 async def _run(
@@ -121,7 +123,8 @@ async def _cpp_client() -> Program:
         find_program(tool, package=CPP_PACKAGES)
     if subprocess.run(["pkg-config", "--exists", "grpc++", "protobuf"], check=False).returncode:
         pytest.skip(f"needs gRPC for C++ (Debian: apt-get install {CPP_PACKAGES})")
-    sources = (CPP / "CMakeLists.txt", CPP / "client.cc", ROOT / "proto" / "expert_shard.proto")
+    own = (file for file in sorted(CPP.iterdir()) if file.suffix in (".cc", ".h", ".txt"))
+    sources = (*own, ROOT / "proto" / "expert_shard.proto")
 
     async def build(staged: Path) -> None:
         for command in (["cmake", "-S", str(CPP), "-B", "."], ["cmake", "--build", "."]):
@@ -129,7 +132,7 @@ async def _cpp_client() -> Program:
             assert code == 0, f"{' '.join(command)} failed: {stdout}{stderr}"
 
     folder = await _made_once("cpp-client", b"".join(source.read_bytes() for source in sources), build)
-    return Program((str(folder / "client"),), {})
+    return Program((str(folder / "client"),), {}, (*RPCS, LANE))
 
 
 async def _made_once(kind: str, sources: bytes, make: Callable[[Path], Awaitable[None]]) -> Path:
@@ -169,6 +172,7 @@ class Client:
     """A client, pointed at one server."""
 
     def __init__(self, program: Program, address: str, folder: Path) -> None:
+        self.rpcs = program.rpcs
         self._program = program
         self._address = address
         self._folder = folder
@@ -250,8 +254,9 @@ def _expected(batch: Batch, hidden: Tensor, scales: Tensor | None, weights: Laye
 
 def _assert_answers(outcome: Outcome, hidden_dtype: str, expected: Tensor, batch: Batch) -> None:
     counts = {str(expert): int((batch.ids == expert).sum()) for expert in OWNED}
-    for rpc in RPCS:
-        result = outcome.results[rpc, hidden_dtype]
+    for (rpc, dtype), result in outcome.results.items():
+        if dtype != hidden_dtype:
+            continue
         partials = torch.tensor(result["partials"])
         assert partials.shape == expected.shape
         assert relative_error(partials, expected) <= TOLERANCE
@@ -265,7 +270,7 @@ async def test_fp8_answers_are_the_oracles(client: Client, weights: LayerWeights
     outcome = await client.compute(batch)
     assert outcome.code == 0, outcome.stderr
     stored, scales = quantize_activations(batch.hidden)
-    for rpc in RPCS:
+    for rpc in client.rpcs:
         result = outcome.results[rpc, FP8]
         assert torch.equal(_bytes_sent(result, torch.uint8), stored.view(torch.uint8))
         assert torch.equal(torch.tensor(result["scales"]).view_as(scales), scales)
@@ -277,29 +282,29 @@ async def test_bf16_answers_are_the_oracles(client: Client, weights: LayerWeight
     outcome = await client.compute(batch)
     assert outcome.code == 0, outcome.stderr
     hidden = batch.hidden.bfloat16()
-    for rpc in RPCS:
+    for rpc in client.rpcs:
         result = outcome.results[rpc, BF16]
         assert torch.equal(_bytes_sent(result, torch.int16), hidden.view(torch.int16))
         assert result["scales"] == []
     _assert_answers(outcome, BF16, _expected(batch, hidden, None, weights), batch)
 
 
-async def test_the_stream_carries_several_requests(client: Client) -> None:
+async def test_streams_and_lanes_carry_several_requests(client: Client) -> None:
     outcome = await client.compute(_batch())
-    for hidden_dtype in (FP8, BF16):
-        assert outcome.results["Execute", hidden_dtype]["request_ids"] == [1]
-        assert outcome.results["ExecuteStream", hidden_dtype]["request_ids"] == [1, 2, 3, 4]
+    assert set(outcome.results) == {(rpc, hidden_dtype) for rpc in client.rpcs for hidden_dtype in (FP8, BF16)}
+    for (rpc, _), result in outcome.results.items():
+        assert result["request_ids"] == ([1] if rpc == "Execute" else [1, 2, 3, 4])
 
 
 async def test_without_files_it_shows_the_server_and_computes_noise(client: Client) -> None:
     outcome = await client.demonstrate()
     assert outcome.code == 0, outcome.stderr
     assert re.search(r"""model_type: ['"]deepseek_v3['"]""", outcome.stdout)
-    for rpc in RPCS:
+    for rpc in client.rpcs:
         for hidden_dtype in (FP8, BF16):
             assert f"{rpc} {hidden_dtype}: norms" in outcome.stdout
     pairs = re.findall(r"pairs by expert (.*)", outcome.stdout)
-    assert [json.loads(counts) for counts in pairs] == [{"8": 5, "9": 5, "10": 5, "11": 5}] * 4
+    assert [json.loads(counts) for counts in pairs] == [{"8": 5, "9": 5, "10": 5, "11": 5}] * 2 * len(client.rpcs)
 
 
 def _bad_tokens() -> dict[str, tuple[Batch, str]]:
@@ -324,7 +329,7 @@ def _bad_tokens() -> dict[str, tuple[Batch, str]]:
         ),
         "an expert of another server": (
             with_ids(8, 9, 10, 3),
-            "NOT_FOUND: expert_ids[0, 3] is 3; this server owns experts 8-15",
+            "NOT_FOUND: expert_ids[0, 3] is 3; this server owns experts 8-15 of layer 2",
         ),
         "too many slots": (
             Batch(hidden, torch.tensor([[8, 9, 10, 11, 12]]), torch.ones(1, 5)),
@@ -345,8 +350,10 @@ def _bad_tokens() -> dict[str, tuple[Batch, str]]:
 async def test_a_bad_request_is_refused_by_name(client: Client, batch: Batch, message: str) -> None:
     outcome = await client.compute(batch)
     assert outcome.code == 1
+    # A lane's server sees no lengths of tensors: its caller looks.
+    unseen = message.replace("; [1, 4] float32 takes 16", "; the server would read 16")
     assert {key: result["error"] for key, result in outcome.results.items()} == {
-        (rpc, hidden_dtype): message for rpc in RPCS for hidden_dtype in (FP8, BF16)
+        (rpc, hidden_dtype): unseen if rpc == LANE else message for rpc in client.rpcs for hidden_dtype in (FP8, BF16)
     }
 
 
@@ -360,6 +367,21 @@ async def test_hidden_states_of_another_size_are_refused_by_name(client: Client)
         assert outcome.results[rpc, BF16]["error"] == (
             "INVALID_ARGUMENT: hidden has 256 bytes; [1, 256] bfloat16 takes 512"
         )
+    for hidden_dtype, sizes in ((FP8, (128, 256)), (BF16, (256, 512))) if LANE in client.rpcs else ():
+        expected = "INVALID_ARGUMENT: hidden has {} bytes; the server would read {}".format(*sizes)
+        assert outcome.results[LANE, hidden_dtype]["error"] == expected
+
+
+async def test_without_shared_memory_there_are_the_other_ways(
+    program: Program, checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ["--backend", "torch", "--shared-memory-bytes", "0"]
+    async with LocalCluster(checkpoint, [f"{OWNED[0]}-{OWNED[-1]}"], options) as cluster:
+        outcome = await Client(program, cluster.addresses[0], tmp_path).compute(_batch())
+    assert outcome.code == 0, outcome.stderr
+    assert {rpc for rpc, _ in outcome.results} == set(RPCS)
+    if LANE in program.rpcs:
+        assert "no shared memory: PERMISSION_DENIED: " in outcome.stdout
 
 
 async def test_no_server_is_said_so(program: Program, tmp_path: Path) -> None:

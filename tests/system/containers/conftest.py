@@ -16,7 +16,7 @@ def engine() -> Iterator[Engine]:
         pytest.skip("builds and starts images, for minutes; 'make image-test' does, and CI")
     try:
         engine = build_images()
-        with engine.running(bridged=True):
+        with engine.alone(), engine.running(bridged=True):
             yield engine
     except NoEngine as reason:
         pytest.skip(str(reason))

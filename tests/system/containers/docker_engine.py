@@ -166,6 +166,10 @@ def _capture(
 
 
 def _add_namespace() -> None:
+    """In place of one that a run which was killed has left, with nobody in it."""
+    left = _capture("ip", "netns", "pids", NAMESPACE)
+    if left.returncode == 0 and not left.stdout.strip():
+        _capture("ip", "netns", "delete", NAMESPACE)
     for command in (["ip", "netns", "add", NAMESPACE], ["ip", "-n", NAMESPACE, "link", "set", "lo", "up"]):
         done = _capture(*command)
         if done.returncode:

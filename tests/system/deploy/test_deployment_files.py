@@ -87,12 +87,21 @@ def test_compose_starts_every_expert_once_and_watches_it(files: tuple[str, ...])
     owned = [expert for service in servers.values() for expert in parse_ranges(service["command"][1])]
     assert sorted(owned) == list(range(256))
     assert all(service["read_only"] and service["cap_drop"] == ["ALL"] for service in services.values())
+    for name, service in servers.items():
+        # The bridge keeps callers in other containers from sharing memory; the volume is for that.
+        assert service["command"][2:] == ["--unix-socket", f"/run/expertd/{name}.sock"]
+        assert {"sockets": "/run/expertd"}.items() <= {
+            volume["source"]: volume["target"] for volume in service["volumes"]
+        }.items()
     ports = [port["published"] for service in services.values() for port in service.get("ports", ())]
     assert len(set(ports)) == len(ports) == 11
     assert all(port["host_ip"] == "127.0.0.1" for service in services.values() for port in service.get("ports", ()))
     jobs = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
     (expertd,) = (job for job in jobs if job["job_name"] == "expertd")
     assert expertd["static_configs"][0]["targets"] == [f"{name}:9464" for name in sorted(servers)]
+    (expected,) = yaml.safe_load((ROOT / "deploy/prometheus/rules/expected.yml").read_text())["groups"][0]["rules"]
+    assert expected["expr"] == f"vector({len(owned)})"
+    assert expected["labels"] == {"job": "expertd"} | expertd["static_configs"][0]["labels"]
 
 
 def test_each_server_has_a_gpu_of_its_own_unless_there_are_none() -> None:

@@ -19,11 +19,18 @@ import torch
 import yaml
 from prometheus_client import CollectorRegistry, start_http_server
 
+from expertd._native import Histogram
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.telemetry.metrics import CoordinatorMetrics
 from expertd.client.tools.cluster import LocalCluster, even_shards
-from expertd.server.telemetry.metrics import Metrics
+from expertd.client.transport.security import ClientSecurity
+from expertd.server.hardware.gpu_health import GpuHealth
+from expertd.server.hardware.xid import FATAL
+from expertd.server.scheduling.gpu_watch import GpuWatch
+from expertd.server.telemetry.metrics import TOKEN_BUCKETS, Metrics, buckets
+from tests.support.certificates import Authority
+from tests.support.native.stand_in_nvml import UUID, StandInNvml
 from tests.support.programs import find_program
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -41,24 +48,51 @@ def test_rules_give_what_their_tests_say_and_none_is_without_a_test_or_use() -> 
         done = subprocess.run([promtool, command, "rules", *files], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     rules = [rule for group in _rules() for rule in group["rules"]]
-    fired = {
-        case["alertname"]
-        for file in tests
-        for test in yaml.safe_load(file.read_text())["tests"]
-        for case in test.get("alert_rule_test", ())
-        if case["exp_alerts"]
-    }
-    assert fired == {rule["alert"] for rule in rules if "alert" in rule}
+    fired: set[str] = set()
+    ended: set[str] = set()
+    for test in (test for file in tests for test in yaml.safe_load(file.read_text())["tests"]):
+        begun: set[str] = set()
+        for case in sorted(test.get("alert_rule_test", ()), key=lambda case: _seconds(case["eval_time"])):
+            if case["exp_alerts"]:
+                begun.add(case["alertname"])
+            elif case["alertname"] in begun:
+                ended.add(case["alertname"])
+        fired |= begun
+    assert fired == ended == {rule["alert"] for rule in rules if "alert" in rule}
     recorded = {rule["record"] for rule in rules if "record" in rule}
     texts = "".join(re.sub("record: .*", "", file.read_text()) for file in (*DASHBOARDS, *RULES))
     assert {name for name in recorded if name not in texts} == set()
+
+
+def test_every_alert_links_to_what_there_is_to_do_about_it() -> None:
+    document = (DEPLOY.parent / "docs" / "operations.md").read_text()
+    sections = {heading.lower() for heading in re.findall(r"^### (Expertd\w+)$", document, re.MULTILINE)}
+    alerts = [rule for group in _rules() for rule in group["rules"] if "alert" in rule]
+    links = {alert["alert"]: alert["annotations"]["runbook_url"] for alert in alerts}
+    assert links == {name: f"docs/operations.md#{name.lower()}" for name in links}
+    assert sections == {name.lower() for name in links}
+
+
+def test_the_alert_of_xid_errors_knows_the_fatal_ones() -> None:
+    (expression,) = [
+        rule["expr"] for group in _rules() for rule in group["rules"] if rule.get("alert") == "ExpertdGpuXid"
+    ]
+    assert re.findall(r"\d+", expression.partition('xid=~"')[2].partition('"')[0]) == [str(xid) for xid in FATAL]
+
+
+def _seconds(time: str) -> int:
+    """Of Prometheus' "2m30s"."""
+    return sum(int(count) * {"h": 3600, "m": 60, "s": 1}[unit] for count, unit in re.findall(r"(\d+)([hms])", time))
 
 
 async def test_every_panel_has_data_and_a_killed_server_raises_its_alert(small_model: Path, tmp_path: Path) -> None:
     prometheus = find_program("prometheus", package="prometheus")
     alertmanager = find_program("alertmanager", "prometheus-alertmanager", package="prometheus-alertmanager")
     async with contextlib.AsyncExitStack() as stack:
-        cluster = await stack.enter_async_context(LocalCluster(small_model, even_shards(16, 2), OPTIONS))
+        authority = Authority(tmp_path)
+        certificate, key = authority.issue("server")
+        tls = ["--tls-cert", str(certificate), "--tls-key", str(key)]
+        cluster = await stack.enter_async_context(LocalCluster(small_model, even_shards(16, 2), OPTIONS + tls))
         registry = CollectorRegistry()
         coordinator_target = stack.enter_context(_exported(registry))
         gpu_target = stack.enter_context(_exported(_gpu()))
@@ -68,13 +102,12 @@ async def test_every_panel_has_data_and_a_killed_server_raises_its_alert(small_m
         _write_config(tmp_path, targets, alerts)
         for program, options in (
             (alertmanager, {"config.file": "alertmanager.yml", "web.listen-address": alerts} | ALONE),
-            (prometheus, {"config.file": "prometheus.yml", "web.listen-address": metrics}),
+            (prometheus, {"config.file": "prometheus.yml", "web.listen-address": metrics, "storage.tsdb.path": "data"}),
         ):
             command = [program, *(f"--{name}={value}" for name, value in options.items())]
             await stack.enter_async_context(_running(command, tmp_path))
-        moe = await stack.enter_async_context(
-            Coordinator(cluster.addresses, CoordinatorConfig(metrics=CoordinatorMetrics(registry)))
-        )
+        config = CoordinatorConfig(metrics=CoordinatorMetrics(registry), security=ClientSecurity(root_ca=authority.pem))
+        moe = await stack.enter_async_context(Coordinator(cluster.addresses, config))
         load = asyncio.create_task(_load(moe))
         try:
             await _until_every_panel_has_data(metrics, _expressions(servers[0], gpu_target))
@@ -97,8 +130,13 @@ def _gpu() -> CollectorRegistry:
     metrics.export(metrics.device_busy, metrics.device_memory)
     for kind, gigabytes in {"size": 80, "free": 8, "allocated": 60, "reserved": 70}.items():
         metrics.device_memory.labels(kind).set(gigabytes << 30)
-    metrics.batch_tokens.observe(64)
-    metrics.device_busy.inc(0.5)
+    counted = Histogram(TOKEN_BUCKETS)
+    counted.observe(64)
+    metrics.batch_tokens.set_function(lambda: [((), buckets(TOKEN_BUCKETS, *counted.read()))])
+    metrics.device_busy.set_function(lambda: [((), (0.5,))])
+    health = GpuHealth.open(StandInNvml(), UUID)
+    assert health is not None
+    GpuWatch(health, metrics, lambda _: None)
     return metrics.registry
 
 
@@ -156,7 +194,7 @@ def _expressions(server: str, gpu: str) -> Iterator[tuple[str, str]]:
         for panel in json.loads(file.read_text())["panels"]:
             for target in panel.get("targets", ()):
                 expression = target["expr"].replace("$__rate_interval", "30s")
-                instance = gpu if "_device_" in expression else server
+                instance = gpu if "_device_" in expression or "_gpu_" in expression else server
                 yield f"{file.stem}: {panel['title']}", expression.replace("$instance", instance)
 
 

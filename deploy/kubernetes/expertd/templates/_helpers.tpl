@@ -57,3 +57,99 @@ grpc: {port: 50051}
 {{- end }}
 timeoutSeconds: 10
 {{- end }}
+
+{{- define "expertd.image" -}}
+{{- if .Values.image.digest -}}
+{{ printf "%s@%s" .Values.image.repository .Values.image.digest | quote }}
+{{- else -}}
+{{ printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) | quote }}
+{{- end -}}
+{{- end }}
+
+{{- define "expertd.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "expertd.security" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "expertd.secretMounts" -}}
+{{- if .Values.tls.secretName }}
+- {name: tls, mountPath: /tls, readOnly: true}
+{{- end }}
+{{- if .Values.tokenSecretName }}
+- {name: tokens, mountPath: /tokens, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "expertd.secretVolumes" -}}
+{{- with .Values.tls.secretName }}
+- name: tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- with .Values.tokenSecretName }}
+- name: tokens
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+
+{{/* Options of commands that call the servers. */}}
+{{- define "expertd.clientOptions" -}}
+{{- if .Values.tls.secretName -}}
+- --tls-ca=/tls/ca.crt
+{{- with .Values.tls.serverName }}
+- --server-name={{ . }}
+{{- end }}
+{{- if .Values.tls.clientAuthority }}
+- --tls-client-cert=/tls/tls.crt
+- --tls-client-key=/tls/tls.key
+{{- end }}
+{{- end }}
+{{- if .Values.tokenSecretName }}
+- --auth-token-file=/tokens/tokens
+{{- if .Values.insecure }}
+- --insecure
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* The servers as coordinators call them, one a line. */}}
+{{- define "expertd.servers" -}}
+{{- $name := include "expertd.name" . -}}
+{{- range $shard, $experts := splitList " " (include "expertd.ranges" .) }}
+{{- range $replica := until (int $.Values.replicasPerShard) }}
+- {{ $name }}-shard-{{ $shard }}-{{ $replica }}.{{ $name }}.{{ $.Release.Namespace }}.svc:50051
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* How many experts the shards own together. */}}
+{{- define "expertd.expected" -}}
+{{- $owned := dict -}}
+{{- range $experts := splitList " " (include "expertd.ranges" .) -}}
+{{- range $range := splitList "," $experts -}}
+{{- $ends := splitList "-" $range -}}
+{{- range $expert := untilStep (int (first $ends)) (int (add1 (last $ends))) 1 -}}
+{{- $_ := set $owned (toString $expert) true -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{ len $owned }}
+{{- end }}
+
+{{/* Of pods that call the servers, and are none. */}}
+{{- define "expertd.checkLabels" -}}
+app.kubernetes.io/name: expertd-check
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- with .Values.checkLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}

@@ -14,6 +14,7 @@ from torch.nn.functional import silu
 
 from expertd.kernels.cutile.base.launch import Gpu, Launch
 from expertd.kernels.cutile.base.shape import ExpertShape
+from expertd.kernels.cutile.dequant.halves import to_float16
 from expertd.kernels.cutile.dequant.layer import DequantConfig, DequantPipeline, default_config
 from expertd.kernels.cutile.dequant.token_sort import sort_rows
 from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
@@ -79,7 +80,7 @@ def sums(
     batch: TokenBatch, weights: LayerWeights, config: DequantConfig = CONFIG, active: int = 6, arch: str = "sm_90"
 ) -> Tensor:
     experts, hidden_size, intermediate_size = weights.down.shape
-    pipeline = DequantPipeline(experts, hidden_size, intermediate_size, CPU, Gpu(arch, 132))
+    pipeline = DequantPipeline(experts, hidden_size, intermediate_size, CPU, Gpu(arch, 132), dtype=weights.dtype)
     rows = sort_rows(batch.expert_ids, experts, active, config.tile_m)
     launches, out = pipeline.grouped(batch, rows, weights, config)
     for launch in launches:
@@ -126,6 +127,39 @@ def test_takes_bf16_hidden_states(weights: LayerWeights) -> None:
     assert batch.scales is not None
     batch = replace(batch, hidden=dequantize_activations(batch.hidden, batch.scales).bfloat16(), scales=None)
     assert relative_error(sums(batch, weights), reference_partials(batch, weights)) < 1e-3
+
+
+def plain_weights(size: float) -> LayerWeights:
+    """BF16, as loaded; experts differ in magnitude, and one has a weight far larger than all its others."""
+    generator = torch.Generator().manual_seed(2)
+
+    def matrix(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        weight = torch.randn(6, rows, columns, generator=generator) * size
+        weight *= torch.logspace(-3, 3, 6).view(-1, 1, 1)
+        weight[2, 0, 0] = size * 1e4
+        return weight.bfloat16(), torch.ones(6, rows // 128, columns // 128)
+
+    return LayerWeights(*matrix(256, 256), *matrix(256, 128))
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 257])
+@pytest.mark.parametrize("size", [0.05, 1e-9, 1e6])
+def test_takes_bf16_weights_without_dequantising_them(size: float, tokens: int) -> None:
+    loaded, batch = plain_weights(size), batch_of(tokens)
+    kept = to_float16(loaded, CPU)
+    for ours, scales, theirs in (
+        (kept.up_gate, kept.up_gate_scales, loaded.up_gate),
+        (kept.down, kept.down_scales, loaded.down),
+    ):
+        difference = (dequantize_weights(ours, scales) - theirs.float()).abs().amax(dim=(1, 2))
+        assert (difference <= theirs.float().abs().amax(dim=(1, 2)) * 2.0**-39).all()
+        assert not difference[[0, 1, 3, 4, 5]].any()
+    rows = sort_rows(batch.expert_ids, 6, 6, CONFIG.tile_m)
+    launches, _ = DequantPipeline(6, 256, 128, CPU, Gpu("sm_90", 132), dtype=torch.float16).grouped(
+        batch, rows, kept, CONFIG
+    )
+    assert "dequant_weights" not in [launch.name for launch in launches]
+    assert relative_error(sums(batch, kept), reference_partials(batch, loaded)) < 1e-3
 
 
 def test_no_expert_and_one_expert(weights: LayerWeights) -> None:

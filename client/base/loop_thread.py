@@ -1,0 +1,80 @@
+"""An event loop on a thread of its own, for callers without one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+END_SECONDS = 1.0
+"""For what other threads wait for when it is closed."""
+
+
+class LoopThread:
+    """Runs from the beginning until `close`, after which methods raise `RuntimeError`. They are for other threads."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._ending = threading.Lock()
+        self._ended = False
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
+        self._thread.start()
+
+    def soon(self, function: Callable[[], object]) -> None:
+        """Have the loop call `function`."""
+        with self._open():
+            self._loop.call_soon_threadsafe(function)
+
+    def start(self, call: Coroutine[None, None, T]) -> Future[T]:
+        """Have the loop run `call`."""
+        try:
+            with self._open():
+                return asyncio.run_coroutine_threadsafe(call, self._loop)
+        except RuntimeError:
+            # Closed meanwhile, by another thread.
+            call.close()
+            raise
+
+    def wait(self, call: Coroutine[None, None, T]) -> T:
+        """What `call` returns."""
+        future = self.start(call)
+        try:
+            return future.result()
+        except BaseException:
+            # Ctrl-C while waiting: the call must not go on without anybody who wants it.
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """While the loop takes anything: what came after it has looked at its last tasks would never be run."""
+        with self._ending:
+            if self._ended:
+                raise RuntimeError("the event loop was closed by another thread")
+            yield
+
+    def _live(self) -> None:
+        """When it is to stop, other threads may still wait for what runs on it."""
+        self._loop.run_forever()
+        with self._ending:
+            self._ended = True
+        self._loop.run_until_complete(_end_others())
+        self._loop.close()
+
+
+async def _end_others() -> None:
+    """Let calls fail by themselves, now that no server is left to them; cancel what goes on nevertheless."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        _, lasting = await asyncio.wait(others, timeout=END_SECONDS)
+        for task in lasting:
+            task.cancel()
+        await asyncio.gather(*lasting, return_exceptions=True)

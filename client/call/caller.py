@@ -1,0 +1,114 @@
+"""What the calls of one coordinator share: whom they ask, and how much of what they may repeat."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from expertd import _native
+from expertd.client.call.budget import RetryBudget
+from expertd.client.call.choice import candidates, choose
+from expertd.client.call.hedging import Lateness
+from expertd.client.config.coordinator import CoordinatorConfig
+from expertd.client.fleet.member import Member
+from expertd.client.fleet.membership import Membership
+from expertd.client.fleet.ownership import Ownership
+from expertd.client.transport.segment import Segment
+from expertd.proto.codec import ShardInfo
+
+MOST_PARTS = 1 << 20
+"""Of a call, whose requests are numbered one after another."""
+GOLDEN = 0.618034
+"""Of a turn: multiples of it spread evenly, however many members there are."""
+
+
+class Server(NamedTuple):
+    """A member that calls can go straight to."""
+
+    member: Member
+    shard: ShardInfo
+    segments: tuple[Segment, ...]
+    """The memory that is shared with it; without any it gets messages."""
+    width: int
+    """Of hidden states."""
+    owner: _native.Owner
+
+
+class Caller:
+    """What the calls of one coordinator share."""
+
+    def __init__(self, membership: Membership, config: CoordinatorConfig) -> None:
+        self.membership = membership
+        self.config = config
+        self.request_ids = itertools.count(1, MOST_PARTS)
+        self.budget = RetryBudget(config.retry_ratio, config.retry_burst)
+        self.lateness = None if config.hedge_quantile is None else Lateness(config.hedge_quantile)
+        # Coordinators that start together must not all prefer the same one of two idle replicas.
+        self._first = random.random()
+        self._sole: dict[int, tuple[object, Tensor]] = {}
+        """By layer, the choice where there is none to make, and what it was made of."""
+        self._counting = threading.Lock()
+        self._servers: dict[int, Server] = {}
+
+    def choose(self, layer: int, avoid: Member | None) -> Tensor:
+        """[n_routed_experts] int64: number of the member to ask for each expert, or `NOBODY`; `avoid` only in need."""
+        members, ownership = self.membership.known
+        if layer in ownership.replicated:
+            return self._choose(members, ownership, layer, avoid)
+        state = ownership, tuple(member.in_use for member in members)
+        made_of, chosen = self._sole.get(layer, (None, None))
+        if chosen is None or made_of != state:
+            chosen = self._choose(members, ownership, layer, avoid)
+            self._sole[layer] = state, chosen
+        return chosen
+
+    def servers(self, width: int) -> list[Server]:
+        """Those that calls of hidden size `width` can go straight to: in use, and not full."""
+        members, _ = self.membership.known
+        now = time.monotonic()
+        ready = (self._server(member, width) for member in members if member.in_use and member.busy_until <= now)
+        return [server for server in ready if server is not None]
+
+    def chunk_tokens(self, member: Member, width: int) -> int:
+        """Of one request to `member`, at most."""
+        chunk = self.config.chunk_tokens(width, member.transport.chunk_bytes)
+        return min(chunk, member.shard.max_tokens_per_request) if member.shard else chunk
+
+    def count(self, tokens: Iterable[tuple[Member, int]], sign: int) -> None:
+        """Tokens that members have now, or with -1 no longer, to compute. Any thread."""
+        with self._counting:
+            for member, count in tokens:
+                member.outstanding_tokens += sign * count
+
+    def _choose(self, members: Sequence[Member], ownership: Ownership, layer: int, avoid: Member | None) -> Tensor:
+        # Those with as much to do take turns, which also shows how fast they are.
+        self._first = (self._first + GOLDEN) % 1.0
+        known = candidates(members, self.config.locality, self._first, time.monotonic())
+        return choose(ownership.owned[layer], known, None if avoid is None else avoid.number)
+
+    def _server(self, member: Member, width: int) -> Server | None:
+        segments, shard = member.transport.segments, member.shard
+        if shard is None:
+            return None
+        server = self._servers.get(member.number)
+        if server is None or server.shard is not shard or server.segments is not segments or server.width != width:
+            owner = _native.Owner(
+                member.number,
+                [segment.lane for segment in segments],
+                shard.model_fingerprint,
+                shard.placement_epoch,
+                self.chunk_tokens(member, width),
+                segments[0].reply_room if segments else 0,
+                member.transport.checked,
+            )
+            server = Server(member, shard, segments, width, owner)
+            # Without those that have left.
+            known = {number: one for number, one in self._servers.items() if number in self.membership.members}
+            self._servers = known | {member.number: server}
+        return server

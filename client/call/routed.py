@@ -1,0 +1,82 @@
+"""One call of a layer, from routed tokens to its result: the straight way first, and the long one for what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expertd.client.call.activations import Activations
+from expertd.client.call.arguments import check_choice
+from expertd.client.call.caller import Caller
+from expertd.client.call.dispatch import renormalize
+from expertd.client.call.failover import LayerCall
+from expertd.client.call.result import Effort, MoeResult, combine_all, experts_of, report
+from expertd.client.call.straight import Outcome, Part, StraightCall, at_once, begin
+from expertd.client.fleet.groups import name_experts
+
+log = logging.getLogger(__name__)
+LONG_ELEMENTS = 1 << 20
+"""Of hidden states that an event loop has another thread write and sum: half a millisecond."""
+
+
+class RoutedCall:
+    """Tokens of one layer with the experts that were chosen for them; its time begins with it."""
+
+    def __init__(
+        self, caller: Caller, layer: int, tokens: Tensor, ids: Tensor, weights: Tensor, shape: torch.Size
+    ) -> None:
+        """[T, H] hidden states and [T, k] ids and weights, which are not checked yet; the output has `shape`."""
+        self._caller = caller
+        self._layer = layer
+        self._tokens = tokens
+        self._ids = ids
+        self._weights = weights
+        self._shape = shape
+        self._deadline = time.monotonic() + caller.config.call_timeout
+        self.is_long = tokens.numel() > LONG_ELEMENTS
+
+    def begin(self, *, looped: bool) -> StraightCall | None:
+        """See `straight.begin`."""
+        routed = self._tokens, self._ids, self._weights
+        return begin(self._caller, self._layer, *routed, self._shape, self._deadline, looped=looped)
+
+    async def execute(self) -> MoeResult:
+        """The result, on the event loop."""
+        straight = await asyncio.to_thread(self.begin, looped=True) if self.is_long else self.begin(looped=True)
+        return await (self.finish() if straight is None else self.collect(straight))
+
+    async def collect(self, straight: StraightCall) -> MoeResult:
+        """The result of what was begun."""
+        with straight:
+            straight.send(at_once)
+            await straight.answered()
+            result = await asyncio.to_thread(self.result_of, straight) if self.is_long else self.result_of(straight)
+            return await self.finish(straight.outcomes()) if result is None else result
+
+    def result_of(self, straight: StraightCall) -> MoeResult | None:
+        """None when a part has failed."""
+        sums = straight.sums()
+        return None if sums is None else MoeResult(*sums, Effort())
+
+    async def finish(self, outcomes: Sequence[tuple[Part, Outcome]] | None = None) -> MoeResult:
+        """Compute what the straight way did not: all of it, or what failed of `outcomes`."""
+        caller, config, tokens = self._caller, self._caller.config, self._tokens
+        if outcomes is None:
+            check_choice(self._ids, self._weights, caller.membership.ownership.config)
+        ids, weights = self._ids.to(torch.int32), self._weights.float()
+        call = LayerCall(caller, self._layer, Activations(tokens, config.hidden_dtype), self._deadline)
+        answers = await (call.run(ids, weights) if outcomes is None else call.mend(outcomes))
+        dtype = torch.float32 if call.missing else config.output_dtype
+        sums = torch.empty(tokens.shape, dtype=dtype, device=tokens.device if tokens.is_cuda else None)
+        await combine_all(sums, answers)
+        degraded = renormalize(sums, ids, weights, call.missing) if call.missing else 0
+        lost = experts_of(call.missing)
+        if degraded:
+            log.warning("layer %d: %d of %d tokens lack %s", self._layer, degraded, len(tokens), name_experts(lost))
+        output = sums.to(config.output_dtype).reshape(self._shape)
+        return MoeResult(output, report(answers), call.effort, degraded, lost)

@@ -1,0 +1,277 @@
+"""The straight way of a call: from hidden states to sums in native code, while nothing is wrong.
+
+Between them are the lanes of shared memory, or messages that transports send. What is not so common goes the long way
+(`failover`), and so does what went wrong on the straight one, part by part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from expertd import _native
+from expertd.client.call.caller import Caller, Server
+from expertd.client.call.dispatch import Dispatch, check_receipt
+from expertd.client.call.result import Answer, ServerReport, by_server
+from expertd.client.fleet.member import Member
+from expertd.client.telemetry.tracing import AttemptSpans
+from expertd.client.transport.answer import outcome_of
+from expertd.client.transport.native_call import Terms
+from expertd.client.transport.native_call import begin as begin_call
+from expertd.client.transport.segment import Segment
+from expertd.kernels.numerics.tokens import FORMATS, place
+from expertd.proto.base.errors import Cancelled, ExpertdError, ServerFault, Unavailable
+from expertd.proto.codec import ExecuteResult, StageTimings
+
+GIVEN_UP = Cancelled("the call was given up")
+Part = tuple[Member, Dispatch]
+Soon = Callable[[Callable[[], object]], object]
+"""Has the event loop call something."""
+Outcome = Answer | ExpertdError | None
+"""What became of a part of a call; None when it was never sent."""
+
+
+class StraightCall:
+    """Parts of a call on their way. After `close`, or at the end of a `with` block, nothing else may be asked of it."""
+
+    def __init__(
+        self,
+        caller: Caller,
+        call: _native.StraightCall,
+        servers: Sequence[Server],
+        shape: torch.Size,
+        timeout: float,
+        attempts: AttemptSpans | None,
+    ) -> None:
+        # Here servers compute already: what can be done before their answers is done now.
+        config = caller.config
+        self._out = torch.empty(shape, dtype=config.output_dtype)
+        rows = self._out.view(-1, shape[-1])
+        self._to = place(rows, rows.dtype, rows.shape)
+        self._caller = caller
+        self._call = call
+        self._servers = {server.member.number: server for server in servers}
+        self._timeout = self._left = timeout
+        self._closed = False
+        self._watched: list[tuple[Segment, int]] = []
+        parts = [(self._servers[number].member, tokens) for number, tokens in call.planned]
+        self._tokens = parts
+        self._look: Callable[[], None] | None = None
+        self._messages = call.messages
+        self._soon: Soon | None = None
+        self._answers: list[asyncio.Future[bytes]] = []
+        self._attempts = attempts
+        self._errors: dict[int, ExpertdError] = {}
+        self._counted = False
+        self._begun = time.perf_counter()
+        self._giving_up = [
+            (member, partial(self._lose, member)) for member in {member.number: member for member, _ in parts}.values()
+        ]
+        for member, give_up in self._giving_up:
+            member.under_way.add(give_up)
+        caller.count(parts, 1)
+        caller.budget.earn(len(parts))
+        config.metrics.fan_out(len(self._giving_up))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what has no answer; do nothing when called again."""
+        if self._closed:
+            return
+        self._closed = True
+        for segment, slot in self._watched:
+            segment.unwatch(slot)
+        for member, give_up in self._giving_up:
+            member.under_way.discard(give_up)
+        if self._soon is not None and not all(answer.done() for answer in self._answers):
+            # Once the loop is closed, nothing is sent any more.
+            with contextlib.suppress(RuntimeError):
+                self._soon(self._cancel)
+        for member, tokens in self._tokens:
+            if not self._counted:
+                self._count(member, "cancelled", time.perf_counter() - self._begun)
+            self._end(member, tokens, GIVEN_UP)
+        self._call.drop()
+        self._caller.count(self._tokens, -1)
+
+    def send(self, soon: Soon) -> None:
+        """Have the event loop send what lanes do not carry; do nothing when called again."""
+        if self._messages and self._soon is None:
+            self._soon = soon
+            soon(self._exchange)
+
+    async def answered(self) -> None:
+        """Wait on the event loop, which is that of the lanes, at most as long as an attempt may take."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def look() -> None:
+            if self._call.collect() and not done.done():
+                done.set_result(None)
+
+        self._look = look
+        segments = {segment.lane: segment for server in self._servers.values() for segment in server.segments}
+        for lane, slot in self._call.slots():
+            segments[lane].watch(slot, look)
+            self._watched.append((segments[lane], slot))
+        look()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await done
+        except TimeoutError:
+            self._call.collect()
+        self._left = 0.0
+
+    def sums(self) -> tuple[Tensor, tuple[ServerReport, ...]] | None:
+        """[..., H] of the output dtype; None when a part has failed.
+
+        What is not `answered` yet it waits for on this thread, at most as long as an attempt may take.
+        """
+        parts = self._call.finish(self._left, FORMATS[self._out.dtype], self._to)
+        self._counted = parts is not None
+        return None if parts is None else (self._out, by_server(self._report(*part) for part in parts))
+
+    def outcomes(self) -> list[tuple[Part, Outcome]]:
+        """What became of each part, in a copy of its own."""
+        self._counted = True
+        outcomes = [self._outcome(*part) for part in enumerate(self._call.parts())]
+        for (member, dispatch), outcome in outcomes:
+            if isinstance(outcome, Answer):
+                self._count(member, "ok", outcome.round_trip)
+                self._end(member, len(dispatch.tokens))
+            elif outcome is not None:
+                self._count(member, outcome.code.name.lower(), time.perf_counter() - self._begun)
+                self._end(member, len(dispatch.tokens), outcome)
+        return outcomes
+
+    def _exchange(self) -> None:
+        """By the event loop, as what follows."""
+        for part, number, request_id, message in () if self._closed else self._messages:
+            exchange = self._servers[number].member.transport.exchange(request_id, message)
+            answer = asyncio.ensure_future(exchange)
+            answer.add_done_callback(partial(self._take, part))
+            self._answers.append(answer)
+        if self._closed:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        for answer in self._answers:
+            answer.cancel()
+
+    def _take(self, part: int, answer: asyncio.Future[bytes]) -> None:
+        error = Cancelled("its sending was cancelled") if answer.cancelled() else answer.exception()
+        if error is not None:
+            self._errors[part] = error if isinstance(error, ExpertdError) else ServerFault(repr(error))
+        self._call.answer(part, answer.result() if error is None else None)
+        if self._look is not None and not self._closed:
+            self._look()
+
+    def _lose(self, member: Member) -> None:
+        """By the event loop: `member` is silent."""
+        self._call.lose(member.number)
+        if self._look is not None:
+            self._look()
+
+    def _report(
+        self, number: int, tokens: int, pairs: int, seconds: float, stages: tuple[float, float, float, float, float]
+    ) -> ServerReport:
+        member = self._servers[number].member
+        member.failures = 0
+        member.transport.heard = time.monotonic()
+        member.latency.answered(tokens, seconds)
+        self._count(member, "ok", seconds)
+        self._end(member, tokens)
+        return ServerReport(member.transport.address, tokens, pairs, seconds, StageTimings(*stages))
+
+    def _count(self, member: Member, outcome: str, seconds: float) -> None:
+        transport = "shared_memory" if self._servers[member.number].segments else "grpc"
+        trace = "" if self._attempts is None else self._attempts.trace
+        self._caller.config.metrics.attempts.ended(member.transport.address, transport, outcome, seconds, trace)
+
+    def _end(self, member: Member, tokens: int, error: ExpertdError | None = None) -> None:
+        if self._attempts is not None:
+            self._attempts.end(member.transport.address, tokens, error)
+
+    def _outcome(self, index: int, part: _native.CallPart) -> tuple[Part, Outcome]:
+        number, tokens, ids, weights, _, _, _, seconds = part
+        server = self._servers[number]
+        member, count = server.member, len(tokens) // 8
+        dispatch = Dispatch(
+            torch.frombuffer(bytearray(tokens), dtype=torch.int64),
+            torch.frombuffer(bytearray(ids), dtype=torch.int32).reshape(count, -1),
+            torch.frombuffer(bytearray(weights), dtype=torch.float32).reshape(count, -1),
+            server=number,
+        )
+        address, dtype = member.transport.address, self._caller.config.reply_dtype
+        result = self._errors.get(index) or outcome_of(
+            address, part, self._out.shape[-1], dtype, self._timeout, checked=server.owner.checked
+        )
+        if isinstance(result, Unavailable) and not member.in_use and member.why_not is not None:
+            return (member, dispatch), member.why_not.again()
+        if not isinstance(result, ExecuteResult):
+            return (member, dispatch), result
+        try:
+            check_receipt(dispatch, result.receipt, address)
+        except ExpertdError as error:
+            return (member, dispatch), error
+        return (member, dispatch), Answer(dispatch, result, address, seconds)
+
+
+def at_once(function: Callable[[], object]) -> None:
+    """`Soon`, for callers on the event loop."""
+    function()
+
+
+def begin(
+    caller: Caller,
+    layer: int,
+    tokens: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    shape: torch.Size,
+    deadline: float,
+    *,
+    looped: bool,
+) -> StraightCall | None:
+    """Send all parts of a call of [T, H] hidden states on the CPU, [T, k] ids and weights; None for the long way.
+
+    `shape` is that of the output. With `looped` the call is `answered` on the lanes' event loop, and otherwise waited
+    for on any thread. Arguments that are wrong are for the long way to find.
+    """
+    config, top_k = caller.config, ids.shape[1]
+    common = (
+        tokens.dtype in FORMATS
+        and not tokens.is_cuda
+        and config.output_dtype in (torch.bfloat16, torch.float32)
+        and caller.lateness is None
+        and ids.dtype in (torch.int32, torch.int64)
+        and ids.shape == weights.shape
+        and top_k <= caller.membership.ownership.config.num_experts_per_tok
+    )
+    timeout = min(config.attempt_timeout, deadline - time.monotonic())
+    servers = caller.servers(tokens.shape[1]) if common and timeout > 0 else []
+    if not servers:
+        return None
+    chosen = caller.choose(layer, avoid=None)
+    ids, weights, tokens = ids.contiguous(), weights.float().contiguous(), tokens.contiguous()
+    addresses = [server.member.transport.address for server in servers]
+    attempts = None if config.tracer is None else AttemptSpans(config.tracer, addresses)
+    traceparents = [] if attempts is None else attempts.traceparents
+    terms = Terms(layer, config.hidden_dtype, config.reply_dtype, next(caller.request_ids), timeout, traceparents)
+    owners = [server.owner for server in servers]
+    call = begin_call(owners, tokens, ids, weights, terms, chosen=chosen, looped=looped)
+    return None if call is None else StraightCall(caller, call, servers, shape, timeout, attempts)

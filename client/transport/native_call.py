@@ -1,0 +1,92 @@
+"""Calls whose tensors native code writes to shared memory by itself, and whose sums it adds out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertd import _native
+from expertd.kernels.numerics.tokens import FORMATS, place, vector
+from expertd.proto.codec import DTYPE_CODES, ExecuteCall
+
+NO_SCALES = (0, 0)
+MOST_TOKENS = 1 << 31
+"""Of one request: servers have a bound of their own."""
+QUANTISED = FORMATS[torch.bfloat16]
+"""Of hidden states that come with scales: any format, since they are only copied."""
+
+
+class Terms(NamedTuple):
+    """What requests say beside their tensors."""
+
+    layer: int
+    hidden_dtype: torch.dtype
+    """As it travels."""
+    reply_dtype: torch.dtype
+    request_id: int
+    timeout: float | None
+    """Seconds."""
+    traceparents: Sequence[str] = ()
+    """For each owner, or none."""
+
+
+def begin(
+    owners: Sequence[_native.Owner],
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    terms: Terms,
+    *,
+    scales: Tensor | None = None,
+    chosen: Tensor | None = None,
+    looped: bool = False,
+) -> _native.StraightCall | None:
+    """Send [T, H] hidden states with contiguous [T, k] int32 or int64 ids and float32 weights, all on the CPU.
+
+    They go to the `chosen` owner of each expert, [n_routed_experts] int64, or all to the only one. With `scales`
+    [T, H/128] hidden states are FP8 already. None where the straight way is none, whatever the reason.
+    """
+    pairs, (tokens, width) = ids.numel(), hidden.shape
+    return _native.StraightCall.begin(
+        owners,
+        place(hidden, hidden.dtype, hidden.shape),
+        QUANTISED if scales is not None else FORMATS[hidden.dtype],
+        tokens,
+        width,
+        vector(ids, ids.dtype, pairs),
+        ids.dtype == torch.int64,
+        vector(weights, torch.float32, pairs),
+        ids.shape[1],
+        0 if chosen is None else vector(chosen, torch.int64, len(chosen)),
+        0 if chosen is None else len(chosen),
+        NO_SCALES if scales is None else place(scales, torch.float32, scales.shape),
+        terms.layer,
+        DTYPE_CODES[terms.hidden_dtype],
+        DTYPE_CODES[terms.reply_dtype],
+        terms.request_id,
+        terms.timeout,
+        terms.traceparents,
+        looped,
+    )
+
+
+class OneOwner:
+    """Sends whole calls to one server, which is described anew when it has changed."""
+
+    def __init__(self) -> None:
+        self._owner: tuple[object, _native.Owner] | None = None
+
+    def begin(
+        self, call: ExecuteCall, lanes: Sequence[_native.ClientLane], reply_room: int, *, checked: bool
+    ) -> _native.StraightCall | None:
+        """See `begin`, for tensors as they travel. Without `lanes` the call is one message."""
+        made_of = lanes, call.model_fingerprint, call.placement_epoch
+        if self._owner is None or self._owner[0] != made_of:
+            self._owner = made_of, _native.Owner(0, *made_of, MOST_TOKENS, reply_room, checked)
+        traceparents = [call.traceparent] if call.traceparent else []
+        terms = Terms(call.layer, call.hidden.dtype, call.reply_dtype, call.request_id, call.timeout, traceparents)
+        ids, weights = call.expert_ids.contiguous(), call.weights.contiguous()
+        return begin([self._owner[1]], call.hidden, ids, weights, terms, scales=call.scales)

@@ -1,0 +1,212 @@
+// The Python face of calls that go straight to lanes; src/expertd/_native.pyi describes it.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/owned.h"
+#include "bindings/place.h"
+#include "bindings/unlocked.h"
+#include "bindings/wait.h"
+#include "call/straight_call.h"
+
+namespace py = pybind11;
+
+namespace expertd {
+namespace {
+
+// Ids as they travel; of 64 bits, those that do not fit become one that no expert has.
+std::vector<int32_t> narrow(const int64_t* ids, size_t count) {
+  constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
+  std::vector<int32_t> narrowed(count);
+  for (size_t i = 0; i < count; ++i) {
+    narrowed[i] = ids[i] == static_cast<int32_t>(ids[i]) ? static_cast<int32_t>(ids[i]) : kNone;
+  }
+  return narrowed;
+}
+
+// A call with the servers that it names, until it is dropped.
+struct Begun {
+  std::vector<std::shared_ptr<Owner>> owners;
+  std::vector<py::bytes> messages, answers;  // whose memory the call uses
+  std::unique_ptr<StraightCall> call;
+
+  StraightCall& live() const {
+    if (!call) throw std::runtime_error("the call was dropped");
+    return *call;
+  }
+};
+
+std::unique_ptr<Begun> begin(std::vector<std::shared_ptr<Owner>> owners, const Place& hidden, int format, size_t tokens,
+                             size_t width, Address ids, bool wide, Address weights, size_t top_k, Address owner,
+                             size_t experts, const Place& scales, uint32_t layer, int hidden_dtype, int reply_dtype,
+                             uint64_t request_id, std::optional<double> timeout, std::vector<std::string> traceparents,
+                             bool looped) {
+  auto begun = std::make_unique<Begun>();
+  const auto allocate = [&begun](size_t size) {
+    const py::gil_scoped_acquire held;
+    // Uninitialised, and nobody's yet: so long it may be written to.
+    auto message = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
+    if (!message) throw py::error_already_set();
+    begun->messages.push_back(message);
+    return reinterpret_cast<std::byte*>(PyBytes_AS_STRING(message.ptr()));
+  };
+  const Unlocked unlocked;
+  begun->owners = std::move(owners);
+  std::vector<const Owner*> servers;
+  for (const auto& server : begun->owners) servers.push_back(server.get());
+  const size_t pairs = tokens * top_k;
+  const std::vector<int32_t> narrowed = wide ? narrow(at<const int64_t>(ids), pairs) : std::vector<int32_t>();
+  if (!traceparents.empty() && traceparents.size() != servers.size()) {
+    throw std::invalid_argument("traceparents must be one for each owner, or none");
+  }
+  const Routed routed{.hidden = rows(hidden),
+                      .format = static_cast<Format>(format),
+                      .tokens = tokens,
+                      .width = width,
+                      .top_k = top_k,
+                      .ids = {wide ? narrowed.data() : at<const int32_t>(ids), pairs},
+                      .weights = values<float>(weights, pairs),
+                      .owner = values<int64_t>(owner, experts),
+                      .scales = rows(scales)};
+  const Terms terms{.layer = layer,
+                    .hidden = static_cast<Dtype>(hidden_dtype),
+                    .reply = static_cast<Dtype>(reply_dtype),
+                    .request_id = request_id,
+                    .timeout_us = timeout ? std::max<uint64_t>(1, static_cast<uint64_t>(*timeout * 1e6)) : 0,
+                    .traceparents = std::move(traceparents)};
+  begun->call = StraightCall::begin(std::move(servers), routed, terms, looped, allocate);
+  return begun->call ? std::move(begun) : nullptr;
+}
+
+py::list slots(const Begun& begun) {
+  py::list slots;
+  for (const CallPart& part : begun.live().parts()) {
+    if (part.lane && part.state == PartState::kPosted) slots.append(py::make_tuple(part.lane, part.slot));
+  }
+  return slots;
+}
+
+template <typename Value>
+py::bytes bytes_of(std::span<const Value> values) {
+  return {reinterpret_cast<const char*>(values.data()), values.size_bytes()};
+}
+
+py::list parts(const Begun& begun) {
+  py::list parts;
+  for (const CallPart& part : begun.live().parts()) {
+    const bool replied = part.state == PartState::kAnswered || part.state == PartState::kRefused;
+    const auto* sums = reinterpret_cast<const char*>(part.sums);
+    parts.append(py::make_tuple(part.owner->number, bytes_of(begun.live().tokens_of(part)),
+                                bytes_of(begun.live().ids_of(part)), bytes_of(begun.live().weights_of(part)),
+                                part.state, py::bytes(part.answer.data(), part.answer.size()),
+                                replied && part.lane ? py::bytes(sums, begun.live().sums_bytes(part)) : py::bytes(),
+                                static_cast<double>(part.spent_ns) / 1e9));
+  }
+  return parts;
+}
+
+// (part, server, request id, ExecuteRequest) of what is to be sent.
+py::list messages(const Begun& begun) {
+  py::list messages;
+  auto next = begun.messages.begin();
+  const std::vector<CallPart>& parts = begun.live().parts();
+  for (size_t index = 0; index < parts.size(); ++index) {
+    if (parts[index].lane) continue;
+    messages.append(py::make_tuple(index, parts[index].owner->number, parts[index].request_id, *next++));
+  }
+  return messages;
+}
+
+void answer(Begun& begun, size_t index, const std::optional<py::bytes>& response) {
+  if (!begun.call) return;
+  if (response) begun.answers.push_back(*response);
+  begun.call->answer(index, response ? std::string_view(*response) : std::string_view());
+}
+
+// (server, tokens) of each part.
+py::list planned(const Begun& begun) {
+  py::list planned;
+  for (const CallPart& part : begun.live().parts()) planned.append(py::make_tuple(part.owner->number, part.rows));
+  return planned;
+}
+
+py::list report(const StraightCall& call) {
+  py::list report;
+  for (const CallPart& part : call.parts()) {
+    uint64_t pairs = 0;
+    for (const auto& entry : part.response.receipt) pairs += entry.second;
+    const StageSeconds& spent = part.response.seconds;
+    report.append(
+        py::make_tuple(part.owner->number, part.rows, pairs, static_cast<double>(part.spent_ns) / 1e9,
+                       py::make_tuple(spent.decode, spent.queue, spent.copy_in, spent.compute, spent.copy_out)));
+  }
+  return report;
+}
+
+std::optional<py::list> finish_call(Begun& begun, std::optional<double> timeout, int format, const Place& out) {
+  bool summed = false;
+  const Wait how = wait_with_signals(timeout, [&](int64_t deadline) {
+    StraightCall& call = begun.live();
+    const Wait waited = call.wait(deadline);
+    if (waited == Wait::kDone) {
+      summed = call.sum(static_cast<Format>(format), writable(out));
+    }
+    return waited;
+  });
+  if (how == Wait::kForked) throw std::runtime_error("the call is its parent process's");
+  return summed ? std::optional(report(begun.live())) : std::nullopt;
+}
+
+}  // namespace
+
+void bind_call(py::module_& module) {
+  py::enum_<PartState>(module, "PartState")
+      .value("POSTED", PartState::kPosted)
+      .value("ANSWERED", PartState::kAnswered)
+      .value("REFUSED", PartState::kRefused)
+      .value("FULL", PartState::kFull)
+      .value("ENDED", PartState::kEnded);
+
+  py::class_<Owner, std::shared_ptr<Owner>>(module, "Owner")
+      .def(py::init([](int64_t number, std::vector<std::shared_ptr<ClientLane>> lanes, std::string fingerprint,
+                       std::optional<uint64_t> epoch, uint64_t chunk_tokens, uint32_t reply_room, bool checked) {
+             if (chunk_tokens < 1) throw std::invalid_argument("chunk_tokens is 0; it must be at least 1");
+             return std::make_shared<Owner>(
+                 Owner{number, std::move(lanes), std::move(fingerprint), epoch, chunk_tokens, reply_room, checked});
+           }),
+           py::arg("number"), py::arg("lanes"), py::arg("fingerprint"), py::arg("epoch"), py::arg("chunk_tokens"),
+           py::arg("reply_room"), py::arg("checked"))
+      .def_readonly("checked", &Owner::checked);
+
+  py::class_<Begun>(module, "StraightCall")
+      .def_static("begin", &begin)
+      .def_property_readonly("planned", &planned)
+      .def("collect", [](Begun& begun) { return begun.live().collect(); })
+      .def(
+          "lose",
+          [](Begun& begun, int64_t number) {
+            if (begun.call) begun.call->lose(number);
+          },
+          py::arg("number"))
+      .def_property_readonly("messages", &messages)
+      .def("answer", &answer, py::arg("part"), py::arg("response"))
+      .def("finish", &finish_call, py::arg("timeout"), py::arg("stored"), py::arg("out"))
+      .def("drop", [](Begun& begun) { begun.call.reset(); })
+      .def("slots", &slots)
+      .def("parts", &parts);
+
+  module.def(
+      "response_id", [](const py::bytes& response) { return response_id(std::string_view(response)); },
+      py::arg("response"));
+}
+
+}  // namespace expertd

@@ -1,0 +1,107 @@
+"""A replica that is late is asked only in need, and like the others once it is as fast again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from expertd.client.coordinator import Coordinator
+from expertd.client.fleet import latency
+from expertd.client.fleet.latency import AS_FAST, Latency, Slowness, compare
+from expertd.kernels.oracle.reference import relative_error
+from expertd.server.rpc.incoming import Incoming
+from tests.support.coordinators import QUICK, call, expected
+from tests.support.fleets import addresses, computed_tokens, running_servers
+from tests.support.serving import Answers, running_server, until
+
+ALL = range(16)
+OVER_GRPC = replace(QUICK, shared_memory_bytes=0)
+LATE_SECONDS = 0.5
+CALLERS = 8
+
+
+def test_servers_are_compared_in_sizes_that_several_know() -> None:
+    known = {1: {3: 0.010, 5: 0.020}, 2: {3: 0.011, 5: 0.090}, 3: {7: 9.0}}
+    found = compare(known)
+    assert found[1] == found[3] == AS_FAST
+    assert found[2] == pytest.approx(Slowness(4.5, 0.07))
+    assert found[2].is_outlier
+    assert not Slowness(4.5, 0.01).is_outlier
+    assert not Slowness(2.5, 1.0).is_outlier
+
+
+def test_answers_of_one_size_are_averaged_and_forgotten() -> None:
+    now = time.monotonic()
+    known = Latency(lambda: now)
+    for _ in range(latency.FEWEST - 1):
+        known.answered(5, 1.0)
+    assert known.known(now) == {}
+    known.answered(7, 2.0)
+    assert known.known(now) == {3: pytest.approx(1.2)}
+    assert known.known(now + latency.FORGOTTEN_SECONDS + 1) == {}
+    now += latency.FORGOTTEN_SECONDS + 1
+    known.answered(7, 5.0)
+    assert known.known(now) == {}
+    known.forget()
+    assert known.known(now) == {}
+
+
+class Late:
+    """Has a server answer late, as long as it is told to."""
+
+    def __init__(self, server: object) -> None:
+        self.seconds = LATE_SECONDS
+        self._answers = Answers(server, self._answer)  # type: ignore[arg-type]
+
+    async def _answer(self, incoming: Incoming) -> bytes:
+        await asyncio.sleep(self.seconds)
+        return await self._answers.real(incoming)
+
+
+async def test_a_late_replica_keeps_no_share_of_the_calls_and_gets_it_back(small_model: Path) -> None:
+    right = expected(small_model)
+    async with (
+        running_servers(small_model, [ALL, ALL, ALL]) as servers,
+        Coordinator(addresses(servers), OVER_GRPC) as moe,
+    ):
+        late = Late(servers[0])
+        member = moe._connected().membership.members[0]
+        seconds: list[tuple[float, float]] = []
+        over = time.monotonic() + 4.0
+
+        async def keep_calling() -> None:
+            while (began := time.monotonic()) < over:
+                assert relative_error(await call(moe), right) < 1e-5
+                seconds.append((began, time.monotonic() - began))
+
+        await asyncio.gather(*(keep_calling() for _ in range(CALLERS)))
+        assert member.slow
+        since = over - 2.5
+        later = [took for began, took in seconds if began > since]
+        slow = sum(took > LATE_SECONDS for took in later)
+        print(f"{len(seconds)} calls, {len(later)} later, of them {slow} took more than {LATE_SECONDS} s")
+        assert len(later) > 100
+        assert slow <= len(later) / 200
+        late.seconds = 0.0
+        await until(lambda: not member.slow)
+        before = computed_tokens(servers[0])
+        for _ in range(12):
+            await call(moe)
+        assert computed_tokens(servers[0]) > before
+
+
+async def test_the_only_owner_is_asked_however_slow_it_is(small_model: Path) -> None:
+    async with (
+        running_server(small_model, range(8)) as one,
+        running_server(small_model, range(8, 16)) as other,
+        Coordinator(addresses([one, other]), OVER_GRPC) as moe,
+    ):
+        Late(one).seconds = 0.1
+        for _ in range(12):
+            assert relative_error(await call(moe), expected(small_model)) < 1e-5
+        await until(lambda: moe._connected().membership.members[0].slow)
+        assert relative_error(await call(moe), expected(small_model)) < 1e-5

@@ -1,0 +1,103 @@
+"""What calls of a coordinator cost, awaited and from a thread, through shared memory and over gRPC.
+
+    python -m tests.gpu.bench.coordinator [--backend cutile] [--seconds 1.5] [--tokens 1 64 1024 16384]
+
+prints medians; those of gRPC beside an echo of the same bytes, one of each in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+from collections.abc import Mapping
+
+import torch
+import uvloop
+from torch import Tensor
+
+from expertd.client.call.result import MoeResult
+from expertd.client.config.coordinator import CoordinatorConfig
+from expertd.client.coordinator import Coordinator
+from expertd.client.sync import SyncCoordinator
+from expertd.client.tools.bench.calls import Floors
+from expertd.client.tools.bench.floors import GrpcFloor, running_echo
+from expertd.client.tools.bench.servers import LOCAL_EXPERTS, bench_model
+from expertd.client.tools.bench.timing import in_turn, in_turn_here
+from expertd.client.tools.cluster import LocalCluster
+from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
+from expertd.kernels.weights.files import cache_folder
+from expertd.proto.base.malloc import keep_freed_memory
+
+HIDDEN_SIZE, INTERMEDIATE_SIZE = 7168, 2048
+WAYS = {"shared memory": CoordinatorConfig(), "grpc": CoordinatorConfig(shared_memory_bytes=0)}
+CALL, ECHO = "call", "echo"
+
+
+def arguments_of(tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """BF16 hidden states in host memory, every token for one expert, as of a server among eight."""
+    choice = {"topk_ids": torch.randint(LOCAL_EXPERTS, (tokens, 1)), "topk_weights": torch.rand(tokens, 1)}
+    return torch.randn(tokens, HIDDEN_SIZE).bfloat16(), choice
+
+
+def show(way: str, tokens: int, times: Mapping[str, list[float]], result: MoeResult) -> None:
+    medians = {name: 1e6 * statistics.median(seconds) for name, seconds in times.items()}
+    stages = " ".join(f"{name} {1e6 * spent:.0f}" for name, spent in result.servers[0].timings._asdict().items())
+    echo = ""
+    if ECHO in medians:
+        above, ratio = medians[CALL] - medians[ECHO], medians[CALL] / medians[ECHO]
+        echo = f"echo {medians[ECHO]:.0f}, above it {above:.0f}, {ratio:.2f}x;"
+    print(
+        f"{way:30} {tokens:6} tokens {medians[CALL]:10.1f} us, {len(times[CALL]):6} calls; {echo} {stages}", flush=True
+    )
+
+
+async def awaited(way: str, address: str, floors: Floors, tokens: int) -> None:
+    async with Coordinator([address], WAYS[way]) as moe:
+        hidden, choice = arguments_of(tokens)
+        last: list[MoeResult] = []
+
+        async def call() -> None:
+            last[:] = [await moe.execute(moe.layers[0], hidden, **choice)]
+
+        calls = {CALL: call}
+        if way == "grpc":
+            exchange = floors.exchange(HIDDEN_SIZE, tokens)
+            calls[ECHO] = lambda: floors.grpc.exchange(exchange)
+        show(f"{way}, awaited", tokens, await in_turn(calls, floors.seconds), last[0])
+
+
+def from_a_thread(way: str, address: str, seconds: float, tokens: int) -> None:
+    with SyncCoordinator([address], WAYS[way]) as moe:
+        hidden, choice = arguments_of(tokens)
+        last: list[MoeResult] = []
+
+        def call() -> None:
+            last[:] = [moe.execute(moe.layers[0], hidden, **choice)]
+
+        show(f"{way}, from a thread", tokens, in_turn_here({CALL: call}, seconds), last[0])
+
+
+async def main(arguments: argparse.Namespace) -> None:
+    folder = write_demo_checkpoint(cache_folder() / "bench", bench_model(HIDDEN_SIZE, INTERMEDIATE_SIZE))
+    options = ["--backend", arguments.backend, "--shared-memory-bytes", str(16 << 30)]
+    async with running_echo() as echo, LocalCluster(folder, [f"0-{LOCAL_EXPERTS - 1}"], options) as cluster:
+        (address,) = cluster.addresses
+        config = WAYS["grpc"]
+        floor = GrpcFloor(echo.grpc, config.channels)
+        floors = Floors(echo, floor, config, arguments.seconds)
+        for way in WAYS:
+            for tokens in arguments.tokens:
+                await awaited(way, address, floors, tokens)
+                await asyncio.to_thread(from_a_thread, way, address, arguments.seconds, tokens)
+        await floor.close()
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", default="cutile")
+    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--tokens", type=int, nargs="+", default=(1, 64, 1024, 16384))
+    uvloop.run(main(parser.parse_args()))

@@ -1,0 +1,239 @@
+"""What a server owns, changed while it serves: all of it or nothing."""
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expertd.client.coordinator import Coordinator
+from expertd.client.placement.admin import update_shard
+from expertd.client.transport.grpc_streams import GrpcTransport
+from expertd.client.transport.security import ClientSecurity
+from expertd.kernels.numerics.backend import LayerWeights
+from expertd.kernels.oracle.reference import relative_error
+from expertd.kernels.torch.backend import TorchBackend
+from expertd.kernels.weights.checkpoint import Checkpoint
+from expertd.kernels.weights.experts import expert_tensors
+from expertd.kernels.weights.record import RECORD
+from expertd.proto.base.errors import (
+    ExpertdError,
+    InvalidBatch,
+    Overloaded,
+    ServerFault,
+    StalePlacement,
+    Unauthenticated,
+    UnknownExpert,
+)
+from expertd.server.admin.service import AdminDoor
+from expertd.server.app import Server
+from expertd.server.options.config import InvalidOption
+from tests.docs.fences import ROOT, Fence
+from tests.support.coordinators import LAYER, QUICK, expected, routing, tokens
+from tests.support.serving import ANY_PORT, call_for, door, random_batch, running_server
+
+PLAIN = ClientSecurity()
+
+
+def admin_of(server: Server) -> str:
+    return str(door(server, AdminDoor).address)
+
+
+async def update(
+    server: Server, experts: Mapping[int, Sequence[int]], epoch: int | None = None, security: ClientSecurity = PLAIN
+) -> int:
+    """The new epoch."""
+    current = server.info.placement_epoch if epoch is None else epoch
+    told = [response async for response in update_shard(admin_of(server), security, current, experts)]
+    assert told[-1].read_bytes == told[-1].total_bytes
+    assert [response.ready_layers for response in told] == [*range(len(told) - 1), len(told) - 2]
+    return told[-1].done.placement_epoch
+
+
+def held(server: Server) -> set[int]:
+    """Keys of the layers that the backend holds."""
+    assert isinstance(server.backend, TorchBackend)
+    return set(server.backend._layers)
+
+
+def serving(server: Server) -> set[int]:
+    """Keys of the layers that requests use."""
+    return {server.shard.key(layer) for layer in server.shard.layers}
+
+
+async def test_experts_move_from_server_to_server_under_a_coordinator(small_model: Path) -> None:
+    ids, weights = routing(20)
+    call: dict[str, Any] = {"hidden": tokens(20), "topk_ids": ids, "topk_weights": weights}
+    right = expected(small_model)
+    async with (
+        running_server(small_model, range(8), admin_listen=ANY_PORT) as low,
+        running_server(small_model, range(8, 16), admin_listen=ANY_PORT) as high,
+        Coordinator([str(low.address), str(high.address)], QUICK) as moe,
+    ):
+        assert relative_error(await moe(LAYER, **call), right) < 1e-5
+        # Taken over before they are given up; the coordinator hears of neither but by its calls.
+        assert await update(high, {LAYER: range(4, 16)}) == high.info.placement_epoch
+        await update(low, {LAYER: (0, 1, 2, 3)})
+        result = await moe.execute(LAYER, **call)
+        assert relative_error(result.output, right) < 1e-5
+        pairs = {report.address: report.pairs for report in result.servers}
+        assert pairs == {str(low.address): int((ids < 4).sum()), str(high.address): int((ids >= 4).sum())}
+        assert low.info.experts == {1: (0, 1, 2, 3), 2: tuple(range(8))}
+        assert len(low.info.expert_digests) == 16 * (4 + 8)
+        assert held(low) == serving(low)
+        assert held(high) == serving(high)
+        text = low.journal.loads.tables()["pairs"]
+        assert [[count is None for count in row] for row in text] == [[False] * 4 + [True] * 4, [False] * 8]
+
+
+async def test_a_layer_comes_and_goes(small_model: Path) -> None:
+    batch = random_batch(5, 256, 4, 4)
+    async with (
+        running_server(small_model, range(4), admin_listen=ANY_PORT) as whole,
+        running_server(small_model, range(4), layers=(2,), admin_listen=ANY_PORT) as part,
+    ):
+        first, second = GrpcTransport(str(whole.address)), GrpcTransport(str(part.address))
+        right = (await first.execute(call_for(whole, batch, layer=1))).partials
+        await update(part, {1: (0, 1, 2, 3), 2: ()})
+        assert part.info.experts == {1: (0, 1, 2, 3)}
+        assert torch.equal((await second.execute(call_for(part, batch, layer=1))).partials, right)
+        with pytest.raises(UnknownExpert, match="layer is 2; this server owns layers 1"):
+            await second.execute(call_for(part, batch, layer=2))
+        assert held(part) == serving(part)
+        await first.close()
+        await second.close()
+
+
+@pytest.mark.parametrize(
+    ("experts", "epoch", "error", "complaint"),
+    [
+        ({1: (0,)}, 7, StalePlacement, "placement_epoch is 7; the current one is "),
+        ({9: (0,)}, None, InvalidBatch, "layers holds 9; the model's MoE layers are 1-2"),
+        ({1: (3, 2)}, None, InvalidBatch, r"experts of layer 1 are \[3, 2\]; they must ascend"),
+        ({1: (15, 16)}, None, InvalidBatch, "experts of layer 1 hold 16; the model's are 0-15"),
+        ({1: range(8)}, None, InvalidBatch, "layers name nothing that would change"),
+        ({}, None, InvalidBatch, "layers name nothing that would change"),
+    ],
+)
+async def test_what_cannot_be_is_refused_by_name(
+    small_model: Path, experts: dict[int, Sequence[int]], epoch: int | None, error: type[ExpertdError], complaint: str
+) -> None:
+    async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
+        with pytest.raises(error, match=complaint):
+            await update(server, experts, epoch)
+
+
+class Slow(TorchBackend):
+    """Makes its second new layer when it is told to, or fails to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
+        self.fault: Exception | None = None
+        self.spliced = 0
+
+    def splice_layer(self, layer: int, base: int, kept: Mapping[int, int], added: LayerWeights) -> None:
+        self.spliced += 1
+        if self.spliced == 2:
+            asyncio.run_coroutine_threadsafe(self.go_on.wait(), self.loop).result(20)
+            if self.fault is not None:
+                raise self.fault
+        super().splice_layer(layer, base, kept, added)
+
+
+@contextlib.asynccontextmanager
+async def slow_server(model: Path) -> Any:  # noqa: ANN401
+    backend = Slow()
+    async with running_server(model, range(8), admin_listen=ANY_PORT, choose=lambda *_: (backend, "a test")) as server:
+        try:
+            yield server, backend
+        finally:
+            backend.go_on.set()
+
+
+WANTED = {1: range(16), 2: range(16)}
+
+
+async def test_one_at_a_time_and_who_leaves_leaves_it_as_it_was(small_model: Path) -> None:
+    async with slow_server(small_model) as (server, backend):
+        before = server.info
+        updating = update_shard(admin_of(server), PLAIN, before.placement_epoch, WANTED)
+        async for response in updating:
+            if response.ready_layers == 1:
+                break
+        with pytest.raises(Overloaded, match="another update is running; wait for its end or cancel it"):
+            await update(server, {1: (0,)})
+        await updating.aclose()
+        backend.go_on.set()
+        async with asyncio.timeout(10):
+            while held(server) != serving(server) or server.updater.busy:
+                await asyncio.sleep(0.01)
+        assert server.info == before
+        await update(server, WANTED)
+        assert server.info.experts == {1: tuple(range(16)), 2: tuple(range(16))}
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no memory"), None], ids=["backend", "checkpoint"])
+async def test_what_fails_half_way_changes_nothing(small_model: Path, tmp_path: Path, fault: Exception | None) -> None:
+    folder = shutil.copytree(small_model, tmp_path / "model", ignore=shutil.ignore_patterns(RECORD))
+    async with slow_server(folder) as (server, backend):
+        before = server.info
+        backend.go_on.set()
+        if fault is None:
+            with Checkpoint(folder) as checkpoint:
+                stored = expert_tensors(checkpoint, 2, 13)[0]
+            with stored.file.open("r+b") as file:
+                file.seek(stored.start)
+                file.write(bytes(stored.num_bytes))
+        backend.fault = fault
+        with pytest.raises(ServerFault, match="no memory" if fault else "nothing was changed: .* nothing but zeros"):
+            await update(server, WANTED)
+        assert server.info == before
+        assert held(server) == serving(server)
+
+
+async def test_who_may_and_who_did(small_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    file = tmp_path / "tokens"
+    file.write_text("of-callers\n")
+    own = tmp_path / "own"
+    own.write_text("secret\n")
+    options = {"admin_listen": ANY_PORT, "admin_token_file": own, "auth_token_file": file}
+    async with running_server(small_model, range(8), **options) as server:
+        for token, complaint in ((None, "authorization is missing"), ("of-callers", "holds no bearer token")):
+            with pytest.raises(Unauthenticated, match=complaint):
+                await update(server, {1: (0,)}, security=ClientSecurity(token=token))
+        await update(server, {1: (0,)}, security=ClientSecurity(token="secret"))
+        (line,) = (record.getMessage() for record in caplog.records if "audit" in record.getMessage())
+    assert line.startswith("audit: UpdateShard by token ")
+    assert line.endswith("layer 1: 0")
+    assert "secret" not in line
+    # Callers of experts find no administration at their address.
+    with pytest.raises(InvalidOption, match=r"--admin-token-file needs --admin-listen"):
+        replace(server.config, admin_listen=None)
+    with pytest.raises(InvalidOption, match=r"--admin-listen 0.0.0.0:1 would let everybody .* give --admin-token-file"):
+        replace(
+            server.config, admin_listen=replace(ANY_PORT, host="0.0.0.0", port=1), admin_token_file=None, insecure=True
+        )
+    with pytest.raises(InvalidOption, match=r"--admin-listen 0.0.0.0:1 would take plaintext"):
+        replace(server.config, admin_listen=replace(ANY_PORT, host="0.0.0.0", port=1))
+
+
+async def test_the_manual_moves_experts(small_model: Path) -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    (fence,) = (fence for fence in Fence.all_of(text) if fence.mark == "run by tests/server/admin/test_update.py")
+    async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
+        code = fence.code.replace("node1:50051", str(server.address)).replace("node1:50052", admin_of(server))
+        told = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
+        assert told.stderr == ""
+        assert told.stdout.splitlines()[-1].startswith("1 of 1 layers")
+        assert server.info.experts == {1: tuple(range(12)), 2: tuple(range(8))}

@@ -1,0 +1,138 @@
+"""The order in which waiting requests reach the device, as the engine's is compared with it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import torch
+
+from expertd.kernels.numerics.backend import TokenBatch
+
+T = TypeVar("T")
+Kind: TypeAlias = tuple[int, torch.dtype, int, torch.dtype]
+"""Layer, dtype of the hidden states, top_k, dtype of the reply: requests of one kind can share a batch."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A request waiting for the device."""
+
+    caller: Hashable
+    layer: int
+    batch: TokenBatch
+    reply_dtype: torch.dtype
+    arrived: float
+    expires: float | None
+    identity: Hashable = ""
+    """Who has the connection `caller`."""
+
+    @property
+    def kind(self) -> Kind:
+        return (self.layer, self.batch.hidden.dtype, self.batch.expert_ids.shape[1], self.reply_dtype)
+
+
+Line: TypeAlias = dict[Kind, OrderedDict[Job, None]]
+"""What one connection has waiting. Ordered dictionaries are queues from whose middle a job leaves as quickly as from
+their ends."""
+
+
+class FairQueue:
+    """Waiting jobs, first come first served for each caller; identities take turns, and so do the callers of each.
+
+    A caller with a thousand waiting jobs delays another one's single job by one batch, not by a thousand jobs.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Hashable, dict[Hashable, Line]] = {}
+        self.tokens = 0
+        self.num_bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def __contains__(self, job: Job) -> bool:
+        return job in self._waiting.get(job.identity, {}).get(job.caller, {}).get(job.kind, {})
+
+    def put(self, job: Job) -> None:
+        line = self._waiting.setdefault(job.identity, {}).setdefault(job.caller, {})
+        line.setdefault(job.kind, OrderedDict())[job] = None
+        self._count(job, 1)
+
+    def remove(self, job: Job) -> bool:
+        """Take out a job that still waits; whether it did."""
+        if job not in self:
+            return False
+        share = self._waiting[job.identity]
+        line = share[job.caller]
+        jobs = line[job.kind]
+        del jobs[job]
+        self._count(job, -1)
+        if not jobs:
+            del line[job.kind]
+        if not line:
+            del share[job.caller]
+        if not share:
+            del self._waiting[job.identity]
+        return True
+
+    def take(self, max_tokens: int) -> list[Job]:
+        """Remove a batch: the job that waits longest of the caller whose turn it is, of the identity whose turn it is,
+        and from all identities in turn, of each from all callers in turn, what else there is of its kind, as far as it
+        fits in `max_tokens`. Empty only when nothing waits."""
+        if not self._waiting:
+            return []
+        identity, share = next(iter(self._waiting.items()))
+        caller, line = next(iter(share.items()))
+        kind = next(iter(line))
+        sharing = [deque(line[kind] for line in share.values() if kind in line) for share in self._waiting.values()]
+        taken: list[Job] = []
+        room = max_tokens
+        while any(sharing):
+            for lots in sharing:
+                job = _next_of(lots, room if taken else None)
+                if job is not None:
+                    taken.append(job)
+                    room -= job.batch.num_tokens
+                    self.remove(job)
+        _to_the_end(self._waiting, identity)
+        _to_the_end(self._waiting.get(identity, {}), caller)
+        return taken
+
+    def _count(self, job: Job, sign: int) -> None:
+        self.tokens += sign * job.batch.num_tokens
+        self.num_bytes += sign * job.batch.num_bytes
+
+
+def _next_of(lots: deque[OrderedDict[Job, None]], room: int | None) -> Job | None:
+    """The next job of an identity's callers, who take turns, of at most `room` tokens."""
+    while lots:
+        jobs = lots.popleft()
+        job = next(iter(jobs))
+        if room is None or job.batch.num_tokens <= room:
+            if len(jobs) > 1:
+                lots.append(jobs)
+            return job
+    return None
+
+
+def _to_the_end(turns: dict[Hashable, T], name: Hashable) -> None:
+    if name in turns:
+        turns[name] = turns.pop(name)
+
+
+OVERLAP_TOKENS = 256
+"""A batch smaller than this gains more by growing while another is under way than by overlapping with it."""
+
+
+def may_start(under_way: Sequence[int], waiting_tokens: int, depth: int) -> bool:
+    """Whether the next batch starts now, with batches of these tokens under way and so many tokens waiting.
+
+    Two small batches never overlap: the second waits and grows, which costs the device less than both.
+    """
+    if not under_way:
+        return True
+    overlaps = min(under_way) >= OVERLAP_TOKENS or waiting_tokens >= OVERLAP_TOKENS
+    return len(under_way) < depth and overlaps
