@@ -149,13 +149,19 @@ class GrpcTransport:
 
     async def _until_silent(self) -> Silent:
         """Ask for a sign of life again and again, since a server that is frozen or cut off closes no connection."""
+        patience = SILENT_SECONDS
         while True:
             asked = time.monotonic()
             try:
-                await self._health.check_health(HEALTH, timeout=SILENT_SECONDS)
+                await self._health.check_health(HEALTH, timeout=patience)
             except grpc.aio.AioRpcError as error:
-                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED and self.heard < asked:
-                    return Silent(f"{self.address}: no sign of life within {SILENT_SECONDS} s")
+                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    if self.heard < asked:
+                        return Silent(f"{self.address}: no sign of life within {SILENT_SECONDS} s")
+                    # Calls were answered meanwhile: it may have been silent since the last of them.
+                    patience = max(self.heard + SILENT_SECONDS - time.monotonic(), LIFE_SECONDS)
+                    continue
+            patience = SILENT_SECONDS
             await asyncio.sleep(LIFE_SECONDS)
 
     async def _until_lost(self) -> Unavailable:

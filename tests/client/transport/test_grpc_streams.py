@@ -1,11 +1,15 @@
 """A stream whose answers cannot be read: nobody waits in vain, and the next call has another one."""
 
+import asyncio
+import time
 from pathlib import Path
 
+import grpc
 import pytest
 
 from expertd.client.transport import grpc_streams
 from expertd.client.transport.grpc_streams import GrpcTransport
+from expertd.client.transport.interface import Silent
 from expertd.proto.base.errors import Unavailable
 from tests.support.serving import call_for, random_batch, running_server
 from tests.support.wire import Wire
@@ -36,3 +40,26 @@ async def test_a_server_that_takes_long_to_shake_hands_is_reached(small_model: P
         transport = GrpcTransport(wire.address)
         assert (await transport.get_shard(timeout=8.0)).experts[1] == tuple(range(16))
         await transport.close()
+
+
+async def test_a_server_that_falls_silent_after_an_answer_is_noticed_as_soon_as_one_that_gave_none() -> None:
+    """The answer comes while a question for a sign of life waits, which is then no proof of silence."""
+
+    async def never(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    server = grpc.aio.server()
+    check = grpc.unary_unary_rpc_method_handler(never)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    transport = GrpcTransport(f"127.0.0.1:{port}")
+    watching = asyncio.create_task(transport.until_not_serving())
+    await asyncio.sleep(grpc_streams.LIFE_SECONDS)
+    transport._hear()
+    heard = time.monotonic()
+    assert isinstance(await watching, Silent)
+    assert time.monotonic() - heard < grpc_streams.LIFE_SECONDS + grpc_streams.SILENT_SECONDS + 0.3
+    await transport.close()
+    await server.stop(None)
