@@ -8,6 +8,7 @@ from typing import Self
 
 from torch import Tensor
 
+from expertd import _native
 from expertd.client.base.loop_thread import LoopThread
 from expertd.client.call.arguments import as_layer, as_rows, as_tokens, check_finite
 from expertd.client.call.caller import Caller
@@ -64,6 +65,8 @@ class Coordinator:
             self._check_loop()
             return self
         config = self.config
+        if config.spin_us is not None:
+            _native.limit_spin(config.spin_us)
         tasks = Tasks(config.metrics.background_failed, config.metrics.background_restarted)
         membership = Membership(
             self._discovery,

@@ -8,6 +8,7 @@
 #include "base/crc32c.h"
 #include "base/instructions.h"
 #include "base/pool.h"
+#include "base/room.h"
 #ifdef EXPERTD_SERVER
 #include "bindings/cuda.h"
 #endif
@@ -112,6 +113,13 @@ PYBIND11_MODULE(_native, module) {
   module.def("instruction_set", [] { return std::string(name(instructions())); });
   module.def("use_instruction_set", [](const std::string& wanted) { return use(wanted); });
   module.def("pool_size", [] { return Pool::of_process().size(); });
+  module.def("limit_spin", [](std::int64_t us) { Pool::of_process().limit_spin(us * 1000); }, py::arg("us"));
+  py::class_<Room>(module, "Room", py::buffer_protocol())
+      .def(py::init<size_t>(), py::arg("size"))
+      .def("__len__", &Room::size)
+      .def_buffer([](Room& room) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(room.data()), static_cast<py::ssize_t>(room.size()));
+      });
   module.def("usable_cpus", &usable_cpus);
   module.def("crc32c", &checksum, py::arg("data"), py::arg("value") = 0);
   module.def("quantize", &quantize_at);

@@ -11,7 +11,7 @@ import grpc.aio
 from grpc_reflection.v1alpha import reflection
 from rich.console import Console
 
-from expertd._native import Engine
+from expertd._native import Engine, limit_spin
 from expertd.kernels.memory.gpu import current_gpu, gpu_uuid
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.backend import Backend
@@ -94,6 +94,8 @@ def assemble(
     loads = ExpertLoads(checkpoint.config.moe_layers, checkpoint.config.n_routed_experts)
     loads.owned = shard.experts
     tally = make_tally(loads)
+    if config.spin_us is not None:
+        limit_spin(config.spin_us)
     engine = Engine(
         shard.placement(config.max_tokens_per_request),
         tally=tally,

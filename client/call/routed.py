@@ -18,6 +18,7 @@ from expertd.client.call.failover import LayerCall
 from expertd.client.call.result import Effort, MoeResult, combine_all, experts_of, report
 from expertd.client.call.straight import Outcome, Part, StraightCall, at_once, begin
 from expertd.client.fleet.groups import name_experts
+from expertd.kernels.memory.results import empty
 
 log = logging.getLogger(__name__)
 LONG_ELEMENTS = 1 << 20
@@ -72,7 +73,7 @@ class RoutedCall:
         call = LayerCall(caller, self._layer, Activations(tokens, config.hidden_dtype), self._deadline)
         answers = await (call.run(ids, weights) if outcomes is None else call.mend(outcomes))
         dtype = torch.float32 if call.missing else config.output_dtype
-        sums = torch.empty(tokens.shape, dtype=dtype, device=tokens.device if tokens.is_cuda else None)
+        sums = tokens.new_empty(tokens.shape, dtype=dtype) if tokens.is_cuda else empty(tokens.shape, dtype)
         await combine_all(sums, answers)
         degraded = renormalize(sums, ids, weights, call.missing) if call.missing else 0
         lost = experts_of(call.missing)

@@ -27,6 +27,7 @@ from expertd.client.transport.answer import outcome_of
 from expertd.client.transport.native_call import Terms
 from expertd.client.transport.native_call import begin as begin_call
 from expertd.client.transport.segment import Segment
+from expertd.kernels.memory.results import empty
 from expertd.kernels.numerics.tokens import FORMATS, place
 from expertd.proto.base.errors import Cancelled, ExpertdError, ServerFault, Unavailable
 from expertd.proto.codec import ExecuteResult, StageTimings
@@ -53,7 +54,7 @@ class StraightCall:
     ) -> None:
         # Here servers compute already: what can be done before their answers is done now.
         config = caller.config
-        self._out = torch.empty(shape, dtype=config.output_dtype)
+        self._out = empty(shape, config.output_dtype)
         rows = self._out.view(-1, shape[-1])
         self._to = place(rows, rows.dtype, rows.shape)
         self._caller = caller

@@ -41,7 +41,8 @@ class CoordinatorConfig:
     """Like `chunk_bytes`, for calls through shared memory."""
     spin_us: int | None = None
     """For so many microseconds at most a thread looks for an answer in shared memory before it sleeps; None: as is
-    worth it on this machine; 0: not at all. Event loops always sleep."""
+    worth it on this machine; 0: not at all. Threads that quantise and add for all coordinators of the process look for
+    work as long at most. Event loops always sleep."""
     checksums: Literal["plain", "always"] = "plain"
     """Which requests have checksums, by which servers find what was altered on its way: those over gRPC without TLS, or
     all; then sums in shared memory have them, too. Answers over gRPC always do, and tensors on a GPU never."""

@@ -14,6 +14,7 @@ from expertd.client.transport.native_call import OneOwner
 from expertd.client.transport.segment import Segment, Slot, layout_of
 from expertd.client.transport.segment_pool import SegmentPool
 from expertd.kernels.memory.gpu import stream_of
+from expertd.kernels.memory.results import empty
 from expertd.kernels.numerics.quantize import FP8
 from expertd.kernels.numerics.tokens import FORMATS, count_pairs, place
 from expertd.proto.base.errors import ExpertdError, Unavailable
@@ -116,7 +117,7 @@ class SharedMemoryTransport:
         begun = self._server.begin(call, lanes, segments[0].reply_room, checked=self._checked)
         if begun is None:
             return None
-        partials = torch.empty(call.hidden.shape, dtype=torch.float32 if call.reply_dtype == FP8 else call.reply_dtype)
+        partials = empty(call.hidden.shape, torch.float32 if call.reply_dtype == FP8 else call.reply_dtype)
         to = place(partials, partials.dtype, partials.shape)
         reports = begun.finish(call.timeout, FORMATS[partials.dtype], to)
         if reports is not None:

@@ -6,12 +6,15 @@
 #include <thread>
 #include <utility>
 
+#include "base/clock.h"
 #include "base/cpus.h"
 
 namespace expertd {
 namespace {
 
-constexpr std::size_t MOST_THREADS = 8;
+constexpr std::size_t MOST_THREADS = 16;
+// How long who asked spins for the last pieces of others before it sleeps.
+constexpr std::int64_t ENDING_NS = 100'000;
 
 std::atomic<Pool*> current{nullptr};
 
@@ -29,14 +32,28 @@ Pool& Pool::of_process() {
 
 Pool::Pool(std::size_t size) : size_(size) {}
 
-void Pool::share(Job job) {
-  const std::size_t others = std::min(job.pieces, size_) - 1;
+void Pool::limit_spin(std::int64_t ns) noexcept {
+  std::int64_t most = most_spin_ns_.load();
+  while (ns < most && !most_spin_ns_.compare_exchange_weak(most, ns)) {
+  }
+}
+
+void Pool::share(Job& job, std::size_t wanted) {
+  const std::size_t others = std::min({job.pieces - 1, size_ - 1, wanted});
   std::unique_lock lock(lock_);
   jobs_.push_back(&job);
+  waiting_.fetch_add(1, std::memory_order_relaxed);
   start_threads(others);
-  for (std::size_t waking = 0; waking < others; ++waking) posted_.notify_one();
+  for (std::size_t woken = awake(); woken < others; ++woken) posted_.notify_one();
   while (job.next < job.pieces) work_on(job, lock);
-  finished_.wait(lock, [&] { return job.unfinished == 0; });
+  if (job.unfinished.load(std::memory_order_acquire) == 0) return;
+  lock.unlock();
+  const std::int64_t now = monotonic_ns();
+  const Spin::Turn turn = ending_.begin_until(now, now + std::min(ENDING_NS, most_spin_ns_.load()));
+  while (job.unfinished.load(std::memory_order_acquire) && monotonic_ns() < turn.until) pause_cpu();
+  ending_.end(turn, monotonic_ns());
+  lock.lock();
+  finished_.wait(lock, [&] { return job.unfinished.load(std::memory_order_acquire) == 0; });
 }
 
 void Pool::post(std::function<void()> task) {
@@ -44,6 +61,7 @@ void Pool::post(std::function<void()> task) {
     const std::lock_guard lock(lock_);
     if (start_threads(size_)) {
       tasks_.push_back(std::move(task));
+      waiting_.fetch_add(1, std::memory_order_relaxed);
       posted_.notify_one();
       return;
     }
@@ -62,15 +80,17 @@ bool Pool::start_threads(std::size_t wanted) {
 }
 
 void Pool::help() noexcept {
+  Spin spin(SpinHost::here());
   std::unique_lock lock(lock_);
   for (;;) {
-    posted_.wait(lock, [&] { return !jobs_.empty() || !tasks_.empty(); });
+    if (idle()) wait_for_work(spin, lock);
     if (!jobs_.empty()) {
       work_on(*jobs_.front(), lock);
       continue;
     }
     auto task = std::move(tasks_.front());
     tasks_.pop_front();
+    waiting_.fetch_sub(1, std::memory_order_relaxed);
     lock.unlock();
     task();
     task = nullptr;  // what it holds may need no lock of ours
@@ -78,14 +98,35 @@ void Pool::help() noexcept {
   }
 }
 
+// Looks for work for a while, where it came soon the last times, and sleeps then.
+void Pool::wait_for_work(Spin& spin, std::unique_lock<std::mutex>& lock) {
+  const std::int64_t since = monotonic_ns();
+  const Spin::Turn turn = spin.begin(since);
+  const std::int64_t until = std::min(turn.until, since + most_spin_ns_.load());
+  if (turn.until) {
+    awake_.fetch_add(1, std::memory_order_relaxed);
+    lock.unlock();
+    while (waiting_.load(std::memory_order_relaxed) == 0 && monotonic_ns() < until) pause_cpu();
+    lock.lock();
+    awake_.fetch_sub(1, std::memory_order_relaxed);
+    spin.end(turn, monotonic_ns());
+  }
+  posted_.wait(lock, [this] { return !idle(); });
+  spin.learn(monotonic_ns() - since);
+}
+
 // One piece, with the lock released meanwhile. Who asked may be gone when it returns, and `job` with it.
 void Pool::work_on(Job& job, std::unique_lock<std::mutex>& lock) noexcept {
   const std::size_t piece = job.next++;
-  if (job.next == job.pieces) jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
+  if (job.next == job.pieces) {
+    jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
+    waiting_.fetch_sub(1, std::memory_order_relaxed);
+  }
   lock.unlock();
   job.call(job.context, piece);
   lock.lock();
-  if (--job.unfinished == 0) finished_.notify_all();
+  // Who asked may look without the lock: `job` may be gone as soon as nothing is unfinished.
+  if (job.unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) finished_.notify_all();
 }
 
 }  // namespace expertd

@@ -16,6 +16,7 @@
 
 #include "base/clock.h"
 #include "base/owned.h"
+#include "base/spin.h"
 #include "engine/admission.h"
 #include "engine/batch.h"
 #include "engine/bell.h"
@@ -25,7 +26,6 @@
 #include "engine/queue.h"
 #include "engine/sampler.h"
 #include "engine/tally.h"
-#include "lane/spin.h"
 #include "request/message.h"
 #include "request/placement.h"
 #include "request/refusal.h"

@@ -13,12 +13,12 @@
 #include <vector>
 
 #include "base/owned.h"
+#include "base/spin.h"
 #include "lane/connection.h"
 #include "lane/descriptor.h"
 #include "lane/free_list.h"
 #include "lane/mapping.h"
 #include "lane/ring.h"
-#include "lane/spin.h"
 
 namespace expertd {
 

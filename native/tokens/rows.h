@@ -34,18 +34,19 @@ EXPERTD_INLINE void store(std::byte* to, std::size_t index, Value value) noexcep
   std::memcpy(to + index * sizeof value, &value, sizeof value);
 }
 
-// Bytes for which waking another thread (some 10 us) pays; and of more than one huge page, so that threads do not clear
-// the same one for memory that is used for the first time.
-constexpr std::size_t PIECE_BYTES = 256 << 10, MOST_PIECE_BYTES = 8 << 20;
+// Bytes for which waking another thread pays, and for which one that is awake does; and of more than one huge page, so
+// that threads do not clear the same one for memory that is used for the first time.
+constexpr std::size_t PIECE_BYTES = 256 << 10, AWAKE_PIECE_BYTES = 64 << 10, MOST_PIECE_BYTES = 8 << 20;
 
 // Calls `work(first, end)` for runs of rows that together are all `rows`, on the pool where they are large.
 template <typename Work>
 void spread(std::size_t rows, std::size_t row_bytes, const Work& work) {
-  if (rows <= PIECE_BYTES / (row_bytes + 1) + 1) return work(0, rows);  // a row, mostly: the pool is not looked at
+  // Few rows, mostly: the pool is not looked at.
+  if (rows <= AWAKE_PIECE_BYTES / (row_bytes + 1) + 1) return work(0, rows);
   Pool& pool = Pool::of_process();
-  const std::size_t fair = rows * row_bytes / (4 * pool.size());
-  const std::size_t run = std::clamp(fair, PIECE_BYTES, MOST_PIECE_BYTES) / (row_bytes + 1) + 1;
-  pool.run((rows + run - 1) / run,
+  const std::size_t bytes = rows * row_bytes, least = pool.awake() ? AWAKE_PIECE_BYTES : PIECE_BYTES;
+  const std::size_t run = std::clamp(bytes / (4 * pool.size()), least, MOST_PIECE_BYTES) / (row_bytes + 1) + 1;
+  pool.run((rows + run - 1) / run, bytes / PIECE_BYTES,
            [&](std::size_t piece) noexcept { work(piece * run, std::min((piece + 1) * run, rows)); });
 }
 

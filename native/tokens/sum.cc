@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "tokens/stream.h"
+
 namespace expertd {
 namespace {
 
@@ -46,23 +48,44 @@ EXPERTD_INLINE void add_scaled(float* total, const Source& source, std::size_t a
   }
 }
 
+template <typename Number, typename From>
+EXPERTD_INLINE void convert(std::byte* to, const std::byte* from, std::size_t size) noexcept {
+  // From 0, as all sums begin: it makes a positive zero of a negative one.
+  for (std::size_t i = 0; i < size; ++i)
+    store(to, i, Number::narrow(0.0f + From::widen(load<typename From::Stored>(from, i))));
+}
+
+// A tile of a row.
 template <typename Number>
-EXPERTD_INLINE void sum_row(std::span<const Source> sources, std::size_t width, std::byte* out) noexcept {
+EXPERTD_INLINE void sum_tile(std::span<const Source> sources, std::size_t at, std::size_t size,
+                             std::byte* to) noexcept {
+  if (sources.size() == 1 && sources[0].format == Format::bfloat16 && !sources[0].weighted)
+    return convert<Number, BFloat16>(to, sources[0].sums + at * sizeof(BFloat16::Stored), size);
   float total[TILE];
+  std::fill_n(total, size, 0.0f);
+  for (const Source& source : sources) {
+    if (source.format == Format::bfloat16)
+      add<BFloat16>(total, source, at, size);
+    else if (source.format == Format::float16)
+      add<Float16>(total, source, at, size);
+    else if (source.format == Format::float8)
+      add_scaled(total, source, at, size);
+    else
+      add<Float32>(total, source, at, size);
+  }
+  for (std::size_t i = 0; i < size; ++i) store(to, i, Number::narrow(total[i]));
+}
+
+// `past_caches`: what is written is more than they hold.
+template <typename Number>
+EXPERTD_INLINE void sum_row(std::span<const Source> sources, std::size_t width, std::byte* out,
+                            bool past_caches) noexcept {
+  alignas(64) std::byte tile[TILE * sizeof(typename Number::Stored)];
   for (std::size_t at = 0; at < width; at += TILE) {
     const std::size_t size = std::min(TILE, width - at);
-    std::fill_n(total, size, 0.0f);
-    for (const Source& source : sources) {
-      if (source.format == Format::bfloat16)
-        add<BFloat16>(total, source, at, size);
-      else if (source.format == Format::float16)
-        add<Float16>(total, source, at, size);
-      else if (source.format == Format::float8)
-        add_scaled(total, source, at, size);
-      else
-        add<Float32>(total, source, at, size);
-    }
-    for (std::size_t i = 0; i < size; ++i) store(out, at + i, Number::narrow(total[i]));
+    std::byte* const to = out + at * sizeof(typename Number::Stored);
+    sum_tile<Number>(sources, at, size, past_caches ? tile : to);
+    if (past_caches) stream(to, tile, size * sizeof(typename Number::Stored));
   }
 }
 
@@ -97,21 +120,24 @@ Plan plan(std::span<const Part> parts, std::size_t rows) {
 }
 
 template <typename Number>
-void sum_rows(const Plan& plan, std::size_t first, std::size_t end, std::size_t width, WritableRows out) noexcept {
+void sum_rows(const Plan& plan, std::size_t first, std::size_t end, std::size_t width, WritableRows out,
+              bool past_caches) noexcept {
   compiled([=, &plan]() EXPERTD_INLINE_LAMBDA {
-    for (std::size_t row = first; row < end; ++row) sum_row<Number>(plan.of(row), width, out[row]);
+    for (std::size_t row = first; row < end; ++row) sum_row<Number>(plan.of(row), width, out[row], past_caches);
   });
+  if (past_caches) end_streams();
 }
 
 }  // namespace
 
 void sum(std::span<const Part> parts, std::size_t rows, std::size_t width, Format format, WritableRows out) {
   const Plan sources = plan(parts, rows);
+  const bool past_caches = rows * width * size_of(format) >= STREAMED_BYTES;
   spread(rows, width * size_of(format) * 2, [&](std::size_t first, std::size_t end) noexcept {
     if (format == Format::bfloat16)
-      sum_rows<BFloat16>(sources, first, end, width, out);
+      sum_rows<BFloat16>(sources, first, end, width, out, past_caches);
     else
-      sum_rows<Float32>(sources, first, end, width, out);
+      sum_rows<Float32>(sources, first, end, width, out, past_caches);
   });
 }
 

@@ -32,6 +32,19 @@ def use_instruction_set(name: str, /) -> bool:
 def pool_size() -> int:
     """Threads that compute at once at most, the calling one among them."""
 
+def limit_spin(us: int) -> None:
+    """Have threads of the pool that have no work look for it for `us` microseconds at most, from now on."""
+
+class Room:
+    """Writable bytes with anything in them, for a result: what an earlier one of about the size left, if there is one.
+
+    The process keeps up to 512 MiB of what was left. Raises MemoryError.
+    """
+
+    def __init__(self, size: int) -> None: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 def usable_cpus() -> int:
     """CPUs that this process may use, by affinity and the quotas of its control groups, rounded up; at least 1."""
 

@@ -198,7 +198,7 @@ def test_many_threads_share_the_pool() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert 1 <= _native.pool_size() <= min(8, len(os.sched_getaffinity(0)))
+    assert 1 <= _native.pool_size() <= min(16, len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.skipif(

@@ -50,7 +50,7 @@ async def test_a_server_that_falls_silent_after_an_answer_is_noticed_as_soon_as_
         raise AssertionError("unreachable")
 
     server = grpc.aio.server()
-    check = grpc.unary_unary_rpc_method_handler(never)
+    check: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(never)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -86,7 +86,7 @@ async def main(arguments: argparse.Namespace) -> None:
         config = WAYS["grpc"]
         floor = GrpcFloor(echo.grpc, config.channels)
         floors = Floors(echo, floor, config, arguments.seconds)
-        for way in WAYS:
+        for way in arguments.ways:
             for tokens in arguments.tokens:
                 await awaited(way, address, floors, tokens)
                 await asyncio.to_thread(from_a_thread, way, address, arguments.seconds, tokens)
@@ -99,5 +99,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", default="cutile")
     parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--tokens", type=int, nargs="+", default=(1, 64, 1024, 16384))
     uvloop.run(main(parser.parse_args()))

@@ -95,8 +95,10 @@ async def repeat(calls: Calls, one: Callable[[], object], seconds: float, gap: f
         made = one()
         return await made if inspect.isawaitable(made) else made
 
-    for _ in range(20):
+    started, warm = time.perf_counter(), 0
+    while warm < 20 and time.perf_counter() - started < seconds:
         await call()
+        warm += 1
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(calls.seconds) < 5:
         begun = time.perf_counter()
@@ -161,7 +163,9 @@ async def together(address: str, workers: list[tuple[str, int, int]], seconds: f
     return rows
 
 
-async def measure(address: str, floor: GrpcFloor, seconds: float, largest: int) -> AsyncIterator[Row]:
+async def measure(
+    address: str, floor: GrpcFloor, seconds: float, largest: int, *, over_grpc: bool
+) -> AsyncIterator[Row]:
     shm, shard = await transport_of(address, "shm")
     assert isinstance(shm, SharedMemoryTransport)
     grpc, _ = await transport_of(address, "grpc")
@@ -170,7 +174,7 @@ async def measure(address: str, floor: GrpcFloor, seconds: float, largest: int) 
         note = "" if wanted else ", no experts"
         for tokens in (1, 64, largest):
             call = call_of(shard, tokens, wanted)
-            if tokens == 1 or tokens == largest:
+            if over_grpc and tokens in (1, largest):
                 exchange = Exchange(
                     len(call.hidden.view(-1)) + 4 * tokens * (width // 128) + 8 * tokens, 2 * width * tokens
                 )
@@ -186,7 +190,7 @@ async def measure(address: str, floor: GrpcFloor, seconds: float, largest: int) 
                     1e-3,
                 )
                 yield await repeat(Calls(f"shm, 1 ms apart{note}", tokens), lambda: shm.execute(call), seconds, 1e-3)  # noqa: B023
-            if wanted:
+            if wanted and over_grpc:
                 yield await repeat(Calls("grpc", tokens), lambda: grpc.execute(call), seconds)  # noqa: B023
     await shm.close()
     await grpc.close()
@@ -215,9 +219,11 @@ async def main(arguments: argparse.Namespace) -> None:
                 flush=True,
             )
 
-        async for row in measure(address, floor, arguments.seconds, arguments.largest):
-            show(row)
-        for kind in ("shm", "grpc"):
+        if not arguments.only_together:
+            over_grpc = "grpc" in arguments.transports
+            async for row in measure(address, floor, arguments.seconds, arguments.largest, over_grpc=over_grpc):
+                show(row)
+        for kind in arguments.transports:
             for row in await together(address, [(kind, 4, 16)] * 4, arguments.seconds):
                 show(row)
             for row in await together(address, [(kind, 1, 1), (kind, arguments.largest, 1)], arguments.seconds):
@@ -243,5 +249,7 @@ if __name__ == "__main__":
         parser.add_argument("--hidden-size", type=int, default=7168)
         parser.add_argument("--intermediate-size", type=int, default=2048)
         parser.add_argument("--options", default="", help="more of the server's")
+        parser.add_argument("--transports", nargs="+", default=("shm", "grpc"))
+        parser.add_argument("--only-together", action="store_true", help="many callers at once, and nothing else")
         torch.set_num_threads(1)
         uvloop.run(main(parser.parse_args()))

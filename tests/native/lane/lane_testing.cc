@@ -9,7 +9,7 @@
 
 #include "base/control_groups.h"
 #include "echo_server.h"
-#include "lane/spin.h"
+#include "base/spin.h"
 
 namespace py = pybind11;
 

@@ -38,8 +38,8 @@ def extension() -> ModuleType:
 
 @functools.cache
 def lane_sources() -> list[Path]:
-    base = [NATIVE / "base" / name for name in ("control_groups.cc", "cpus.cc", "crc32c.cc", "instructions.cc")]
-    return [*part("lane"), *base]
+    names = ("control_groups", "cpus", "crc32c", "instructions", "spin", "spin_host")
+    return [*part("lane"), *(NATIVE / "base" / f"{name}.cc" for name in names)]
 
 
 def run(program: Path, *arguments: str, seconds: float = 120) -> str:

@@ -1,4 +1,4 @@
-#include "lane/spin.h"
+#include "base/spin.h"
 
 #include <algorithm>
 

@@ -1,10 +1,12 @@
+#if __has_include(<sys/resource.h>)
 #include <sys/resource.h>
+#endif
 
 #include <algorithm>
 
 #include "base/control_groups.h"
 #include "base/cpus.h"
-#include "lane/spin.h"
+#include "base/spin.h"
 
 namespace expertd {
 namespace {
@@ -14,9 +16,13 @@ class ThisHost : public SpinHost {
   double usable_cpus() override { return std::min(cpus_by_affinity(), groups_.quota()); }
 
   int64_t preemptions() override {
+#ifdef RUSAGE_THREAD
     rusage usage;
     getrusage(RUSAGE_THREAD, &usage);
     return usage.ru_nivcsw;
+#else
+    return 0;  // nobody tells
+#endif
   }
 
   int64_t throttles() override { return groups_.throttles(); }
