@@ -123,7 +123,7 @@ class Server:
         stored = await load_layers(
             self.checkpoint, self.ledger, self.shard, self.backend, self.device, self.metrics, self.failpoints
         )
-        admin = self.admin and self.admin.address
+        admin = self.admin.address if self.admin is not None else None
         self.executor.info = as_loaded(self.info, self.shard, self.ledger, self.metrics_address, admin, stored)
         memory = await self.device.call(self.backend.memory)
         if memory is not None:
