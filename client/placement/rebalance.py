@@ -1,0 +1,166 @@
+"""`expertd rebalance`: what should move between running servers, so that their loads are even."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from expertd.client.fleet.discovery import Discovery, DnsServers, FileServers, StaticServers
+from expertd.client.fleet.ports import EITHER_PORT, explained, grpc_addresses, seconds
+from expertd.client.placement.assignment import InvalidPlan
+from expertd.client.placement.present import Present, heat_of, look, recorded_heat
+from expertd.client.placement.proposal import Proposal, propose, reason_to_wait
+from expertd.client.transport.security import add_security_arguments, security_from
+from expertd.proto.base.errors import ExpertdError
+
+SHOWN_SERVERS = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("servers", nargs="*", metavar="ADDRESS", help=f"all servers of the fleet: {EITHER_PORT}")
+    parser.add_argument("--servers-file", type=Path, metavar="FILE", help="or a file with one a line, read every time")
+    parser.add_argument("--dns", metavar="HOST:PORT", help="or a name with the addresses of all, and their port")
+    parser.add_argument(
+        "--over", type=seconds, default=10.0, metavar="SECONDS", help="for which loads are watched (default: 10)"
+    )
+    parser.add_argument(
+        "--loads",
+        nargs="+",
+        metavar="FILE",
+        help="loads recorded before, as 'expertd plan' takes them, in place of that",
+    )
+    parser.add_argument(
+        "--slots",
+        type=_positive,
+        metavar="N",
+        help="experts of each layer that a server can hold (default: as many as it has in any, where it has some)",
+    )
+    parser.add_argument("--most-moves", type=_positive, metavar="N", help="experts to read at most")
+    parser.add_argument("--most-bytes", type=_positive, metavar="N", help="bytes to read at most")
+    parser.add_argument(
+        "--below", type=_share, default=0.95, help="move only if balancedness is below this (default: 0.95)"
+    )
+    parser.add_argument("--gain", type=_share, default=0.01, help="and would gain this much (default: 0.01)")
+    parser.add_argument(
+        "--rate", type=_positive, metavar="N", help="bytes a second that servers read, to tell the time"
+    )
+    parser.add_argument("--json", action="store_true", help="print what would move as an object")
+    add_security_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 when all went well, 1 when servers refused, 2 for unusable options or a fleet that does not serve."""
+    try:
+        asyncio.run(_rebalance(arguments))
+    except ExpertdError as error:
+        print(f"expertd rebalance: error: {explained(error, security_from(arguments))}", file=sys.stderr)
+        return 1
+    except (InvalidPlan, OSError, ValueError) as error:
+        print(f"expertd rebalance: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(float(text))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small; it must be at least 1")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no balancedness; it must be from 0 to 1")
+    return value
+
+
+async def _rebalance(arguments: argparse.Namespace) -> None:
+    console = Console(highlight=False, width=max(Console().width, 120))
+    proposal = await _propose(arguments)
+    if arguments.json:
+        print(json.dumps(proposal.as_json(), indent=1))
+        return
+    _show(proposal, arguments, console)
+
+
+async def _propose(arguments: argparse.Namespace) -> Proposal:
+    """From the fleet as it is now. Raises `InvalidPlan` or `ExpertdError`."""
+    present = await _look(arguments)
+    if arguments.loads is not None:
+        heat = recorded_heat(present, arguments.loads)
+    else:
+        with Console(stderr=True).status("watching loads"):
+            heat = await heat_of(present, arguments.over)
+    proposal = propose(present, heat, present.slots(arguments.slots, ()), _most_moves(arguments, present))
+    if not heat.any() and not proposal.is_due:
+        raise InvalidPlan("there was no traffic at all: nothing says which experts are busy; watch longer (--over)")
+    return proposal
+
+
+async def _look(arguments: argparse.Namespace) -> Present:
+    discovery = _discovery(arguments)
+    addresses = await grpc_addresses(await discovery.addresses())
+    return await look(list(dict.fromkeys(addresses)), security_from(arguments))
+
+
+def _discovery(arguments: argparse.Namespace) -> Discovery:
+    given = (bool(arguments.servers), arguments.servers_file is not None, arguments.dns is not None)
+    if sum(given) != 1:
+        raise ValueError("give all servers as ADDRESS..., or --servers-file, or --dns: one of them")
+    if arguments.servers_file is not None:
+        return FileServers(arguments.servers_file)
+    if arguments.dns is not None:
+        host, _, port = arguments.dns.rpartition(":")
+        if not (host and port.isdecimal()):
+            raise ValueError(f"--dns is {arguments.dns!r}; give HOST:PORT")
+        return DnsServers(host, int(port))
+    return StaticServers(tuple(arguments.servers))
+
+
+def _most_moves(arguments: argparse.Namespace, present: Present) -> int | None:
+    limits = [arguments.most_moves, arguments.most_bytes and arguments.most_bytes // present.expert_bytes]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _show(proposal: Proposal, arguments: argparse.Namespace, console: Console) -> None:
+    table = Table("server", "takes over", "gives up", "load / mean", "then", box=SIMPLE)
+    loads = [_means(proposal.loads(held)) for held in (proposal.present.held, proposal.target)]
+    for server, name in enumerate(proposal.present.servers[:SHOWN_SERVERS]):
+        mine = [update for update in proposal.updates if update.server == server]
+        taken, given = (
+            sum(int(cells.sum()) for cells in kind) for kind in ([u.taken for u in mine], [u.given for u in mine])
+        )
+        table.add_row(name, str(taken), str(given), *(f"{load[server]:.3f}" for load in loads))
+    console.print(table)
+    if len(proposal.present.servers) > SHOWN_SERVERS:
+        console.print(f"and {len(proposal.present.servers) - SHOWN_SERVERS} more servers; --json has them all")
+    console.print(summary(proposal, arguments.rate))
+    if reason := reason_to_wait(proposal, arguments.below, arguments.gain):
+        console.print(f"not to be done: {reason}")
+
+
+def summary(proposal: Proposal, rate: int | None) -> str:
+    """In one line."""
+    lost = f"{proposal.lost} experts have no owner; " if proposal.lost else ""
+    takes = f", {proposal.bytes / rate:.0f} s at {rate / 1e9:.3g} GB/s" if rate else ""
+    return (
+        f"{lost}balancedness (mean load / largest, over all layers) {proposal.before:.4f} -> {proposal.after:.4f}:"
+        f" {proposal.moves} experts to read, {proposal.bytes / 1e9:.3g} GB{takes}, in {len(proposal.updates)} updates"
+    )
+
+
+def _means(loads: np.typing.NDArray[np.float64]) -> Sequence[float]:
+    """Over layers; 0 for a server that has no part in any."""
+    counted = ~np.isnan(loads)
+    means: Sequence[float] = (np.nan_to_num(loads).sum(axis=0) / np.maximum(counted.sum(axis=0), 1)).tolist()
+    return means
