@@ -36,6 +36,10 @@ class Present:
         shard = self.shards[0]
         return MoeConfig(**shard.config).expert_bytes * shard.weight_dtype.itemsize  # type: ignore[arg-type]
 
+    def held_of(self, layer: int) -> Booleans:
+        """[servers, experts]; none of a layer that nobody has."""
+        return self.held[self.layers.index(layer)] if layer in self.layers else np.zeros_like(self.held[0])
+
     def slots(self, each: int | None, leaving: Collection[str]) -> Integers:
         """[layers, servers]: `each`, or as many as a server has of any layer in the layers that it has; none for those
         that are leaving."""

@@ -6,7 +6,10 @@ import argparse
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from rich.table import Table
 from expertd.client.fleet.discovery import Discovery, DnsServers, FileServers, StaticServers
 from expertd.client.fleet.ports import EITHER_PORT, explained, grpc_addresses, seconds
 from expertd.client.placement.assignment import InvalidPlan
+from expertd.client.placement.carry_out import carry_out
 from expertd.client.placement.present import Present, heat_of, look, recorded_heat
 from expertd.client.placement.proposal import Proposal, propose, reason_to_wait
 from expertd.client.transport.security import add_security_arguments, security_from
@@ -53,8 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=_positive, metavar="N", help="bytes a second that servers read, to tell the time"
     )
-    parser.add_argument("--json", action="store_true", help="print what would move as an object")
+    told = parser.add_mutually_exclusive_group()
+    told.add_argument("--json", action="store_true", help="print what would move as an object")
+    told.add_argument("--apply", action="store_true", help="and move it, server by server, while all serve")
     add_security_arguments(parser)
+    parser.add_argument(
+        "--admin-token-file", type=Path, metavar="FILE", help="first line: a token of the servers' --admin-token-file"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -91,6 +100,28 @@ async def _rebalance(arguments: argparse.Namespace) -> None:
         print(json.dumps(proposal.as_json(), indent=1))
         return
     _show(proposal, arguments, console)
+    reason = reason_to_wait(proposal, arguments.below, arguments.gain)
+    if reason is not None:
+        console.print(f"not to be done: {reason}")
+    elif arguments.apply:
+        await _apply(proposal, arguments, console)
+
+
+async def _apply(proposal: Proposal, arguments: argparse.Namespace, console: Console) -> None:
+    security = replace(security_from(arguments), token_file=arguments.admin_token_file)
+    begun, read, done = time.monotonic(), 0, 0
+    try:
+        with Console(stderr=True).status("moving experts") as status:
+            async with aclosing(carry_out(proposal, lambda: _look(arguments), security)) as updating:
+                async for _, size in updating:
+                    done, read = done + 1, read + size
+                    status.update(f"{done} of {len(proposal.updates)} updates, {read / 1e9:.3g} GB")
+    finally:
+        took = time.monotonic() - begun
+        console.print(
+            f"{done} of {len(proposal.updates)} updates done: {read} bytes read in {took:.1f} s"
+            f" ({read / took / 1e9:.3g} GB/s)"
+        )
 
 
 async def _propose(arguments: argparse.Namespace) -> Proposal:
@@ -145,8 +176,6 @@ def _show(proposal: Proposal, arguments: argparse.Namespace, console: Console) -
     if len(proposal.present.servers) > SHOWN_SERVERS:
         console.print(f"and {len(proposal.present.servers) - SHOWN_SERVERS} more servers; --json has them all")
     console.print(summary(proposal, arguments.rate))
-    if reason := reason_to_wait(proposal, arguments.below, arguments.gain):
-        console.print(f"not to be done: {reason}")
 
 
 def summary(proposal: Proposal, rate: int | None) -> str:
