@@ -86,6 +86,12 @@ class Proposal:
         loads = np.where(counted, loads, np.nan)
         return loads / np.nanmean(loads, axis=1, keepdims=True) if len(loads) else loads
 
+    def mean_loads(self, held: Booleans) -> Floats:
+        """[servers]: over layers; 0 for a server that has no part in any."""
+        loads = self.loads(held)
+        means: Floats = np.nan_to_num(loads).sum(axis=0) / np.maximum((~np.isnan(loads)).sum(axis=0), 1)
+        return means
+
     @property
     def before(self) -> float:
         """Balancedness now."""
@@ -94,6 +100,15 @@ class Proposal:
     @property
     def after(self) -> float:
         return _balancedness(self.loads(self.target))
+
+    def summary(self, rate: int | None) -> str:
+        """In one line; `rate` is bytes a second that servers read, if that is known."""
+        lost = f"{self.lost} experts have no owner; " if self.lost else ""
+        takes = f", {self.bytes / rate:.0f} s at {rate / 1e9:.3g} GB/s" if rate else ""
+        return (
+            f"{lost}balancedness (mean load / largest, over all layers) {self.before:.4f} -> {self.after:.4f}:"
+            f" {self.moves} experts to read, {self.bytes / 1e9:.3g} GB{takes}, in {len(self.updates)} updates"
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -21,10 +20,12 @@ from expertd.client.fleet.discovery import Discovery, DnsServers, FileServers, S
 from expertd.client.fleet.ports import EITHER_PORT, explained, grpc_addresses, seconds
 from expertd.client.placement.assignment import InvalidPlan
 from expertd.client.placement.carry_out import carry_out
+from expertd.client.placement.packing import Floats
 from expertd.client.placement.present import Present, heat_of, look, recorded_heat
 from expertd.client.placement.proposal import Proposal, propose, reason_to_wait
+from expertd.client.placement.watching import locked, repeat
 from expertd.client.transport.security import add_security_arguments, security_from
-from expertd.proto.base.errors import ExpertdError
+from expertd.proto.base.errors import ExpertdError, StalePlacement
 
 SHOWN_SERVERS = 64
 
@@ -48,12 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="experts of each layer that a server can hold (default: as many as it has in any, where it has some)",
     )
-    parser.add_argument("--most-moves", type=_positive, metavar="N", help="experts to read at most")
-    parser.add_argument("--most-bytes", type=_positive, metavar="N", help="bytes to read at most")
+    parser.add_argument("--most-moves", type=_positive, metavar="N", help="experts to read at most, in a round")
+    parser.add_argument("--most-bytes", type=_positive, metavar="N", help="bytes to read at most, in a round")
     parser.add_argument(
         "--below", type=_share, default=0.95, help="move only if balancedness is below this (default: 0.95)"
     )
     parser.add_argument("--gain", type=_share, default=0.01, help="and would gain this much (default: 0.01)")
+    parser.add_argument(
+        "--watch", type=seconds, metavar="SECONDS", help="again and again, each time by the loads of these seconds"
+    )
+    parser.add_argument(
+        "--lock",
+        type=Path,
+        metavar="FILE",
+        help="of all with the same FILE on this machine one moves experts at a time",
+    )
     parser.add_argument(
         "--rate", type=_positive, metavar="N", help="bytes a second that servers read, to tell the time"
     )
@@ -69,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0 when all went well, 1 when servers refused, 2 for unusable options or a fleet that does not serve."""
     try:
-        asyncio.run(_rebalance(arguments))
+        asyncio.run(rebalance(arguments))
     except ExpertdError as error:
         print(f"expertd rebalance: error: {explained(error, security_from(arguments))}", file=sys.stderr)
         return 1
@@ -80,10 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(float(text))
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small; it must be at least 1")
-    return value
+    """A count as people write it, such as 50e9."""
+    value = float(text)
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no count; it must be at least 1")
+    return int(value)
 
 
 def _share(text: str) -> float:
@@ -93,18 +104,56 @@ def _share(text: str) -> float:
     return value
 
 
-async def _rebalance(arguments: argparse.Namespace) -> None:
+async def rebalance(arguments: argparse.Namespace) -> None:
+    """Once, or with --watch until it is cancelled. Raises `InvalidPlan`, `ExpertdError`, `OSError` or `ValueError`."""
     console = Console(highlight=False, width=max(Console().width, 120))
-    proposal = await _propose(arguments)
-    if arguments.json:
-        print(json.dumps(proposal.as_json(), indent=1))
+    if arguments.watch is None:
+        await _round(arguments, console)
         return
-    _show(proposal, arguments, console)
-    reason = reason_to_wait(proposal, arguments.below, arguments.gain)
-    if reason is not None:
-        console.print(f"not to be done: {reason}")
-    elif arguments.apply:
-        await _apply(proposal, arguments, console)
+    # What can never work ends it; what fails later may work the next time.
+    await _addresses(arguments)
+
+    def tell(error: Exception) -> None:
+        console.print(f"not this time: {explained(error, security_from(arguments))}")
+
+    await repeat(arguments.watch, lambda: _round(arguments, console), tell)
+
+
+async def _round(arguments: argparse.Namespace, console: Console) -> None:
+    seen = await _look(arguments)
+    heat = await _heat(arguments, seen)
+    with locked(arguments.lock if arguments.apply else None):
+        proposal = await _propose(arguments, seen, heat)
+        if arguments.json:
+            print(json.dumps(proposal.as_json(), indent=1))
+            return
+        if arguments.watch is None:
+            _show(proposal, console)
+        console.print(proposal.summary(arguments.rate))
+        reason = reason_to_wait(proposal, arguments.below, arguments.gain)
+        if reason is not None:
+            console.print(f"not to be done: {reason}")
+        elif arguments.apply:
+            await _apply(proposal, arguments, console)
+
+
+async def _heat(arguments: argparse.Namespace, present: Present) -> Floats:
+    """[layers, experts]: what was asked for, for as long as a round takes."""
+    if arguments.loads is not None:
+        return recorded_heat(present, arguments.loads)
+    with Console(stderr=True).status("watching loads"):
+        return await heat_of(present, arguments.over if arguments.watch is None else arguments.watch)
+
+
+async def _propose(arguments: argparse.Namespace, seen: Present, heat: Floats) -> Proposal:
+    """For the fleet as it is now. Raises `InvalidPlan` or `ExpertdError`."""
+    present = await _look(arguments)
+    if present.layers != seen.layers:
+        raise StalePlacement("servers took layers over or gave them up while loads were watched; run it again")
+    proposal = propose(present, heat, present.slots(arguments.slots, ()), _most_moves(arguments, present))
+    if not heat.any() and not proposal.is_due:
+        raise InvalidPlan("there was no traffic at all: nothing says which experts are busy; watch longer (--over)")
+    return proposal
 
 
 async def _apply(proposal: Proposal, arguments: argparse.Namespace, console: Console) -> None:
@@ -124,24 +173,12 @@ async def _apply(proposal: Proposal, arguments: argparse.Namespace, console: Con
         )
 
 
-async def _propose(arguments: argparse.Namespace) -> Proposal:
-    """From the fleet as it is now. Raises `InvalidPlan` or `ExpertdError`."""
-    present = await _look(arguments)
-    if arguments.loads is not None:
-        heat = recorded_heat(present, arguments.loads)
-    else:
-        with Console(stderr=True).status("watching loads"):
-            heat = await heat_of(present, arguments.over)
-    proposal = propose(present, heat, present.slots(arguments.slots, ()), _most_moves(arguments, present))
-    if not heat.any() and not proposal.is_due:
-        raise InvalidPlan("there was no traffic at all: nothing says which experts are busy; watch longer (--over)")
-    return proposal
-
-
 async def _look(arguments: argparse.Namespace) -> Present:
-    discovery = _discovery(arguments)
-    addresses = await grpc_addresses(await discovery.addresses())
-    return await look(list(dict.fromkeys(addresses)), security_from(arguments))
+    return await look(await _addresses(arguments), security_from(arguments))
+
+
+async def _addresses(arguments: argparse.Namespace) -> list[str]:
+    return list(dict.fromkeys(await grpc_addresses(await _discovery(arguments).addresses())))
 
 
 def _discovery(arguments: argparse.Namespace) -> Discovery:
@@ -163,33 +200,13 @@ def _most_moves(arguments: argparse.Namespace, present: Present) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _show(proposal: Proposal, arguments: argparse.Namespace, console: Console) -> None:
+def _show(proposal: Proposal, console: Console) -> None:
     table = Table("server", "takes over", "gives up", "load / mean", "then", box=SIMPLE)
-    loads = [_means(proposal.loads(held)) for held in (proposal.present.held, proposal.target)]
+    loads = [proposal.mean_loads(held) for held in (proposal.present.held, proposal.target)]
     for server, name in enumerate(proposal.present.servers[:SHOWN_SERVERS]):
         mine = [update for update in proposal.updates if update.server == server]
-        taken, given = (
-            sum(int(cells.sum()) for cells in kind) for kind in ([u.taken for u in mine], [u.given for u in mine])
-        )
+        taken, given = sum(int(one.taken.sum()) for one in mine), sum(int(one.given.sum()) for one in mine)
         table.add_row(name, str(taken), str(given), *(f"{load[server]:.3f}" for load in loads))
     console.print(table)
     if len(proposal.present.servers) > SHOWN_SERVERS:
         console.print(f"and {len(proposal.present.servers) - SHOWN_SERVERS} more servers; --json has them all")
-    console.print(summary(proposal, arguments.rate))
-
-
-def summary(proposal: Proposal, rate: int | None) -> str:
-    """In one line."""
-    lost = f"{proposal.lost} experts have no owner; " if proposal.lost else ""
-    takes = f", {proposal.bytes / rate:.0f} s at {rate / 1e9:.3g} GB/s" if rate else ""
-    return (
-        f"{lost}balancedness (mean load / largest, over all layers) {proposal.before:.4f} -> {proposal.after:.4f}:"
-        f" {proposal.moves} experts to read, {proposal.bytes / 1e9:.3g} GB{takes}, in {len(proposal.updates)} updates"
-    )
-
-
-def _means(loads: np.typing.NDArray[np.float64]) -> Sequence[float]:
-    """Over layers; 0 for a server that has no part in any."""
-    counted = ~np.isnan(loads)
-    means: Sequence[float] = (np.nan_to_num(loads).sum(axis=0) / np.maximum(counted.sum(axis=0), 1)).tolist()
-    return means
