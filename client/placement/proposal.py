@@ -72,6 +72,11 @@ class Proposal:
         """Experts that nobody owns."""
         return int((~self.present.held.any(axis=1)).sum())
 
+    def idle(self, held: Booleans) -> tuple[str, ...]:
+        """Servers that own nothing in `held` [layers, servers, experts], and have no slots."""
+        idle = ~held.any(axis=(0, 2)) & ~self.slots.any(axis=0)
+        return tuple(self.present.servers[server] for server in np.flatnonzero(idle))
+
     @property
     def is_due(self) -> bool:
         """Whether it must be done however even loads are: experts have no owner, or a server no slots for its own."""

@@ -49,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="experts of each layer that a server can hold (default: as many as it has in any, where it has some)",
     )
+    parser.add_argument(
+        "--leave",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="one of the servers, which is to own nothing, before it is drained; if it does not serve, its experts are"
+        " placed elsewhere",
+    )
     parser.add_argument("--most-moves", type=_positive, metavar="N", help="experts to read at most, in a round")
     parser.add_argument("--most-bytes", type=_positive, metavar="N", help="bytes to read at most, in a round")
     parser.add_argument(
@@ -130,11 +138,14 @@ async def _round(arguments: argparse.Namespace, console: Console) -> None:
         if arguments.watch is None:
             _show(proposal, console)
         console.print(proposal.summary(arguments.rate))
-        reason = reason_to_wait(proposal, arguments.below, arguments.gain)
+        reason, held = reason_to_wait(proposal, arguments.below, arguments.gain), proposal.present.held
         if reason is not None:
             console.print(f"not to be done: {reason}")
         elif arguments.apply:
             await _apply(proposal, arguments, console)
+            held = proposal.target
+        for name in proposal.idle(held):
+            console.print(f"{name} owns nothing, nor is it to: it can be drained")
 
 
 async def _heat(arguments: argparse.Namespace, present: Present) -> Floats:
@@ -150,18 +161,23 @@ async def _propose(arguments: argparse.Namespace, seen: Present, heat: Floats) -
     present = await _look(arguments)
     if present.layers != seen.layers:
         raise StalePlacement("servers took layers over or gave them up while loads were watched; run it again")
-    proposal = propose(present, heat, present.slots(arguments.slots, ()), _most_moves(arguments, present))
+    slots = present.slots(arguments.slots, await grpc_addresses(arguments.leave))
+    proposal = propose(present, heat, slots, _most_moves(arguments, present))
     if not heat.any() and not proposal.is_due:
         raise InvalidPlan("there was no traffic at all: nothing says which experts are busy; watch longer (--over)")
     return proposal
 
 
 async def _apply(proposal: Proposal, arguments: argparse.Namespace, console: Console) -> None:
-    security = replace(security_from(arguments), token_file=arguments.admin_token_file)
+    security = security_from(arguments)
+    admin = replace(security, token_file=arguments.admin_token_file)
+    servers = proposal.present.servers
+    # One that is gone already would be waited for every time.
+    leaving = set(await grpc_addresses(arguments.leave)) & set(servers)
     begun, read, done = time.monotonic(), 0, 0
     try:
         with Console(stderr=True).status("moving experts") as status:
-            async with aclosing(carry_out(proposal, lambda: _look(arguments), security)) as updating:
+            async with aclosing(carry_out(proposal, lambda: look(servers, security, leaving), admin)) as updating:
                 async for _, size in updating:
                     done, read = done + 1, read + size
                     status.update(f"{done} of {len(proposal.updates)} updates, {read / 1e9:.3g} GB")
@@ -174,7 +190,7 @@ async def _apply(proposal: Proposal, arguments: argparse.Namespace, console: Con
 
 
 async def _look(arguments: argparse.Namespace) -> Present:
-    return await look(await _addresses(arguments), security_from(arguments))
+    return await look(await _addresses(arguments), security_from(arguments), await grpc_addresses(arguments.leave))
 
 
 async def _addresses(arguments: argparse.Namespace) -> list[str]:

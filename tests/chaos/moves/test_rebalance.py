@@ -28,7 +28,7 @@ async def test_loads_that_change_are_even_after_two_rounds(
 
         async def rebalance(*options: str) -> str:
             capsys.readouterr()
-            assert await asyncio.to_thread(main, ["rebalance", *named, *SLOTS, "--over", "1.5", *options]) == 0
+            assert await asyncio.to_thread(main, ["rebalance", *named, *SLOTS, "--over", "1", *options]) == 0
             return capsys.readouterr().out
 
         said = []
