@@ -14,7 +14,7 @@ import numpy as np
 
 from expertd.client.placement.assignment import InvalidPlan
 from expertd.client.placement.exchanges import exchange, has_room
-from expertd.client.placement.packing import Booleans, Floats, Integers, bin_loads, pack_evenly
+from expertd.client.placement.packing import Booleans, Floats, Integers, bin_loads, even_out, pack_once
 
 EVEN = 1.01
 """Peak at which nothing more is moved."""
@@ -95,9 +95,10 @@ def walk(heat: Floats, present: Booleans, slots: Integers) -> Path:
 
 
 def anew(load: Floats, present: Booleans, slots: Integers) -> Booleans:
-    """[servers, experts]: the most even placement that is found, each part for a server that has much of it."""
+    """[servers, experts]: an even placement whatever it takes, each part of it for a server that has much of it."""
     able = np.flatnonzero(slots)
-    parts, held = pack_evenly(load[:, None], slots[able]), np.zeros_like(present)
+    parts = even_out(load[:, None], pack_once(load[:, None], slots[able]), slots[able])
+    held = np.zeros_like(present)
     common = (parts.astype(np.int64) @ present[able].T).astype(np.float64)
     common[slots[able][:, None] != slots[able]] = -1
     for _ in able:
