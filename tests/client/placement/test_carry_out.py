@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from tests.support.coordinators import LAYER, QUICK, expected, routing, tokens
 from tests.support.fleets import addresses, running_servers
 from tests.support.serving import ANY_PORT
 
+PATIENT = replace(QUICK, owner_timeout=20.0)
+"""A machine under test is busy."""
 SHARDS = (range(6), range(6, 12), range(12, 16))
 HOT = {"1": [90, 80, *[1] * 14], "2": [*[1] * 14, 80, 90]}
 PLAIN = ClientSecurity()
@@ -58,7 +61,7 @@ async def test_experts_move_by_one_command_and_no_call_notices(
         assert await asyncio.to_thread(main, ["rebalance", *addresses(servers), *command]) == 1
         assert "authorization is missing" in capsys.readouterr().err
         command += ["--admin-token-file", str(tmp_path / "token")]
-        async with Coordinator(addresses(servers), QUICK) as moe:
+        async with Coordinator(addresses(servers), PATIENT) as moe:
             moving = asyncio.create_task(asyncio.to_thread(main, ["rebalance", *addresses(servers), *command]))
             while not moving.done():
                 output = await moe(LAYER, tokens(20), topk_ids=ids, topk_weights=weights)

@@ -1,9 +1,9 @@
 """A server that is emptied before it is drained, and one that is gone already."""
 
-import argparse
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +11,20 @@ import pytest
 from expertd.cli import main
 from expertd.client.coordinator import Coordinator
 from expertd.client.fleet.survey import judge, survey
-from expertd.client.placement.rebalance import add_arguments, rebalance
+from expertd.client.placement.rebalance import rebalance
 from expertd.client.transport.security import ClientSecurity
 from expertd.kernels.oracle.reference import relative_error
 from expertd.server.app import Server
 from tests.docs.fences import ROOT, Fence
 from tests.support.coordinators import LAYER, QUICK, expected, routing, tokens
 from tests.support.fleets import addresses, running_servers, stop
+from tests.support.said import rebalance_arguments
 from tests.support.serving import ANY_PORT
 
 RUN_HERE = "run by tests/client/placement/test_leave.py"
 OPTIONS = {"admin_listen": ANY_PORT, "per_expert_metrics": True}
+PATIENT = replace(QUICK, owner_timeout=20.0)
+"""A machine under test is busy."""
 SHARDS = (range(6), range(6, 12), range(12, 16))
 
 
@@ -32,9 +35,7 @@ async def servers(small_model: Path) -> AsyncIterator[list[Server]]:
 
 
 async def run(*words: str) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    await rebalance(parser.parse_args(words))
+    await rebalance(rebalance_arguments(*words))
 
 
 async def test_a_server_leaves_under_calls(
@@ -43,7 +44,7 @@ async def test_a_server_leaves_under_calls(
     ids, weights = routing(20)
     right = expected(small_model)
     low, middle, high = servers
-    async with Coordinator(addresses(servers), QUICK) as moe:
+    async with Coordinator(addresses(servers), PATIENT) as moe:
 
         async def call() -> None:
             assert relative_error(await moe(LAYER, tokens(20), topk_ids=ids, topk_weights=weights), right) < 1e-5

@@ -1,6 +1,5 @@
 """`expertd rebalance --watch`, and several who rebalance at once."""
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -13,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from expertd.cli import main
-from expertd.client.placement.rebalance import add_arguments, rebalance
+from expertd.client.placement.rebalance import rebalance
 from expertd.client.placement.watching import locked, repeat
 from expertd.proto.base.errors import Unavailable
 from expertd.server.app import Server
 from tests.support.fleets import addresses, running_servers
+from tests.support.said import Said, rebalance_arguments
 from tests.support.serving import ANY_PORT
 
 SHARDS = (range(6), range(6, 12), range(12, 16))
@@ -31,32 +31,10 @@ async def servers(small_model: Path) -> AsyncIterator[list[Server]]:
         yield started
 
 
-def parsed(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args(words)
-
-
 def is_whole(servers: list[Server]) -> bool:
     return all(
         set().union(*(one.shard.experts.get(layer, ()) for one in servers)) == set(range(16)) for layer in (1, 2)
     )
-
-
-class Said:
-    """What is printed, as it comes."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys, self.text = capsys, ""
-
-    async def wait_for(self, pattern: str) -> re.Match[str]:
-        """Its first occurrence since the last one that was waited for."""
-        async with asyncio.timeout(30):
-            while not (found := re.search(pattern, self.text)):
-                await asyncio.sleep(0.02)
-                self.text += self._capsys.readouterr().out
-        self.text = self.text[found.end() :]
-        return found
 
 
 async def test_rounds_are_limited_and_go_on_as_loads_change(
@@ -65,7 +43,7 @@ async def test_rounds_are_limited_and_go_on_as_loads_change(
     loads, said = tmp_path / "loads.json", Said(capsys)
     loads.write_text(json.dumps(HOT))
     options = ("--slots", "7", "--loads", str(loads), "--apply", "--watch", "0.1", "--most-moves", "3")
-    watching = asyncio.create_task(rebalance(parsed(*addresses(servers), *options)))
+    watching = asyncio.create_task(rebalance(rebalance_arguments(*addresses(servers), *options)))
     try:
         for _ in range(2):
             assert 0 < int((await said.wait_for(r"(\d+) experts to read"))[1]) <= 3
@@ -92,7 +70,7 @@ async def test_two_at_once_move_one_at_a_time(servers: list[Server], tmp_path: P
     for file, content in zip(loads, (HOT, OTHER), strict=True):
         file.write_text(json.dumps(content))
         options = ("--slots", "7", "--loads", str(file), "--apply", "--watch", "0.05", "--lock", str(lock))
-        watching.append(asyncio.create_task(rebalance(parsed(*addresses(servers), *options))))
+        watching.append(asyncio.create_task(rebalance(rebalance_arguments(*addresses(servers), *options))))
     epochs = set()
     for _ in range(300):
         await asyncio.sleep(0.01)
