@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
@@ -16,11 +17,12 @@ from expertd.proto.base.errors import StalePlacement
 
 
 async def carry_out(
-    proposal: Proposal, look_again: Callable[[], Awaitable[Present]], security: ClientSecurity
+    proposal: Proposal, look_again: Callable[[], Awaitable[Present]], security: ClientSecurity, pause: float = 0.0
 ) -> AsyncGenerator[tuple[Update, int], None]:
     """Have servers make its updates; each that is done, with the bytes that were read for it.
 
-    `security` is for their administration. It may end at any point: what was done counts, and the next proposal begins
+    `security` is for their administration. `pause` seconds pass between updates: a call that meets one is repeated, and
+    not for ever. It may end at any point: what was done counts, and the next proposal begins
     with it. Raises `InvalidPlan` before the first update where a server has no administration, `StalePlacement` where
     somebody else changed a server or an expert would lose its owner, and what servers answer.
     """
@@ -37,6 +39,7 @@ async def carry_out(
             async for told in telling:
                 read = told.read_bytes
         yield update, read
+        await asyncio.sleep(pause)
 
 
 def check(update: Update, layer: int, name: str, now: Present) -> None:

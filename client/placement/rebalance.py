@@ -67,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--watch", type=seconds, metavar="SECONDS", help="again and again, each time by the loads of these seconds"
     )
     parser.add_argument(
+        "--pause",
+        type=_pause,
+        default=0.2,
+        metavar="SECONDS",
+        help="between two updates, so that no call meets many of them (default: 0.2)",
+    )
+    parser.add_argument(
         "--lock",
         type=Path,
         metavar="FILE",
@@ -103,6 +110,13 @@ def _positive(text: str) -> int:
     if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no count; it must be at least 1")
     return int(value)
+
+
+def _pause(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no pause; it must be at least 0")
+    return value
 
 
 def _share(text: str) -> float:
@@ -177,7 +191,9 @@ async def _apply(proposal: Proposal, arguments: argparse.Namespace, console: Con
     begun, read, done = time.monotonic(), 0, 0
     try:
         with Console(stderr=True).status("moving experts") as status:
-            async with aclosing(carry_out(proposal, lambda: look(servers, security, leaving), admin)) as updating:
+            async with aclosing(
+                carry_out(proposal, lambda: look(servers, security, leaving), admin, arguments.pause)
+            ) as updating:
                 async for _, size in updating:
                     done, read = done + 1, read + size
                     status.update(f"{done} of {len(proposal.updates)} updates, {read / 1e9:.3g} GB")

@@ -16,7 +16,7 @@ LOADS = scaled(10, 2)
 MOST = scaled(3, 12)
 CALLS = 30
 OPTIONS = ("--admin-listen", "127.0.0.1:0", "--per-expert-metrics")
-WATCH = ("--slots", "7", "--watch", "1", "--apply")
+WATCH = ("--slots", "7", "--watch", "1", "--pause", "0.05", "--apply")
 BEFORE = r"balancedness [^\d]*([\d.]+) ->"
 
 

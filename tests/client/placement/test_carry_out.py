@@ -1,6 +1,7 @@
 """What `expertd rebalance --apply` does to running servers, and what it leaves when it ends half-way."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -21,9 +22,9 @@ from expertd.proto.base.errors import StalePlacement
 from expertd.server.app import Server
 from tests.support.coordinators import LAYER, QUICK, expected, routing, tokens
 from tests.support.fleets import addresses, running_servers
-from tests.support.serving import ANY_PORT
+from tests.support.serving import ANY_PORT, running_server
 
-PATIENT = replace(QUICK, owner_timeout=20.0)
+PATIENT = replace(QUICK, owner_timeout=20.0, max_attempts=20)
 """A machine under test is busy."""
 SHARDS = (range(6), range(6, 12), range(12, 16))
 HOT = {"1": [90, 80, *[1] * 14], "2": [*[1] * 14, 80, 90]}
@@ -54,7 +55,7 @@ async def test_experts_move_by_one_command_and_no_call_notices(
     (tmp_path / "loads.json").write_text(json.dumps(HOT))
     (tmp_path / "token").write_text("secret\n")
     options = {"admin_listen": ANY_PORT, "admin_token_file": tmp_path / "token"}
-    command = ["--loads", str(tmp_path / "loads.json"), "--slots", str(SLOTS), "--apply"]
+    command = ["--loads", str(tmp_path / "loads.json"), "--slots", str(SLOTS), "--apply", "--pause", "0.01"]
     ids, weights = routing(20)
     right = expected(small_model)
     async with running_servers(small_model, SHARDS, **options) as servers:
@@ -131,9 +132,16 @@ async def test_a_last_owner_keeps_its_experts(servers: list[Server]) -> None:
     assert is_whole(servers)
 
 
-async def test_a_server_without_administration_is_named_before_anything_moves(small_model: Path) -> None:
-    async with running_servers(small_model, SHARDS) as servers:
-        proposal = await proposed(servers)
-        with pytest.raises(InvalidPlan, match=r"127.0.0.1:\d+ has no administration; start it with --admin-listen"):
+@pytest.mark.parametrize("without", range(3))
+async def test_a_server_without_administration_is_named_before_anything_moves(small_model: Path, without: int) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        servers = []
+        for index, shard in enumerate(SHARDS):
+            options = {} if index == without else {"admin_listen": ANY_PORT}
+            servers.append(await stack.enter_async_context(running_server(small_model, shard, **options)))
+        proposal, before = await proposed(servers), [server.info for server in servers]
+        complaint = f"{servers[without].address} has no administration; start it with --admin-listen"
+        with pytest.raises(InvalidPlan, match=complaint):
             async for _ in carry_out(proposal, lambda: look(addresses(servers), PLAIN), PLAIN):
                 pass
+        assert [server.info for server in servers] == before

@@ -23,7 +23,7 @@ from tests.support.serving import ANY_PORT
 
 RUN_HERE = "run by tests/client/placement/test_leave.py"
 OPTIONS = {"admin_listen": ANY_PORT, "per_expert_metrics": True}
-PATIENT = replace(QUICK, owner_timeout=20.0)
+PATIENT = replace(QUICK, owner_timeout=20.0, max_attempts=20)
 """A machine under test is busy."""
 SHARDS = (range(6), range(6, 12), range(12, 16))
 
@@ -49,7 +49,7 @@ async def test_a_server_leaves_under_calls(
         async def call() -> None:
             assert relative_error(await moe(LAYER, tokens(20), topk_ids=ids, topk_weights=weights), right) < 1e-5
 
-        command = ("--slots", "9", "--over", "0.1", "--apply", "--leave", str(middle.metrics_address))
+        command = ("--slots", "9", "--over", "0.1", "--pause", "0", "--apply", "--leave", str(middle.metrics_address))
         leaving = asyncio.create_task(run(*addresses(servers), *command))
         while not leaving.done():
             await call()
@@ -69,7 +69,7 @@ async def test_a_server_leaves_under_calls(
 async def test_an_empty_server_takes_its_part_again(servers: list[Server], tmp_path: Path) -> None:
     loads = tmp_path / "loads.json"
     loads.write_text(json.dumps({"1": [3, *[1] * 15], "2": [1] * 16}))
-    command = (*addresses(servers), "--slots", "9", "--loads", str(loads), "--apply")
+    command = (*addresses(servers), "--slots", "9", "--loads", str(loads), "--pause", "0", "--apply")
     await run(*command, "--leave", str(servers[0].address))
     assert servers[0].shard.experts == {}
     await run(*command)
@@ -83,7 +83,7 @@ async def test_what_a_dead_server_owned_is_placed_elsewhere(
     low, middle, high = servers
     gone = str(middle.address)
     await stop(middle)
-    command = ["rebalance", *addresses(servers), "--slots", "9", "--over", "0.1", "--apply"]
+    command = ["rebalance", *addresses(servers), "--slots", "9", "--over", "0.1", "--pause", "0", "--apply"]
     assert await asyncio.to_thread(main, [*command, "--leave", gone]) == 0
     assert "12 experts have no owner; " in capsys.readouterr().out
     for layer in (1, 2):
@@ -101,7 +101,7 @@ async def test_the_manual_empties_a_server(small_model: Path) -> None:
 
 
 async def test_what_cannot_leave_is_named(servers: list[Server], capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["rebalance", *addresses(servers), "--over", "0.1", "--apply", "--leave"]
+    command = ["rebalance", *addresses(servers), "--over", "0.1", "--pause", "0", "--apply", "--leave"]
     assert await asyncio.to_thread(main, [*command, "127.0.0.1:1"]) == 2
     assert "--leave 127.0.0.1:1 is none of the servers that were named" in capsys.readouterr().err
     assert await asyncio.to_thread(main, [*command, str(servers[0].address)]) == 2

@@ -1,12 +1,14 @@
 """Plans from a present placement: whole, within slots, few moves, and each of them for something."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd.client.placement.assignment import InvalidPlan
-from expertd.client.placement.exchanges import exchange
+from expertd.client.placement.exchanges import _alone, _between, exchange
 from expertd.client.placement.moves import EVEN, WORTH, loads_of, replan, walk
 from expertd.client.placement.packing import Booleans, Floats, Integers
 
@@ -55,6 +57,25 @@ def test_an_exchange_does_what_it_was_chosen_for(case: Case) -> None:
     if after is not None:
         before, then = (np.sort((loads_of(load, one) / load.sum()) ** 8).sum() for one in (held, after))
         assert then < before
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_what_an_exchange_changes_is_what_it_is_weighed_by(case: Case) -> None:
+    load, present, slots = case
+    held = walk(load, present, slots).held[0]
+    full, *others = np.argsort(-loads_of(load, held)).tolist()
+    pairs = [_alone(load, held, full)]
+    pairs += [pair for other in others if slots[other] for pair in _between(load, held, slots, full, other)]
+    for first, second in pairs:
+        for one, two in itertools.product(range(len(first.experts)), range(len(second.experts))):
+            after = held.copy()
+            first.apply(one, after)
+            second.apply(two, after)
+            weighed = loads_of(load, held) + first.change[one] + second.change[two]
+            np.testing.assert_allclose(loads_of(load, after), weighed, atol=1e-9 * load.sum())
+            assert (after.sum(axis=1) <= slots).all()
+            assert after.any(axis=0).all()
 
 
 def test_a_hot_expert_is_copied_and_nothing_else_moves() -> None:

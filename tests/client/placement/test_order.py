@@ -55,6 +55,13 @@ def test_who_takes_over_comes_before_who_gives_up() -> None:
     assert steps == [(1, [1, 2]), (0, [0])]
 
 
+def test_nobody_is_updated_twice_for_what_can_be_done_at_once() -> None:
+    present = np.array([[True, True, True], [True, False, False]])
+    target = np.array([[False, False, True], [True, True, False]])
+    steps = [(server, np.flatnonzero(after).tolist()) for server, after in order(present, target, np.array([3, 3]))]
+    assert steps == [(1, [0, 1]), (0, [2])]
+
+
 def test_a_third_server_holds_what_changes_places() -> None:
     present = np.array([[True, False, False], [False, True, False], [False, False, True]])
     target = np.array([[False, True, False], [True, False, False], [False, False, True]])

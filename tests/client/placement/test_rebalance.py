@@ -160,3 +160,21 @@ def test_a_little_is_not_worth_it_and_what_is_due_is_done() -> None:
     assert reason_to_wait(even, 0.95, 0.01) == "no move within these slots is worth it; balancedness is 1.0000"
     held[0, 0, 0] = False
     assert reason_to_wait(propose_for(held, np.ones((1, 8)), 3), below=0.1, gain=0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--pause", "-1", "-1 is no pause; it must be at least 0"),
+        ("--below", "1.5", "1.5 is no balancedness; it must be from 0 to 1"),
+        ("--slots", "0", "0 is no count; it must be at least 1"),
+        ("--most-bytes", "inf", "inf is no count"),
+        ("--watch", "0", "0 is not a time"),
+    ],
+)
+def test_values_that_cannot_be_are_named(
+    option: str, value: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["rebalance", option, value, "127.0.0.1:1"])
+    assert f"argument {option}: {complaint}" in capsys.readouterr().err
