@@ -23,7 +23,7 @@ class GetShardRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetShardResponse(_message.Message):
-    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version", "locality", "expert_digests", "has_manifest", "instruction_set", "checkpoint_weight_dtypes", "metrics_address", "layer_experts")
+    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version", "locality", "expert_digests", "has_manifest", "instruction_set", "checkpoint_weight_dtypes", "metrics_address", "layer_experts", "admin_address")
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class GetShardResponse(_message.Message):
     CHECKPOINT_WEIGHT_DTYPES_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LAYER_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    ADMIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     model_fingerprint: str
     placement_epoch: int
     config: ModelConfig
@@ -64,7 +65,8 @@ class GetShardResponse(_message.Message):
     checkpoint_weight_dtypes: _containers.RepeatedScalarFieldContainer[DType]
     metrics_address: str
     layer_experts: _containers.RepeatedCompositeFieldContainer[ExpertList]
-    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ..., instruction_set: _Optional[str] = ..., checkpoint_weight_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., metrics_address: _Optional[str] = ..., layer_experts: _Optional[_Iterable[_Union[ExpertList, _Mapping]]] = ...) -> None: ...
+    admin_address: str
+    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ..., instruction_set: _Optional[str] = ..., checkpoint_weight_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., metrics_address: _Optional[str] = ..., layer_experts: _Optional[_Iterable[_Union[ExpertList, _Mapping]]] = ..., admin_address: _Optional[str] = ...) -> None: ...
 
 class ExpertList(_message.Message):
     __slots__ = ("experts",)

@@ -123,7 +123,8 @@ class Server:
         stored = await load_layers(
             self.checkpoint, self.ledger, self.shard, self.backend, self.device, self.metrics, self.failpoints
         )
-        self.executor.info = as_loaded(self.info, self.shard, self.ledger, self.metrics_address, stored)
+        admin = self.admin.address if self.admin is not None else None
+        self.executor.info = as_loaded(self.info, self.shard, self.ledger, self.metrics_address, admin, stored)
         memory = await self.device.call(self.backend.memory)
         if memory is not None:
             self.metrics.export(self.metrics.device_busy, self.metrics.device_memory)

@@ -86,6 +86,11 @@ def explained(reason: object, security: ClientSecurity) -> str:
     return said
 
 
+def port_at(told: str, given: str) -> str:
+    """A server knows its port; which of its addresses can be reached from here is known by who gave one."""
+    return told if given.startswith(UNIX) else f"{given.rpartition(':')[0]}:{told.rpartition(':')[2]}"
+
+
 def _grpc_address(address: str) -> str:
     check_address("ADDRESS", address)
     if address.startswith(UNIX):
@@ -94,7 +99,7 @@ def _grpc_address(address: str) -> str:
         told = str(read_status(address)["address"])
     except (NoMetricsPort, KeyError):
         return address
-    return _with_port_of(told, address)
+    return port_at(told, address)
 
 
 async def _metrics_address(address: str, security: ClientSecurity) -> str:
@@ -118,9 +123,4 @@ async def _metrics_address(address: str, security: ClientSecurity) -> str:
         return address
     finally:
         await transport.close()
-    return _with_port_of(told, address) if told else address
-
-
-def _with_port_of(told: str, given: str) -> str:
-    """A server knows its port; which of its addresses can be reached from here is known by who gave one."""
-    return told if given.startswith(UNIX) else f"{given.rpartition(':')[0]}:{told.rpartition(':')[2]}"
+    return port_at(told, address) if told else address

@@ -7,6 +7,7 @@ the means over the sum of the largest, each layer weighted alike. The copies of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,9 +70,24 @@ class Placement:
 
     def balancedness(self, heat: Floats) -> float:
         """0 to 1, over all layers of `heat` [layers, experts] that have any; 1 when none has."""
-        shares = self.server_heat(heat)
-        shares = shares[shares.sum(axis=1) > 0]
-        return float(len(shares) / (shares.max(axis=1) / shares.mean(axis=1)).sum()) if len(shares) else 1.0
+        return balancedness(self.server_heat(heat))
+
+
+def balancedness(shares: Floats) -> float:
+    """0 to 1 for the heat of servers, `shares` [layers, servers], over all layers that have any; 1 when none has."""
+    shares = shares[shares.sum(axis=1) > 0]
+    return float(len(shares) / (shares.max(axis=1) / shares.mean(axis=1)).sum()) if len(shares) else 1.0
+
+
+def server_heat(placements: Sequence[Placement], heat: Floats) -> Floats:
+    """[layers, servers] float64 for one placement for each layer of `heat` [layers, experts]."""
+    return np.concatenate([one.server_heat(row[None]) for one, row in zip(placements, heat, strict=True)])
+
+
+def place_by_layer(heat: Floats, fleet: Fleet, groups: int = 1) -> tuple[Placement, ...]:
+    """A placement for each layer of `heat` [layers, experts], as `place` makes it of that layer alone."""
+    _check(heat, fleet, groups)
+    return tuple(place(row[None], fleet, groups) for row in heat)
 
 
 def place(heat: Floats, fleet: Fleet, groups: int = 1) -> Placement:

@@ -56,6 +56,11 @@ def read_heat(sources: Sequence[str]) -> tuple[tuple[int, ...], Floats]:
     return layers, np.array([[heat[layer, expert] for expert in range(experts)] for layer in layers], np.float64)
 
 
+def counts_of(page: str) -> Heat:
+    """What one server's /metrics say. Raises `InvalidPlan`."""
+    return _from_prometheus(page, _read(page))[0]
+
+
 def parse_json(source: object, text: str) -> Any:  # noqa: ANN401
     try:
         return json.loads(text)

@@ -1,4 +1,4 @@
-"""`expertd plan`: from recorded heat and a fleet to the `--experts` of every server."""
+"""`expertd plan`: from recorded heat and a fleet to the experts of every server, layer by layer or the same in all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from rich.table import Table
 
 from expertd.client.fleet.ports import EITHER_PORT, TIMEOUT, explained, grpc_addresses, metrics_addresses
 from expertd.client.fleet.survey import judge, survey
-from expertd.client.placement.assignment import Fleet, InvalidPlan, Placement, place
+from expertd.client.placement.assignment import (
+    Fleet,
+    InvalidPlan,
+    Placement,
+    balancedness,
+    place,
+    place_by_layer,
+    server_heat,
+)
 from expertd.client.placement.heat import parse_json, read_heat
 from expertd.client.placement.packing import Floats
 from expertd.client.placement.simulate import Simulation, plot, simulate
@@ -51,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="nodes or racks that --servers stand in (default: 1)")
     parser.add_argument(
         "--groups", type=int, default=1, help="expert groups to keep together on nodes; DeepSeek-V3 has 8 (default: 1)"
+    )
+    parser.add_argument(
+        "--same-in-all-layers",
+        action="store_true",
+        help="one list for each server, as 'expertd serve --experts' takes it, in place of one for each layer",
     )
     parser.add_argument("--output", type=Path, help="file to write the plan to, as JSON")
     parser.add_argument(
@@ -103,26 +116,31 @@ def read_fleet(file: Path) -> Fleet:
     )
 
 
-def describe(placement: Placement, fleet: Fleet, layers: tuple[int, ...], heat: Floats) -> dict[str, Any]:
-    """What `--output` holds; expected_load is a server's share of a mean server, averaged over layers."""
-    busy = heat[heat.sum(axis=1) > 0]
-    shares = placement.server_heat(busy)
-    relative = (shares / shares.mean(axis=1, keepdims=True)).mean(axis=0) if len(busy) else np.ones(len(fleet.slots))
+def describe(placements: Sequence[Placement], fleet: Fleet, layers: Sequence[int], heat: Floats) -> dict[str, Any]:
+    """What `--output` holds, for one placement for each layer of `heat` [layers, experts].
+
+    expected_load is a server's share of a mean server, averaged over layers.
+    """
+    shares = server_heat(placements, heat)
+    busy = shares[shares.sum(axis=1) > 0]
+    relative = (busy / busy.mean(axis=1, keepdims=True)).mean(axis=0) if len(busy) else np.ones(len(fleet.slots))
     return {
-        "policy": placement.policy,
-        "balancedness": placement.balancedness(heat),
-        "balancedness_by_layer": {
-            layer: placement.balancedness(row[None]) for layer, row in zip(layers, heat, strict=True)
-        },
+        "policy": placements[0].policy,
+        "balancedness": balancedness(shares),
+        "balancedness_by_layer": {layer: balancedness(row[None]) for layer, row in zip(layers, shares, strict=True)},
         "servers": [
-            {
-                "name": name,
-                "experts": format_ranges(placement.experts_of(server)),
-                "expected_load": float(relative[server]),
-            }
+            {"name": name, **_experts_of(server, placements, layers), "expected_load": float(relative[server])}
             for server, name in enumerate(fleet.names)
         ],
     }
+
+
+def _experts_of(server: int, placements: Sequence[Placement], layers: Sequence[int]) -> dict[str, Any]:
+    """One list where all layers have one placement."""
+    if _alike(placements):
+        return {"experts": format_ranges(placements[0].experts_of(server))}
+    lists = [format_ranges(one.experts_of(server)) for one in placements]
+    return {"experts_by_layer": dict(zip(layers, lists, strict=True))}
 
 
 def _plan(arguments: argparse.Namespace, console: Console) -> None:
@@ -142,24 +160,40 @@ def _plan(arguments: argparse.Namespace, console: Console) -> None:
     else:
         fleet = read_fleet(arguments.fleet)
     with _working("placing experts"):
-        placement = place(heat, fleet, arguments.groups)
-    plan = describe(placement, fleet, layers, heat)
+        if arguments.same_in_all_layers:
+            placements = (place(heat, fleet, arguments.groups),) * len(layers)
+        else:
+            placements = place_by_layer(heat, fleet, arguments.groups)
+    plan = describe(placements, fleet, layers, heat)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(plan, indent=1) + "\n")
-    table = Table("server", "--experts", "load / mean", box=SIMPLE)
-    for server in plan["servers"][:SHOWN_SERVERS]:
-        table.add_row(server["name"], server["experts"] or "none", f"{server['expected_load']:.3f}")
+    _show(plan, placements, layers, console)
+
+
+def _show(plan: dict[str, Any], placements: Sequence[Placement], layers: Sequence[int], console: Console) -> None:
+    table = Table("server", "experts of each layer", "load / mean", box=SIMPLE)
+    for index, server in enumerate(plan["servers"][:SHOWN_SERVERS]):
+        counts = sorted({len(one.experts_of(index)) for one in placements})
+        several = f"{format_ranges(counts)}; --output FILE has them"
+        table.add_row(server["name"], server.get("experts", several) or "none", f"{server['expected_load']:.3f}")
     console.print(table)
-    if len(fleet.slots) > SHOWN_SERVERS:
-        console.print(f"and {len(fleet.slots) - SHOWN_SERVERS} more servers; --output FILE has them all")
-    copies = Counter(placement.copies().tolist())
+    if len(plan["servers"]) > SHOWN_SERVERS:
+        console.print(f"and {len(plan['servers']) - SHOWN_SERVERS} more servers; --output FILE has them all")
+    counted = placements[:1] if _alike(placements) else placements
+    copies = np.concatenate([one.copies() for one in counted])
     console.print(
-        f"{placement.policy} placement of {heat.shape[1]} experts, layers {format_ranges(layers)}; "
+        f"{plan['policy']} placement of {placements[0].held.shape[1]} experts, layers {format_ranges(layers)}; "
+        + ("" if len(counted) == 1 else "over all layers ")
         + ", ".join(
-            f"{experts} with {count} cop{'y' if count == 1 else 'ies'}" for count, experts in sorted(copies.items())
+            f"{experts} with {count} cop{'y' if count == 1 else 'ies'}"
+            for count, experts in sorted(Counter(copies.tolist()).items())
         )
     )
     console.print(f"balancedness (mean load / largest, over all layers): {plan['balancedness']:.4f}")
+
+
+def _alike(placements: Sequence[Placement]) -> bool:
+    return all(one is placements[0] for one in placements)
 
 
 def _working(what: str) -> Status:

@@ -57,6 +57,8 @@ class ShardInfo:
     """What the checkpoint's files hold them as; empty when it is not told."""
     metrics_address: str = ""
     """host:port as it is bound; empty when it is not told."""
+    admin_address: str = ""
+    """Of its administration, as it is bound; empty when it has none."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -88,6 +90,7 @@ def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
         layer_experts=[] if alike else [pb.ExpertList(experts=one) for one in lists],
         weight_dtype=DTYPE_CODES[shard.weight_dtype],
         metrics_address=shard.metrics_address,
+        admin_address=shard.admin_address,
         checkpoint_weight_dtypes=[DTYPE_CODES[dtype] for dtype in shard.checkpoint_dtypes],
         hidden_dtypes=[DTYPE_CODES[dtype] for dtype in HIDDEN_DTYPES],
         reply_dtypes=[DTYPE_CODES[dtype] for dtype in REPLY_DTYPES],
@@ -130,6 +133,7 @@ def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
         instruction_set=message.instruction_set,
         weight_dtype=DTYPES.get(message.weight_dtype, torch.float8_e4m3fn),
         metrics_address=message.metrics_address,
+        admin_address=message.admin_address,
         checkpoint_dtypes=tuple(DTYPES[code] for code in message.checkpoint_weight_dtypes if code in DTYPES),
     )
 

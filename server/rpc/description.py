@@ -41,11 +41,19 @@ def describe(config: ServerConfig, shard: Shard, ledger: Ledger, backend: Backen
 
 
 def as_loaded(
-    info: ShardInfo, shard: Shard, ledger: Ledger, metrics_address: Address, stored: tuple[torch.dtype, ...]
+    info: ShardInfo,
+    shard: Shard,
+    ledger: Ledger,
+    metrics_address: Address,
+    admin_address: Address | None,
+    stored: tuple[torch.dtype, ...],
 ) -> ShardInfo:
     """The answer to `GetShard`, now that all of `shard` is loaded, from files with `stored` weights."""
     return dataclasses.replace(
-        owning(info, shard, ledger), metrics_address=str(metrics_address), checkpoint_dtypes=stored
+        owning(info, shard, ledger),
+        metrics_address=str(metrics_address),
+        admin_address=str(admin_address or ""),
+        checkpoint_dtypes=stored,
     )
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "verify": ("expertd.client.tools.verify", "compare running servers with an FP32 reference from the checkpoint"),
     "top": ("expertd.client.tools.top", "watch running servers in the terminal"),
     "plan": ("expertd.client.placement.plan", "plan which server holds which experts, from recorded loads"),
+    "rebalance": ("expertd.client.placement.rebalance", "move experts between running servers until loads are even"),
     "completion": ("expertd.completion", "print what bash, zsh or tcsh need to complete these commands"),
     "tune": ("expertd.kernels.cutile.tools.tune", "measure kernel configurations on this GPU and keep the best"),
 }

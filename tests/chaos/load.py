@@ -65,8 +65,13 @@ class Case:
     right: Tensor
 
 
-def make_cases(model: Path, seed: int, sizes: Sequence[int] = SIZES, *, quantized: bool = False) -> list[Case]:
-    """Calls of several sizes for every layer, with what the FP32 reference makes of them, or of their FP8 values."""
+def make_cases(
+    model: Path, seed: int, sizes: Sequence[int] = SIZES, *, quantized: bool = False, zipf: float = 0.0
+) -> list[Case]:
+    """Calls of several sizes for every layer, with what the FP32 reference makes of them, or of their FP8 values.
+
+    Experts are chosen with chances that fall as 1 / rank^zipf; `seed` says which has which rank in a layer.
+    """
     generator = torch.Generator().manual_seed(seed)
     cases = []
     with Checkpoint(model) as checkpoint:
@@ -74,10 +79,11 @@ def make_cases(model: Path, seed: int, sizes: Sequence[int] = SIZES, *, quantize
         experts, top_k = config.n_routed_experts, config.num_experts_per_tok
         for layer in config.moe_layers:
             weights = load_layer(checkpoint, layer, range(experts), lambda _: None)
+            chances = (torch.randperm(experts, generator=generator) + 1.0) ** -zipf
             for number in range(CASES):
                 count = sizes[number % len(sizes)]
                 hidden = torch.randn(count, config.hidden_size, generator=generator).bfloat16()
-                ids = torch.rand(count, experts, generator=generator).argsort(dim=1)[:, :top_k]
+                ids = torch.multinomial(chances.expand(count, -1), top_k, generator=generator)
                 shares = torch.rand(count, top_k, generator=generator)
                 sent, scales = hidden, None
                 if quantized:
@@ -147,7 +153,7 @@ class CheckedLoad:
         self.last_seen: dict[str, float] = {}
         """Monotonic time of the newest answer of each server."""
         self._config = config
-        self._cases = make_cases(model, seed)
+        self.cases = make_cases(model, seed)
         self._callers = callers
         self._stopping = False
         self._running: list[asyncio.Task[None]] = []
@@ -182,7 +188,7 @@ class CheckedLoad:
     async def _caller(self, number: int) -> None:
         while not self._stopping:
             number += 1
-            await self._call(self._cases[number % len(self._cases)])
+            await self._call(self.cases[number % len(self.cases)])
 
     async def _call(self, case: Case) -> None:
         report, started = self.report, time.monotonic()

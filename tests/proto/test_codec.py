@@ -142,7 +142,13 @@ def test_a_shard_survives_the_wire() -> None:
     owned = dict.fromkeys((3, 4), tuple(range(32)))
     shard = ShardInfo("abc", 17, config, owned, 4096, 1 << 20, 65536, 1 << 30, "torch", "cpu", "auto", "1", "z")
     shard = replace(shard, expert_digests=b"digests", has_manifest=True, instruction_set="avx2")
-    shard = replace(shard, weight_dtype=torch.bfloat16, checkpoint_dtypes=(torch.bfloat16,), metrics_address="a:9")
+    shard = replace(
+        shard,
+        weight_dtype=torch.bfloat16,
+        checkpoint_dtypes=(torch.bfloat16,),
+        metrics_address="a:9",
+        admin_address="a:8",
+    )
     for experts in (owned, {3: (5,), 4: (0, 7), 9: ()}, {3: (), 4: (5,)}, {}):
         shard = replace(shard, experts=experts)
         message = codec.encode_shard(shard).SerializeToString()

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from expertd.client.placement.assignment import Fleet, InvalidPlan, Placement, place
+from expertd.client.placement.assignment import (
+    Fleet,
+    InvalidPlan,
+    Placement,
+    balancedness,
+    place,
+    place_by_layer,
+    server_heat,
+)
 from expertd.client.placement.packing import POWER, Floats, bin_loads, count_copies, even_out
 
 EPLB_LOADS = np.array(
@@ -115,6 +123,18 @@ def test_one_placement_serves_all_layers() -> None:
     fleet = Fleet.uniform(8, 12)
     one_layer = place(loads[:1], fleet)
     assert place(loads, fleet).balancedness(loads) > one_layer.balancedness(loads) + 0.05
+
+
+def test_layers_that_are_placed_alone_are_even() -> None:
+    loads = zipf_loads(256, 58)
+    fleet = Fleet.uniform(8, 40)
+    by_layer = place_by_layer(loads, fleet)
+    assert all((one.held.sum(axis=1) <= 40).all() and (one.copies() >= 1).all() for one in by_layer)
+    shares = server_heat(by_layer, loads)
+    np.testing.assert_allclose(shares.sum(axis=1), loads.sum(axis=1))
+    assert balancedness(shares) > 0.9995
+    with pytest.raises(InvalidPlan, match=r"loads have shape \[0, 4\]"):
+        place_by_layer(np.ones((0, 4)), fleet)
 
 
 def test_the_hot_expert_is_copied_and_balancedness_is_mean_over_largest() -> None:

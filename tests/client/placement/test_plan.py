@@ -27,7 +27,8 @@ def test_a_plan_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     fleet = [{"name": f"node{index}:50051", "slots": count} for index, count in enumerate(slots)]
     output = tmp_path / "plan.json"
     command = ["plan", "--loads", write(tmp_path, "loads.json", LOADS), "--output", str(output)]
-    assert main([*command, "--fleet", write(tmp_path, "fleet.json", fleet)]) == 0
+    command += ["--fleet", write(tmp_path, "fleet.json", fleet)]
+    assert main([*command, "--same-in-all-layers"]) == 0
     plan = json.loads(output.read_text())
     experts = [parse_ranges(server["experts"]) for server in plan["servers"]]
     assert set().union(*experts) == set(range(8))
@@ -39,6 +40,14 @@ def test_a_plan_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert plan["servers"][0]["experts"] in printed
     assert f"{plan['balancedness']:.4f}" in printed
+    assert main(command) == 0
+    by_layer = json.loads(output.read_text())
+    assert by_layer["balancedness"] >= plan["balancedness"]
+    for layer, hot, quiet in (("3", 0, 7), ("4", 7, 0)):
+        lists = [parse_ranges(server["experts_by_layer"][layer]) for server in by_layer["servers"]]
+        assert set().union(*lists) == set(range(8))
+        assert sum(hot in one for one in lists) > 1 == sum(quiet in one for one in lists)
+    assert "over all layers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

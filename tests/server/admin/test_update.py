@@ -79,6 +79,7 @@ async def test_experts_move_from_server_to_server_under_a_coordinator(small_mode
         Coordinator([str(low.address), str(high.address)], QUICK) as moe,
     ):
         assert relative_error(await moe(LAYER, **call), right) < 1e-5
+        assert high.info.admin_address == admin_of(high)
         # Taken over before they are given up; the coordinator hears of neither but by its calls.
         assert await update(high, {LAYER: range(4, 16)}) == high.info.placement_epoch
         await update(low, {LAYER: (0, 1, 2, 3)})

@@ -19,9 +19,11 @@ import pytest
 import yaml
 
 from expertd import __version__
+from expertd.client.placement import rebalance
 from expertd.client.tools import status
 from expertd.kernels.model.ranges import parse_ranges
 from expertd.kernels.weights.files import cache_folder
+from expertd.server.options.config import ServerConfig
 from tests.support.programs import find_program
 from tests.support.serving import running_server
 
@@ -243,6 +245,37 @@ def test_helm_test_asks_all_servers_whether_they_are_whole() -> None:
     assert asked.server_name == "expertd.example.org"
 
 
+def test_experts_are_rebalanced_by_one_job_at_a_time() -> None:
+    objects = render(CHART / "ci/complete.yaml")
+    spec = objects["CronJob"]["spec"]
+    assert (spec["schedule"], spec["suspend"], spec["concurrencyPolicy"]) == ("@hourly", False, "Forbid")
+    template = spec["jobTemplate"]["spec"]["template"]
+    arguments = argparse.ArgumentParser()
+    rebalance.add_arguments(arguments)
+    command, *words = template["spec"]["containers"][0]["args"]
+    given = arguments.parse_args(words)
+    assert command == "rebalance"
+    assert (given.apply, given.insecure, given.slots, len(given.servers)) == (True, True, 40, 24)
+    (policy,) = (
+        rule
+        for rule in objects["NetworkPolicy"]["spec"]["ingress"]
+        if {"port": "admin", "protocol": "TCP"} in rule["ports"]
+    )
+    (peer,) = policy["from"]
+    assert peer["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    # Servers take the tokens that it sends, at the port that is open to it.
+    served = argparse.ArgumentParser()
+    ServerConfig.add_arguments(served)
+    assert {"name": "admin", "containerPort": 50052} in container(objects)["ports"]
+    options = served.parse_args(container(objects)["args"][1:])
+    assert (str(options.admin_listen), options.per_expert_metrics) == ("0.0.0.0:50052", True)
+    mounts = [template["spec"]["containers"][0]["volumeMounts"], container(objects)["volumeMounts"]]
+    assert all({"name": "admin", "mountPath": "/admin", "readOnly": True} in one for one in mounts)
+    assert str(given.admin_token_file) == options.admin_token_file == "/admin/tokens"
+    assert "CronJob" not in (plain := render(CHART / "ci/secured.yaml"))
+    assert "admin" not in str(container(plain))
+
+
 async def test_an_upgrade_to_another_model_is_refused_before_it_changes_anything(
     small_model: Path, tmp_path: Path
 ) -> None:
@@ -351,6 +384,8 @@ def test_nobody_may_connect_unless_named() -> None:
         (("--values", str(CHART / "ci/insecure.yaml"), "--set", "image.digest=sha256:1"), "digest"),
         (("--values", str(CHART / "ci/insecure.yaml"), "--set", "model.fetch.image=copy"), "model.fetch.checksum"),
         (("--values", str(CHART / "ci/insecure.yaml"), "--set", "gpus=-1"), "gpus"),
+        (("--values", str(CHART / "ci/insecure.yaml"), "--set", "rebalance.enabled=true"), "adminTokenSecretName"),
+        (("--values", str(CHART / "ci/complete.yaml"), "--set", "rebalance.schedule=often"), "schedule"),
     ],
 )
 def test_values_that_cannot_work_are_refused(options: tuple[str, ...], complaint: str) -> None:

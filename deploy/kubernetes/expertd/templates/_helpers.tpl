@@ -101,6 +101,11 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- end }}
 
+{{- define "expertd.adminVolume" -}}
+- name: admin
+  secret: {secretName: {{ .Values.rebalance.adminTokenSecretName }}, defaultMode: 0440}
+{{- end }}
+
 {{/* Options of commands that call the servers. */}}
 {{- define "expertd.clientOptions" -}}
 {{- if .Values.tls.secretName -}}
@@ -152,4 +157,10 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- with .Values.checkLabels }}
 {{ toYaml . }}
 {{- end }}
+{{- end }}
+
+{{/* Of pods that change what servers own. */}}
+{{- define "expertd.rebalanceLabels" -}}
+{{ include "expertd.checkLabels" . }}
+expertd.rebalance: {{ .Release.Name | quote }}
 {{- end }}

@@ -1,0 +1,120 @@
+"""Plans from a present placement: whole, within slots, few moves, and each of them for something."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertd.client.placement.assignment import InvalidPlan
+from expertd.client.placement.exchanges import _alone, _between, exchange
+from expertd.client.placement.moves import EVEN, WORTH, loads_of, replan, walk
+from expertd.client.placement.packing import Booleans, Floats, Integers
+
+Case = tuple[Floats, Booleans, Integers]
+
+
+def halves(servers: int, experts: int) -> Booleans:
+    """[servers, experts]: equal ranges, in order."""
+    return np.repeat(np.eye(servers, dtype=np.bool_), experts // servers, axis=1)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Loads with zeros and ties; placements with lost experts, full servers, and servers that are to leave."""
+    servers, experts = draw(st.integers(1, 5)), draw(st.integers(1, 10))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    held = random.random((servers, experts)) < draw(st.sampled_from([0.1, 0.4, 0.8]))
+    slots = np.where(random.random(servers) < 0.2, 0, random.integers(1, 5, servers))
+    slots[-1] += max(0, experts - slots.sum())
+    load = np.floor(random.random(experts) * 4) * random.random(experts)
+    return load * draw(st.sampled_from([0.0, 1.0, 1e9])), held, slots
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_placements_are_whole_and_fit_and_each_is_more_even(case: Case) -> None:
+    load, present, slots = case
+    path = walk(load, present, slots)
+    for held in path.held:
+        assert held.any(axis=0).all()
+        assert (held.sum(axis=1) <= slots).all()
+    assert list(path.moves) == [int((held & ~present).sum()) for held in path.held]
+    chosen = replan(load[None], present[None], slots[None])[0]
+    spent = int((chosen & ~present).sum()) - path.moves[0]
+    start, end = (loads_of(load, held).max() for held in (path.held[0], chosen))
+    mean = load.sum() / max(np.count_nonzero(slots), 1)
+    assert end <= start - spent * WORTH * mean * (1 - 1e-9)
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_an_exchange_does_what_it_was_chosen_for(case: Case) -> None:
+    load, present, slots = case
+    held = walk(load, present, slots).held[0]
+    after = exchange(load, held, slots)
+    if after is not None:
+        before, then = (np.sort((loads_of(load, one) / load.sum()) ** 8).sum() for one in (held, after))
+        assert then < before
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_what_an_exchange_changes_is_what_it_is_weighed_by(case: Case) -> None:
+    load, present, slots = case
+    held = walk(load, present, slots).held[0]
+    full, *others = np.argsort(-loads_of(load, held)).tolist()
+    pairs = [_alone(load, held, full)]
+    pairs += [pair for other in others if slots[other] for pair in _between(load, held, slots, full, other)]
+    for first, second in pairs:
+        for one, two in itertools.product(range(len(first.experts)), range(len(second.experts))):
+            after = held.copy()
+            first.apply(one, after)
+            second.apply(two, after)
+            weighed = loads_of(load, held) + first.change[one] + second.change[two]
+            np.testing.assert_allclose(loads_of(load, after), weighed, atol=1e-9 * load.sum())
+            assert (after.sum(axis=1) <= slots).all()
+            assert after.any(axis=0).all()
+
+
+def test_a_hot_expert_is_copied_and_nothing_else_moves() -> None:
+    heat = np.array([9.0, 1, 1, 1, 1, 1, 1, 1])
+    present = halves(4, 8)
+    (after,) = replan(heat[None], present[None], np.full((1, 4), 3))
+    assert (after & ~present)[:, 1:].sum() == 0
+    assert after[:, 0].sum() == 4
+    assert (after & ~present).sum() == 3
+
+
+def test_even_loads_are_left_alone() -> None:
+    present = halves(4, 8)
+    assert (replan(np.ones((1, 8)), present[None], np.full((1, 4), 3)) == present).all()
+    slight = np.array([1.0 + EVEN / 500, 1, 1, 1, 1, 1, 1, 1])
+    assert (replan(slight[None], present[None], np.full((1, 4), 3)) == present).all()
+
+
+def test_full_servers_without_copies_cannot_move_anything() -> None:
+    present = halves(2, 4)
+    assert (replan(np.array([[9.0, 9, 1, 1]]), present[None], np.full((1, 2), 2)) == present).all()
+    swapped = replan(np.array([[9.0, 9, 1, 1]]), present[None], np.array([[2, 3]]))[0]
+    assert loads_of(np.array([9.0, 9, 1, 1]), swapped).max() == pytest.approx(10)
+
+
+def test_moves_go_where_they_buy_most() -> None:
+    heat = np.array([[9.0, 9, 1, 1, 1, 1, 1, 1], [3, 2, 1, 1, 1, 1, 1, 1]])
+    present, slots = np.stack([halves(4, 8)] * 2), np.full((2, 4), 3)
+    for limit, moves in ((1, [1, 0]), (2, [1, 1])):
+        after = replan(heat, present, slots, most_moves=limit)
+        assert (after & ~present).sum(axis=(1, 2)).tolist() == moves
+    assert (replan(heat, present, slots) & ~present).sum() > 2
+
+
+def test_what_nobody_owns_is_placed_whatever_the_limit() -> None:
+    present = halves(4, 8)
+    present[0] = False
+    after = replan(np.ones((1, 8)), present[None], np.array([[0, 4, 4, 4]]), most_moves=1)[0]
+    assert after.any(axis=0).all()
+    assert after.sum(axis=1).tolist()[0] == 0
+    with pytest.raises(InvalidPlan, match=r"the fleet has 7 slots for 8 experts; .* give more --slots"):
+        replan(np.ones((1, 8)), present[None], np.array([[0, 2, 2, 3]]))
