@@ -146,6 +146,9 @@ def spliced(base: Sequence[Tensor], kept: Mapping[int, int], added: Sequence[Ten
     return tensors
 
 
+FEW_TOKENS = 8
+
+
 class Backend(Protocol):
     """Computes the expert FFNs of the layers that were loaded into it. Called by one thread only.
 
@@ -180,6 +183,9 @@ class Backend(Protocol):
 
     def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> Underway:
         """Start computing several requests, of one dtype and one top_k, as one batch."""
+
+    def compute_beside(self, layer: int, request: TokenBatch) -> Tensor:
+        """[T, H] FP32 of a few tokens, T at most `FEW_TOKENS`, beside what an engine has the device compute."""
 
     def native_executor(self) -> CudaExecutor | None:
         """What an engine takes after `warm_up`, to compute in the place of `submit`; None: only `submit` does."""

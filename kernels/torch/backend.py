@@ -72,6 +72,9 @@ class TorchBackend:
             )
         )
 
+    def compute_beside(self, layer: int, request: TokenBatch) -> Tensor:
+        return self.submit(layer, [request], torch.float32).result().sums[0]
+
     def native_executor(self) -> None:
         """There is none: `submit` computes."""
 

@@ -151,7 +151,7 @@ class Updater:
                 else:
                     await self._device.call(partial(self._backend.load_layer, key, weights))
                 sample = await asyncio.to_thread(read_again, self._checkpoint, layer, experts, dtype, added[layer])
-                await self._device.call(partial(self_check, self._backend, key, sample))
+                await self._device.call(partial(self_check, self._backend, key, sample, serving=True))
             yield Progress(read[0], total, ready, len(changed))
         await asyncio.to_thread(self._ledger.save)
 

@@ -21,6 +21,7 @@ from expertd.kernels.cutile.run.cache import warn_unless_kept
 from expertd.kernels.cutile.run.capture import Graphs
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.backend import (
+    FEW_TOKENS,
     DeviceMemory,
     LayerAddresses,
     LayerWeights,
@@ -124,6 +125,19 @@ class CutileBackend:
         *_, rows = self._executor.cut(tokens, on_host=not all(request.hidden.is_cuda for request in requests))
         self._graphs.capture(weights, rows, requests[0].hidden.dtype, reply_dtype)
         return start_batch(self._executor, weights.addresses, requests, reply_dtype)
+
+    def compute_beside(self, layer: int, request: TokenBatch) -> Tensor:
+        weights = self._layers[layer]
+        with torch.cuda.stream(torch.cuda.Stream(self._device)), torch.inference_mode():
+            # Memory of its own for this one batch: the other kernels' may be in use.
+            kernels = self._computing(weights, FEW_TOKENS)
+            scales = None if request.scales is None else request.scales.to(self._device)
+            ids, factors = request.expert_ids.to(self._device), request.weights.to(self._device)
+            batch = TokenBatch(request.hidden.to(self._device), scales, ids, factors)
+            sums = torch.empty(request.hidden.shape, device=self._device)
+            pairs = torch.empty(weights.num_experts, dtype=torch.int32, device=self._device)
+            kernels.compute(weights, batch, sums, pairs)
+            return sums.cpu()
 
     def native_executor(self) -> CudaExecutor:
         return self._executor

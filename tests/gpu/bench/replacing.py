@@ -65,8 +65,8 @@ async def main(arguments: argparse.Namespace) -> None:
     options = ["--backend", arguments.backend, "--admin-listen", "127.0.0.1:0"]
     async with contextlib.AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(LocalCluster(folder, [f"0-{LOCAL_EXPERTS - 1}"], options))
-        server = cluster.servers[0]
-        transport = SharedMemoryTransport(GrpcTransport(server.address), 2 << 30, 1 << 30)
+        (address,) = cluster.addresses
+        transport = SharedMemoryTransport(GrpcTransport(address), 2 << 30, 1 << 30)
         stack.push_async_callback(transport.close)
         took: list[tuple[float, float]] = []
         over = asyncio.Event()
@@ -79,7 +79,9 @@ async def main(arguments: argparse.Namespace) -> None:
             for number in range(arguments.changes):
                 epoch = (await transport.get_shard(30.0)).placement_epoch
                 began = time.perf_counter()
-                async for _ in update_shard(server.admin, ClientSecurity(), epoch, {last: HALVES[(number + 1) % 2]}):
+                async for _ in update_shard(
+                    shard.admin_address, ClientSecurity(), epoch, {last: HALVES[(number + 1) % 2]}
+                ):
                     pass
                 changes.append((began, time.perf_counter()))
                 print(f"change {number}: {changes[-1][1] - began:.3f} s", flush=True)
