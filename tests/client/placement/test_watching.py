@@ -83,7 +83,7 @@ async def test_two_at_once_move_one_at_a_time(servers: list[Server], tmp_path: P
             str(lock),
         )
         watching.append(asyncio.create_task(rebalance(rebalance_arguments(*addresses(servers), *options))))
-    epochs = set()
+    epochs: set[tuple[int, ...]] = set()
     async with asyncio.timeout(60):
         while len(epochs) < 10:
             await asyncio.sleep(0.01)
