@@ -10,7 +10,7 @@ from expertd.client.placement.rebalance import rebalance
 from tests.chaos.fleet import Fleet
 from tests.chaos.load import CheckedLoad, make_cases
 from tests.chaos.scale import hold, scaled
-from tests.support.said import Said, rebalance_arguments
+from tests.client.placement.said import Said, rebalance_arguments
 
 LOADS = scaled(10, 2)
 MOST = scaled(3, 12)

@@ -15,10 +15,10 @@ from expertd.client.placement.rebalance import rebalance
 from expertd.client.transport.security import ClientSecurity
 from expertd.kernels.oracle.reference import relative_error
 from expertd.server.app import Server
+from tests.client.placement.said import rebalance_arguments
 from tests.docs.fences import ROOT, Fence
 from tests.support.coordinators import LAYER, QUICK, expected, routing, tokens
 from tests.support.fleets import addresses, running_servers, stop
-from tests.support.said import rebalance_arguments
 from tests.support.serving import ANY_PORT
 
 RUN_HERE = "run by tests/client/placement/test_leave.py"

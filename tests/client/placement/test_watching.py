@@ -16,8 +16,8 @@ from expertd.client.placement.rebalance import rebalance
 from expertd.client.placement.watching import locked, repeat
 from expertd.proto.base.errors import Unavailable
 from expertd.server.app import Server
+from tests.client.placement.said import Said, rebalance_arguments
 from tests.support.fleets import addresses, running_servers
-from tests.support.said import Said, rebalance_arguments
 from tests.support.serving import ANY_PORT
 
 SHARDS = (range(6), range(6, 12), range(12, 16))
