@@ -1,5 +1,7 @@
 """Routing against transformers' DeepseekV3TopkRouter."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,13 +57,14 @@ def test_ten_thousand_tokens_choose_as_transformers_does(config: MoeConfig) -> N
 @pytest.mark.parametrize("normalised", [True, False])
 def test_ten_of_512_experts_are_chosen_as_qwen3_next_does(normalised: bool) -> None:
     from transformers import Qwen3NextConfig
-    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextTopKRouter
+    from transformers.models.qwen3_next import modeling_qwen3_next
 
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(512, 256, generator=generator) * 256**-0.5
     hidden = torch.randn(2_000, 256, generator=generator)
-    sizes = {"hidden_size": 256, "num_experts_per_tok": 10, "norm_topk_prob": normalised}
-    router = Qwen3NextTopKRouter(Qwen3NextConfig(**sizes, num_experts=512))
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_experts_per_tok": 10, "norm_topk_prob": normalised}
+    modeling: Any = modeling_qwen3_next
+    router = modeling.Qwen3NextTopKRouter(Qwen3NextConfig(**sizes, num_experts=512))
     router.load_state_dict({"weight": weight})
     fixed = {"model_type": "qwen3_next", "num_experts": 512, "moe_intermediate_size": 128, "num_hidden_layers": 1}
     config = MoeConfig.from_hf(sizes | fixed)
