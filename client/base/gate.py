@@ -33,7 +33,10 @@ def load_gates(checkpoint: Checkpoint, layers: Iterable[int]) -> dict[int, Gate]
     def bias(layer: int) -> Tensor:
         if not family.has_correction_bias:
             return torch.zeros(experts)
-        return checkpoint.read(family.correction_bias(layer), (experts,), torch.float32, torch.bfloat16).float()
+        name = family.correction_bias(layer)
+        # ERNIE's is a matrix of one row.
+        shape = (1, experts) if len(checkpoint.find(name).shape) == 2 else (experts,)
+        return checkpoint.read(name, shape, torch.float32, torch.bfloat16).float().flatten()
 
     return {
         layer: Gate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertd.kernels.model.families import FAMILIES, Family
+from expertd.kernels.model.families import FAMILIES, KNOWN_UNSUPPORTED, Family
+from expertd.kernels.model.formats import UnsupportedFormat, check_folder, check_format
 
 BLOCK = 128
 """Elements along one side of a quantisation block: 128x128 for weights, 1x128 for activations."""
@@ -89,7 +91,7 @@ class MoeConfig:
 
     @classmethod
     def from_json(cls, path: Path) -> MoeConfig:
-        """Read a `config.json`; errors name the file."""
+        """Read a `config.json`, and what is beside it of the weights' format; errors name the file."""
         try:
             fields = json.loads(path.read_text())
         except FileNotFoundError:
@@ -99,9 +101,14 @@ class MoeConfig:
         if not isinstance(fields, dict):
             raise InvalidConfig(f"{path} holds a JSON {type(fields).__name__}; it must hold an object")
         try:
-            return cls.from_hf(fields)
+            config = cls.from_hf(fields)
         except InvalidConfig as error:
             raise InvalidConfig(f"{path}: {error}") from None
+        try:
+            check_folder(path.parent)
+        except UnsupportedFormat as error:
+            raise InvalidConfig(str(error)) from None
+        return config
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> MoeConfig:
@@ -113,13 +120,14 @@ class MoeConfig:
             if name in values:
                 continue
             spelling = next((one for one in family.spellings.get(name, (name,)) if fields.get(one) is not None), None)
-            if spelling is not None:
+            if spelling is not None and not (name in _LISTED and isinstance(fields[spelling], list)):
                 values[name] = _typed(spelling, fields[spelling], kind)
+            elif name in family.assumed:
+                values[name] = family.assumed[name]
             elif name in _REQUIRED:
                 raise InvalidConfig(f"missing field {family.spell(name)!r}")
-        factor = float(values.pop("routed_scaling_factor"))
-        dense = _dense_layers(fields, values["num_hidden_layers"])
-        return cls(**values, routed_scaling_factor=factor, dense_layers=dense)
+        values["routed_scaling_factor"] = float(values["routed_scaling_factor"])
+        return cls(**values | _dense_layers(fields, values["num_hidden_layers"]))
 
 
 _LEAST = {
@@ -139,6 +147,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "routed_scaling_factor": (int, float),
     "norm_topk_prob": bool,
 }
+_LISTED = ("moe_layer_freq",)
+"""Fields that may be a list, with a number for each layer."""
 _REQUIRED = tuple(name for name in _TYPES if name != "moe_layer_freq")
 
 
@@ -147,8 +157,16 @@ def _family(model_type: object) -> Family:
         raise InvalidConfig("missing field 'model_type'")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise InvalidConfig(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise InvalidConfig(f"model_type {model_type!r} {_why_not(str(model_type))}")
     return family
+
+
+def _why_not(model_type: str) -> str:
+    reason = KNOWN_UNSUPPORTED.get(model_type)
+    if reason is not None:
+        return reason
+    nearest = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0)[0]
+    return f"is not supported, the nearest that is: {nearest!r}; supported: {', '.join(FAMILIES)}"
 
 
 def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:  # noqa: ANN401
@@ -158,7 +176,46 @@ def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:  # noqa
     return value
 
 
-def _dense_layers(fields: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+def _dense_layers(fields: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """What a configuration that lists its layers, or numbers them, says beside the first dense ones and a frequency."""
+    listed = _listed_layers(fields, layers)
+    if listed is None:
+        return {"dense_layers": _passed_over(fields, layers)}
+    first = next((layer for layer, dense in enumerate(listed) if not dense), layers)
+    others = tuple(layer for layer, dense in enumerate(listed) if dense and layer > first)
+    return {"first_k_dense_replace": first, "moe_layer_freq": 1, "dense_layers": others}
+
+
+def _listed_layers(fields: Mapping[str, Any], layers: int) -> list[bool] | None:
+    """Of each layer, whether it is dense, by `mlp_layer_types` (transformers 5), a list as `moe_layer_freq` (MiMo) or
+    `moe_layer_start_index` (ERNIE); None where none of these is said."""
+    for name, is_dense in _LAYER_LISTS.items():
+        listed = fields.get(name)
+        if isinstance(listed, list):
+            if len(listed) != layers:
+                raise InvalidConfig(f"{name} has {len(listed)} entries; it must have one of each of {layers} layers")
+            unknown = next((entry for entry in listed if entry not in is_dense), None)
+            if unknown is not None:
+                known = ", ".join(map(repr, is_dense))
+                raise InvalidConfig(f"{name} holds {unknown!r}; supported: {known}")
+            return [is_dense[entry] for entry in listed]
+    if fields.get("moe_layer_start_index") is None:
+        return None
+    start, end, step = (_typed(name, fields.get(name, usual), int) for name, usual in _ERNIE_LAYERS.items())
+    if step < 1:
+        raise InvalidConfig(f"moe_layer_interval is {step}; it must be at least 1")
+    last = layers - 1 if end == -1 else end
+    return [not (start <= layer <= last and (layer + 1) % step == 0) for layer in range(layers)]
+
+
+_LAYER_LISTS: Mapping[str, Mapping[Any, bool]] = {
+    "mlp_layer_types": {"dense": True, "sparse": False},
+    "moe_layer_freq": {0: True, 1: False},
+}
+_ERNIE_LAYERS = {"moe_layer_start_index": 0, "moe_layer_end_index": -1, "moe_layer_interval": 1}
+
+
+def _passed_over(fields: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """Layers that `mlp_only_layers` names or `decoder_sparse_step` passes over (Qwen3-MoE)."""
     step = _typed("decoder_sparse_step", fields.get("decoder_sparse_step", 1), int)
     if step < 1:
@@ -177,10 +234,9 @@ def _refuse_unsupported(fields: Mapping[str, Any], family: Family) -> None:
     for name, values in accepted.items():
         if fields.get(name) not in values:
             raise InvalidConfig(f"{name} is {fields[name]!r}; supported: {values[-1]!r}")
-    quantization = fields.get("quantization_config")
-    if quantization is None:
-        return
-    if not isinstance(quantization, Mapping) or quantization.get("quant_method", "fp8") != "fp8":
-        raise InvalidConfig(f"quantization_config is {quantization!r}; supported: quant_method 'fp8'")
-    if quantization.get("weight_block_size", [BLOCK, BLOCK]) != [BLOCK, BLOCK]:
-        raise InvalidConfig(f"weight_block_size is {quantization['weight_block_size']}; supported: [{BLOCK}, {BLOCK}]")
+    if family.has_correction_bias and fields.get("use_routing_bias") is False:
+        raise InvalidConfig("use_routing_bias is False; supported: True")
+    try:
+        check_format(fields)
+    except UnsupportedFormat as error:
+        raise InvalidConfig(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,16 +12,26 @@ from typing import Any
 class Family:
     """One architecture. The defaults are DeepSeek-V3's, under whose names expertd knows everything."""
 
+    source: str
+    """transformers' class, or the document, that the names and the routing are taken from."""
     scoring_func: str = "sigmoid"
     """What turns router logits into scores: sigmoid, or softmax over all experts."""
-    has_correction_bias: bool = True
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Field -> its names in config.json, the usual one first, where it has others."""
     decided: Mapping[str, Any] = field(default_factory=dict)
     """Fields that the architecture decides: config.json does not say them."""
+    assumed: Mapping[str, Any] = field(default_factory=dict)
+    """What fields are that config.json leaves out or says null of."""
     module: str = "mlp"
+    gate: str = "gate.weight"
+    bias: str | None = "gate.e_score_correction_bias"
+    """The correction bias within the module; None where there is none."""
     projections: Mapping[str, str] = field(default_factory=dict)
     """Projection -> its name in the checkpoint, where it has another."""
+
+    @property
+    def has_correction_bias(self) -> bool:
+        return self.bias is not None
 
     def spell(self, name: str) -> str:
         """What config.json calls field `name`."""
@@ -32,10 +43,15 @@ class Family:
         return f"model.layers.{layer}.{self.module}.experts.{expert}.{name}.weight"
 
     def gate_weight(self, layer: int) -> str:
-        return f"model.layers.{layer}.{self.module}.gate.weight"
+        return f"model.layers.{layer}.{self.module}.{self.gate}"
 
     def correction_bias(self, layer: int) -> str:
-        return f"model.layers.{layer}.{self.module}.gate.e_score_correction_bias"
+        return f"model.layers.{layer}.{self.module}.{self.bias}"
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor is one of an expert or of a gate."""
+        inside = "|".join(re.escape(one) + "$" for one in (self.gate, self.bias) if one)
+        return re.match(rf"model\.layers\.\d+\.{self.module}\.(experts\.\d+\.|gate\.|{inside})", name) is not None
 
 
 _UNGROUPED: Mapping[str, Any] = {
@@ -44,24 +60,91 @@ _UNGROUPED: Mapping[str, Any] = {
     "routed_scaling_factor": 1.0,
     "first_k_dense_replace": 0,
 }
+# transformers 5 writes the second name.
+_NUM_EXPERTS = ("num_experts", "num_local_experts")
+_MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 FAMILIES: Mapping[str, Family] = {
-    "deepseek_v3": Family(),
-    "glm4_moe": Family(),
-    "qwen3_moe": Family(
+    "deepseek_v3": Family(source="DeepseekV3MoE"),
+    "deepseek_v32": Family(source="DeepseekV32MoE"),
+    # Its config.json names DeepseekV3ForCausalLM as its architecture, and brings that model's code along.
+    "kimi_k2": Family(source="DeepseekV3MoE"),
+    "glm4_moe": Family(source="Glm4MoeMoE"),
+    "glm_moe_dsa": Family(source="GlmMoeDsaMoE"),
+    "mimo_v2_flash": Family(
+        source="MiMoV2FlashMoE",
+        assumed={"routed_scaling_factor": 1.0, "first_k_dense_replace": 1},
+    ),
+    "hy_v3": Family(
+        source="HYV3MoE",
+        spellings={"n_routed_experts": _NUM_EXPERTS, "routed_scaling_factor": ("router_scaling_factor",)},
+        decided={"n_group": 1, "topk_group": 1, "norm_topk_prob": True},
+        assumed={"first_k_dense_replace": 1},
+        gate="router.gate.weight",
+        bias="expert_bias",
+    ),
+    "minimax_m2": Family(
+        source="MiniMaxM2SparseMoeBlock",
+        spellings={
+            "n_routed_experts": ("num_local_experts", "num_experts"),
+            "moe_intermediate_size": ("intermediate_size",),
+        },
+        decided={**_UNGROUPED, "norm_topk_prob": True},
+        module="block_sparse_moe",
+        bias="e_score_correction_bias",
+        projections=_MIXTRAL_PROJECTIONS,
+    ),
+    "ernie4_5_moe": Family(
+        source="Ernie4_5_MoeSparseMoeBlock",
         scoring_func="softmax",
-        has_correction_bias=False,
-        # transformers 5 writes the second name.
-        spellings={"n_routed_experts": ("num_experts", "num_local_experts")},
+        spellings={
+            "n_routed_experts": ("moe_num_experts", *_NUM_EXPERTS),
+            "num_experts_per_tok": ("moe_k", "num_experts_per_tok"),
+        },
+        decided={**_UNGROUPED, "norm_topk_prob": True},
+        bias="moe_statics.e_score_correction_bias",
+    ),
+    "qwen3_moe": Family(
+        source="Qwen3MoeSparseMoeBlock",
+        scoring_func="softmax",
+        spellings={"n_routed_experts": _NUM_EXPERTS},
         decided=_UNGROUPED,
+        bias=None,
+    ),
+    "qwen3_next": Family(
+        source="Qwen3NextSparseMoeBlock",
+        scoring_func="softmax",
+        spellings={"n_routed_experts": _NUM_EXPERTS},
+        decided=_UNGROUPED,
+        bias=None,
     ),
     "mixtral": Family(
+        source="MixtralSparseMoeBlock",
         scoring_func="softmax",
-        has_correction_bias=False,
         spellings={"n_routed_experts": ("num_local_experts",), "moe_intermediate_size": ("intermediate_size",)},
         decided={**_UNGROUPED, "norm_topk_prob": True},
         module="block_sparse_moe",
-        projections={"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
+        bias=None,
+        projections=_MIXTRAL_PROJECTIONS,
     ),
 }
 """By `model_type` in config.json."""
+
+_FUSED = (
+    "keeps all experts of a layer in one tensor and its sizes in a text_config, which expertd does not read;"
+    " qwen3_moe and qwen3_next are read"
+)
+_V4 = (
+    "scores by sqrtsoftplus and bounds what its experts' activations are, which expertd does not compute;"
+    " deepseek_v3 and deepseek_v32 are computed"
+)
+KNOWN_UNSUPPORTED: Mapping[str, str] = {
+    "gpt_oss": "has biases in its experts and a hidden_size of 2880, which is no multiple of 128; no conversion helps",
+    "qwen3_5_moe": _FUSED,
+    "qwen3_5_moe_text": _FUSED,
+    "qwen3_vl_moe": _FUSED,
+    "kimi_k25": "has INT4 weights of compressed-tensors and its sizes in a text_config; kimi_k2 in FP8 or BF16 is read",
+    "deepseek_v4": _V4,
+    "deepseek_ref": _V4,
+}
+"""Published families that are refused -> why, and what would work."""

@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +25,6 @@ from expertd.kernels.weights.files import check_path
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
-_MOE_TENSOR = re.compile(r"model\.layers\.\d+\.(mlp|block_sparse_moe)\.(experts\.\d+|gate)\.")
 _DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
@@ -115,7 +113,7 @@ class Checkpoint:
     @cached_property
     def moe_tensors(self) -> tuple[str, ...]:
         """Names of all experts' and gates' tensors, sorted."""
-        return tuple(sorted(filter(_MOE_TENSOR.match, self._files)))
+        return tuple(sorted(filter(self.config.family.owns, self._files)))
 
     def file_states(self) -> dict[str, list[int]]:
         """Size and time of change [bytes, ns] of every file that tells of an expert or gate; [0, 0]: missing."""

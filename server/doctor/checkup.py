@@ -25,6 +25,7 @@ from expertd.server.doctor.host import (
     check_ports,
     check_shared_memory,
 )
+from expertd.server.doctor.model import describe_model
 from expertd.server.doctor.peers import check_certificates, check_peer
 from expertd.server.options.config import Address, InvalidOption, ServerConfig
 from expertd.server.scheduling.neighbours import CpuShare
@@ -98,6 +99,7 @@ def _check_model(config: ServerConfig) -> Generator[Finding, None, str | None]:
     """Whether it can be read and has room here; its fingerprint."""
     try:
         with Checkpoint(config.model) as checkpoint:
+            yield describe_model(checkpoint, config.weights)
             ledger = Ledger(checkpoint, config.manifest)
             yield _check_checkpoint(checkpoint, ledger, config)
             yield from check_memory(config, checkpoint.config, available_memory(), gpu_memory(config))

@@ -8,7 +8,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV32Config,
+    Ernie4_5_MoeConfig,
+    Glm4MoeConfig,
+    GlmMoeDsaConfig,
+    HYV3Config,
+    MiMoV2FlashConfig,
+    MiniMaxM2Config,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 from expertd.client.tools.demo_checkpoint import DemoModel
 from expertd.kernels.numerics.quantize import dequantize_weights, quantize_weights
@@ -52,6 +65,41 @@ CONFIGS: dict[str, Any] = {
     ),
     "mixtral": MixtralConfig(**SIZES, intermediate_size=128, num_local_experts=16, num_experts_per_tok=2),
 }
+"""Families that the plug-in knows, too."""
+_EXPERTS: dict[str, Any] = {"moe_intermediate_size": 128, "num_experts_per_tok": 4}
+_GROUPED: dict[str, Any] = {
+    **SIZES,
+    **_EXPERTS,
+    "num_key_value_heads": 4,
+    "intermediate_size": 256,
+    "n_routed_experts": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+}
+SERVED: dict[str, Any] = {
+    "deepseek_v32": DeepseekV32Config(**_GROUPED),
+    # transformers has DeepSeek-V3's classes for it.
+    "kimi_k2": DeepseekV3Config(**_GROUPED | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}),
+    "glm_moe_dsa": GlmMoeDsaConfig(**_GROUPED | {"n_group": 1, "topk_group": 1}),
+    "mimo_v2_flash": MiMoV2FlashConfig(
+        **SIZES, **_EXPERTS, intermediate_size=256, n_routed_experts=16, routed_scaling_factor=None
+    ),
+    "hy_v3": HYV3Config(**SIZES, **_EXPERTS, intermediate_size=256, num_experts=16),
+    "minimax_m2": MiniMaxM2Config(**SIZES, intermediate_size=128, num_local_experts=16, num_experts_per_tok=4),
+    "ernie4_5_moe": Ernie4_5_MoeConfig(
+        **SIZES, moe_intermediate_size=128, moe_k=4, intermediate_size=256, moe_num_experts=16
+    ),
+    "qwen3_next": Qwen3NextConfig(
+        **SIZES, **_EXPERTS, intermediate_size=256, num_experts=16, shared_expert_intermediate_size=128
+    ),
+}
+"""Families whose layers coordinators and servers compute, and the plug-in does not know."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +115,13 @@ class FamilyFolders:
 
 
 def write_family(folder: Path, model_type: str) -> FamilyFolders:
-    """Write the model of `CONFIGS[model_type]` under `folder`."""
+    """Write the model of `CONFIGS` or `SERVED` under `folder`."""
     torch.manual_seed(11)
     auto: Any = AutoModelForCausalLM
-    model = auto.from_config(copy.deepcopy(CONFIGS[model_type])).to(torch.bfloat16)
-    for name, bias in model.named_buffers():
+    model = auto.from_config(copy.deepcopy((CONFIGS | SERVED)[model_type])).to(torch.bfloat16)
+    for name, bias in (*model.named_buffers(), *model.named_parameters()):
         if name.endswith("e_score_correction_bias"):
-            bias.normal_(std=0.05)
+            bias.data.normal_(std=0.05)
     folders = FamilyFolders(folder / "plain", folder / "quantized", folder / "floats")
     model.save_pretrained(folders.plain)
     quantized, floats = {}, {}
@@ -86,7 +134,7 @@ def write_family(folder: Path, model_type: str) -> FamilyFolders:
         floats[name] = dequantize_weights(stored, scales)
     config = json.loads((folders.plain / "config.json").read_text())
     fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    _save(folders.quantized, quantized, config | {"quantization_config": fp8})
+    _save(folders.quantized, quantized, config | {"quantization_config": fp8, "model_type": model_type})
     _save(folders.floats, floats, config | {"dtype": "float32"})
     return folders
 

@@ -8,6 +8,10 @@ SHAPE_CLASSES = (1, 8, 64, 256, 1024, 2048, 4096, 8192, 16384)
 """Largest token counts of the classes; a larger batch runs with the configuration of the last one."""
 TILE_COUNT_STEP = 16
 """Counts of row tiles are multiples of this: launches compile kernels anew for sizes that are not."""
+MAX_EXPERTS = 64
+"""Of a layer on one GPU."""
+MAX_HIDDEN_SIZE = 8192
+MAX_INTERMEDIATE_SIZE = 4096
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,13 @@ from torch import Tensor
 from expertd._native import CudaExecutor
 from expertd.kernels.cutile.base.fp8 import has_fp8
 from expertd.kernels.cutile.base.launch import Gpu
-from expertd.kernels.cutile.base.shape import SHAPE_CLASSES, ExpertShape
+from expertd.kernels.cutile.base.shape import (
+    MAX_EXPERTS,
+    MAX_HIDDEN_SIZE,
+    MAX_INTERMEDIATE_SIZE,
+    SHAPE_CLASSES,
+    ExpertShape,
+)
 from expertd.kernels.cutile.dequant.halves import to_float16
 from expertd.kernels.cutile.pipeline.arithmetic import DequantLayer, FastLayer, Layer, Pipeline, choose_pipeline
 from expertd.kernels.cutile.pipeline.table import DEFAULT_CACHE, Machine, load_table
@@ -32,9 +38,6 @@ from expertd.kernels.numerics.backend import (
 
 log = logging.getLogger(__name__)
 
-MAX_HIDDEN_SIZE = 8192
-MAX_INTERMEDIATE_SIZE = 4096
-MAX_EXPERTS = 64
 TIME_EVERY = 8
 """Of so many small batches of a kind one is timed: four events cost 5 us of their 47 to 70."""
 EXPRESS_ROWS = 256

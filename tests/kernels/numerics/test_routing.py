@@ -1,5 +1,7 @@
 """Routing against transformers' DeepseekV3TopkRouter."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,8 +36,10 @@ def transformers_router(config: MoeConfig, weight: Tensor, bias: Tensor) -> torc
         MoeConfig(hidden_size=512, norm_topk_prob=False),
         MoeConfig(hidden_size=512, n_routed_experts=64, n_group=1, topk_group=1, num_experts_per_tok=6),
         MoeConfig(hidden_size=512, n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4),
+        MoeConfig(hidden_size=512, n_routed_experts=384, n_group=1, topk_group=1, routed_scaling_factor=2.827),
+        MoeConfig(hidden_size=512, n_routed_experts=512, n_group=1, topk_group=1, num_experts_per_tok=22),
     ],
-    ids=["deepseek-v3", "unnormalised", "one group", "small"],
+    ids=["deepseek-v3", "unnormalised", "one group", "small", "kimi-k2", "22 of 512"],
 )
 def test_ten_thousand_tokens_choose_as_transformers_does(config: MoeConfig) -> None:
     generator = torch.Generator().manual_seed(5)
@@ -48,6 +52,28 @@ def test_ten_thousand_tokens_choose_as_transformers_does(config: MoeConfig) -> N
     order, their_order = ids.argsort(dim=1), their_ids.argsort(dim=1)
     assert torch.equal(ids.gather(1, order).long(), their_ids.gather(1, their_order))
     torch.testing.assert_close(weights.gather(1, order), theirs.gather(1, their_order), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_ten_of_512_experts_are_chosen_as_qwen3_next_does(normalised: bool) -> None:
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(512, 256, generator=generator) * 256**-0.5
+    hidden = torch.randn(2_000, 256, generator=generator)
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_experts_per_tok": 10, "norm_topk_prob": normalised}
+    modeling: Any = modeling_qwen3_next
+    router = modeling.Qwen3NextTopKRouter(Qwen3NextConfig(**sizes, num_experts=512))
+    router.load_state_dict({"weight": weight})
+    fixed = {"model_type": "qwen3_next", "num_experts": 512, "moe_intermediate_size": 128, "num_hidden_layers": 1}
+    config = MoeConfig.from_hf(sizes | fixed)
+    ids, weights = route(router_logits(hidden, weight), torch.zeros(512), config)
+    with torch.inference_mode():
+        _, theirs, their_ids = router(hidden)
+    order, their_order = ids.argsort(dim=1), their_ids.argsort(dim=1)
+    assert torch.equal(ids.gather(1, order).long(), their_ids.gather(1, their_order))
+    torch.testing.assert_close(weights.gather(1, order), theirs.gather(1, their_order), rtol=1e-5, atol=0)
 
 
 def test_ties_go_to_the_lower_expert_and_the_lower_group() -> None:

@@ -51,6 +51,7 @@ async def test_a_machine_that_can_serve_passes(small_model: Path, capsys: pytest
     assert set(texts) == {
         "gpu",
         "native core",
+        "model",
         "checkpoint",
         "host memory",
         "ports",
