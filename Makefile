@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(wildcard native/*.cc native/*/*.cc native/*/*.h)
 
-.PHONY: demo test image-test chaos check format proto lock released docs clean
+.PHONY: demo test image-test chaos check format proto wheel lock released docs clean
 
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
@@ -67,6 +67,13 @@ $(STAMP): pyproject.toml setup.py native/building.py $(NATIVE_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[server,client,test]'
 	@touch $@
+
+TOOLS := build/tools
+wheel:  ## dist/*.whl as the images have it, with the commit in its version and date: the same bits from any folder
+	rm -rf build
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/build.lock
+	CXX=none $(TOOLS)/bin/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index --wheel-dir dist .
 
 # torch's CPU build is on no package index: CPU_TORCH is where it is found, a folder or a page of links.
 CPU_TORCH ?= $(PIP_FIND_LINKS)
