@@ -25,7 +25,9 @@ RUN python3 -m pip --python /opt/expertd/bin/python3 install --no-deps --require
 FROM pip AS application
 RUN python3 -m venv tools && tools/bin/pip install --no-deps --require-hashes -r requirements/build.lock
 COPY . .
-RUN tools/bin/pip wheel --no-deps --no-build-isolation --no-index --wheel-dir dist . \
+# The commit, which its version says; in the build's context is no repository to ask.
+ARG REVISION
+RUN EXPERTD_REVISION="${REVISION}" tools/bin/pip wheel --no-deps --no-build-isolation --no-index --wheel-dir dist . \
   && python3 -m pip --python /opt/expertd/bin/python3 install --no-deps --no-index dist/*.whl
 
 FROM ${BASE_IMAGE} AS runtime
@@ -45,9 +47,12 @@ ENTRYPOINT ["dumb-init", "--single-child", "--"]
 FROM runtime AS client
 COPY --from=client-packages /opt/expertd /opt/expertd
 COPY --from=application /opt/expertd /opt/expertd
-ARG VERSION=unknown
-ARG REVISION=unknown
-LABEL org.opencontainers.image.version="${VERSION}" org.opencontainers.image.revision="${REVISION}"
+ARG VERSION
+ARG REVISION
+ARG CREATED
+LABEL org.opencontainers.image.version="${VERSION}" \
+  org.opencontainers.image.revision="${REVISION}" \
+  org.opencontainers.image.created="${CREATED}"
 CMD ["python3"]
 
 FROM runtime AS server
@@ -62,6 +67,9 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
   CMD ["expertd", "health", "http://127.0.0.1:9464/readyz"]
 ENTRYPOINT ["dumb-init", "--single-child", "--", "expertd"]
 CMD ["--help"]
-ARG VERSION=unknown
-ARG REVISION=unknown
-LABEL org.opencontainers.image.version="${VERSION}" org.opencontainers.image.revision="${REVISION}"
+ARG VERSION
+ARG REVISION
+ARG CREATED
+LABEL org.opencontainers.image.version="${VERSION}" \
+  org.opencontainers.image.revision="${REVISION}" \
+  org.opencontainers.image.created="${CREATED}"

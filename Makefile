@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(wildcard native/*.cc native/*/*.cc native/*/*.h)
 
-.PHONY: demo test image-test chaos check format proto wheel lock released docs clean
+.PHONY: demo test image-test chaos check format proto wheel images lock released docs clean
 
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
@@ -74,6 +74,16 @@ wheel:  ## dist/*.whl as the images have it, with the commit in its version and 
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/build.lock
 	CXX=none $(TOOLS)/bin/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index --wheel-dir dist .
+
+RELEASE = $(shell sed -n 's/^RELEASE = "\(.*\)"/\1/p' src/expertd/version.py)
+COMMIT = $(shell git describe --always --dirty --abbrev=40 '--exclude=*')
+SHORT = g$(shell git describe --always --dirty=.dirty --abbrev=12 '--exclude=*')
+DATE = $(shell git log -1 --format=%ct)
+ORIGIN = --build-arg VERSION=$(RELEASE)+$(SHORT) --build-arg REVISION=$(COMMIT) --build-arg SOURCE_DATE_EPOCH=$(DATE) \
+  --build-arg CREATED=$(shell date --utc --date=@$(DATE) +%FT%TZ)
+images:  ## expertd:RELEASE-gCOMMIT and expertd-client:RELEASE-gCOMMIT, with their origin; BUILD is more for `docker build`
+	docker build $(ORIGIN) $(BUILD) --tag expertd:$(RELEASE)-$(SHORT) .
+	docker build $(ORIGIN) $(BUILD) --target client --tag expertd-client:$(RELEASE)-$(SHORT) .
 
 # torch's CPU build is on no package index: CPU_TORCH is where it is found, a folder or a page of links.
 CPU_TORCH ?= $(PIP_FIND_LINKS)

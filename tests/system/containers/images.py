@@ -9,11 +9,14 @@ import shutil
 
 import yaml
 
-from expertd import __version__
 from expertd.kernels.weights.files import cache_folder
+from expertd.version import RELEASE
 from tests.system.containers.docker_engine import ROOT, Engine, check_programs
 
 BASE = "expertd-test-python"
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+VERSION = f"{RELEASE}+g{REVISION[:12]}"
+CREATED = "2026-01-02T03:04:05Z"
 STAND_IN = """
 FROM {base}
 COPY monitor /usr/local/bin/monitor
@@ -36,12 +39,16 @@ def build_images() -> Engine:
     with engine.alone(), engine.running(bridged=False):
         engine.base_image(BASE)
         for tag, target in (("expertd:cpu", "server"), ("expertd-client:cpu", "client")):
-            arguments = (f"BASE_IMAGE={BASE}", "REQUIREMENTS=demo", f"VERSION={__version__}", "REVISION=tested")
-            options = [word for argument in arguments for word in ("--build-arg", argument)]
-            engine.build(ROOT, tag, "--target", target, *options)
+            engine.build(ROOT, tag, "--target", target, *_arguments())
         _build_monitors(engine)
         engine.docker("image", "prune", "--force")
     return engine
+
+
+def _arguments() -> list[str]:
+    """Of a build of expertd for CPUs."""
+    told = {"BASE_IMAGE": BASE, "REQUIREMENTS": "demo", "VERSION": VERSION, "REVISION": REVISION, "CREATED": CREATED}
+    return [word for name, value in told.items() for word in ("--build-arg", f"{name}={value}")]
 
 
 def _build_monitors(engine: Engine) -> None:
