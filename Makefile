@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(wildcard native/*.cc native/*/*.cc native/*/*.h)
 
-.PHONY: demo test image-test chaos check format proto wheel images lock released docs clean
+.PHONY: demo test image-test chaos check format proto wheel images images-twice sbom lock released docs clean
 
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
@@ -84,6 +84,14 @@ ORIGIN = --build-arg VERSION=$(RELEASE)+$(SHORT) --build-arg REVISION=$(COMMIT) 
 images:  ## expertd:RELEASE-gCOMMIT and expertd-client:RELEASE-gCOMMIT, with their origin; BUILD is more for `docker build`
 	docker build $(ORIGIN) $(BUILD) --tag expertd:$(RELEASE)-$(SHORT) .
 	docker build $(ORIGIN) $(BUILD) --target client --tag expertd-client:$(RELEASE)-$(SHORT) .
+
+images-twice: $(STAMP)  ## build the client's image twice from nothing and compare its layers, as root on Debian: minutes
+	$(BIN)/python -m tests.system.containers.twice
+
+sbom:  ## dist/*.cdx.json: what the images hold of Python, as CycloneDX; each image has its own in /opt/expertd
+	mkdir -p dist
+	for lock in client server; do $(PYTHON) requirements/sbom.py requirements/$$lock.lock $(RELEASE)+$(SHORT) \
+	  > dist/expertd-$$lock.cdx.json || exit 1; done
 
 # torch's CPU build is on no package index: CPU_TORCH is where it is found, a folder or a page of links.
 CPU_TORCH ?= $(PIP_FIND_LINKS)

@@ -29,6 +29,12 @@ ENTRYPOINT ["monitor"]
 """Debian's Prometheus and Alertmanager under the names of the images in compose.yaml, which only a registry has."""
 
 
+def arguments() -> list[str]:
+    """Of a build of expertd for CPUs."""
+    told = {"BASE_IMAGE": BASE, "REQUIREMENTS": "demo", "VERSION": VERSION, "REVISION": REVISION, "CREATED": CREATED}
+    return [word for name, value in told.items() for word in ("--build-arg", f"{name}={value}")]
+
+
 def build_images() -> Engine:
     """An engine, not running, with the images expertd:cpu, expertd-client:cpu and compose.yaml's monitors.
 
@@ -39,16 +45,10 @@ def build_images() -> Engine:
     with engine.alone(), engine.running(bridged=False):
         engine.base_image(BASE)
         for tag, target in (("expertd:cpu", "server"), ("expertd-client:cpu", "client")):
-            engine.build(ROOT, tag, "--target", target, *_arguments())
+            engine.build(ROOT, tag, "--target", target, *arguments())
         _build_monitors(engine)
         engine.docker("image", "prune", "--force")
     return engine
-
-
-def _arguments() -> list[str]:
-    """Of a build of expertd for CPUs."""
-    told = {"BASE_IMAGE": BASE, "REQUIREMENTS": "demo", "VERSION": VERSION, "REVISION": REVISION, "CREATED": CREATED}
-    return [word for name, value in told.items() for word in ("--build-arg", f"{name}={value}")]
 
 
 def _build_monitors(engine: Engine) -> None:
