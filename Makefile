@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(wildcard native/*.cc native/*/*.cc native/*/*.h)
 
-.PHONY: demo test image-test chaos check format proto lock released docs clean
+.PHONY: demo test image-test chaos check format proto wheel images images-twice sbom lock released docs clean
 
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
@@ -67,6 +67,31 @@ $(STAMP): pyproject.toml setup.py native/building.py $(NATIVE_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[server,client,test]'
 	@touch $@
+
+TOOLS := build/tools
+wheel:  ## dist/*.whl as the images have it, with the commit in its version and date: the same bits from any folder
+	rm -rf build
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/build.lock
+	CXX=none $(TOOLS)/bin/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index --wheel-dir dist .
+
+RELEASE = $(shell sed -n 's/^RELEASE = "\(.*\)"/\1/p' src/expertd/version.py)
+COMMIT = $(shell git describe --always --dirty --abbrev=40 '--exclude=*')
+SHORT = g$(shell git describe --always --dirty=.dirty --abbrev=12 '--exclude=*')
+DATE = $(shell git log -1 --format=%ct)
+ORIGIN = --build-arg VERSION=$(RELEASE)+$(SHORT) --build-arg REVISION=$(COMMIT) --build-arg SOURCE_DATE_EPOCH=$(DATE) \
+  --build-arg CREATED=$(shell date --utc --date=@$(DATE) +%FT%TZ)
+images:  ## expertd:RELEASE-gCOMMIT and expertd-client:RELEASE-gCOMMIT, with their origin; BUILD is more for `docker build`
+	docker build $(ORIGIN) $(BUILD) --tag expertd:$(RELEASE)-$(SHORT) .
+	docker build $(ORIGIN) $(BUILD) --target client --tag expertd-client:$(RELEASE)-$(SHORT) .
+
+images-twice: $(STAMP)  ## build the client's image twice from nothing and compare its layers, as root on Debian: minutes
+	$(BIN)/python -m tests.system.containers.twice
+
+sbom:  ## dist/*.cdx.json: what the images hold of Python, as CycloneDX; each image has its own in /opt/expertd
+	mkdir -p dist
+	for lock in client server; do $(PYTHON) requirements/sbom.py requirements/$$lock.lock $(RELEASE)+$(SHORT) \
+	  > dist/expertd-$$lock.cdx.json || exit 1; done
 
 # torch's CPU build is on no package index: CPU_TORCH is where it is found, a folder or a page of links.
 CPU_TORCH ?= $(PIP_FIND_LINKS)

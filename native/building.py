@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from origin import DATE, date
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  # the hooks that stay as they are
 
@@ -37,6 +38,8 @@ def has_compiler() -> bool:
     return shutil.which(shlex.split(command)[0]) is not None
 
 
+# Files have the same rights in every wheel, whoever builds it.
+os.umask(0o022)
 # Asked once: `extension` names zig in $CXX.
 HAS_COMPILER = has_compiler()
 COMPILER = [] if HAS_COMPILER else [ZIG]
@@ -50,6 +53,15 @@ def get_requires_for_build_editable(config_settings: Settings | None = None) -> 
     return [*build_meta.get_requires_for_build_editable(config_settings), *COMPILER]
 
 
+def build_wheel(
+    wheel_directory: str, config_settings: Settings | None = None, metadata_directory: str | None = None
+) -> str:
+    """The wheel's name. All that is in it has the commit's date."""
+    if dated := date():
+        os.environ[DATE] = dated
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
 def sources() -> list[Path]:
     """What the package is compiled from."""
     parts = [path for part in (*PARTS, *SERVER_PARTS) for path in sorted((NATIVE / part).glob("*.cc"))]
@@ -61,7 +73,7 @@ def extension() -> Pybind11Extension:
     """`expertd._native`, compiled by zig where there is no other compiler."""
     from pybind11.setup_helpers import Pybind11Extension
 
-    flags = list(FLAGS)
+    flags, link_flags = list(FLAGS), []
     if not HAS_COMPILER:
         # Debian's Python.h includes <ARCH-linux-gnu/pythonX/pyconfig.h>, where zig, with a target, does not look.
         flags += ["-idirafter", str(Path(sysconfig.get_path("include")).parent)]
@@ -69,6 +81,8 @@ def extension() -> Pybind11Extension:
         if sys.platform == "linux":
             zig += f" -target {ZIG_TARGETS[os.uname().machine]}"
         os.environ.update(CC=zig, CXX=zig, LDSHARED=f"{zig} -shared", LDCXXSHARED=f"{zig} -shared")
+        # zig compiles its own libraries with debug information, in which is the folder that it ran in.
+        link_flags += ["-Wl,--strip-debug"] if sys.platform == "linux" else []
     root = NATIVE.parent
     return Pybind11Extension(
         "expertd._native",
@@ -77,6 +91,7 @@ def extension() -> Pybind11Extension:
         depends=[str(path.relative_to(root)) for path in sorted(NATIVE.rglob("*.h"))],
         define_macros=[("EXPERTD_SERVER", "1")] if SERVER_PARTS else [],
         extra_compile_args=flags,
+        extra_link_args=link_flags,
         libraries=["dl"] if sys.platform == "linux" else [],
         cxx_std=20,
     )

@@ -16,6 +16,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
+from expertd.version import VERSION
+
 if TYPE_CHECKING:
     from expertd.client.base.gate import Gate, load_gates
     from expertd.client.call.result import MoeResult, ServerReport
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
         UnknownExpert,
     )
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "Checkpoint",
     "ClientSecurity",

@@ -9,11 +9,14 @@ import shutil
 
 import yaml
 
-from expertd import __version__
 from expertd.kernels.weights.files import cache_folder
+from expertd.version import RELEASE
 from tests.system.containers.docker_engine import ROOT, Engine, check_programs
 
 BASE = "expertd-test-python"
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+VERSION = f"{RELEASE}+g{REVISION[:12]}"
+CREATED = "2026-01-02T03:04:05Z"
 STAND_IN = """
 FROM {base}
 COPY monitor /usr/local/bin/monitor
@@ -26,6 +29,12 @@ ENTRYPOINT ["monitor"]
 """Debian's Prometheus and Alertmanager under the names of the images in compose.yaml, which only a registry has."""
 
 
+def arguments() -> list[str]:
+    """Of a build of expertd for CPUs."""
+    told = {"BASE_IMAGE": BASE, "REQUIREMENTS": "demo", "VERSION": VERSION, "REVISION": REVISION, "CREATED": CREATED}
+    return [word for name, value in told.items() for word in ("--build-arg", f"{name}={value}")]
+
+
 def build_images() -> Engine:
     """An engine, not running, with the images expertd:cpu, expertd-client:cpu and compose.yaml's monitors.
 
@@ -36,9 +45,7 @@ def build_images() -> Engine:
     with engine.alone(), engine.running(bridged=False):
         engine.base_image(BASE)
         for tag, target in (("expertd:cpu", "server"), ("expertd-client:cpu", "client")):
-            arguments = (f"BASE_IMAGE={BASE}", "REQUIREMENTS=demo", f"VERSION={__version__}", "REVISION=tested")
-            options = [word for argument in arguments for word in ("--build-arg", argument)]
-            engine.build(ROOT, tag, "--target", target, *options)
+            engine.build(ROOT, tag, "--target", target, *arguments())
         _build_monitors(engine)
         engine.docker("image", "prune", "--force")
     return engine

@@ -18,12 +18,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from expertd import __version__
 from expertd.client.placement import rebalance
 from expertd.client.tools import status
 from expertd.kernels.model.ranges import parse_ranges
 from expertd.kernels.weights.files import cache_folder
 from expertd.server.options.config import ServerConfig
+from expertd.version import RELEASE
 from tests.support.programs import find_program
 from tests.support.serving import running_server
 
@@ -405,4 +405,4 @@ def test_values_are_described_by_the_schema_and_by_words() -> None:
 
 def test_the_chart_is_of_this_version() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    assert chart["appVersion"] == chart["version"] == __version__
+    assert chart["appVersion"] == chart["version"] == RELEASE
