@@ -24,13 +24,11 @@ Pool& Pool::of_process() {
   Pool* pool = current.load(std::memory_order_acquire);
   if (pool && pool->here()) return *pool;
   // Never deleted once it is the current one: its threads may outlive every static object.
-  auto* fresh = new Pool(std::min(MOST_THREADS, usable_cpus()));
+  auto* fresh = new Pool(std::min(MOST_THREADS, usable_cpus()), SpinHost::here());
   if (current.compare_exchange_strong(pool, fresh, std::memory_order_acq_rel)) return *fresh;
   delete fresh;  // another thread was faster
   return *pool;
 }
-
-Pool::Pool(std::size_t size) : size_(size) {}
 
 void Pool::limit_spin(std::int64_t ns) noexcept {
   std::int64_t most = most_spin_ns_.load();
@@ -80,7 +78,7 @@ bool Pool::start_threads(std::size_t wanted) {
 }
 
 void Pool::help() noexcept {
-  Spin spin(SpinHost::here());
+  Spin spin(host_);
   std::unique_lock lock(lock_);
   for (;;) {
     if (idle()) wait_for_work(spin, lock);
@@ -105,9 +103,12 @@ void Pool::wait_for_work(Spin& spin, std::unique_lock<std::mutex>& lock) {
   const std::int64_t until = std::min(turn.until, since + most_spin_ns_.load());
   if (turn.until) {
     awake_.fetch_add(1, std::memory_order_relaxed);
-    lock.unlock();
-    while (waiting_.load(std::memory_order_relaxed) == 0 && monotonic_ns() < until) pause_cpu();
-    lock.lock();
+    // Again where others were faster.
+    while (idle() && monotonic_ns() < until) {
+      lock.unlock();
+      while (waiting_.load(std::memory_order_relaxed) == 0 && monotonic_ns() < until) pause_cpu();
+      lock.lock();
+    }
     awake_.fetch_sub(1, std::memory_order_relaxed);
     spin.end(turn, monotonic_ns());
   }

@@ -20,6 +20,8 @@ class Pool : public Owned {
   // This process's. A child made by fork, to which no thread came along, gets a new one; the old one is left alone,
   // since its lock may be held for ever.
   static Pool& of_process();
+  // One of `size` threads for tests, on a machine of their own; never to be deleted, as its threads do not end.
+  Pool(std::size_t size, SpinHost& host) : size_(size), host_(host), ending_(host) {}
 
   // Threads that compute at once at most, who asks among them: one a usable CPU, but no more than 16.
   std::size_t size() const noexcept { return size_; }
@@ -55,7 +57,6 @@ class Pool : public Owned {
     std::atomic<std::size_t> unfinished;  // pieces
   };
 
-  explicit Pool(std::size_t size);
   void share(Job& job, std::size_t wanted);
   bool start_threads(std::size_t wanted);
   void help() noexcept;
@@ -64,6 +65,7 @@ class Pool : public Owned {
   bool idle() const { return jobs_.empty() && tasks_.empty(); }
 
   const std::size_t size_;
+  SpinHost& host_;
   std::mutex lock_;
   std::condition_variable posted_;
   std::condition_variable finished_;
@@ -75,7 +77,7 @@ class Pool : public Owned {
   // Jobs and tasks, for those who look without the lock.
   std::atomic<std::size_t> waiting_{0};
   std::atomic<std::int64_t> most_spin_ns_{Spin::kAutoNs};
-  Spin ending_{SpinHost::here()};
+  Spin ending_;
 };
 
 }  // namespace expertd

@@ -34,8 +34,9 @@ class ThisHost : public SpinHost {
 }  // namespace
 
 SpinHost& SpinHost::here() {
-  static ThisHost host;
-  return host;
+  // Never destroyed: threads of the pool outlive every static object.
+  static auto* host = new ThisHost;
+  return *host;
 }
 
 }  // namespace expertd

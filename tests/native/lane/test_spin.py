@@ -1,10 +1,14 @@
 """When waiting threads spin."""
 
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.support.native.build import NATIVE, ROOT, build, sanitizer
 
 US, MS, S = 1_000, 1_000_000, 1_000_000_000
 MAX_NS = 3 * MS
@@ -118,3 +122,16 @@ def test_quota_of_the_older_version(native: ModuleType, tmp_path: Path) -> None:
     assert native.ControlGroups(str(tmp_path / "cgroup"), str(own)).quota() == 1.5
     (group / "cpu.cfs_quota_us").write_text("-1\n")
     assert native.ControlGroups(str(tmp_path / "cgroup"), str(own)).quota() == float("inf")
+
+
+@pytest.mark.parametrize("kind", [None, "thread", "address,undefined"])
+def test_threads_of_a_pool_look_for_work_before_they_sleep(tmp_path: Path, kind: str | None) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    names = ("control_groups", "cpus", "pool", "spin", "spin_host")
+    sources = [NATIVE / "base" / f"{name}.cc" for name in names]
+    program = build(
+        tmp_path / "race", [ROOT / "tests/native/pool_race.cc", *sources], *(sanitizer(kind) if kind else ("-O2",))
+    )
+    done = subprocess.run([program, "200" if kind is None else "50"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
