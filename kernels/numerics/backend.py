@@ -170,10 +170,10 @@ class Backend(Protocol):
     def load_layer(self, layer: int, weights: LayerWeights) -> None:
         """Take a layer's weights from host memory, to be known as `layer`. Raises `UnsupportedShape`."""
 
-    def splice_layer(self, layer: int, base: int, kept: Mapping[int, int], added: LayerWeights) -> None:
+    def splice_layer(self, layer: int, base: int | None, kept: Mapping[int, int], added: LayerWeights) -> None:
         """Make another layer: at each position of `kept` the expert that layer `base`, which stays, has there; at all
-        others those of `added`, in their order. Called by any thread, beside everything else. Raises
-        `UnsupportedShape`."""
+        others those of `added`, in their order. Without `base` there is none of `kept`. Called by any thread, beside
+        everything else. Raises `UnsupportedShape`."""
 
     def drop_layer(self, layer: int) -> None:
         """Forget a layer's weights, which no batch uses any more; do nothing when there are none."""

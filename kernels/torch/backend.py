@@ -43,9 +43,9 @@ class TorchBackend:
     def load_layer(self, layer: int, weights: LayerWeights) -> None:
         self._layers[layer] = _plain(weights)
 
-    def splice_layer(self, layer: int, base: int, kept: Mapping[int, int], added: LayerWeights) -> None:
-        room = len(kept) + added.num_experts
-        up_gate, down = spliced(self._layers[base], kept, _plain(added), room)
+    def splice_layer(self, layer: int, base: int | None, kept: Mapping[int, int], added: LayerWeights) -> None:
+        new = _plain(added)
+        up_gate, down = spliced(new if base is None else self._layers[base], kept, new, len(kept) + added.num_experts)
         self._layers[layer] = (up_gate, down)
 
     def drop_layer(self, layer: int) -> None:

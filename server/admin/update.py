@@ -145,11 +145,8 @@ class Updater:
                 )
                 weights = await asyncio.to_thread(loading)
                 key = made[layer] = next(self._keys)
-                if self.shard.experts:
-                    base, kept = self._base(layer, experts)
-                    await asyncio.to_thread(self._backend.splice_layer, key, base, kept, weights)
-                else:
-                    await self._device.call(partial(self._backend.load_layer, key, weights))
+                base, kept = self._base(layer, experts)
+                await asyncio.to_thread(self._backend.splice_layer, key, base, kept, weights)
                 sample = await asyncio.to_thread(read_again, self._checkpoint, layer, experts, dtype, added[layer])
                 await self._device.call(partial(self_check, self._backend, key, sample, serving=True))
             yield Progress(read[0], total, ready, len(changed))
@@ -160,11 +157,11 @@ class Updater:
         here = self.shard.experts.get(layer, ())
         return tuple(expert for expert in experts if expert not in here)
 
-    def _base(self, layer: int, experts: tuple[int, ...]) -> tuple[int, dict[int, int]]:
-        """The key of the layer to copy from, which may be any of those that are here when this one is not; and for the
-        positions in `experts` of those that are here the ones in it."""
+    def _base(self, layer: int, experts: tuple[int, ...]) -> tuple[int | None, dict[int, int]]:
+        """The key of the layer to copy from, None when it is not here; and for the positions in `experts` of those
+        that are here the ones in it."""
         if layer not in self.shard.experts:
-            return self.shard.key(next(iter(self.shard.experts))), {}
+            return None, {}
         places = {expert: place for place, expert in enumerate(self.shard.experts[layer])}
         kept = {place: places[expert] for place, expert in enumerate(experts) if expert in places}
         return self.shard.key(layer), kept

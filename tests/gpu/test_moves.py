@@ -31,16 +31,20 @@ MODEL = DemoModel(
 
 
 @pytest.mark.parametrize("pipeline", ["fast", "dequant"])
-async def test_a_layer_of_other_experts_is_served_from_the_next_request_on(tmp_path: Path, pipeline: str) -> None:
+@pytest.mark.parametrize("emptied", [False, True])
+async def test_a_layer_of_other_experts_is_served_from_the_next_request_on(
+    tmp_path: Path, pipeline: str, *, emptied: bool
+) -> None:
     folder = write_demo_checkpoint(tmp_path, MODEL)
     options = ["--backend", "cutile", "--pipeline", pipeline, "--admin-listen", "127.0.0.1:0"]
     async with LocalCluster(folder, ["0-7"], options) as cluster:
         transport, shard = await connected(cluster.addresses[0])
         changed = (2, 3, *range(8, 14))
-        updates = update_shard(shard.admin_address, ClientSecurity(), shard.placement_epoch, {2: changed})
-        assert [told.done async for told in updates][-1]
-        shard = await transport.get_shard(10.0)
-        assert shard.experts == {1: tuple(range(8)), 2: changed}
+        for wanted in ({1: (), 2: ()}, {2: changed}) if emptied else ({2: changed},):
+            updates = update_shard(shard.admin_address, ClientSecurity(), shard.placement_epoch, wanted)
+            assert [told.done async for told in updates][-1]
+            shard = await transport.get_shard(10.0)
+        assert shard.experts == ({2: changed} if emptied else {1: tuple(range(8)), 2: changed})
         call = host_call(shard, 40)
         ids = torch.tensor(changed)[torch.randint(8, (40, 1))].int()
         call = replace(call, layer=2, expert_ids=ids, weights=call.weights[:, :1].contiguous())

@@ -98,15 +98,19 @@ class CutileBackend:
             self._allocate(weights)
         elif _shape_of(weights) != self._shape:
             raise UnsupportedShape(f"layer {layer} has {_shape_of(weights)}, the layers before it {self._shape}")
-        self._layers[layer] = to_float16(weights, self._device) if plain else _on(weights, self._device)
+        taken = to_float16(weights, self._device) if plain else _on(weights, self._device)
+        self._layers[layer] = taken
+        # For a layer that is made when there is no other: that of no experts.
+        self._none = tuple(tensor.new_empty(0, *tensor.shape[1:]) for tensor in _tensors(taken))
 
-    def splice_layer(self, layer: int, base: int, kept: Mapping[int, int], added: LayerWeights) -> None:
+    def splice_layer(self, layer: int, base: int | None, kept: Mapping[int, int], added: LayerWeights) -> None:
         room, wanted = self._shape.num_experts, len(kept) + added.num_experts
         if wanted > room:
             raise UnsupportedShape(f"{wanted} experts of a layer: the kernels of this server were made for {room}")
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
             new = to_float16(added, self._device) if added.dtype == torch.bfloat16 else added
-            tensors = spliced(_tensors(self._layers[base]), kept, _tensors(new), room)
+            old = self._none if base is None else _tensors(self._layers[base])
+            tensors = spliced(old, kept, _tensors(new), room)
             torch.cuda.current_stream(self._device).synchronize()
         self._layers[layer] = LayerWeights(*tensors)
 

@@ -109,6 +109,17 @@ async def test_a_layer_comes_and_goes(small_model: Path) -> None:
         with pytest.raises(UnknownExpert, match="layer is 2; this server owns layers 1"):
             await second.execute(call_for(part, batch, layer=2))
         assert held(part) == serving(part)
+        # Nothing at all, and then what it never had.
+        await update(part, {1: ()})
+        assert part.info.experts == {}
+        assert held(part) == set()
+        await update(part, {2: (1, 2)})
+        pair = random_batch(5, 256, 2, 2, absent=0.0)
+        some = replace(call_for(whole, pair, layer=2), expert_ids=pair.expert_ids + 1)
+        right = (await first.execute(some)).partials
+        assert right.any()
+        asked = replace(some, placement_epoch=part.info.placement_epoch)
+        assert torch.equal((await second.execute(asked)).partials, right)
         await first.close()
         await second.close()
 
@@ -142,7 +153,7 @@ class Slow(TorchBackend):
         self.fault: Exception | None = None
         self.spliced = 0
 
-    def splice_layer(self, layer: int, base: int, kept: Mapping[int, int], added: LayerWeights) -> None:
+    def splice_layer(self, layer: int, base: int | None, kept: Mapping[int, int], added: LayerWeights) -> None:
         self.spliced += 1
         if self.spliced == 2:
             asyncio.run_coroutine_threadsafe(self.go_on.wait(), self.loop).result(20)
