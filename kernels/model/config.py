@@ -157,16 +157,20 @@ def _family(model_type: object) -> Family:
         raise InvalidConfig("missing field 'model_type'")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise InvalidConfig(f"model_type {model_type!r} {_why_not(str(model_type))}")
+        raise _unsupported(model_type)
     return family
 
 
-def _why_not(model_type: str) -> str:
-    reason = KNOWN_UNSUPPORTED.get(model_type)
+def _unsupported(model_type: object) -> InvalidConfig:
+    name = str(model_type)
+    reason = KNOWN_UNSUPPORTED.get(name)
     if reason is not None:
-        return reason
-    nearest = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0)[0]
-    return f"is not supported, the nearest that is: {nearest!r}; supported: {', '.join(FAMILIES)}"
+        return InvalidConfig(f"model_type {model_type!r} {reason}")
+    (nearest,) = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0)
+    return InvalidConfig(
+        f"model_type {model_type!r} is not supported, the nearest that is: {nearest!r};"
+        f" supported: {', '.join(FAMILIES)}"
+    )
 
 
 def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:  # noqa: ANN401

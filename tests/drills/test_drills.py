@@ -17,6 +17,7 @@ from expertd.client.transport.security import ClientSecurity
 from expertd.kernels.model.ranges import parse_ranges
 from tests.drills.scene import HOT, MANUAL, MARK, PROMPT_SECONDS, STARTED, Scene, commands, playing, until
 from tests.support.certificates import Authority
+from tests.support.coordinators import LAYER
 from tests.support.families import SMALL
 
 BAD_MODEL, LOST_GPU, EXPIRING = "A bad model version", "A lost GPU", "A certificate that expires tonight"
@@ -121,7 +122,7 @@ async def test_a_hot_expert(small_model: Path, tmp_path: Path) -> None:
         shown = scene.shell(look)
         assert "balancedness" in shown
         planned = json.loads((tmp_path / "plan.json").read_text())["servers"]
-        assert sum(HOT in parse_ranges(server["experts"]) for server in planned) > 1
+        assert sum(HOT in parse_ranges(server["experts_by_layer"][str(LAYER)]) for server in planned) > 1
         mended = await mend(scene, repair, "ExpertdServerHot")
         told("a hot expert", seen, mended)
         assert scene.failed_calls == []
