@@ -26,7 +26,7 @@ from expertd.client.call.result import Answer, Effort
 from expertd.client.call.straight import Outcome, Part
 from expertd.client.fleet.member import LOST, Member
 from expertd.client.telemetry.tracing import attempt_span
-from expertd.proto.base.errors import DeadlineExceeded, ExpertdError, Overloaded, Unavailable
+from expertd.proto.base.errors import DeadlineExceeded, ExpertdError, Overloaded, StalePlacement, Unavailable
 from expertd.proto.codec import ExecuteCall, ExecuteResult
 
 T = TypeVar("T")
@@ -143,7 +143,9 @@ class LayerCall:
         failed = Failure(member, error)
         self._membership.report(member, error)
         if attempt < self._config.max_attempts and self._caller.budget.take():
-            return await self._place(dispatch, attempt + 1, failed)
+            # Who owns others by now has failed nobody.
+            further = 0 if isinstance(error, StalePlacement) else 1
+            return await self._place(dispatch, max(2, attempt + further), failed)
         if self._config.on_missing == "renormalize":
             self.missing.append(dispatch)
             return []

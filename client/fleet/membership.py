@@ -24,6 +24,7 @@ from expertd.client.transport.interface import Silent, Transport
 from expertd.proto.base.errors import (
     ExpertdError,
     ModelMismatch,
+    StalePlacement,
     Unavailable,
     UnknownExpert,
 )
@@ -146,7 +147,8 @@ class Membership:
         if isinstance(error, LOST) and member.in_use and self._known is not None:
             log.warning("%s is out of use: %s", member.transport.address, error)
             member.in_use, member.why_not = False, error
-            member.failures += 1
+            # Who tells that it owns others by now is to be asked again at once.
+            member.failures += not isinstance(error, StalePlacement)
             member.lost.set()
             self._last_loss = time.monotonic()
 

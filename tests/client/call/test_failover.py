@@ -12,8 +12,9 @@ import torch
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.kernels.oracle.reference import relative_error
-from expertd.proto.base.errors import DeadlineExceeded, Overloaded, ServerFault, Unavailable
+from expertd.proto.base.errors import DeadlineExceeded, Overloaded, ServerFault, StalePlacement, Unavailable
 from expertd.server.options.config import Address
+from expertd.server.rpc.incoming import Incoming
 from tests.support.coordinators import LAYER, QUICK, call, expected, oracle, tokens
 from tests.support.fleets import addresses, computed_tokens, flat, running_replicas, stop
 from tests.support.serving import Answers, running_server
@@ -172,6 +173,23 @@ async def test_attempts_are_bounded(small_model: Path, monkeypatch: pytest.Monke
             with pytest.raises(Overloaded, match="always full"):
                 await call(moe)
     assert attempts == 3
+
+
+async def test_placements_that_change_again_and_again_cost_no_attempts(small_model: Path) -> None:
+    changes = 0
+
+    async def change(incoming: Incoming) -> bytes:
+        nonlocal changes
+        if changes == 6:
+            return await answers.real(incoming)
+        changes += 1
+        raise StalePlacement("placement_epoch is 1; the current one is 2")
+
+    async with running_server(small_model, range(16)) as server:
+        answers = Answers(server, change)
+        async with Coordinator(addresses([server]), replace(OVER_GRPC, max_attempts=3)) as moe:
+            assert relative_error(await call(moe), expected(small_model)) < 1e-5
+    assert changes == 6
 
 
 @pytest.mark.parametrize("field", ["call_timeout", "attempt_timeout", "connect_timeout", "max_attempts"])
