@@ -174,7 +174,7 @@ class Server:
         if not await asyncio.to_thread(self.engine.stop):
             log.error("the engine hangs: it is left behind with all that it uses")
         self.journal.read()
-        self.device.stop()
+        await asyncio.to_thread(self.device.stop)
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.stop)
         self.checkpoint.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TypeAlias, TypeVar
@@ -16,6 +17,8 @@ from expertd.kernels.numerics.backend import Backend, TokenBatch, Underway
 from expertd.proto.codec import DTYPES
 
 T = TypeVar("T")
+STOP_SECONDS = 0.5
+"""For threads to end; one whose device hangs never does."""
 Submit: TypeAlias = Callable[[int, Sequence[TokenBatch], torch.dtype], Underway]
 
 
@@ -40,8 +43,16 @@ class DeviceOwner:
             thread.start()
 
     def stop(self) -> None:
-        """Let the threads end after the work that they already have."""
+        """Have the threads end after the work that they already have, and wait for them a little.
+
+        One that comes back from native code while the interpreter ends is torn out of it, which not every C++ library
+        survives.
+        """
         self._do(self._end)
+        deadline = time.monotonic() + STOP_SECONDS
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def call(self, function: Callable[[], T]) -> asyncio.Future[T]:
         """Run `function` on the device thread; its result or exception arrives in the future."""

@@ -305,6 +305,13 @@ async def test_a_stuck_device_does_not_prolong_the_drain(small_model: Path) -> N
             await unanswered
 
 
+async def test_no_thread_of_the_device_is_left_to_the_end_of_the_interpreter(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server:
+        chore = server.device.call(lambda: time.sleep(0.3))
+    assert not any(thread.is_alive() for thread in server.device._threads)
+    await chore
+
+
 async def test_watchers_of_health_do_not_hold_up_the_drain(small_model: Path) -> None:
     loop = asyncio.get_running_loop()
     async with running_server(small_model, ALL, drain_seconds=60.0) as server, open_channel(server) as channel:
