@@ -15,6 +15,8 @@ SUBNET = "10.204.0.0/24"
 GATEWAY = "10.204.0.1"
 """The coordinator's address, and that of anything else in the namespace."""
 PORT = 50051
+BURST_BYTES = 16 << 10
+"""What a slow link lets through at once after a pause."""
 READ_TOKENS = """
 import urllib.request
 lines = urllib.request.urlopen("http://127.0.0.1:9464/metrics", timeout=5).read().decode().splitlines()
@@ -118,9 +120,8 @@ class Replica:
         index = self.engine.docker("exec", self.name, "cat", "/sys/class/net/eth0/iflink").strip()
         links = self.engine.network_tool("ip", "-oneline", "link").splitlines()
         (device,) = (line.split()[1].split("@")[0] for line in links if line.startswith(f"{index}:"))
-        self.engine.network_tool(
-            *("tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", rate, "burst", "16kb", "latency", "200ms")
-        )
+        tbf = f"root tbf rate {rate} burst {BURST_BYTES}b latency 200ms"
+        self.engine.network_tool("tc", "qdisc", "add", "dev", device, *tbf.split())
         try:
             yield
         finally:
