@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import expertd._native as native
+from expertd.kernels.memory.results import empty
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.quantize import FP8
 
@@ -53,8 +53,7 @@ def gather(values: Tensor, rows: Tensor) -> Tensor:
     """`values[rows]`: of [T, n], the [m] int64 `rows`, at least one."""
     count, width = values.shape
     row_bytes, size = width * values.itemsize, len(rows)
-    # NumPy's memory comes in huge pages, where a new tensor's first touch costs more than the copy.
-    out = torch.from_numpy(np.empty((size, row_bytes), np.uint8))
+    out = empty((size, row_bytes), torch.uint8)
     native.gather(
         place(values, values.dtype, (count, width)),
         count,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <deque>
 #include <mutex>
 #include <new>
 #include <utility>
@@ -44,11 +45,10 @@ class Left : public Owned {
     {
       const std::lock_guard lock(lock_);
       blocks_.push_back(block);
-      kept_ += block.bytes;
-      const auto enough = [this](const Block& oldest) { return kept_ <= kKeptBytes || (kept_ -= oldest.bytes, false); };
-      const auto end = std::find_if(blocks_.begin(), blocks_.end(), enough);
-      freed.assign(blocks_.begin(), end);
-      blocks_.erase(blocks_.begin(), end);
+      for (kept_ += block.bytes; kept_ > kKeptBytes; blocks_.pop_front()) {
+        kept_ -= blocks_.front().bytes;
+        freed.push_back(blocks_.front());
+      }
     }
     for (const Block& oldest : freed) std::free(oldest.data);
   }
@@ -61,7 +61,7 @@ class Left : public Owned {
 
  private:
   std::mutex lock_;
-  std::vector<Block> blocks_;
+  std::deque<Block> blocks_;
   std::size_t kept_ = 0;
 };
 

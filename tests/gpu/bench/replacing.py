@@ -25,6 +25,7 @@ from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.security import ClientSecurity
 from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.kernels.weights.files import cache_folder
+from expertd.proto.base.errors import StalePlacement
 from expertd.proto.base.malloc import keep_freed_memory
 from tests.gpu.bench.serving import call_of
 
@@ -42,11 +43,7 @@ async def keep_calling(transport: SharedMemoryTransport, took: list[tuple[float,
         began = time.perf_counter()
         try:
             await transport.execute(replace(call, request_id=number))
-        except ConnectionError:
-            raise
-        except Exception as error:
-            if "placement_epoch" not in str(error):
-                raise
+        except StalePlacement:
             call = replace(call, placement_epoch=(await transport.get_shard(30.0)).placement_epoch)
             continue
         took.append((began, time.perf_counter() - began))
