@@ -34,20 +34,52 @@ def test_servers_are_compared_in_sizes_that_several_know() -> None:
     assert not Slowness(2.5, 1.0).is_outlier
 
 
-def test_answers_of_one_size_are_averaged_and_forgotten() -> None:
+def test_answers_of_one_size_are_weighed_by_their_length_and_forgotten() -> None:
     now = time.monotonic()
     known = Latency(lambda: now)
     for _ in range(latency.FEWEST - 1):
         known.answered(5, 1.0)
     assert known.known(now) == {}
     known.answered(7, 2.0)
-    assert known.known(now) == {3: pytest.approx(1.2)}
+    assert known.known(now) == {3: pytest.approx((3 * 1.0 + 2.0**2) / (3 * 1.0 + 2.0))}
     assert known.known(now + latency.FORGOTTEN_SECONDS + 1) == {}
     now += latency.FORGOTTEN_SECONDS + 1
     known.answered(7, 5.0)
     assert known.known(now) == {}
     known.forget()
     assert known.known(now) == {}
+
+
+@pytest.mark.parametrize("answers", [1, 200])
+def test_a_server_that_stands_still_now_and_then_is_an_outlier_whenever_one_looks(answers: int) -> None:
+    """Of 0.4 s it stands still for 0.2; in the others it answers in 1 ms, however often."""
+    now = 0.0
+    stuttering, steady = Latency(lambda: now), Latency(lambda: now)
+    looked = 0
+    for _ in range(10):
+        for _ in range(answers):
+            now += 0.2 / answers
+            stuttering.answered(1, 0.001)
+            steady.answered(1, 0.001)
+            if now > 1.0:
+                looked += 1
+                assert compare({0: stuttering.known(now), 1: steady.known(now)})[0].is_outlier
+        now += 0.2
+        stuttering.answered(1, 0.2)
+    assert looked >= 5
+
+
+def test_a_steady_server_is_as_fast_at_any_pace() -> None:
+    now = 0.0
+    often, seldom = Latency(lambda: now), Latency(lambda: now)
+    for _ in range(2000):
+        now += 0.001
+        often.answered(1, 0.005)
+    for _ in range(9):
+        now += 1.0
+        seldom.answered(1, 0.005)
+    assert often.known(2.0) == {1: pytest.approx(0.005)}
+    assert seldom.known(now) == {1: pytest.approx(0.005)}
 
 
 class Late:
