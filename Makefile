@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(wildcard native/*.cc native/*/*.cc native/*/*.h)
 
-.PHONY: demo test image-test chaos check format proto wheel images images-twice sbom lock released docs clean
+.PHONY: demo test image-test vllm-test chaos check format proto wheel images images-twice sbom lock released docs clean
 
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
@@ -15,6 +15,9 @@ test: check  ## everything that CI runs; there also image-test, where it is root
 
 image-test: $(STAMP)  ## build the images, run them with compose and with network faults, as root on Debian: see docs/deployment.md
 	EXPERTD_IMAGE_TEST=1 $(BIN)/pytest -rs tests/system/containers
+
+vllm-test: $(STAMP)  ## vLLM with its experts on servers, in an environment of its own (3.5 GB in ~/.cache/expertd): see docs/engines.md
+	EXPERTD_VLLM_TEST=1 $(BIN)/pytest -rs tests/system/vllm
 
 chaos: $(STAMP)  ## faults, kills, restarts, overload, soak and fuzz at full length: about two hours
 	EXPERTD_CHAOS=full $(BIN)/pytest -s tests/chaos

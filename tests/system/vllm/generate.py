@@ -1,0 +1,24 @@
+"""Run by vLLM's Python: generate greedily from prompts of token ids, as the JSON file that is named says, into it."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    began = time.perf_counter()
+    engine = LLM(asked["model"], dtype="bfloat16", max_model_len=256, max_num_seqs=8, **asked["options"])
+    loaded = time.perf_counter() - began
+    sampling = SamplingParams(temperature=0, max_tokens=asked["tokens"], detokenize=False, ignore_eos=True)
+    prompts = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
+    outputs = [one.outputs[0] for one in engine.generate(prompts, sampling, use_tqdm=False)]
+    told = {"tokens": [list(one.token_ids) for one in outputs], "seconds": loaded}
+    Path(sys.argv[1]).write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
