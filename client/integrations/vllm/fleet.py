@@ -36,6 +36,11 @@ class Fleet:
         except ModelMismatch:
             self._moe.close()
             raise
+        weights = len(model.moe_layers) * model.n_routed_experts * 3 * model.hidden_size * model.moe_intermediate_size
+        log.info(
+            "the experts of %d layers are on expertd servers (%s): %.1f billion weights that are not here",
+            *(len(model.moe_layers), ", ".join(sorted(self._moe.backends)), weights / 1e9),
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from expertd.client.integrations.vllm.settings import Settings, read
 from expertd.client.transport.security import ClientSecurity
 
 TIMEOUT, KNOWN_SECONDS = 2.0, 1.0
+BACK_SECONDS = 2.0
+"""In which coordinators, the workers' too, use a server that has come back."""
 
 
 class ExpertsUnreachable(EngineDeadError):  # type: ignore[misc]
@@ -28,14 +30,16 @@ class Watch:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._asked, self._whole = float("-inf"), False
+        self._asked = self._broken = float("-inf")
 
     async def whole(self) -> bool:
-        """Whether servers that serve own every expert of one model together."""
+        """Whether servers that serve own every expert of one model together, and workers know it."""
         if time.monotonic() - self._asked >= KNOWN_SECONDS:
-            self._whole = await self._ask()
+            whole = await self._ask()
             self._asked = time.monotonic()
-        return self._whole
+            if not whole:
+                self._broken = self._asked
+        return self._asked - self._broken > BACK_SECONDS
 
     async def _ask(self) -> bool:
         try:

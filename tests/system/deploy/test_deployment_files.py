@@ -8,10 +8,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from expertd.client.fleet.discovery import DnsServers, StaticServers
+from expertd.client.integrations.vllm.settings import read
 from expertd.kernels.model.ranges import parse_ranges
 
 ROOT = Path(__file__).parents[3]
@@ -114,3 +117,28 @@ def test_each_server_has_a_gpu_of_its_own_unless_there_are_none() -> None:
     on_cpus = compose("compose.yaml", "compose.cpu.yaml")
     assert not any("deploy" in on_cpus[f"server-{index}"] for index in range(8))
     assert all("--backend=torch" in on_cpus[f"server-{index}"]["entrypoint"] for index in range(8))
+
+
+def test_vllm_beside_the_servers_calls_all_of_them_and_has_a_gpu_of_its_own() -> None:
+    services = compose("compose.yaml", "compose.vllm.yaml")
+    vllm = services.pop("vllm")
+    told = read(None, vllm["environment"])
+    assert told is not None
+    assert told.servers == StaticServers(tuple(f"{name}:50051" for name in services if name.startswith("server-")))
+    gpus = [
+        gpu
+        for service in (vllm, *services.values())
+        for device in service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", ())
+        for gpu in device["device_ids"]
+    ]
+    assert len(set(gpus)) == len(gpus) == 9
+
+
+def test_vllm_in_kubernetes_finds_the_charts_servers() -> None:
+    objects = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/vllm.yaml").read_text()))
+    for each in objects:
+        kubernetes_validate.validate(each, "1.35.0", strict=True)
+    (container,) = objects[0]["spec"]["template"]["spec"]["containers"]
+    told = read(None, {variable["name"]: variable["value"] for variable in container["env"]})
+    assert told is not None
+    assert told.servers == DnsServers("moe", 50051)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import socket
 import subprocess
 import time
@@ -58,13 +57,9 @@ class Generated:
     tokens: list[list[int]]
     seconds: float
     """Until the engine could be asked."""
+    weights: int
+    """Bytes of a rank's share."""
     log: str
-
-    @property
-    def weights(self) -> str:
-        """What vLLM says its weights take, in GiB."""
-        (found,) = set(re.findall(r"Model loading took ([\d.]+) GiB", self.log)) or {"?"}
-        return str(found)
 
 
 def run(
@@ -83,7 +78,7 @@ def generate(python: Path, model: Path, folder: Path, servers: str = "", **optio
     done = run(python, model, folder, servers, **options)
     assert done.returncode == 0, done.stdout[-6000:]
     told = json.loads((folder / "asked.json").read_text())
-    return Generated(told["tokens"], told["seconds"], done.stdout)
+    return Generated(told["tokens"], told["seconds"], told["weights"], done.stdout)
 
 
 class Api:
@@ -128,7 +123,17 @@ def _streamed(answer: Any) -> list[int]:  # noqa: ANN401
 def api(python: Path, model: Path, log: Path, servers: str, *options: str) -> Iterator[Api]:
     """It answers; it is ended at the end."""
     port = free_port()
-    command = [str(python.with_name("vllm")), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        str(python),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     command += ["--dtype", "bfloat16", "--max-model-len", "256", "--max-num-seqs", "16", *options]
     with (
         log.open("w") as written,

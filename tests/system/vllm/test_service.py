@@ -75,8 +75,8 @@ def test_a_replica_killed_and_started_again_costs_no_request(vllm: Api, fleet: F
     asked = [prompts()[number % 8] for number in range(REQUESTS)]
     with ThreadPoolExecutor(REQUESTS) as threads:
         answers = [threads.submit(vllm.ask, prompt, ASKED) for prompt in asked]
-        time.sleep(0.5)
-        before = sum(answer.done() for answer in answers)
+        while (before := sum(answer.done() for answer in answers)) < REQUESTS // 10:
+            time.sleep(0.02)
         fleet.kill("replica")
         killed = sum(answer.done() for answer in answers)
         fleet.start("replica")

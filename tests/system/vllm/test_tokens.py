@@ -5,51 +5,54 @@ from typing import Any
 
 import pytest
 
-from tests.system.vllm.engines import TOKENS, Generated, generate, prompts, run, two_servers
-from tests.system.vllm.models import FAMILIES, continued
+from expertd.kernels.model.config import MoeConfig
+from tests.system.vllm.engines import TOKENS, generate, prompts, run, two_servers
+from tests.system.vllm.models import EXPERTS, FAMILIES, continued
+
+BF16 = 2
 
 WAYS: dict[str, dict[str, Any]] = {
-    # Chunks of prompts, shared beginnings and guessed tokens, over two tensor parallel ranks.
+    # Prompts come in chunks, beginnings are shared, tokens are guessed.
     "qwen3_moe": {
-        "tensor_parallel_size": 2,
         "max_num_batched_tokens": 32,
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
     },
-    # With the graph traced, over two pipeline parallel ranks.
-    "deepseek_v3": {"enforce_eager": False, "pipeline_parallel_size": 2},
+    # With shared experts, over two tensor parallel ranks.
+    "deepseek_v3": {"tensor_parallel_size": 2},
 }
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES])
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def local(python: Path, models: dict[str, Path], family: str, tmp_path_factory: pytest.TempPathFactory) -> Generated:
-    """By vLLM's own experts; the plug-in is there and is told of no servers."""
-    return generate(python, models[family], tmp_path_factory.mktemp("local"))
-
-
+@pytest.mark.parametrize("family", FAMILIES)
 def test_remote_experts_give_the_tokens_of_local_ones(
-    python: Path, models: dict[str, Path], family: str, local: Generated, tmp_path: Path
+    python: Path, models: dict[str, Path], family: str, tmp_path: Path
 ) -> None:
+    # The plug-in is there, too, and is told of no servers.
+    local = generate(python, models[family], tmp_path)
     with two_servers(models[family], tmp_path) as servers:
         remote = generate(python, models[family], tmp_path, servers, **WAYS[family])
     assert local.tokens == [continued(prompt, TOKENS) for prompt in prompts()]
     assert remote.tokens == local.tokens
-    assert "EXPERTD" not in local.log
-    times = f"{local.seconds:.1f} s and {remote.seconds:.1f} s"
-    print(
-        f"{family}: weights {local.weights} GiB with local experts and {remote.weights} GiB without, ready in {times}"
-    )
-    assert float(remote.weights) < float(local.weights)
+    print(f"{family}: ready in {local.seconds:.1f} s with local experts, {remote.seconds:.1f} s with remote ones")
+    config = MoeConfig.from_json(models[family] / "config.json")
+    of_experts = len(config.moe_layers) * EXPERTS * 3 * config.hidden_size * config.moe_intermediate_size * BF16
+    print(f"{family}: {local.weights} bytes of weights with local experts, {remote.weights} a rank with remote ones")
+    assert remote.weights <= local.weights - of_experts
+    assert "on expertd servers" not in local.log
+    assert f"the experts of {len(config.moe_layers)} layers are on expertd servers" in remote.log
+
+
+def test_a_traced_graph_has_the_calls_in_it(python: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    with two_servers(models["qwen3_moe"], tmp_path) as servers:
+        remote = generate(python, models["qwen3_moe"], tmp_path, servers, enforce_eager=False)
+    assert remote.tokens == [continued(prompt, TOKENS) for prompt in prompts()]
 
 
 def test_what_cannot_be_with_remote_experts_is_refused_with_what_to_do(
     python: Path, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    done = run(python, models["qwen3_moe"], tmp_path, "127.0.0.1:1", enable_expert_parallel=True)
+    done = run(
+        python, models["qwen3_moe"], tmp_path, "127.0.0.1:1", enable_expert_parallel=True, tensor_parallel_size=2
+    )
     assert done.returncode != 0
     assert "--enable-expert-parallel cannot be used with experts on expertd servers" in done.stdout
 
