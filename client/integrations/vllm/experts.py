@@ -71,7 +71,7 @@ class RemoteMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.layer = -1
         self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self._settings = settings
-        self._hf_config = vllm_config.model_config.hf_text_config
+        self._hf_config = vllm_config.model_config.hf_config
 
     @property
     def supports_internal_mk(self) -> bool:
