@@ -45,6 +45,16 @@ class StoredTensor:
     """Offset in the file, in bytes."""
     num_bytes: int
 
+    def __getitem__(self, index: int) -> StoredTensor:
+        """Entry `index` along the first axis: it lies in one piece, and can be read without the others."""
+        entries, *shape = self.shape
+        if not 0 <= index < entries:
+            raise IndexError(f"tensor {self.name} has entries 0 to {entries - 1}, not {index}")
+        size = self.num_bytes // entries
+        return StoredTensor(
+            f"{self.name}[{index}]", self.file, self.dtype, tuple(shape), self.start + index * size, size
+        )
+
 
 class Checkpoint:
     """A folder with `config.json` and `safetensors` files. Reads are thread-safe and touch only the bytes asked for."""
@@ -71,6 +81,10 @@ class Checkpoint:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint names a tensor like this."""
+        return name in self._files
+
     def find(self, name: str) -> StoredTensor:
         """What the checkpoint says of tensor `name`; raises `CheckpointError` when it is not there."""
         file = self._files.get(name)
@@ -85,8 +99,11 @@ class Checkpoint:
 
     def read(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
         """Read tensor `name`, which must have `shape` and one of `dtypes`."""
-        stored = self.check(name, shape, *dtypes)
-        out = torch.empty(shape, dtype=_DTYPES[stored.dtype])
+        return self.load(self.check(name, shape, *dtypes))
+
+    def load(self, stored: StoredTensor) -> Tensor:
+        """Read a tensor, or an entry of one, of a dtype that is known."""
+        out = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
         self.read_into(stored, out)
         return out
 
