@@ -14,6 +14,8 @@ class Family:
 
     source: str
     """transformers' class, or the document, that the names and the routing are taken from."""
+    published: str
+    """Models of it, for people."""
     scoring_func: str = "sigmoid"
     """What turns router logits into scores: sigmoid, or softmax over all experts."""
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -84,6 +86,7 @@ _MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _NESTED: Mapping[str, Any] = {"nested": "text_config", "prefix": "model.language_model"}
 _QWEN3_5 = Family(
     source="Qwen3_5MoeSparseMoeBlock",
+    published="the part of Qwen3.5 that reads text",
     scoring_func="softmax",
     spellings={"n_routed_experts": _NUM_EXPERTS},
     decided={**_UNGROUPED, "norm_topk_prob": True},
@@ -92,18 +95,20 @@ _QWEN3_5 = Family(
 )
 
 FAMILIES: Mapping[str, Family] = {
-    "deepseek_v3": Family(source="DeepseekV3MoE"),
-    "deepseek_v32": Family(source="DeepseekV32MoE"),
+    "deepseek_v3": Family(source="DeepseekV3MoE", published="DeepSeek-V3, R1, V3.1"),
+    "deepseek_v32": Family(source="DeepseekV32MoE", published="DeepSeek-V3.2"),
     # Its config.json names DeepseekV3ForCausalLM as its architecture, and brings that model's code along.
-    "kimi_k2": Family(source="DeepseekV3MoE"),
-    "glm4_moe": Family(source="Glm4MoeMoE"),
-    "glm_moe_dsa": Family(source="GlmMoeDsaMoE"),
+    "kimi_k2": Family(source="DeepseekV3MoE", published="Kimi-K2-Instruct"),
+    "glm4_moe": Family(source="Glm4MoeMoE", published="GLM-4.5, GLM-4.5-Air, GLM-4.6"),
+    "glm_moe_dsa": Family(source="GlmMoeDsaMoE", published="GLM-5"),
     "mimo_v2_flash": Family(
         source="MiMoV2FlashMoE",
+        published="MiMo-V2-Flash",
         assumed={"routed_scaling_factor": 1.0, "first_k_dense_replace": 1},
     ),
     "hy_v3": Family(
         source="HYV3MoE",
+        published="Hy3",
         spellings={"n_routed_experts": _NUM_EXPERTS, "routed_scaling_factor": ("router_scaling_factor",)},
         decided={"n_group": 1, "topk_group": 1, "norm_topk_prob": True},
         assumed={"first_k_dense_replace": 1},
@@ -112,6 +117,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "minimax_m2": Family(
         source="MiniMaxM2SparseMoeBlock",
+        published="MiniMax-M2, M2.5",
         spellings={
             "n_routed_experts": ("num_local_experts", "num_experts"),
             "moe_intermediate_size": ("intermediate_size",),
@@ -123,6 +129,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "ernie4_5_moe": Family(
         source="Ernie4_5_MoeSparseMoeBlock",
+        published="ERNIE-4.5-21B-A3B, 300B-A47B",
         scoring_func="softmax",
         spellings={
             "n_routed_experts": ("moe_num_experts", *_NUM_EXPERTS),
@@ -133,6 +140,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen3_moe": Family(
         source="Qwen3MoeSparseMoeBlock",
+        published="Qwen3-30B-A3B, Qwen3-235B-A22B",
         scoring_func="softmax",
         spellings={"n_routed_experts": _NUM_EXPERTS},
         decided=_UNGROUPED,
@@ -140,18 +148,26 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen3_next": Family(
         source="Qwen3NextSparseMoeBlock",
+        published="Qwen3-Next-80B-A3B",
         scoring_func="softmax",
         spellings={"n_routed_experts": _NUM_EXPERTS},
         decided=_UNGROUPED,
         bias=None,
     ),
     # vLLM's qwen3_5.py reads fused tensors and single ones alike.
-    "qwen3_5_moe": replace(_QWEN3_5, **_NESTED),
+    "qwen3_5_moe": replace(_QWEN3_5, **_NESTED, published="Qwen3.5-397B-A17B, Qwen3.6-35B-A3B"),
     "qwen3_5_moe_text": _QWEN3_5,
     # That its fused tensors are transposed is in transformers' conversion_mapping.py and in vLLM's qwen3_vl_moe.py.
-    "qwen3_vl_moe": replace(_QWEN3_5, **_NESTED, source="Qwen3VLMoeTextSparseMoeBlock", transposed=True),
+    "qwen3_vl_moe": replace(
+        _QWEN3_5,
+        **_NESTED,
+        source="Qwen3VLMoeTextSparseMoeBlock",
+        published="Qwen3-VL-30B-A3B, 235B-A22B",
+        transposed=True,
+    ),
     "mixtral": Family(
         source="MixtralSparseMoeBlock",
+        published="Mixtral-8x7B, 8x22B",
         scoring_func="softmax",
         spellings={"n_routed_experts": ("num_local_experts",), "moe_intermediate_size": ("intermediate_size",)},
         decided={**_UNGROUPED, "norm_topk_prob": True},
