@@ -18,12 +18,14 @@ TESTED = {"SMALL": "layers, `generate()`", "CONFIGS": "layers, `generate()`", "S
 
 def page(text: str) -> str:
     """The page with its tables, between their marks in `text`, as the code is."""
-    for name, written in (("families", families()), ("refused", refused())):
-        marks = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)"
-        if not re.search(marks, text, re.DOTALL):
-            raise SystemExit(f"{PAGE} has no marks of {name!r} to write between")
-        text = re.sub(marks, lambda found, to=written: f"{found[1]}\n{to}\n{found[2]}", text, flags=re.DOTALL)
-    return text
+    return _between(_between(text, "families", families()), "refused", refused())
+
+
+def _between(text: str, name: str, written: str) -> str:
+    marks = re.search(rf"(?<=<!-- {name}: )[^\n]*-->\n(.*?)<!-- end of {name} -->", text, re.DOTALL)
+    if marks is None:
+        raise SystemExit(f"{PAGE} has no marks of {name!r} to write between")
+    return f"{text[: marks.start(1)]}\n{written}\n{text[marks.end(1) :]}"
 
 
 def families() -> str:

@@ -25,7 +25,14 @@ from expertd.kernels.weights.files import check_path
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
-_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    # UE8M0: nothing but an exponent, a power of two from 2^-127 to 2^127, or NaN.
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F16": torch.float16,
+}
 
 
 class CheckpointError(Exception):

@@ -15,7 +15,7 @@ from expertd.kernels.numerics.quantize import FP8, dequantize_weights, quantize_
 from expertd.kernels.weights.checkpoint import Checkpoint, StoredTensor
 from expertd.kernels.weights.digests import expert_digest, tensor_digest
 from expertd.kernels.weights.reading import read_source, read_values
-from expertd.kernels.weights.sources import SCALES, expert_sources
+from expertd.kernels.weights.sources import SCALE_DTYPES, SCALES, expert_sources
 
 READERS = 4
 """Threads that read and quantise at once; a read releases the interpreter lock."""
@@ -137,5 +137,5 @@ def read_matrix(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> T
     if weight.dtype != FP8:
         return weight.float()
     blocks = (rows // BLOCK, columns // BLOCK)
-    scales = checkpoint.read(name + SCALES, blocks, torch.float32, torch.bfloat16)
+    scales = checkpoint.read(name + SCALES, blocks, *SCALE_DTYPES)
     return dequantize_weights(weight, scales.float())

@@ -13,6 +13,8 @@ from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError, Stor
 
 SCALES = "_scale_inv"
 """Behind the name of a weight in FP8."""
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
+"""What scales may be stored as: each value is one of float32's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,4 +90,4 @@ def _find(
         )
     *lead, rows, columns = shape
     blocks = (*lead, rows // BLOCK, columns // BLOCK)
-    return weight, checkpoint.check(name + SCALES, blocks, torch.float32, torch.bfloat16)
+    return weight, checkpoint.check(name + SCALES, blocks, *SCALE_DTYPES)
