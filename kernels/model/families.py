@@ -17,7 +17,7 @@ class Family:
     published: str
     """Models of it, for people."""
     scoring_func: str = "sigmoid"
-    """What turns router logits into scores: sigmoid, or softmax over all experts."""
+    """What turns router logits into scores: sigmoid, sqrtsoftplus, or softmax over all experts."""
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Field -> its names in config.json, the usual one first, where it has others."""
     decided: Mapping[str, Any] = field(default_factory=dict)
@@ -179,7 +179,7 @@ FAMILIES: Mapping[str, Family] = {
 """By `model_type` in config.json."""
 
 _V4 = (
-    "scores by sqrtsoftplus and bounds what its experts' activations are, which expertd does not compute;"
+    "bounds what its experts' activations are and chooses some layers' experts by token, which expertd does not do;"
     " deepseek_v3 and deepseek_v32 are computed"
 )
 KNOWN_UNSUPPORTED: Mapping[str, str] = {

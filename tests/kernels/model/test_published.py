@@ -23,8 +23,8 @@ ACCEPTED = {
 }
 REFUSED = {
     "DeepSeek-V3.1-NVFP4": r"hf_quant_config.json says NVFP4 of modelopt, .* supported: BF16, or FP8",
-    "DeepSeek-V4-Flash": "model_type 'deepseek_v4' scores by sqrtsoftplus .* deepseek_v32 are computed",
-    "DeepSeek-V4-Flash-FP8": "model_type 'deepseek_ref' scores by sqrtsoftplus .* deepseek_v32 are computed",
+    "DeepSeek-V4-Flash": "model_type 'deepseek_v4' bounds what .* by token, .* deepseek_v32 are computed",
+    "DeepSeek-V4-Flash-FP8": "model_type 'deepseek_ref' bounds what .* by token, .* deepseek_v32 are computed",
     "gpt-oss-20b": "model_type 'gpt_oss' has biases in its experts and a hidden_size of 2880, .* no conversion helps",
 }
 
