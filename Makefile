@@ -58,8 +58,9 @@ RELEASED := proto/released.txtpb
 released: $(STAMP)  ## with every release: the contract that later ones must not break
 	$(BIN)/buf build proto --exclude-source-info -o $(RELEASED)
 
-docs: $(STAMP)  ## regenerate docs/configuration.md, docs/modules.md, docs/performance.md and their pictures
+docs: $(STAMP)  ## regenerate docs/configuration.md, docs/modules.md, docs/performance.md, the tables of docs/models.md and pictures
 	$(BIN)/python -m docs.generate.configuration
+	$(BIN)/python -m docs.generate.models
 	$(BIN)/python -m docs.generate.modules
 	$(BIN)/python -m docs.generate.performance
 	$(BIN)/python -m docs.generate.rooms

@@ -114,6 +114,7 @@ class MoeConfig:
     def from_hf(cls, fields: Mapping[str, Any]) -> MoeConfig:
         """Build from the fields of a Hugging Face configuration, ignoring those that experts do not depend on."""
         family = _family(fields.get("model_type"))
+        fields = _unnested(fields, family)
         _refuse_unsupported(fields, family)
         values = dict(family.decided)
         for name, kind in _TYPES.items():
@@ -159,6 +160,17 @@ def _family(model_type: object) -> Family:
     if family is None:
         raise _unsupported(model_type)
     return family
+
+
+def _unnested(fields: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """With the fields of the model that reads text beside those that concern all."""
+    if family.nested is None:
+        return fields
+    if fields.get(family.nested) is None:
+        raise InvalidConfig(f"missing field {family.nested!r}")
+    text = _typed(family.nested, fields[family.nested], dict)
+    said = {name: value for name, value in text.items() if value is not None}
+    return {**fields, **said, "model_type": fields["model_type"]}
 
 
 def _unsupported(model_type: object) -> InvalidConfig:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from expertd.kernels.model.config import MoeConfig
+
+_SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": partial(torch.softmax, dim=-1),
+    # DeepSeek-V4's (transformers' SqrtSoftplusActivation).
+    "sqrtsoftplus": lambda logits: softplus(logits).sqrt(),
+}
 
 
 def router_logits(hidden: Tensor, gate_weight: Tensor) -> Tensor:
@@ -25,7 +35,7 @@ def route(logits: Tensor, correction_bias: Tensor, config: MoeConfig) -> tuple[T
     `logits` is [T, E] float32, `correction_bias` [E] float32, over all E experts of the model. Returns global expert
     ids [T, k] int32 in descending order of choice score, ties toward the lower id, and their weights [T, k] float32.
     """
-    scores = logits.float().softmax(dim=-1) if config.family.scoring_func == "softmax" else logits.float().sigmoid()
+    scores = _SCORES[config.family.scoring_func](logits.float())
     choice = scores + correction_bias.float()
     grouped = choice.unflatten(-1, (config.n_group, config.experts_per_group))
     group_scores = grouped.topk(min(2, config.experts_per_group), dim=-1).values.sum(dim=-1)

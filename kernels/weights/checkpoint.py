@@ -25,7 +25,14 @@ from expertd.kernels.weights.files import check_path
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
-_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    # UE8M0: nothing but an exponent, a power of two from 2^-127 to 2^127, or NaN.
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F16": torch.float16,
+}
 
 
 class CheckpointError(Exception):
@@ -44,6 +51,16 @@ class StoredTensor:
     start: int
     """Offset in the file, in bytes."""
     num_bytes: int
+
+    def __getitem__(self, index: int) -> StoredTensor:
+        """Entry `index` along the first axis: it lies in one piece, and can be read without the others."""
+        entries, *shape = self.shape
+        if not 0 <= index < entries:
+            raise IndexError(f"tensor {self.name} has entries 0 to {entries - 1}, not {index}")
+        size = self.num_bytes // entries
+        return StoredTensor(
+            f"{self.name}[{index}]", self.file, self.dtype, tuple(shape), self.start + index * size, size
+        )
 
 
 class Checkpoint:
@@ -71,6 +88,10 @@ class Checkpoint:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint names a tensor like this."""
+        return name in self._files
+
     def find(self, name: str) -> StoredTensor:
         """What the checkpoint says of tensor `name`; raises `CheckpointError` when it is not there."""
         file = self._files.get(name)
@@ -85,8 +106,11 @@ class Checkpoint:
 
     def read(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
         """Read tensor `name`, which must have `shape` and one of `dtypes`."""
-        stored = self.check(name, shape, *dtypes)
-        out = torch.empty(shape, dtype=_DTYPES[stored.dtype])
+        return self.load(self.check(name, shape, *dtypes))
+
+    def load(self, stored: StoredTensor) -> Tensor:
+        """Read a tensor, or an entry of one, of a dtype that is known."""
+        out = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
         self.read_into(stored, out)
         return out
 

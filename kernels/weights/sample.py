@@ -12,6 +12,7 @@ import torch
 
 from expertd.kernels.weights.checkpoint import Checkpoint, StoredTensor, bytes_of
 from expertd.kernels.weights.digests import header
+from expertd.kernels.weights.sources import SCALES
 
 PAGE = 4096
 PAGES = 4
@@ -28,9 +29,18 @@ def sampled_fingerprint(checkpoint: Checkpoint) -> str:
     """
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(checkpoint.config), sort_keys=True).encode())
     with ThreadPoolExecutor(READERS, thread_name_prefix="samples") as readers:
-        for sampled in readers.map(lambda name: _sampled(checkpoint, checkpoint.find(name)), checkpoint.moe_tensors):
+        for sampled in readers.map(lambda stored: _sampled(checkpoint, stored), _entries(checkpoint)):
             digest.update(sampled)
     return digest.hexdigest()
+
+
+def _entries(checkpoint: Checkpoint) -> Iterator[StoredTensor]:
+    """All experts' and gates' tensors; of one that holds all experts of a layer, each expert's part."""
+    for stored in map(checkpoint.find, checkpoint.moe_tensors):
+        if len(stored.shape) == 3:
+            yield from (stored[expert] for expert in range(stored.shape[0]))
+        else:
+            yield stored
 
 
 def _sampled(checkpoint: Checkpoint, stored: StoredTensor) -> bytes:
@@ -45,7 +55,7 @@ def _sampled(checkpoint: Checkpoint, stored: StoredTensor) -> bytes:
 def _places(stored: StoredTensor) -> Iterator[tuple[int, int]]:
     """(offset in the tensor, bytes) of what is read of it."""
     quarter = stored.num_bytes // PAGES
-    is_weight = ".experts." in stored.name and stored.name.endswith(".weight")
+    is_weight = ".experts." in stored.name and SCALES not in stored.name
     if not is_weight or quarter <= PAGE:
         yield 0, stored.num_bytes
         return

@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from expertd.client.base.gate import load_gates
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
+from expertd.kernels.model.families import FAMILIES
 from expertd.kernels.numerics.routing import route, router_logits
 from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
-from tests.support.families import SERVED, write_family
-from tests.support.generation import AutoModel
+from tests.support.families import SERVED, auto_model, layers_of, publish, write_family
 from tests.support.serving import running_server
 
 
@@ -26,25 +27,51 @@ def routed(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa
     return block.experts(hidden, ids, weights), ids.gather(1, order), weights.gather(1, order)
 
 
+def load_blocks(folder: Path) -> dict[int, Any]:
+    """transformers' blocks of a checkpoint in FP32, by layer."""
+    auto = auto_model(AutoConfig.from_pretrained(folder))
+    model = auto.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    return {layer: one.mlp for layer, one in enumerate(layers_of(model)) if hasattr(one.mlp, "experts")}
+
+
 @pytest.mark.parametrize("model_type", SERVED)
 async def test_layers_route_and_compute_as_transformers_does(model_type: str, tmp_path: Path) -> None:
     folders = write_family(tmp_path, model_type)
-    local = AutoModel.from_pretrained(folders.floats, dtype=torch.float32, experts_implementation="eager").eval()
+    local = load_blocks(folders.floats)
     with Checkpoint(folders.quantized) as checkpoint:
+        family, moe_layers = checkpoint.config.family, checkpoint.config.moe_layers
+        # Qwen3-VL's alone are written fused: two weights with their scales for all experts.
+        experts = 4 if family.transposed else 16 * 6
+        assert len(checkpoint.moe_tensors) == len(moe_layers) * (experts + 1 + family.has_correction_bias)
+    await compare(folders.quantized, local, model_type)
+
+
+@pytest.mark.parametrize("model_type", [name for name in SERVED if FAMILIES[name].fused])
+async def test_tensors_of_all_experts_compute_as_transformers_does(model_type: str, tmp_path: Path) -> None:
+    folder = write_family(tmp_path, model_type).plain
+    local = load_blocks(folder)
+    publish(folder, model_type)
+    with Checkpoint(folder) as checkpoint:
+        assert len(checkpoint.moe_tensors) == len(checkpoint.config.moe_layers) * 3
+    await compare(folder, local, model_type, weights="bf16")
+
+
+async def compare(folder: Path, local: dict[int, Any], model_type: str, **options: Any) -> None:  # noqa: ANN401
+    """Layers of a checkpoint on two servers with blocks of transformers, by layer."""
+    with Checkpoint(folder) as checkpoint:
         gates = load_gates(checkpoint, checkpoint.config.moe_layers)
-        assert len(checkpoint.moe_tensors) == len(gates) * (16 * 6 + 1 + checkpoint.config.family.has_correction_bias)
     config = CoordinatorConfig(gates=gates, hidden_dtype=torch.bfloat16, reply_dtype=torch.float32)
     hidden = torch.randn(200, 256, generator=torch.Generator().manual_seed(3)).bfloat16()
     async with (
-        running_server(folders.quantized, range(8)) as low,
-        running_server(folders.quantized, range(8, 16)) as high,
+        running_server(folder, range(8), **options) as low,
+        running_server(folder, range(8, 16), **options) as high,
         Coordinator([str(low.address), str(high.address)], config) as moe,
     ):
         assert moe.model.model_type == model_type
-        assert moe.layers == tuple(layer for layer, one in enumerate(local.model.layers) if hasattr(one.mlp, "experts"))
+        assert moe.layers == tuple(local)
         for layer, gate in gates.items():
             with torch.inference_mode():
-                expected, ids, weights = routed(local.model.layers[layer].mlp, hidden.float())
+                expected, ids, weights = routed(local[layer], hidden.float())
             chosen, shares = route(router_logits(hidden, gate.weight), gate.correction_bias, moe.model)
             order = chosen.argsort(dim=1)
             assert torch.equal(chosen.gather(1, order).long(), ids)

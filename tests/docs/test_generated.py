@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from docs.generate import configuration, modules, performance, rooms
+from docs.generate import configuration, models, modules, performance, rooms
+from expertd.kernels.model.families import FAMILIES
 
 STALE = "out of date: run 'make docs' and commit the result"
 
@@ -21,6 +22,19 @@ def test_the_list_of_modules_is_current() -> None:
 
 def test_the_picture_of_the_rooms_is_current() -> None:
     assert rooms.PICTURE.read_text() == rooms.picture(rooms.contracts()), STALE
+
+
+def test_the_tables_of_models_are_current() -> None:
+    text = models.PAGE.read_text()
+    assert text == models.page(text), STALE
+
+
+def test_a_page_without_marks_and_a_family_without_a_small_model_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="no marks of 'families'"):
+        models.page("# Models\n")
+    monkeypatch.setattr(models, "FAMILIES", {**FAMILIES, "untested": FAMILIES["mixtral"]})
+    with pytest.raises(SystemExit, match=r"differ in \['untested'\]"):
+        models.families()
 
 
 def test_every_module_is_listed() -> None:

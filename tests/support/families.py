@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DeepseekV3Config,
     DeepseekV32Config,
     Ernie4_5_MoeConfig,
@@ -19,8 +21,11 @@ from transformers import (
     MiMoV2FlashConfig,
     MiniMaxM2Config,
     MixtralConfig,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    Qwen3VLMoeConfig,
 )
 
 from expertd.client.tools.demo_checkpoint import DemoModel
@@ -82,6 +87,16 @@ _GROUPED: dict[str, Any] = {
     "qk_rope_head_dim": 32,
     "v_head_dim": 32,
 }
+_QWEN3_5: dict[str, Any] = {**SIZES, **_EXPERTS, "num_experts": 16, "shared_expert_intermediate_size": 128}
+_VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 256,
+    "deepstack_visual_indexes": [],
+    "num_position_embeddings": 16,
+}
 SERVED: dict[str, Any] = {
     "deepseek_v32": DeepseekV32Config(**_GROUPED),
     # transformers has DeepSeek-V3's classes for it.
@@ -97,6 +112,11 @@ SERVED: dict[str, Any] = {
     ),
     "qwen3_next": Qwen3NextConfig(
         **SIZES, **_EXPERTS, intermediate_size=256, num_experts=16, shared_expert_intermediate_size=128
+    ),
+    "qwen3_5_moe": Qwen3_5MoeConfig(text_config=_QWEN3_5, vision_config=_VISION),
+    "qwen3_5_moe_text": Qwen3_5MoeTextConfig(**_QWEN3_5),
+    "qwen3_vl_moe": Qwen3VLMoeConfig(
+        text_config={**SIZES, **_EXPERTS, "intermediate_size": 256, "num_experts": 16}, vision_config=_VISION
     ),
 }
 """Families whose layers coordinators and servers compute, and the plug-in does not know."""
@@ -117,8 +137,8 @@ class FamilyFolders:
 def write_family(folder: Path, model_type: str) -> FamilyFolders:
     """Write the model of `CONFIGS` or `SERVED` under `folder`."""
     torch.manual_seed(11)
-    auto: Any = AutoModelForCausalLM
-    model = auto.from_config(copy.deepcopy((CONFIGS | SERVED)[model_type])).to(torch.bfloat16)
+    config = copy.deepcopy((CONFIGS | SERVED)[model_type])
+    model = auto_model(config).from_config(config).to(torch.bfloat16)
     for name, bias in (*model.named_buffers(), *model.named_parameters()):
         if name.endswith("e_score_correction_bias"):
             bias.data.normal_(std=0.05)
@@ -132,11 +152,36 @@ def write_family(folder: Path, model_type: str) -> FamilyFolders:
         stored, scales = quantize_weights(weight)
         quantized |= {name: stored, f"{name}_scale_inv": scales}
         floats[name] = dequantize_weights(stored, scales)
-    config = json.loads((folders.plain / "config.json").read_text())
+    saved = json.loads((folders.plain / "config.json").read_text())
     fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    _save(folders.quantized, quantized, config | {"quantization_config": fp8, "model_type": model_type})
-    _save(folders.floats, floats, config | {"dtype": "float32"})
+    _save(folders.quantized, quantized, saved | {"quantization_config": fp8, "model_type": model_type})
+    _save(folders.floats, floats, saved | {"dtype": "float32"})
     return folders
+
+
+def auto_model(config: Any) -> Any:  # noqa: ANN401
+    """transformers' class that makes and loads a model of `config`."""
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
+def layers_of(model: Any) -> Any:  # noqa: ANN401
+    """The layers of the model, or of the part that reads text."""
+    return getattr(model.model, "language_model", model.model).layers
+
+
+def publish(folder: Path, model_type: str) -> None:
+    """Rewrite what transformers wrote of a family with fused tensors as its BF16 models are published."""
+    tensors = load_file(folder / "model.safetensors")
+    fused = {name: tensors.pop(name) for name in list(tensors) if ".experts." in name}
+    for experts in {match[1] for name in fused if (match := re.match(r"(.*\.experts\.)\d+\.", name))}:
+        gate, up, down = (
+            torch.stack([fused.pop(f"{experts}{expert}.{name}_proj.weight") for expert in range(16)])
+            for name in ("gate", "up", "down")
+        )
+        fused |= {f"{experts}gate_up_proj": torch.cat([gate, up], dim=1), f"{experts}down_proj": down}
+    if model_type == "qwen3_vl_moe":
+        fused = {name: weight.mT.contiguous() for name, weight in fused.items()}
+    save_file(tensors | fused, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _save(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:

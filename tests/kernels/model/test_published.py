@@ -18,14 +18,14 @@ ACCEPTED = {
     "MiniMax-M2.5": (256, 8, 3072, 1536, 0, 62),
     "Mixtral-8x7B-v0.1": (8, 2, 4096, 14336, 0, 32),
     "Qwen3-235B-A22B-FP8": (128, 8, 4096, 1536, 0, 94),
+    "Qwen3-VL-235B-A22B-Instruct": (128, 8, 4096, 1536, 0, 94),
+    "Qwen3.5-397B-A17B": (512, 10, 4096, 1024, 0, 60),
 }
 REFUSED = {
     "DeepSeek-V3.1-NVFP4": r"hf_quant_config.json says NVFP4 of modelopt, .* supported: BF16, or FP8",
-    "DeepSeek-V4-Flash": "model_type 'deepseek_v4' scores by sqrtsoftplus .* deepseek_v32 are computed",
-    "DeepSeek-V4-Flash-FP8": "model_type 'deepseek_ref' scores by sqrtsoftplus .* deepseek_v32 are computed",
+    "DeepSeek-V4-Flash": "model_type 'deepseek_v4' bounds what .* by token, .* deepseek_v32 are computed",
+    "DeepSeek-V4-Flash-FP8": "model_type 'deepseek_ref' bounds what .* by token, .* deepseek_v32 are computed",
     "gpt-oss-20b": "model_type 'gpt_oss' has biases in its experts and a hidden_size of 2880, .* no conversion helps",
-    "Qwen3-VL-235B-A22B-Instruct": "model_type 'qwen3_vl_moe' keeps all experts of a layer in one tensor",
-    "Qwen3.5-397B-A17B": "model_type 'qwen3_5_moe' keeps all experts of a layer in one tensor",
 }
 
 
@@ -68,6 +68,22 @@ def test_one_that_routes_without_the_bias_that_its_family_has_is_refused() -> No
     fields = json.loads((DATA / "MiniMax-M2.5.json").read_text())
     with pytest.raises(InvalidConfig, match="use_routing_bias is False; supported: True"):
         MoeConfig.from_hf(fields | {"use_routing_bias": False})
+
+
+@pytest.mark.parametrize("model", ["Qwen3-VL-235B-A22B-Instruct", "Qwen3.5-397B-A17B"])
+def test_what_a_nested_model_says_is_looked_at_like_the_rest(model: str) -> None:
+    fields = json.loads((DATA / f"{model}.json").read_text())
+    text = fields["text_config"]
+    for refused, message in (
+        ({"text_config": None}, "missing field 'text_config'"),
+        ({"text_config": []}, r"text_config is \[\]; it must be of type dict"),
+        ({"text_config": {**text, "hidden_act": "gelu"}}, "hidden_act is 'gelu'; supported: 'silu'"),
+        ({"text_config": {**text, "num_experts": None}}, "missing field 'num_experts'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config says AWQ"),
+        ({"text_config": {**text, "quantization_config": {"quant_method": "awq"}}}, "quantization_config says AWQ"),
+    ):
+        with pytest.raises(InvalidConfig, match=message):
+            MoeConfig.from_hf(fields | refused)
 
 
 FORMATS = {

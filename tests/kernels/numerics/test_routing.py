@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from expertd.kernels.model import config as model_config
 from expertd.kernels.model.config import MoeConfig
+from expertd.kernels.model.families import FAMILIES, Family
 from expertd.kernels.numerics.routing import first_repeat, route, router_logits
 
 
@@ -74,6 +76,31 @@ def test_ten_of_512_experts_are_chosen_as_qwen3_next_does(normalised: bool) -> N
     order, their_order = ids.argsort(dim=1), their_ids.argsort(dim=1)
     assert torch.equal(ids.gather(1, order).long(), their_ids.gather(1, their_order))
     torch.testing.assert_close(weights.gather(1, order), theirs.gather(1, their_order), rtol=1e-5, atol=0)
+
+
+def test_scores_of_sqrtsoftplus_choose_as_deepseek_v4_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula alone: what the family adds to it is not served."""
+    from transformers import DeepseekV4Config
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4
+
+    family = Family(source="DeepseekV4TopKRouter", published="DeepSeek-V4", scoring_func="sqrtsoftplus")
+    monkeypatch.setattr(model_config, "FAMILIES", {**FAMILIES, "deepseek_v4": family})
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_experts_per_tok": 6, "routed_scaling_factor": 1.5}
+    config = MoeConfig("deepseek_v4", n_routed_experts=256, n_group=1, topk_group=1, **sizes)
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(256, 256, generator=generator) * 256**-0.5
+    bias = torch.randn(256, generator=generator) * 0.1
+    # Logits from near zero to far out, where softplus is a line or flat.
+    hidden = torch.randn(2_000, 256, generator=generator) * torch.logspace(-2, 2, 2_000)[:, None]
+    modeling: Any = modeling_deepseek_v4
+    router = modeling.DeepseekV4TopKRouter(DeepseekV4Config(**sizes, n_routed_experts=256))
+    router.load_state_dict({"weight": weight, "e_score_correction_bias": bias})
+    ids, weights = route(router_logits(hidden, weight), bias, config)
+    with torch.inference_mode():
+        _, theirs, their_ids = router(hidden)
+    order, their_order = ids.argsort(dim=1), their_ids.argsort(dim=1)
+    assert torch.equal(ids.gather(1, order).long(), their_ids.gather(1, their_order))
+    torch.testing.assert_close(weights.gather(1, order), theirs.gather(1, their_order), rtol=1e-6, atol=0)
 
 
 def test_ties_go_to_the_lower_expert_and_the_lower_group() -> None:

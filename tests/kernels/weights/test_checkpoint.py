@@ -500,8 +500,8 @@ def test_a_wrong_dtype_is_named_beside_the_expected_ones(folder: Path) -> None:
 
 
 def test_a_dtype_that_expertd_does_not_know_is_named(tmp_path: Path) -> None:
-    folder = _write_raw(tmp_path, {SCALES: _entry("F8_E8M0", (1, 2), 0, 2)}, bytes(2))
+    folder = _write_raw(tmp_path, {SCALES: _entry("F8_E5M2", (1, 2), 0, 2)}, bytes(2))
     with Checkpoint(folder) as checkpoint:
         assert _refusal(lambda: checkpoint.read(SCALES, (1, 2), F32)) == (
-            f"{folder / SINGLE}: tensor {SCALES}: expected dtype F32, found F8_E8M0"
+            f"{folder / SINGLE}: tensor {SCALES}: expected dtype F32, found F8_E5M2"
         )
