@@ -57,8 +57,6 @@ class Generated:
     tokens: list[list[int]]
     seconds: float
     """Until the engine could be asked."""
-    weights: int
-    """Bytes of a rank's share."""
     log: str
 
 
@@ -78,7 +76,7 @@ def generate(python: Path, model: Path, folder: Path, servers: str = "", **optio
     done = run(python, model, folder, servers, **options)
     assert done.returncode == 0, done.stdout[-6000:]
     told = json.loads((folder / "asked.json").read_text())
-    return Generated(told["tokens"], told["seconds"], told["weights"], done.stdout)
+    return Generated(told["tokens"], told["seconds"], done.stdout)
 
 
 class Api:

@@ -38,11 +38,7 @@ def variables(servers: str = "") -> dict[str, str]:
         "PYTHONPATH": str(ROOT / "src"),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        # A test's function is sent to the workers.
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        # Compiled graphs are traced, and not compiled for the processor, which takes a minute.
-        "VLLM_CPU_CI_ENV": "1",
         # Two workers share what cores there are.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }

@@ -4,12 +4,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-
-def _weights(model: Any) -> int:  # noqa: ANN401
-    """Bytes of a worker's share of the model."""
-    return sum(one.numel() * one.element_size() for one in model.parameters())
 
 
 def main() -> None:
@@ -22,8 +16,7 @@ def main() -> None:
     sampling = SamplingParams(temperature=0, max_tokens=asked["tokens"], detokenize=False, ignore_eos=True)
     prompts = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
     outputs = [one.outputs[0] for one in engine.generate(prompts, sampling, use_tqdm=False)]
-    weights, *_ = engine.apply_model(_weights)
-    told = {"tokens": [list(one.token_ids) for one in outputs], "seconds": loaded, "weights": weights}
+    told = {"tokens": [list(one.token_ids) for one in outputs], "seconds": loaded}
     Path(sys.argv[1]).write_text(json.dumps(told))
 
 

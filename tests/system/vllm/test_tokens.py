@@ -7,9 +7,7 @@ import pytest
 
 from expertd.kernels.model.config import MoeConfig
 from tests.system.vllm.engines import TOKENS, generate, prompts, run, two_servers
-from tests.system.vllm.models import EXPERTS, FAMILIES, continued
-
-BF16 = 2
+from tests.system.vllm.models import FAMILIES, continued
 
 WAYS: dict[str, dict[str, Any]] = {
     # Prompts come in chunks, beginnings are shared, tokens are guessed.
@@ -34,14 +32,11 @@ def test_remote_experts_give_the_tokens_of_local_ones(
     assert remote.tokens == local.tokens
     print(f"{family}: ready in {local.seconds:.1f} s with local experts, {remote.seconds:.1f} s with remote ones")
     config = MoeConfig.from_json(models[family] / "config.json")
-    of_experts = len(config.moe_layers) * EXPERTS * 3 * config.hidden_size * config.moe_intermediate_size * BF16
-    print(f"{family}: {local.weights} bytes of weights with local experts, {remote.weights} a rank with remote ones")
-    assert remote.weights <= local.weights - of_experts
     assert "on expertd servers" not in local.log
     assert f"the experts of {len(config.moe_layers)} layers are on expertd servers" in remote.log
 
 
-def test_a_traced_graph_has_the_calls_in_it(python: Path, models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_compiled_graph_has_the_calls_in_it(python: Path, models: dict[str, Path], tmp_path: Path) -> None:
     with two_servers(models["qwen3_moe"], tmp_path) as servers:
         remote = generate(python, models["qwen3_moe"], tmp_path, servers, enforce_eager=False)
     assert remote.tokens == [continued(prompt, TOKENS) for prompt in prompts()]
