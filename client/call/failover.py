@@ -221,8 +221,7 @@ class LayerCall:
                 result = await _unless_silent(member, call)
                 seconds = time.perf_counter() - started
                 check_receipt(dispatch, result.receipt, address)
-        member.failures = 0
-        member.latency.answered(len(dispatch.tokens), seconds)
+        member.answered(self._layer, len(dispatch.tokens), sum(result.receipt.values()), seconds)
         if self._caller.lateness is not None:
             self._caller.lateness.answered(seconds)
         return Answer(dispatch, result, address, seconds)
