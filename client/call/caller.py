@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expertd import _native
 from expertd.client.call.budget import RetryBudget
-from expertd.client.call.choice import candidates, choose
+from expertd.client.call.choice import Owners, candidates, choose
 from expertd.client.call.hedging import Lateness
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.fleet.member import Member
@@ -51,6 +51,8 @@ class Caller:
         self.lateness = None if config.hedge_quantile is None else Lateness(config.hedge_quantile)
         # Coordinators that start together must not all prefer the same one of two idle replicas.
         self._first = random.random()
+        self._owners: dict[int, Owners] = {}
+        """By layer."""
         self._sole: dict[int, tuple[object, Tensor]] = {}
         """By layer, the choice where there is none to make, and what it was made of."""
         self._counting = threading.Lock()
@@ -89,8 +91,11 @@ class Caller:
     def _choose(self, members: Sequence[Member], ownership: Ownership, layer: int, avoid: Member | None) -> Tensor:
         # Those with as much to do take turns, which also shows how fast they are.
         self._first = (self._first + GOLDEN) % 1.0
-        known = candidates(members, self.config.locality, self._first, time.monotonic())
-        return choose(ownership.owned[layer], known, None if avoid is None else avoid.number)
+        owners = self._owners.get(layer)
+        if owners is None or owners.owned is not ownership.owned[layer]:
+            owners = self._owners[layer] = Owners(ownership.owned[layer])
+        known = candidates(members, self.config.locality, time.monotonic())
+        return choose(owners, known, (self._first, random.random()), None if avoid is None else avoid.number)
 
     def _server(self, member: Member, width: int) -> Server | None:
         segments, shard = member.transport.segments, member.shard
