@@ -268,7 +268,7 @@ def begin(
     servers = caller.servers(tokens.shape[1]) if common and timeout > 0 else []
     if not servers:
         return None
-    chosen = caller.choose(layer, avoid=None)
+    chosen = caller.choose(layer, len(tokens))
     ids, weights, tokens = ids.contiguous(), weights.float().contiguous(), tokens.contiguous()
     addresses = [server.member.transport.address for server in servers]
     attempts = None if config.tracer is None else AttemptSpans(config.tracer, addresses)
