@@ -74,6 +74,7 @@ class Coordinator:
             tasks,
             complete=config.on_missing == "error",
             model_fingerprint=config.model_fingerprint,
+            locality=config.locality,
         )
         try:
             await membership.connect(config.connect_timeout)

@@ -69,12 +69,12 @@ void gather_at(const Place& source, std::size_t count, std::size_t row_bytes, Ad
 }
 
 py::tuple split_at(Address ids, Address weights, std::size_t tokens, std::size_t top_k, Address owner,
-                   std::size_t experts, const std::array<Address, 3>& out) {
+                   std::size_t experts, std::size_t shares, const std::array<Address, 3>& out) {
   std::vector<std::int32_t> orphans;
   const Choice choice{values<std::int32_t>(ids, tokens * top_k), values<float>(weights, tokens * top_k), top_k};
   const Parts parts{at<std::int64_t>(out[0]), at<std::int32_t>(out[1]), at<float>(out[2])};
-  const auto counts =
-      unlocked(tokens * top_k * 8, [&] { return split(choice, values<std::int64_t>(owner, experts), parts, orphans); });
+  const Shares owners{values<std::int64_t>(owner, shares * experts), experts};
+  const auto counts = unlocked(tokens * top_k * 8, [&] { return split(choice, owners, parts, orphans); });
   return py::make_tuple(counts, orphans);
 }
 

@@ -20,6 +20,7 @@ from expertd.kernels.weights.experts import read_expert
 from expertd.kernels.weights.ledger import Ledger
 from expertd.proto import codec
 from expertd.proto.codec import ShardInfo
+from expertd.server.admin import counting
 from expertd.server.admin.service import AdminDoor
 from expertd.server.admin.update import Updater
 from expertd.server.app import Server
@@ -164,7 +165,7 @@ def assemble(
         executor.info = owning(executor.info, shard, ledger)
         metrics.placement.info(placement_of(executor.info))
 
-    updater = Updater(checkpoint, ledger, backend, device, engine, metrics.new_tasks(), switch, shard)
+    updater = Updater(checkpoint, ledger, backend, device, engine, metrics, switch, shard)
     local = _local_door(config, metrics, socket_name, tickets, engine, Gpu(device, cuda))
     front_ends = _front_ends(config, metrics, info, executor)
     entrance = GrpcDoor(config.listen, execution, make_grpc_server, add_port)
@@ -212,6 +213,8 @@ def _local_door(
 def _admin_door(config: ServerConfig, updater: Updater, metrics: Metrics) -> AdminDoor | None:
     if config.admin_listen is None:
         return None
+    counting.export(metrics)
+    metrics.updates_in_flight.set_function(lambda: updater.busy)
     own = replace(config, listen=config.admin_listen, auth_token_file=config.admin_token_file)
     return AdminDoor(config.admin_listen, updater, ServerSecurity(own, metrics.security_file_errors.inc))
 
@@ -240,6 +243,7 @@ def _pages(
     metrics.queue_tokens.set_function(lambda: engine.queued_tokens)
     metrics.ready.set_function(lambda: engine.closed_because is None)
     metrics.placement.info(placement_of(info))
+    metrics.placement_epoch.set_function(lambda: engine.placement.epoch)
     metrics.owned.set_function(journal.owned_shares)
     if config.per_expert_metrics:
         metrics.export(metrics.expert_pairs)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expertd import _native
 from expertd.client.call.budget import RetryBudget
-from expertd.client.call.choice import candidates, choose
+from expertd.client.call.choice import Owners, candidates, choose
 from expertd.client.call.hedging import Lateness
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.fleet.member import Member
@@ -51,20 +51,23 @@ class Caller:
         self.lateness = None if config.hedge_quantile is None else Lateness(config.hedge_quantile)
         # Coordinators that start together must not all prefer the same one of two idle replicas.
         self._first = random.random()
+        self._owners: dict[int, Owners] = {}
+        """By layer."""
         self._sole: dict[int, tuple[object, Tensor]] = {}
         """By layer, the choice where there is none to make, and what it was made of."""
         self._counting = threading.Lock()
         self._servers: dict[int, Server] = {}
 
-    def choose(self, layer: int, avoid: Member | None) -> Tensor:
-        """[n_routed_experts] int64: number of the member to ask for each expert, or `NOBODY`; `avoid` only in need."""
+    def choose(self, layer: int, tokens: int, avoid: Member | None = None) -> Tensor:
+        """[shares, n_routed_experts] int64: number of the member to ask for each expert, or `NOBODY`, for as many
+        shares of the `tokens` of a batch. Where one is to `avoid`, it is asked only in need, and there is one share."""
         members, ownership = self.membership.known
         if layer in ownership.replicated:
-            return self._choose(members, ownership, layer, avoid)
+            return self._choose(members, ownership, layer, tokens, avoid)
         state = ownership, tuple(member.in_use for member in members)
         made_of, chosen = self._sole.get(layer, (None, None))
         if chosen is None or made_of != state:
-            chosen = self._choose(members, ownership, layer, avoid)
+            chosen = self._choose(members, ownership, layer, tokens, avoid)
             self._sole[layer] = state, chosen
         return chosen
 
@@ -86,11 +89,17 @@ class Caller:
             for member, count in tokens:
                 member.outstanding_tokens += sign * count
 
-    def _choose(self, members: Sequence[Member], ownership: Ownership, layer: int, avoid: Member | None) -> Tensor:
+    def _choose(
+        self, members: Sequence[Member], ownership: Ownership, layer: int, tokens: int, avoid: Member | None
+    ) -> Tensor:
         # Those with as much to do take turns, which also shows how fast they are.
         self._first = (self._first + GOLDEN) % 1.0
-        known = candidates(members, self.config.locality, self._first, time.monotonic())
-        return choose(ownership.owned[layer], known, None if avoid is None else avoid.number)
+        owners = self._owners.get(layer)
+        if owners is None or owners.owned is not ownership.owned[layer]:
+            owners = self._owners[layer] = Owners(ownership.owned[layer])
+        known = candidates(members, self.config.locality, time.monotonic())
+        draws = self._first, random.random()
+        return choose(owners, known, draws, tokens, None if avoid is None else avoid.number)
 
     def _server(self, member: Member, width: int) -> Server | None:
         segments, shard = member.transport.segments, member.shard

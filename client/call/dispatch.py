@@ -75,7 +75,8 @@ class Contribution:
 def plan_dispatch(expert_ids: Tensor, weights: Tensor, chosen: Tensor) -> list[Dispatch]:
     """Split [T, k] global ids and weights by server; ascending server, each (token, expert) pair in exactly one.
 
-    `chosen` is [n_routed_experts] int64: the server that is to compute each expert, or `NOBODY`. Raises `Unavailable`,
+    `chosen` is [shares, n_routed_experts] int64: the server that is to compute each expert, or `NOBODY`, for as many
+    shares of the tokens, one after another. Raises `Unavailable`,
     naming them, for experts that nobody computes now.
     """
     parts, orphans = split_by_owner(expert_ids, weights, chosen)
@@ -85,9 +86,10 @@ def plan_dispatch(expert_ids: Tensor, weights: Tensor, chosen: Tensor) -> list[D
 
 
 def leave_out(work: Work, chosen: Tensor) -> tuple[Work, Work]:
-    """`work` without the experts that nobody computes, and those alone; `chosen` as for `plan_dispatch`."""
+    """`work` without the experts that nobody computes, of any share, and those alone; `chosen` as for
+    `plan_dispatch`."""
     wanted = work.expert_ids >= 0
-    orphaned = (chosen[work.expert_ids.long()] == NOBODY) & wanted
+    orphaned = (chosen[0, work.expert_ids.long()] == NOBODY) & wanted
 
     def only(pairs: Tensor) -> Work:
         return replace(

@@ -89,7 +89,7 @@ class LayerCall:
         if attempt > 1:
             await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempt - 2) * random.uniform(0.5, 1.5))
         while True:
-            chosen = self._caller.choose(self._layer, avoid=failed.member if failed else None)
+            chosen = self._caller.choose(self._layer, len(work.tokens), failed.member if failed else None)
             try:
                 parts = self._parts(work, chosen)
             except Unavailable as nobody:
@@ -189,7 +189,7 @@ class LayerCall:
     def _others(self, member: Member, dispatch: Dispatch) -> list[Part]:
         """How servers beside `member` would compute `dispatch`; empty when they cannot."""
         try:
-            parts = self._parts(dispatch, self._caller.choose(self._layer, avoid=member))
+            parts = self._parts(dispatch, self._caller.choose(self._layer, len(dispatch.tokens), member))
         except Unavailable:
             return []
         return [] if any(other is member for other, _ in parts) else parts
@@ -221,8 +221,7 @@ class LayerCall:
                 result = await _unless_silent(member, call)
                 seconds = time.perf_counter() - started
                 check_receipt(dispatch, result.receipt, address)
-        member.failures = 0
-        member.latency.answered(len(dispatch.tokens), seconds)
+        member.answered(self._layer, len(dispatch.tokens), sum(result.receipt.values()), seconds)
         if self._caller.lateness is not None:
             self._caller.lateness.answered(seconds)
         return Answer(dispatch, result, address, seconds)

@@ -46,6 +46,7 @@ class StraightCall:
     def __init__(
         self,
         caller: Caller,
+        layer: int,
         call: _native.StraightCall,
         servers: Sequence[Server],
         shape: torch.Size,
@@ -58,6 +59,7 @@ class StraightCall:
         rows = self._out.view(-1, shape[-1])
         self._to = place(rows, rows.dtype, rows.shape)
         self._caller = caller
+        self._layer = layer
         self._call = call
         self._servers = {server.member.number: server for server in servers}
         self._timeout = self._left = timeout
@@ -191,9 +193,8 @@ class StraightCall:
         self, number: int, tokens: int, pairs: int, seconds: float, stages: tuple[float, float, float, float, float]
     ) -> ServerReport:
         member = self._servers[number].member
-        member.failures = 0
         member.transport.heard = time.monotonic()
-        member.latency.answered(tokens, seconds)
+        member.answered(self._layer, tokens, pairs, seconds)
         self._count(member, "ok", seconds)
         self._end(member, tokens)
         return ServerReport(member.transport.address, tokens, pairs, seconds, StageTimings(*stages))
@@ -267,7 +268,7 @@ def begin(
     servers = caller.servers(tokens.shape[1]) if common and timeout > 0 else []
     if not servers:
         return None
-    chosen = caller.choose(layer, avoid=None)
+    chosen = caller.choose(layer, len(tokens))
     ids, weights, tokens = ids.contiguous(), weights.float().contiguous(), tokens.contiguous()
     addresses = [server.member.transport.address for server in servers]
     attempts = None if config.tracer is None else AttemptSpans(config.tracer, addresses)
@@ -275,4 +276,4 @@ def begin(
     terms = Terms(layer, config.hidden_dtype, config.reply_dtype, next(caller.request_ids), timeout, traceparents)
     owners = [server.owner for server in servers]
     call = begin_call(owners, tokens, ids, weights, terms, chosen=chosen, looped=looped)
-    return None if call is None else StraightCall(caller, call, servers, shape, timeout, attempts)
+    return None if call is None else StraightCall(caller, layer, call, servers, shape, timeout, attempts)

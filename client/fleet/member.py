@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from expertd.client.fleet.latency import Latency
+from expertd.client.fleet.load import Load
 from expertd.client.transport.interface import Transport
 from expertd.proto.base.errors import (
     Cancelled,
@@ -42,6 +43,7 @@ class Member:
     """Why it went out of use."""
     outstanding_tokens: int = 0
     latency: Latency = field(default_factory=Latency)
+    load: Load = field(default_factory=Load)
     weight: float = 1.0
     """How much more than others what it has to do counts, as it takes longer for it."""
     slow: bool = False
@@ -54,6 +56,12 @@ class Member:
     """Each gives up an attempt that waits for this server."""
     lost: asyncio.Event = field(default_factory=asyncio.Event)
     follower: asyncio.Task[None] | None = None
+
+    def answered(self, layer: int, tokens: int, pairs: int, seconds: float) -> None:
+        """It has computed something within `seconds`. Any thread."""
+        self.failures = 0
+        self.latency.answered(tokens, seconds)
+        self.load.add(layer, pairs)
 
     def reached(self, device: torch.device) -> str:
         """How calls with tensors on `device` reach it now, for metrics."""

@@ -50,10 +50,12 @@ class Membership:
         *,
         complete: bool,
         model_fingerprint: str | None = None,
+        locality: str = "",
     ) -> None:
         """`tasks` are closed with it. With `complete`, connecting fails unless every expert has an owner.
 
         Servers of other models than that with `model_fingerprint` are never used; without it, see `choose_model`.
+        `locality` is where the coordinator is.
         """
         self.members: dict[int, Member] = {}
         self._discovery = discovery
@@ -61,6 +63,7 @@ class Membership:
         self._tasks = tasks
         self._complete = complete
         self._pinned = model_fingerprint
+        self._locality = locality
         self._known: tuple[tuple[Member, ...], Ownership] | None = None
         self._ever_owned: dict[int, Tensor] = {}
         self._next_number = 0
@@ -93,6 +96,21 @@ class Membership:
             int((ever & ~owned[layer][rows].any(dim=0)).sum()) if layer in owned else int(ever.sum())
             for layer, ever in tuple(self._ever_owned.items())
         )
+
+    def loads(self) -> dict[tuple[str, int], dict[str, float]]:
+        """Pairs of the last minutes by model and layer, and then by server: of those in use that own experts of the
+        layer, where there are any in this locality of them alone. Any thread."""
+        if self._known is None:
+            return {}
+        members, ownership = self._known
+        using = [(member, member.shard) for member in members if member.in_use and member.shard is not None]
+        near = [(member, shard) for member, shard in using if self._locality in ("", shard.locality)]
+        loads: dict[tuple[str, int], dict[str, float]] = {}
+        for member, shard in near or using:
+            for layer in shard.layers:
+                key = ownership.model_fingerprint, layer
+                loads.setdefault(key, {})[member.transport.address] = member.load.lately(layer)
+        return loads
 
     async def connect(self, timeout: float) -> None:
         """Ask every server, for at most `timeout` seconds; those that have not answered by then are probed.

@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from expertd.client.telemetry.attempts import Attempts
+from expertd.client.telemetry.balance import Balance, Loads
 from expertd.proto.base.buckets import eight_a_decade
 from expertd.proto.base.errors import OUTCOMES
 
@@ -39,6 +40,9 @@ class Fleet(Protocol):
 
     def count_ownerless(self) -> int:
         """Experts, counted in each layer, that had a server and have none in use."""
+
+    def loads(self) -> Loads:
+        """What the servers computed lately that own experts of a layer, those that computed nothing too."""
 
 
 class Waited(NamedTuple):
@@ -118,6 +122,7 @@ class CoordinatorMetrics:
             servers.labels(standing).set_function(partial(self._count, standing))
         if registry is not None:
             registry.register(_Certificates(self._followed.values))
+            registry.register(Balance(lambda: [fleet.loads() for fleet in tuple(self._followed)]))
         self._background = counter(
             "expertd_coordinator_background_errors",
             "Failures of what finds and watches servers in the background, each logged as an error; it begins again.",

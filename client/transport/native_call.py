@@ -46,8 +46,9 @@ def begin(
 ) -> _native.StraightCall | None:
     """Send [T, H] hidden states with contiguous [T, k] int32 or int64 ids and float32 weights, all on the CPU.
 
-    They go to the `chosen` owner of each expert, [n_routed_experts] int64, or all to the only one. With `scales`
-    [T, H/128] hidden states are FP8 already. None where the straight way is none, whatever the reason.
+    They go to the `chosen` owner of each expert, [shares, n_routed_experts] int64, for as many shares of the
+    tokens, one after another, or all to the only one. With `scales` [T, H/128] hidden states
+    are FP8 already. None where the straight way is none, whatever the reason.
     """
     pairs, (tokens, width) = ids.numel(), hidden.shape
     return _native.StraightCall.begin(
@@ -60,7 +61,8 @@ def begin(
         ids.dtype == torch.int64,
         vector(weights, torch.float32, pairs),
         ids.shape[1],
-        0 if chosen is None else vector(chosen, torch.int64, len(chosen)),
+        0 if chosen is None else vector(chosen.reshape(-1), torch.int64, chosen.numel()),
+        0 if chosen is None else chosen.shape[1],
         0 if chosen is None else len(chosen),
         NO_SCALES if scales is None else place(scales, torch.float32, scales.shape),
         terms.layer,

@@ -66,10 +66,11 @@ def gather(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def split_by_owner(ids: Tensor, weights: Tensor, owner: Tensor) -> tuple[list[tuple[int, list[Tensor]]], list[int]]:
-    """Sort [T, k] int32 ids, -1 for none, and float32 weights by server, as `owner` [n_routed_experts] int64 has it.
+    """Sort [T, k] int32 ids, -1 for none, and float32 weights by server, as `owner` has it.
 
-    Returns (server, [[n] int64 tokens, [n, k] int32 ids, [n, k] float32 weights]), ascending, and the chosen experts
-    that nobody owns; with any of these there is nothing else.
+    That is [shares, n_routed_experts] int64: for as many shares of the tokens, one after another and as equal as can
+    be. Returns (server, [[n] int64 tokens, [n, k] int32 ids, [n, k] float32 weights]), ascending, and the chosen
+    experts that nobody owns; with any of these there is nothing else.
     """
     tokens, top_k = ids.shape
     room = tokens * top_k
@@ -80,7 +81,8 @@ def split_by_owner(ids: Tensor, weights: Tensor, owner: Tensor) -> tuple[list[tu
         vector(weights, torch.float32, room),
         tokens,
         top_k,
-        vector(owner, torch.int64, len(owner)),
+        vector(owner.reshape(-1), torch.int64, owner.numel()),
+        owner.shape[1],
         len(owner),
         (out[0].data_ptr(), out[1].data_ptr(), out[2].data_ptr()),
     )

@@ -47,9 +47,9 @@ struct Begun {
 
 std::unique_ptr<Begun> begin(std::vector<std::shared_ptr<Owner>> owners, const Place& hidden, int format, size_t tokens,
                              size_t width, Address ids, bool wide, Address weights, size_t top_k, Address owner,
-                             size_t experts, const Place& scales, uint32_t layer, int hidden_dtype, int reply_dtype,
-                             uint64_t request_id, std::optional<double> timeout, std::vector<std::string> traceparents,
-                             bool looped) {
+                             size_t experts, size_t shares, const Place& scales, uint32_t layer, int hidden_dtype,
+                             int reply_dtype, uint64_t request_id, std::optional<double> timeout,
+                             std::vector<std::string> traceparents, bool looped) {
   auto begun = std::make_unique<Begun>();
   const auto allocate = [&begun](size_t size) {
     const py::gil_scoped_acquire held;
@@ -75,7 +75,7 @@ std::unique_ptr<Begun> begin(std::vector<std::shared_ptr<Owner>> owners, const P
                       .top_k = top_k,
                       .ids = {wide ? narrowed.data() : at<const int32_t>(ids), pairs},
                       .weights = values<float>(weights, pairs),
-                      .owner = values<int64_t>(owner, experts),
+                      .shares = {values<int64_t>(owner, shares * experts), experts},
                       .scales = rows(scales)};
   const Terms terms{.layer = layer,
                     .hidden = static_cast<Dtype>(hidden_dtype),

@@ -13,7 +13,6 @@
 #include "request/layout.h"
 #include "tokens/finite.h"
 #include "tokens/quantize.h"
-#include "tokens/split.h"
 #include "tokens/sum.h"
 
 namespace expertd {
@@ -51,7 +50,7 @@ bool is_choice(std::span<const int32_t> row, size_t experts) {
 
 bool are_choices(const Routed& routed) {
   for (size_t token = 0; token < routed.tokens; ++token) {
-    if (!is_choice(routed.ids.subspan(token * routed.top_k, routed.top_k), routed.owner.size())) return false;
+    if (!is_choice(routed.ids.subspan(token * routed.top_k, routed.top_k), routed.shares.experts)) return false;
   }
   return std::all_of(routed.weights.begin(), routed.weights.end(), [](float weight) { return std::isfinite(weight); });
 }
@@ -63,7 +62,7 @@ std::unique_ptr<StraightCall> StraightCall::begin(std::vector<const Owner*> owne
   const bool writable = terms.hidden == Dtype::kFloat8E4M3FN || format_of(terms.hidden) == routed.format;
   const bool has_blocks = terms.hidden == Dtype::kFloat8E4M3FN || terms.reply == Dtype::kFloat8E4M3FN;
   if (!writable || (has_blocks && routed.width % QUANTIZATION_BLOCK != 0) || !format_of(terms.reply) ||
-      !(routed.owner.empty() || are_choices(routed)))
+      !(routed.shares.experts == 0 || are_choices(routed)))
     return nullptr;
   std::unique_ptr<StraightCall> call(new StraightCall(std::move(owners), routed, terms));
   if (!call->plan() || !call->take_room()) return nullptr;
@@ -73,7 +72,7 @@ std::unique_ptr<StraightCall> StraightCall::begin(std::vector<const Owner*> owne
   call->routed_.hidden = call->routed_.scales = {};
   call->routed_.ids = {};
   call->routed_.weights = {};
-  call->routed_.owner = {};
+  call->routed_.shares = {};
   return call;
 }
 
@@ -90,12 +89,12 @@ StraightCall::~StraightCall() {
 
 bool StraightCall::plan() {
   const size_t pairs = routed_.ids.size();
-  if (routed_.owner.empty()) return plan_whole();
+  if (routed_.shares.experts == 0) return plan_whole();
   tokens_ = std::make_unique_for_overwrite<int64_t[]>(pairs);
   ids_ = std::make_unique_for_overwrite<int32_t[]>(pairs * routed_.top_k);
   weights_ = std::make_unique_for_overwrite<float[]>(pairs * routed_.top_k);
   std::vector<int32_t> orphans;
-  const auto planned = split({routed_.ids, routed_.weights, routed_.top_k}, routed_.owner,
+  const auto planned = split({routed_.ids, routed_.weights, routed_.top_k}, routed_.shares,
                              {tokens_.get(), ids_.get(), weights_.get()}, orphans);
   size_t first = 0;
   for (const auto& [number, rows] : planned) {

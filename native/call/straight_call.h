@@ -21,12 +21,13 @@
 #include "request/rules.h"
 #include "tokens/number.h"
 #include "tokens/rows.h"
+#include "tokens/split.h"
 
 namespace expertd {
 
 // A server: how it is reached, and what requests to it say.
 struct Owner {
-  int64_t number;                                  // by which `Routed::owner` names it
+  int64_t number;                                  // by which `Routed::shares` name it
   std::vector<std::shared_ptr<ClientLane>> lanes;  // none: it gets messages
   std::string fingerprint;
   std::optional<uint64_t> epoch;
@@ -42,8 +43,7 @@ struct Routed {
   size_t tokens, width, top_k;
   std::span<const int32_t> ids;    // [tokens, top_k]: global experts, -1 for none
   std::span<const float> weights;  // [tokens, top_k]
-  std::span<const int64_t> owner;  // [experts]: the number of each expert's server, negative for nobody. Of none, all
-                                   // tokens, whatever their ids, go to the only server.
+  Shares shares;                   // by number. Of no experts, all tokens, whatever their ids, go to the only server.
   Rows scales{};                   // [tokens, width / 128] FP32: hidden states are quantised already
 };
 

@@ -14,10 +14,10 @@ struct Server {
   std::size_t newest = NONE;  // the last token that it got
 };
 
-// Calls `use(pair, owner)` for every pair. Throws std::out_of_range for an expert that `owner` lacks.
+// Calls `use(pair, owner)` for every pair of one token. Throws std::out_of_range for an expert that `owner` lacks.
 template <typename Use>
-void for_each_pair(const Choice& choice, std::span<const std::int64_t> owner, const Use& use) {
-  for (std::size_t pair = 0; pair < choice.ids.size(); ++pair) {
+void for_each_of(const Choice& choice, std::size_t token, std::span<const std::int64_t> owner, const Use& use) {
+  for (std::size_t pair = token * choice.top_k; pair < (token + 1) * choice.top_k; ++pair) {
     const std::int32_t id = choice.ids[pair];
     if (id < 0) continue;
     if (static_cast<std::size_t>(id) >= owner.size()) throw std::out_of_range("expert " + std::to_string(id));
@@ -25,15 +25,24 @@ void for_each_pair(const Choice& choice, std::span<const std::int64_t> owner, co
   }
 }
 
+// The same for every pair.
+template <typename Use>
+void for_each_pair(const Choice& choice, const Shares& shares, const Use& use) {
+  const std::size_t tokens = choice.top_k ? choice.ids.size() / choice.top_k : 0;
+  for (std::size_t token = 0; token < tokens; ++token) {
+    for_each_of(choice, token, shares.experts ? shares.of(token, tokens) : shares.owner, use);
+  }
+}
+
 }  // namespace
 
-std::vector<std::pair<std::int64_t, std::size_t>> split(const Choice& choice, std::span<const std::int64_t> owner,
-                                                        const Parts& out, std::vector<std::int32_t>& orphans) {
+std::vector<std::pair<std::int64_t, std::size_t>> split(const Choice& choice, const Shares& shares, const Parts& out,
+                                                        std::vector<std::int32_t>& orphans) {
   const std::size_t top_k = choice.top_k;
-  const auto last = std::max_element(owner.begin(), owner.end());
-  std::vector<Server> servers(last == owner.end() ? 0
-                                                  : static_cast<std::size_t>(std::max<std::int64_t>(*last, -1) + 1));
-  for_each_pair(choice, owner, [&](std::size_t pair, std::int64_t server) {
+  const auto last = std::max_element(shares.owner.begin(), shares.owner.end());
+  std::vector<Server> servers(
+      last == shares.owner.end() ? 0 : static_cast<std::size_t>(std::max<std::int64_t>(*last, -1) + 1));
+  for_each_pair(choice, shares, [&](std::size_t pair, std::int64_t server) {
     if (server < 0) return orphans.push_back(choice.ids[pair]);
     Server& mine = servers[static_cast<std::size_t>(server)];
     mine.rows += mine.newest != pair / top_k;
@@ -50,7 +59,7 @@ std::vector<std::pair<std::int64_t, std::size_t>> split(const Choice& choice, st
   }
   std::fill_n(out.ids, rows * top_k, -1);
   std::fill_n(out.weights, rows * top_k, 0.0f);
-  for_each_pair(choice, owner, [&](std::size_t pair, std::int64_t server) {
+  for_each_pair(choice, shares, [&](std::size_t pair, std::int64_t server) {
     Server& mine = servers[static_cast<std::size_t>(server)];
     if (mine.newest != pair / top_k) {
       mine.newest = pair / top_k;

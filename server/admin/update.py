@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -17,11 +18,12 @@ from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
 from expertd.kernels.weights.experts import layer_bytes, load_layer
 from expertd.kernels.weights.ledger import Ledger
 from expertd.proto.base.errors import InvalidBatch, Overloaded, ServerFault, StalePlacement, Unavailable
-from expertd.proto.base.tasks import Tasks
+from expertd.server.admin.counting import counted
 from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.loading import read_again
 from expertd.server.scheduling.selfcheck import SelfCheckFailed, self_check
 from expertd.server.scheduling.shard import Shard
+from expertd.server.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.01
@@ -52,7 +54,7 @@ class Updater:
         backend: Backend,
         device: DeviceOwner,
         engine: Engine,
-        tasks: Tasks,
+        metrics: Metrics,
         switch: Callable[[Shard], None],
         shard: Shard,
     ) -> None:
@@ -64,7 +66,8 @@ class Updater:
         self._backend = backend
         self._device = device
         self._engine = engine
-        self._tasks = tasks
+        self._metrics = metrics
+        self._tasks = metrics.new_tasks()
         self._switch = switch
         self.busy = False
         self._keys = itertools.count(1 + max(checkpoint.config.moe_layers))
@@ -75,6 +78,12 @@ class Updater:
         Raises `InvalidBatch`, `StalePlacement`, `Overloaded`, `Unavailable` or `ServerFault`; then, as when it is
         closed before the last `Progress`, nothing has changed.
         """
+        with counted(self._metrics):
+            async with contextlib.aclosing(self._run(epoch, wanted)) as updating:
+                async for progress in updating:
+                    yield progress
+
+    async def _run(self, epoch: int, wanted: Owned) -> AsyncGenerator[Progress, None]:
         if self._engine.closed_because is not None:
             raise Unavailable(self._engine.closed_because)
         changed = self._changes(epoch, wanted)
@@ -136,6 +145,7 @@ class Updater:
 
         def advance(size: int) -> None:
             read[0] += size
+            self._metrics.update_bytes.inc(size)
 
         yield Progress(0, total, 0, len(changed))
         for ready, (layer, experts) in enumerate(changed.items(), 1):

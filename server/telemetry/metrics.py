@@ -9,7 +9,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, TypeAlias
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Summary
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -136,6 +136,9 @@ class Metrics:
         )
         self.build = Info("expertd_build", "What is running.", registry=registry)
         self.placement = Info("expertd_placement", "What is owned.", registry=registry)
+        self.placement_epoch = gauge(
+            "expertd_placement_epoch", "When what is owned was last changed: Unix time in us, as GetShard tells it."
+        )
         self.owned = Asked(
             GaugeMetricFamily,
             "expertd_expert_owned",
@@ -153,6 +156,23 @@ class Metrics:
         self.export(self.batch_tokens, self.queue_wait, self.load_balance, self.log_lines_dropped)
 
         # What not every server has: `export` it where it is there.
+        self.updates = Counter(
+            "expertd_placement_updates",
+            "Changes of what is owned by outcome: ok, or the gRPC status of the error; cancelled when who asked left.",
+            ["outcome"],
+            registry=None,
+        )
+        self.updates_in_flight = Gauge(
+            "expertd_placement_updates_in_flight", "Changes of what is owned that are under way.", registry=None
+        )
+        self.update_seconds = Summary(
+            "expertd_placement_update_seconds",
+            "Seconds of changes of what is owned, until the former weights were freed.",
+            registry=None,
+        )
+        self.update_bytes = Counter(
+            "expertd_placement_update_read_bytes", "Bytes of weights read for changes of what is owned.", registry=None
+        )
         self.expert_pairs = Asked(
             CounterMetricFamily, "expertd_expert_pairs", "(token, expert) pairs computed.", ["layer", "expert"]
         )

@@ -62,11 +62,12 @@ def gather(source: Place, rows: int, row_bytes: int, indices: int, count: int, o
     """out[i] = source[indices[i]] for [count] int64 indices; `IndexError` unless all are from 0 to `rows` - 1."""
 
 def split(
-    ids: int, weights: int, tokens: int, top_k: int, owner: int, experts: int, out: tuple[int, int, int], /
+    ids: int, weights: int, tokens: int, top_k: int, owner: int, experts: int, shares: int, out: tuple[int, int, int], /
 ) -> tuple[list[tuple[int, int]], list[int]]:
     """Sort [tokens, top_k] int32 ids, negative for none, and FP32 weights by their experts' servers.
 
-    `owner` is [experts] int64: each expert's server, negative for nobody. `out` has room for tokens * top_k rows of
+    `owner` is [shares, experts] int64: each expert's server, negative for nobody, for as many shares of the tokens, one
+    after another and as equal as can be. `out` has room for tokens * top_k rows of
     int64 tokens, int32 ids [top_k] and FP32 weights [top_k]; they are written server by server, tokens ascending, -1
     and 0 where a pair is another server's. Returns (server, rows), ascending, and the chosen experts that nobody owns:
     with any, nothing is written. `IndexError` for an id that `owner` lacks.
@@ -554,6 +555,7 @@ class StraightCall:
         top_k: int,
         owner: int,
         experts: int,
+        shares: int,
         scales: Place,
         layer: int,
         hidden_dtype: int,
@@ -566,10 +568,10 @@ class StraightCall:
     ) -> StraightCall | None:
         """Post the requests of [tokens, width] hidden states.
 
-        `ids` are [tokens, top_k] int32, or int64 if `wide`, `weights` float32, `owner` [experts] int64: the number of
-        each expert's owner, negative for nobody. Without experts all tokens go to the only owner; with `scales`, whose
-        address is otherwise 0, `hidden` is float8_e4m3fn. There is a traceparent for each owner, or none. None where
-        the straight way is none, whatever the reason.
+        `ids` are [tokens, top_k] int32, or int64 if `wide`, `weights` float32, `owner` [shares, experts] int64: the
+        number of each expert's owner, as for `split`. Without experts all tokens go to the only owner; with
+        `scales`, whose address is otherwise 0, `hidden` is float8_e4m3fn. There is a traceparent for each owner, or
+        none. None where the straight way is none, whatever the reason.
         """
 
     @property

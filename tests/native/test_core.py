@@ -169,7 +169,7 @@ def test_a_row_beyond_the_source_is_refused(index: int) -> None:
 def test_an_expert_beyond_the_owners_is_refused() -> None:
     ids, weights, owner = np.array([[0, 9]], np.int32), np.ones((1, 2), np.float32), np.zeros(4, np.int64)
     with pytest.raises(IndexError, match="expert 9"):
-        _native.split(address(ids), address(weights), 1, 2, address(owner), 4, (0, 0, 0))
+        _native.split(address(ids), address(weights), 1, 2, address(owner), 4, 1, (0, 0, 0))
 
 
 def large_sum(seed: int) -> tuple[Array, Array]:

@@ -30,20 +30,21 @@ def pairs_of(ids: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor) -> 
     tokens=st.integers(1, 40),
     top_k=st.integers(1, 6),
     servers=st.integers(1, 5),
+    shares=st.integers(1, 5),
     seed=st.integers(0, 2**32),
     absent=st.sampled_from([0.0, 0.3, 1.0]),
     part=st.integers(1, 50),
 )
 def test_every_pair_goes_to_its_owner_exactly_once(
-    tokens: int, top_k: int, servers: int, seed: int, absent: float, part: int
+    tokens: int, top_k: int, servers: int, shares: int, seed: int, absent: float, part: int
 ) -> None:
     ids = random_ids(tokens, top_k, seed, absent)
     weights = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(seed))
-    owner = torch.randint(servers, (EXPERTS,), generator=torch.Generator().manual_seed(seed + 1))
+    owner = torch.randint(servers, (shares, EXPERTS), generator=torch.Generator().manual_seed(seed + 1))
     parts = [piece for whole in plan_dispatch(ids, weights, owner) for piece in whole.split(part)]
     sent = [(piece.server, pair) for piece in parts for pair in pairs_of(piece.expert_ids, piece.weights, piece.tokens)]
     assert sorted(pair for _, pair in sent) == sorted(pairs_of(ids, weights, torch.arange(tokens)))
-    assert all(server == owner[expert] for server, (_, expert, _) in sent)
+    assert all(server == owner[token * shares // tokens, expert] for server, (token, expert, _) in sent)
     for piece in parts:
         assert 1 <= len(piece.tokens) <= part
         assert (piece.expert_ids >= 0).any(dim=1).all(), "no token travels for nothing"
@@ -51,7 +52,7 @@ def test_every_pair_goes_to_its_owner_exactly_once(
 
 
 def test_a_group_limited_token_goes_to_one_server_a_group() -> None:
-    owner = torch.arange(256) // 32
+    owner = torch.arange(256)[None] // 32
     ids = torch.tensor([[0, 1, 33, 34, 65, 66, 97, 98]], dtype=torch.int32)
     assert [d.server for d in plan_dispatch(ids, torch.ones(1, 8), owner)] == [0, 1, 2, 3]
 

@@ -305,7 +305,7 @@ int main(int, char** argv) {
                         batch.top_k,
                         batch.ids,
                         batch.weights,
-                        owner};
+                        {owner, kExperts}};
     const Terms terms{3, Dtype::kBFloat16, Dtype::kFloat32, static_cast<uint64_t>(round) * 100 + 1, 1'000'000};
     const bool looped = random() % 2;
     const auto sent = std::make_shared<Sent>();

@@ -33,6 +33,7 @@ from expertd.proto.base.errors import (
     Unauthenticated,
     UnknownExpert,
 )
+from expertd.server.admin.counting import OUTCOMES
 from expertd.server.admin.service import AdminDoor
 from expertd.server.app import Server
 from expertd.server.options.config import InvalidOption
@@ -52,10 +53,10 @@ async def update(
 ) -> int:
     """The new epoch."""
     current = server.info.placement_epoch if epoch is None else epoch
-    told = [response async for response in update_shard(admin_of(server), security, current, experts)]
-    assert told[-1].read_bytes == told[-1].total_bytes
-    assert [response.ready_layers for response in told] == [*range(len(told) - 1), len(told) - 2]
-    return told[-1].done.placement_epoch
+    heard = [response async for response in update_shard(admin_of(server), security, current, experts)]
+    assert heard[-1].read_bytes == heard[-1].total_bytes
+    assert [response.ready_layers for response in heard] == [*range(len(heard) - 1), len(heard) - 2]
+    return heard[-1].done.placement_epoch
 
 
 def held(server: Server) -> set[int]:
@@ -175,6 +176,40 @@ async def slow_server(model: Path) -> Any:  # noqa: ANN401
 WANTED = {1: range(16), 2: range(16)}
 
 
+def told(server: Server, name: str, **labels: str) -> float:
+    """What `/metrics` says of updates."""
+    value = server.metrics.registry.get_sample_value(f"expertd_placement_{name}", labels)
+    assert value is not None, name
+    return value
+
+
+def outcomes(server: Server) -> dict[str, float]:
+    """Of updates, those that there were."""
+    return {outcome: count for outcome in OUTCOMES if (count := told(server, "updates_total", outcome=outcome))}
+
+
+async def test_updates_are_counted_with_what_they_read(small_model: Path) -> None:
+    async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
+        assert outcomes(server) == {}
+        epoch = told(server, "epoch")
+        assert epoch == server.info.placement_epoch
+        await update(server, {1: range(10)})
+        # Two experts: the others were here. An expert is read once.
+        read = told(server, "update_read_bytes_total")
+        await update(server, {1: range(14)})
+        assert told(server, "update_read_bytes_total") == 3 * read > 0
+        with pytest.raises(StalePlacement):
+            await update(server, {1: range(8)}, epoch=int(epoch))
+        assert outcomes(server) == {"ok": 2, "aborted": 1}
+        assert told(server, "epoch") == server.info.placement_epoch > epoch
+        assert told(server, "update_seconds_count") == 2
+        assert 0 < told(server, "update_seconds_sum") < 60
+        assert told(server, "updates_in_flight") == 0
+    async with running_server(small_model, range(8)) as server:
+        with pytest.raises(AssertionError, match="updates_in_flight"):
+            told(server, "updates_in_flight")
+
+
 async def test_one_at_a_time_and_who_leaves_leaves_it_as_it_was(small_model: Path) -> None:
     async with slow_server(small_model) as (server, backend):
         before = server.info
@@ -184,13 +219,16 @@ async def test_one_at_a_time_and_who_leaves_leaves_it_as_it_was(small_model: Pat
                 break
         with pytest.raises(Overloaded, match="another update is running; wait for its end or cancel it"):
             await update(server, {1: (0,)})
+        assert told(server, "updates_in_flight") == 1
         await updating.aclose()
         backend.go_on.set()
         async with asyncio.timeout(10):
             while held(server) != serving(server) or server.updater.busy:
                 await asyncio.sleep(0.01)
         assert server.info == before
+        assert told(server, "updates_in_flight") == 0
         await update(server, WANTED)
+        assert outcomes(server) == {"ok": 1, "cancelled": 1, "resource_exhausted": 1}
         assert server.info.experts == {1: tuple(range(16)), 2: tuple(range(16))}
 
 
@@ -211,6 +249,8 @@ async def test_what_fails_half_way_changes_nothing(small_model: Path, tmp_path: 
             await update(server, WANTED)
         assert server.info == before
         assert held(server) == serving(server)
+        assert outcomes(server) == {"internal": 1}
+        assert told(server, "update_seconds_count") == 0
 
 
 async def test_who_may_and_who_did(small_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -245,7 +285,7 @@ async def test_the_manual_moves_experts(small_model: Path) -> None:
     (fence,) = (fence for fence in Fence.all_of(text) if fence.mark == "run by tests/server/admin/test_update.py")
     async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
         code = fence.code.replace("node1:50051", str(server.address)).replace("node1:50052", admin_of(server))
-        told = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
-        assert told.stderr == ""
-        assert told.stdout.splitlines()[-1].startswith("1 of 1 layers")
+        ran = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
+        assert ran.stderr == ""
+        assert ran.stdout.splitlines()[-1].startswith("1 of 1 layers")
         assert server.info.experts == {1: tuple(range(12)), 2: tuple(range(8))}

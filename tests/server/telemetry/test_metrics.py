@@ -33,7 +33,15 @@ from expertd.server.telemetry.tracing import RequestTracer
 from tests.support.native.hand_turned import HandTurned, message
 from tests.support.native.stand_in_nvml import UUID, StandInNvml
 from tests.support.programs import find_program
-from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server, stream_method
+from tests.support.serving import (
+    ANY_PORT,
+    execute_method,
+    open_channel,
+    random_batch,
+    request_for,
+    running_server,
+    stream_method,
+)
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| ([\w, ]*)\|", re.MULTILINE)
@@ -84,6 +92,9 @@ class NoFleet:
     def count_ownerless(self) -> int:
         return 0
 
+    def loads(self) -> dict[tuple[str, int], dict[str, float]]:
+        return {("model", 1): {"a:1": 300.0, "b:1": 100.0}}
+
 
 async def test_every_series_is_documented_and_every_documented_one_exists(small_model: Path) -> None:
     coordinator = CollectorRegistry()
@@ -91,7 +102,9 @@ async def test_every_series_is_documented_and_every_documented_one_exists(small_
     metrics.attempts.ended("a:1", "grpc", "ok", 0.1, "")
     metrics.follow(NoFleet(), lambda: {"root_ca": 0.0})
     async with (
-        running_server(small_model, ALL, per_expert_metrics=True, choose=on_device, open_gpu=watched) as server,
+        running_server(
+            small_model, ALL, per_expert_metrics=True, choose=on_device, open_gpu=watched, admin_listen=ANY_PORT
+        ) as server,
         open_channel(server) as channel,
     ):
         # What only TLS has.
@@ -109,7 +122,7 @@ async def test_promtool_finds_nothing_to_say(small_model: Path) -> None:
     coordinator = CollectorRegistry()
     CoordinatorMetrics(coordinator)
     async with (
-        running_server(small_model, ALL, per_expert_metrics=True) as server,
+        running_server(small_model, ALL, per_expert_metrics=True, admin_listen=ANY_PORT) as server,
         open_channel(server) as channel,
     ):
         await execute_method(channel)(request_for(server, random_batch(4, 256, 16, 4)))

@@ -36,7 +36,7 @@ from tests.support.programs import find_program
 DEPLOY = Path(__file__).parents[3] / "deploy"
 RULES = sorted((DEPLOY / "prometheus" / "rules").glob("*.yml"))
 DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
-OPTIONS = ["--backend", "torch", "--threads", "1", "--per-expert-metrics"]
+OPTIONS = ["--backend", "torch", "--threads", "1", "--per-expert-metrics", "--admin-listen", "127.0.0.1:0"]
 ALONE = {"cluster.listen-address": ""}
 WAIT_SECONDS = 90
 
