@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -24,12 +24,12 @@ SCALES = tuple(f"{name}_scale_inv" for name in WEIGHTS)
 
 
 class RemoteExperts(RoutedExperts):  # type: ignore[misc]
-    """In place of `RoutedExperts` in every model. Where no servers are named, and in draft models, it is just that."""
+    """In place of `RoutedExperts` in every model. Where no servers are named, or for drafts, it is just that."""
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:  # noqa: ANN401
         vllm_config = get_current_vllm_config()
         settings = read(vllm_config.additional_config)
-        if settings is None or vllm_config.model_config.runner_type == "draft":
+        if settings is None or _is_draft(prefix, vllm_config.model_config):
             return super()._get_quant_method(prefix, quant_config, moe_config)
         self._refuse_unsupported()
         graphs.split(vllm_config.compilation_config)
@@ -126,6 +126,11 @@ class RemoteMethod(FusedMoEMethodBase):  # type: ignore[misc]
             shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
         combined: Tensor = torch.ops.expertd.combine(number, x)
         return combined
+
+
+def _is_draft(layer_name: str, model: ModelConfig) -> bool:
+    """Whether a layer only guesses tokens: of a draft model, or one that predicts further tokens behind the others."""
+    return model.runner_type == "draft" or extract_layer_index(layer_name) >= model.hf_text_config.num_hidden_layers
 
 
 def _pass_over(*_: object, **__: object) -> bool:

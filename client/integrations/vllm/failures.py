@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,6 +31,10 @@ log = logging.getLogger("vllm.expertd")
 FIELD = "expertd_error"
 """Of a forward context, and of a worker's output: why calls of the batch failed."""
 COUNTS_NANS = "VLLM_COMPUTE_NANS_IN_LOGITS"
+COUNTS = "compute_nans"
+"""The same, in the sampler of the second model runner."""
+RUNNERS = {"vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"}
+"""Of which a worker has loaded the one that it uses."""
 OTHERWISE = "logits are NaN; the workers' logs say whether a call to expertd servers failed"
 TOLD_SECONDS = 5.0
 """For as long an engine's reason explains the errors of its API server."""
@@ -56,9 +61,8 @@ def count_nans() -> None:
     os.environ[COUNTS_NANS] = "1"
     if not envs.VLLM_COMPUTE_NANS_IN_LOGITS:
         raise ValueError(f"{COUNTS_NANS} is 0 and read already; start vLLM with {COUNTS_NANS}=1")
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    _wrap(GPUModelRunner, "sample_tokens", _with_reason)
+    for name in RUNNERS & sys.modules.keys():
+        _wrap(sys.modules[name].GPUModelRunner, "sample_tokens", _with_reason)
 
 
 def install() -> None:
@@ -81,9 +85,13 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:  # noqa: A
 
 
 def _with_reason(original: Callable[..., Any], runner: Any, *given: Any, **named: Any) -> Any:  # noqa: ANN401
+    if hasattr(runner.sampler, COUNTS):
+        # The second runner's was made before any layer could ask for it.
+        setattr(runner.sampler, COUNTS, True)
     output = original(runner, *given, **named)
     if _latest:
-        setattr(getattr(output, "_model_runner_output", output), FIELD, _latest[0])
+        copied = getattr(output, "_model_runner_output", None) or getattr(output, "model_runner_output", None)
+        setattr(copied or output, FIELD, _latest[0])
         _latest.clear()
     return output
 
