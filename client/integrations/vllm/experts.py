@@ -130,7 +130,8 @@ class RemoteMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
 def _is_draft(layer_name: str, model: ModelConfig) -> bool:
     """Whether a layer only guesses tokens: of a draft model, or one that predicts further tokens behind the others."""
-    return model.runner_type == "draft" or extract_layer_index(layer_name) >= model.hf_text_config.num_hidden_layers
+    layers: int = model.hf_text_config.num_hidden_layers
+    return bool(model.runner_type == "draft") or extract_layer_index(layer_name) >= layers
 
 
 def _pass_over(*_: object, **__: object) -> bool:
