@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 
@@ -54,7 +55,7 @@ class Pace:
                 address = member.transport.address
                 log.warning("%s takes %.1f times as long as others: it is asked only in need", address, slowness.ratio)
                 member.slow = True
-                self._tasks.start(self._until_fast(member), f"trying whether {address} is as fast again")
+                self._tasks.keep(partial(self._until_fast, member), f"trying whether {address} is as fast again")
 
     async def _until_fast(self, member: Member) -> None:
         """Send calls of one token to it and to another server, and compare."""

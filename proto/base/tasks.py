@@ -70,7 +70,9 @@ class Tasks:
             begun = time.monotonic()
             try:
                 return await work()
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if _is_cancelled():
+                    raise
                 if time.monotonic() - begun > longest:
                     pause = first
                 self._tell(f"{what} failed and begins again in about {pause:g} s", error)
@@ -81,3 +83,10 @@ class Tasks:
     def _tell(self, message: str, error: BaseException) -> None:
         log.error(message, exc_info=error)
         self._on_error()
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled the running task. What a task waits for may be cancelled without it, as gRPC's calls
+    are when their channel is closed: work that is to go on must not end of that, and without a word."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -73,6 +73,26 @@ async def test_work_that_went_on_for_long_begins_again_soon(caplog: pytest.LogCa
     assert [record.message.split()[-2] for record in caplog.records] == ["0.001", "0.002", "0.001"]
 
 
+async def test_work_goes_on_when_what_it_waits_for_is_cancelled_by_others(caplog: pytest.LogCaptureFixture) -> None:
+    begun: list[None] = []
+
+    async def work() -> None:
+        begun.append(None)
+        waited = asyncio.get_running_loop().create_future()
+        if len(begun) == 1:
+            waited.cancel()
+        await waited
+
+    tasks = Tasks(pauses=PAUSES)
+    kept = tasks.keep(work, "watching")
+    async with asyncio.timeout(5):
+        while len(begun) < 2:
+            await asyncio.sleep(0)
+    assert "watching failed and begins again" in caplog.text
+    await tasks.close()
+    assert kept.cancelled()
+
+
 async def test_closing_cancels_all_and_waits_for_what_they_still_do(caplog: pytest.LogCaptureFixture) -> None:
     done: list[str] = []
 
