@@ -16,8 +16,8 @@ from tests.system.containers.docker_engine import ROOT, Engine
 SERVERS = [f"server-{index}" for index in range(8)]
 FILES = ("deploy/compose.yaml", "deploy/compose.cpu.yaml")
 
-NOT_HERE = ("_coordinator_", "_device_", "_gpu_", "_certificate_", "_expert_pairs_")
-"""Series of scraped coordinators, of GPUs, of servers with TLS, and of those with --per-expert-metrics."""
+NOT_HERE = ("_coordinator_", "_device_", "_gpu_", "_certificate_", "_expert_pairs_", "_placement_update")
+"""Series of scraped coordinators, of GPUs, and of servers with TLS, with --per-expert-metrics or with --admin-listen."""
 
 
 class Fleet:
