@@ -17,7 +17,7 @@ SERVERS = [f"server-{index}" for index in range(8)]
 FILES = ("deploy/compose.yaml", "deploy/compose.cpu.yaml")
 
 NOT_HERE = ("_coordinator_", "_device_", "_gpu_", "_certificate_", "_expert_pairs_", "_placement_update")
-"""Series of scraped coordinators, of GPUs, and of servers with TLS, with --per-expert-metrics or with --admin-listen."""
+"""Of scraped coordinators, of GPUs, and of servers with TLS, --per-expert-metrics or --admin-listen."""
 
 
 class Fleet:
