@@ -102,6 +102,10 @@ class Trial:
             async with asyncio.timeout(LONGEST_SETTLING):
                 while any(self._settled_calls(speaker) < FEWEST_SETTLED for speaker in speakers):
                     await asyncio.sleep(0.05)
+        if self.history.settled is None:
+            for speaker in speakers:
+                used = {member.transport.address: member.in_use or member.why_not for member in speaker.members}
+                print(f"seed {self._plan.seed}: {speaker.name} after {LONGEST_SETTLING} s: {used}")
 
     def _settled_calls(self, speaker: Speaker) -> int:
         since = self.history.settled or 0.0
