@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from expertd.proto.base.errors import ExpertdError
 from tests.docs.fences import ROOT, Fence
 from tests.support.coordinators import EXPERTS as ROUTED
 from tests.support.coordinators import LAYER, routing, tokens
+from tests.support.process import free_port
 from tests.support.programs import find_program
 
 RULES = sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))
@@ -221,7 +221,7 @@ async def playing(
     prometheus = find_program("prometheus", package="prometheus")
     scene = Scene(folder, model, security, options, environment)
     for name in (*(f"{node}:{port}" for node in EXPERTS for port in (50051, 9464)), "prometheus:9090"):
-        scene.ports[name] = _free_port()
+        scene.ports[name] = free_port()
     (folder / SERVERS).write_text("".join(scene.local(f"{node}:50051\n") for node in STARTED))
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(scene.stop, TO_COME)
@@ -277,9 +277,3 @@ async def _watching(prometheus: str, scene: Scene) -> AsyncIterator[None]:
     finally:
         process.terminate()
         await process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

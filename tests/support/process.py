@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -56,11 +57,23 @@ def serving(
             bound = json.loads(ready.read_text())
             yield Serving(process, bound["listen"], bound["metrics"])
         finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            end(process, 20)
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def end(process: subprocess.Popen[bytes], timeout: float) -> None:
+    """Ask it to end, and kill it when it has not within `timeout` seconds."""
+    process.terminate()
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def said_until(process: subprocess.Popen[str], words: str) -> str:

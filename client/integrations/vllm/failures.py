@@ -62,20 +62,20 @@ def count_nans() -> None:
     if not envs.VLLM_COMPUTE_NANS_IN_LOGITS:
         raise ValueError(f"{COUNTS_NANS} is 0 and read already; start vLLM with {COUNTS_NANS}=1")
     for name in RUNNERS & sys.modules.keys():
-        _wrap(sys.modules[name].GPUModelRunner, "sample_tokens", _with_reason)
+        wrap(sys.modules[name].GPUModelRunner, "sample_tokens", _with_reason)
 
 
 def install() -> None:
     """In all processes: what of it is not used there costs nothing."""
-    _wrap(Scheduler, "update_from_output", _without_failed)
-    _wrap(OutputProcessor, "process_outputs", _noting_reasons)
+    wrap(Scheduler, "update_from_output", _without_failed)
+    wrap(OutputProcessor, "process_outputs", _noting_reasons)
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 
-    _wrap(GenerateBaseServing, "_raise_if_error", _with_told_reason)
+    wrap(GenerateBaseServing, "_raise_if_error", _with_told_reason)
 
 
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:  # noqa: ANN401
-    """Have `around(original, self, ...)` in place of a method, once."""
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:  # noqa: ANN401
+    """Have `around(original, self, ...)` in place of a method of vLLM's, once."""
     original = getattr(owner, name)
     if getattr(original, "by_expertd", False):
         return

@@ -10,6 +10,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from expertd.client.fleet.survey import judge, survey
+from expertd.client.integrations.vllm.failures import wrap
 from expertd.client.integrations.vllm.settings import Settings, read
 from expertd.client.transport.security import ClientSecurity
 
@@ -52,17 +53,16 @@ class Watch:
 
 
 def install() -> None:
-    """Have `AsyncLLM.check_health`, which `/health` calls, look at the experts, too; once."""
-    original: Callable[..., Awaitable[None]] = AsyncLLM.check_health
-    if getattr(original, "by_expertd", False):
-        return
-    watches: dict[int, Watch] = {}
+    """Have `AsyncLLM.check_health`, which `/health` calls, look at the experts, too."""
+    wrap(AsyncLLM, "check_health", _with_experts)
 
-    async def check_health(engine: Any) -> None:  # noqa: ANN401
-        await original(engine)
-        settings = read(engine.vllm_config.additional_config)
-        if settings is not None and not await watches.setdefault(id(engine), Watch(settings)).whole():
-            raise ExpertsUnreachable
 
-    check_health.by_expertd = True  # type: ignore[attr-defined]
-    AsyncLLM.check_health = check_health
+_watches: dict[int, Watch] = {}
+"""By the engine's identity."""
+
+
+async def _with_experts(original: Callable[..., Awaitable[None]], engine: Any) -> None:  # noqa: ANN401
+    await original(engine)
+    settings = read(engine.vllm_config.additional_config)
+    if settings is not None and not await _watches.setdefault(id(engine), Watch(settings)).whole():
+        raise ExpertsUnreachable

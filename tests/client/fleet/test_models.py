@@ -22,6 +22,7 @@ from expertd.server.options.config import Address
 from tests.support.coordinators import QUICK, call, expected
 from tests.support.families import SMALL
 from tests.support.fleets import HALVES, addresses, running_servers, stop
+from tests.support.process import free_port
 from tests.support.serving import running_server, until
 
 ALL = range(16)
@@ -169,9 +170,3 @@ async def test_who_is_slower_than_needed_joins_later(small_model: Path) -> None:
             async with running_server(small_model, ALL, listen=Address("127.0.0.1", port)):
                 await until(lambda: len(moe._connected().membership.known[0]) == 2)
                 assert relative_error(await call(moe), expected(small_model)) < 1e-5
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

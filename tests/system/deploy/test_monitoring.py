@@ -5,7 +5,6 @@ import contextlib
 import json
 import re
 import signal
-import socket
 import subprocess
 import urllib.error
 import urllib.parse
@@ -31,6 +30,7 @@ from expertd.server.scheduling.gpu_watch import GpuWatch
 from expertd.server.telemetry.metrics import TOKEN_BUCKETS, Metrics, buckets
 from tests.support.certificates import Authority
 from tests.support.native.stand_in_nvml import UUID, StandInNvml
+from tests.support.process import free_port
 from tests.support.programs import find_program
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -96,7 +96,7 @@ async def test_every_panel_has_data_and_a_killed_server_raises_its_alert(small_m
         registry = CollectorRegistry()
         coordinator_target = stack.enter_context(_exported(registry))
         gpu_target = stack.enter_context(_exported(_gpu()))
-        alerts, metrics = f"127.0.0.1:{_free_port()}", f"127.0.0.1:{_free_port()}"
+        alerts, metrics = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
         servers = [urllib.parse.urlsplit(server.metrics_url).netloc for server in cluster.servers]
         targets = {"expertd": [*servers, gpu_target], "llm": [coordinator_target]}
         _write_config(tmp_path, targets, alerts)
@@ -238,9 +238,3 @@ async def _get(url: str) -> Any:  # noqa: ANN401
         pytest.fail(f"{url}: {error.read().decode()}")
     except OSError:
         return None
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import socket
 import subprocess
 import time
 import urllib.error
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.support.process import Serving, serving
+from tests.support.process import Serving, end, free_port, serving
 from tests.system.vllm.environment import variables
 from tests.system.vllm.models import EXPERTS, WORDS
 
@@ -30,13 +29,6 @@ def prompts() -> list[list[int]]:
     """Eight of different lengths."""
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(0, WORDS, (length,), generator=generator).tolist() for length in LENGTHS]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def shard(model: Path, folder: Path, experts: str, port: int = 0) -> AbstractContextManager[Serving]:
@@ -145,11 +137,7 @@ def api(python: Path, model: Path, log: Path, servers: str, *options: str) -> It
                 time.sleep(0.5)
             yield one
         finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            end(process, 60)
 
 
 def _answers(one: Api) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.vllm.engines import HALVES, TOKENS, Api, api, free_port, prompts, shard
+from tests.support.process import free_port
+from tests.system.vllm.engines import HALVES, TOKENS, Api, api, prompts, shard
 from tests.system.vllm.models import continued
 
 REQUESTS, ASKED = 200, 24
