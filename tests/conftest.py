@@ -1,8 +1,11 @@
 """Checkpoints that many tests read, and the fence around what may be skipped."""
 
+import faulthandler
+import os
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import TextIO
 
 # Before expertd, which would silence it: servers in this process are to speak as they do in their own.
 import grpc  # noqa: F401
@@ -15,6 +18,25 @@ from tests.support.markers import fence_stands, fenced
 
 # Threads that wait for each other by spinning take the processor from the servers under test.
 torch.set_num_threads(1)
+CRASH: TextIO | None = None
+"""Where the running test, and the threads of a crash, are written for `.ci/run` to show."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure() -> None:
+    """After pytest's own, which writes to a terminal that shows no more than a crash's last lines."""
+    global CRASH
+    if path := os.environ.get("EXPERTD_CRASH_FILE"):
+        CRASH = Path(path).open("w")  # noqa: SIM115
+        faulthandler.enable(CRASH)
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    if CRASH is not None:
+        CRASH.seek(0)
+        CRASH.truncate()
+        CRASH.write(f"{nodeid}\n")
+        CRASH.flush()
 
 
 @pytest.hookimpl(wrapper=True)
