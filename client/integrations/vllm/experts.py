@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
 from vllm.model_executor.models.utils import extract_layer_index
 
-from expertd.client.integrations.vllm import calls, failures, graphs
+from expertd.client.integrations.vllm import adapters, calls, failures, graphs
 from expertd.client.integrations.vllm.fleet import Fleet, fleet_of
 from expertd.client.integrations.vllm.settings import Settings, read
 from expertd.proto.base.errors import UnknownExpert
@@ -34,6 +34,8 @@ class RemoteExperts(RoutedExperts):  # type: ignore[misc]
         self._refuse_unsupported()
         graphs.split(vllm_config.compilation_config)
         failures.count_nans()
+        if vllm_config.lora_config is not None:
+            adapters.leave_out(prefix.rpartition(".")[-1])
         return RemoteMethod(moe_config, settings, vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:

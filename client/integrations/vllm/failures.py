@@ -7,7 +7,6 @@ requests with an error, and forgets the blocks of its prefix cache that were wri
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
@@ -25,6 +24,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from expertd.client.integrations.vllm.methods import wrap
 from expertd.client.integrations.vllm.settings import read
 
 log = logging.getLogger("vllm.expertd")
@@ -72,16 +72,6 @@ def install() -> None:
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 
     wrap(GenerateBaseServing, "_raise_if_error", _with_told_reason)
-
-
-def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:  # noqa: ANN401
-    """Have `around(original, self, ...)` in place of a method of vLLM's, once."""
-    original = getattr(owner, name)
-    if getattr(original, "by_expertd", False):
-        return
-    method: Any = functools.wraps(original)(lambda *given, **named: around(original, *given, **named))
-    method.by_expertd = True
-    setattr(owner, name, method)
 
 
 def _with_reason(original: Callable[..., Any], runner: Any, *given: Any, **named: Any) -> Any:  # noqa: ANN401

@@ -10,7 +10,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from expertd.client.fleet.survey import judge, survey
-from expertd.client.integrations.vllm.failures import wrap
+from expertd.client.integrations.vllm.methods import wrap
 from expertd.client.integrations.vllm.settings import Settings, read
 from expertd.client.transport.security import ClientSecurity
 

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,16 @@ class Generated:
     seconds: float
     """Until the engine could be asked."""
     log: str
+    adapted: list[list[int]] = field(default_factory=list)
+    """With the adapter."""
 
 
 def run(
-    python: Path, model: Path, folder: Path, servers: str = "", **options: object
+    python: Path, model: Path, folder: Path, servers: str = "", adapter: Path | None = None, **options: object
 ) -> subprocess.CompletedProcess[str]:
     """vLLM as a library: generates from `prompts` into a file."""
     asked = {"model": str(model), "options": {"enforce_eager": True} | options, "prompts": prompts(), "tokens": TOKENS}
+    asked["adapter"] = adapter and str(adapter)
     (folder / "asked.json").write_text(json.dumps(asked))
     command = [str(python), str(PROGRAM), str(folder / "asked.json")]
     return subprocess.run(
@@ -64,11 +67,13 @@ def run(
     )
 
 
-def generate(python: Path, model: Path, folder: Path, servers: str = "", **options: object) -> Generated:
-    done = run(python, model, folder, servers, **options)
+def generate(
+    python: Path, model: Path, folder: Path, servers: str = "", adapter: Path | None = None, **options: object
+) -> Generated:
+    done = run(python, model, folder, servers, adapter, **options)
     assert done.returncode == 0, done.stdout[-6000:]
     told = json.loads((folder / "asked.json").read_text())
-    return Generated(told["tokens"], told["seconds"], done.stdout)
+    return Generated(told["tokens"], told["seconds"], done.stdout, told.get("adapted", []))
 
 
 class Api:
@@ -89,15 +94,19 @@ class Api:
     def ask(self, prompt: Sequence[int], tokens: int, *, stream: bool = False) -> list[int]:
         """The ids that it continues `prompt` with. Raises `urllib.error.HTTPError`."""
         body = {"model": self._model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "stream": stream}
-        request = urllib.request.Request(
-            f"http://{self.address}/v1/completions",
-            json.dumps(body | {"ignore_eos": True, "return_token_ids": True}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with self._post("completions", body | {"ignore_eos": True, "return_token_ids": True}) as answer:
             if not stream:
                 return list(json.load(answer)["choices"][0]["token_ids"])
             return _streamed(answer)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Raises `urllib.error.HTTPError`."""
+        self._post("load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}).close()
+
+    def _post(self, what: str, body: dict[str, Any]) -> Any:  # noqa: ANN401
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://{self.address}/v1/{what}", json.dumps(body).encode(), headers)
+        return urllib.request.urlopen(request, timeout=120)
 
 
 def _streamed(answer: Any) -> list[int]:  # noqa: ANN401

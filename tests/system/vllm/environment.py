@@ -38,6 +38,7 @@ def variables(servers: str = "") -> dict[str, str]:
         "PYTHONPATH": str(ROOT / "src"),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         # Two workers share what cores there are.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

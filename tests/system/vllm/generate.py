@@ -1,4 +1,7 @@
-"""Run by vLLM's Python: generate greedily from prompts of token ids, as the JSON file that is named says, into it."""
+"""Run by vLLM's Python: generate greedily from prompts of token ids, as the JSON file that is named says, into it.
+
+Where it names a LoRA adapter, once without and once with it.
+"""
 
 import json
 import sys
@@ -8,6 +11,7 @@ from pathlib import Path
 
 def main() -> None:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     asked = json.loads(Path(sys.argv[1]).read_text())
     began = time.perf_counter()
@@ -15,8 +19,14 @@ def main() -> None:
     loaded = time.perf_counter() - began
     sampling = SamplingParams(temperature=0, max_tokens=asked["tokens"], detokenize=False, ignore_eos=True)
     prompts = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
-    outputs = [one.outputs[0] for one in engine.generate(prompts, sampling, use_tqdm=False)]
-    told = {"tokens": [list(one.token_ids) for one in outputs], "seconds": loaded}
+
+    def generated(adapter: LoRARequest | None = None) -> list[list[int]]:
+        outputs = engine.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
+        return [list(one.outputs[0].token_ids) for one in outputs]
+
+    told = {"tokens": generated(), "seconds": loaded}
+    if asked["adapter"]:
+        told["adapted"] = generated(LoRARequest("adapter", 1, asked["adapter"]))
     Path(sys.argv[1]).write_text(json.dumps(told))
 
 

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server with experts on expertd servers, some of which die."""
+"""vLLM's OpenAI-compatible server, of two data parallel ranks, with experts on expertd servers, some of which die."""
 
 import time
 import urllib.error
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.process import free_port
+from tests.system.vllm.adapters import for_expert, write_adapter
 from tests.system.vllm.engines import HALVES, TOKENS, Api, api, prompts, shard
 from tests.system.vllm.models import continued
 
@@ -61,7 +62,8 @@ def vllm(
     python: Path, models: dict[str, Path], fleet: Fleet, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Api]:
     log = tmp_path_factory.mktemp("vllm") / "log"
-    with api(python, models["qwen3_moe"], log, fleet.servers, "--enforce-eager") as one:
+    options = ("--enforce-eager", "--data-parallel-size", "2", "--enable-lora")
+    with api(python, models["qwen3_moe"], log, fleet.servers, *options) as one:
         yield one
 
 
@@ -70,6 +72,19 @@ def test_eight_at_once_streamed_or_not_are_answered_as_by_local_experts(vllm: Ap
         told = list(threads.map(lambda prompt: vllm.ask(prompt, TOKENS), prompts()))
         streamed = list(threads.map(lambda prompt: vllm.ask(prompt, TOKENS, stream=True), prompts()))
     assert told == streamed == [continued(prompt, TOKENS) for prompt in prompts()]
+
+
+def test_an_adapter_of_experts_is_refused_and_the_engine_lives(
+    vllm: Api, models: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", models["qwen3_moe"], "q_proj")
+    for_expert(adapter, 3)
+    with pytest.raises(urllib.error.HTTPError) as failure:
+        vllm.load_adapter("experts", adapter)
+    said = failure.value.read().decode()
+    assert "expected target modules in" in said, said
+    assert "mlp.experts" in said.partition("but received")[2], said
+    assert vllm.ask(prompts()[3], ASKED) == continued(prompts()[3], ASKED)
 
 
 def test_a_replica_killed_and_started_again_costs_no_request(vllm: Api, fleet: Fleet) -> None:

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 
 from expertd.kernels.model.config import MoeConfig
+from tests.system.vllm.adapters import ATTENTION, below_best, write_adapter
 from tests.system.vllm.engines import TOKENS, generate, prompts, run, two_servers
 from tests.system.vllm.models import FAMILIES, continued
 
 WAYS: dict[str, dict[str, Any]] = {
-    # Prompts come in chunks, beginnings are shared, tokens are guessed.
+    # Prompts come in chunks, beginnings are shared, tokens are guessed, there may be adapters.
     "qwen3_moe": {
+        "enable_lora": True,
         "max_num_batched_tokens": 32,
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
     },
@@ -20,16 +22,24 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+NEAR = 0.2
+"""How far the logit of BF16's best token may be below that of FP32's; those of other tokens are some 14 below."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_remote_experts_give_the_tokens_of_local_ones(
     python: Path, models: dict[str, Path], family: str, tmp_path: Path
 ) -> None:
     # The plug-in is there, too, and is told of no servers.
     local = generate(python, models[family], tmp_path)
+    adapter = write_adapter(tmp_path / "adapter", models[family], *ATTENTION) if "enable_lora" in WAYS[family] else None
     with two_servers(models[family], tmp_path) as servers:
-        remote = generate(python, models[family], tmp_path, servers, **WAYS[family])
+        remote = generate(python, models[family], tmp_path, servers, adapter, **WAYS[family])
     assert local.tokens == [continued(prompt, TOKENS) for prompt in prompts()]
     assert remote.tokens == local.tokens
+    for prompt, chosen in zip(prompts(), remote.adapted, strict=adapter is not None):
+        assert below_best(models[family], prompt, chosen, adapter).max() < NEAR
+        assert below_best(models[family], prompt, chosen).median() > NEAR
     print(f"{family}: ready in {local.seconds:.1f} s with local experts, {remote.seconds:.1f} s with remote ones")
     config = MoeConfig.from_json(models[family] / "config.json")
     assert "on expertd servers" not in local.log

@@ -58,7 +58,7 @@ def test_all_layers_one_after_another_on_every_transport(tmp_path: Path) -> None
         assert set(row["parts"]) == {"layer 1", "layer 2"}
         assert 0 < max(row["parts"].values()) < row["p50"] <= row["p99"]
         # Of a floor that is not measured at the same time.
-        assert row["ratio"] > 0.5
+        assert row["ratio"] > 0.1
     assert "layers, x: p50 over that of the same bytes without expertd, once a layer, and computing" in tables
 
 
