@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import sys
@@ -38,10 +39,19 @@ def has_compiler() -> bool:
     return shutil.which(shlex.split(command)[0]) is not None
 
 
+HERE = platform.machine()
+ARCH = os.environ.get("EXPERTD_ARCH", HERE)
+"""The processor that a Linux wheel is for; for another than this machine's it is compiled by zig."""
+if HERE != ARCH:
+    if sys.platform != "linux" or ARCH not in ZIG_TARGETS:
+        raise SystemExit(f"EXPERTD_ARCH is {ARCH!r}; wheels are built on Linux, for {' or '.join(ZIG_TARGETS)}")
+    os.environ["_PYTHON_HOST_PLATFORM"] = f"linux-{ARCH}"
+    os.environ["SETUPTOOLS_EXT_SUFFIX"] = str(sysconfig.get_config_var("EXT_SUFFIX")).replace(HERE, ARCH)
+
 # Files have the same rights in every wheel, whoever builds it.
 os.umask(0o022)
 # Asked once: `extension` names zig in $CXX.
-HAS_COMPILER = has_compiler()
+HAS_COMPILER = HERE == ARCH and has_compiler()
 COMPILER = [] if HAS_COMPILER else [ZIG]
 
 
@@ -79,7 +89,7 @@ def extension() -> Pybind11Extension:
         flags += ["-idirafter", str(Path(sysconfig.get_path("include")).parent)]
         zig = shlex.join([sys.executable, "-m", "ziglang", "c++"])
         if sys.platform == "linux":
-            zig += f" -target {ZIG_TARGETS[os.uname().machine]}"
+            zig += f" -target {ZIG_TARGETS[ARCH]}"
         os.environ.update(CC=zig, CXX=zig, LDSHARED=f"{zig} -shared", LDCXXSHARED=f"{zig} -shared")
         # zig compiles its own libraries with debug information, in which is the folder that it ran in.
         link_flags += ["-Wl,--strip-debug"] if sys.platform == "linux" else []

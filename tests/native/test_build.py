@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pybind11
 import pytest
 
 from tests.support.native.build import NATIVE, ROOT, SUFFIX, build_library, part, sanitizer
 
 PORTABLE = part("base", "tokens")
-SOURCES = [NATIVE / "bindings.cc", NATIVE / "bindings/cuda.cc", *PORTABLE, *part("cuda")]
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-ffp-contract=off", f"-I{NATIVE}"]
-PYTHON = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 RUNTIMES = {"address,undefined": "libasan.so", "thread": "libtsan.so"}
 
 
@@ -29,17 +25,16 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("target", ["aarch64-linux-gnu.2.17", "aarch64-macos", "x86_64-macos"])
+@pytest.mark.parametrize("target", ["aarch64-macos", "x86_64-macos"])
 def test_other_machines_can_have_it(target: str, tmp_path: Path) -> None:
-    """Beside x86-64 with Linux, whose wheel `test_wheels.py` makes."""
-    zig = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-O0", *FLAGS, *PYTHON, "-c"]
+    """Beside Linux, whose wheels `test_wheels.py` makes. Without its Python faces: the headers here are Linux's."""
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-O0", *FLAGS, "-c"]
 
     def compile_one(source: Path) -> None:
         run(*zig, str(source), "-o", str(tmp_path / f"{source.stem}.o"))
 
-    # Python's headers here are Linux's.
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(compile_one, SOURCES if "linux" in target else PORTABLE))
+        list(threads.map(compile_one, PORTABLE))
 
 
 @pytest.mark.parametrize("kind", RUNTIMES)

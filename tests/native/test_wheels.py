@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from expertd.version import RELEASE
+from tests.support.native.arm64 import run_python
 from tests.support.native.build import ROOT, SUFFIX
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -44,7 +46,7 @@ def python(code: str, folder: Path, environment: dict[str, str], umask: int = -1
     return done.stdout
 
 
-def build(folder: Path, home: Path, umask: int = 0o022) -> Path:
+def build(folder: Path, home: Path, umask: int = 0o022, **told: str) -> Path:
     """A wheel from a checkout at `folder`, which has nothing that was built before, on a machine without a compiler.
 
     zig keeps its own libraries, as it compiled them, in `home`; what is compiled for the wheel it does not.
@@ -60,7 +62,7 @@ def build(folder: Path, home: Path, umask: int = 0o022) -> Path:
             shutil.copyfile(ROOT / name, folder / name)
     known = {"EXPERTD_REVISION": REVISION, "SOURCE_DATE_EPOCH": str(DATE)}
     known |= {"PATH": str(home / "nothing"), "HOME": str(home), "PYTHONPATH": "native"}
-    python(BUILD, folder, known, umask)
+    python(BUILD, folder, known | told, umask)
     (wheel,) = (folder / "dist").glob("*.whl")
     return wheel
 
@@ -106,6 +108,37 @@ def test_another_folder_gives_the_same_wheel(wheel: Path, home: Path, tmp_path: 
             one.filename: (one.CRC, one.external_attr) for one in second.infolist()
         }
     assert again.read_bytes() == wheel.read_bytes()
+
+
+def test_a_wheel_for_arm64_computes_there(home: Path, tmp_path: Path) -> None:
+    wheel = build(home / "arm64", home, EXPERTD_ARCH="aarch64")
+    assert wheel.name.endswith("-linux_aarch64.whl")
+    shutil.unpack_archive(wheel, tmp_path / "wheel", "zip")
+    pytest_there = (
+        "-m",
+        "pytest",
+        "-q",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore::pytest.PytestConfigWarning",
+    )
+    done = run_python(
+        *pytest_there,
+        "--override-ini=addopts=--import-mode=importlib",
+        "tests/native/test_core.py",
+        folder=ROOT,
+        paths=[tmp_path / "wheel"],
+    )
+    assert re.search(r"^\d+ passed", done.stdout, re.MULTILINE), done.stdout + done.stderr
+
+
+def test_a_processor_without_wheels_is_refused() -> None:
+    with pytest.raises(
+        AssertionError, match="EXPERTD_ARCH is 'sparc'; wheels are built on Linux, for x86_64 or aarch64"
+    ):
+        python("import building", ROOT, HERE | {"EXPERTD_ARCH": "sparc"})
 
 
 def test_a_wheel_says_its_commit(package: Path) -> None:

@@ -1,6 +1,7 @@
 """Programs that tests run; a skip says where to get them, and in CI, which installs them, it is a failure."""
 
 import hashlib
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,3 +33,16 @@ def node_modules(manifest: Path) -> Path:
             pytest.skip(f"npm cannot install {manifest}: {done.stderr}")
         (folder / "complete").touch()
     return folder / "node_modules"
+
+
+def debootstrap(folder: Path, packages: str, *options: str) -> None:
+    """Put Debian's smallest system with `packages` into `folder`, from where this machine has its own.
+
+    Raises `CalledProcessError`, whose `output` says why.
+    """
+    sources = Path("/etc/apt/sources.list.d/debian.sources")
+    mirror = re.search(r"^URIs:\s*(\S+)", sources.read_text() if sources.exists() else "", re.MULTILINE)
+    program = find_program("debootstrap", package="debootstrap")
+    command = [program, "--variant=minbase", f"--include={packages}", *options, "bookworm", str(folder)]
+    command += mirror.groups() if mirror else ()
+    subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

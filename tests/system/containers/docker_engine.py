@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -12,6 +11,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+
+from tests.support.programs import debootstrap
 
 ROOT = Path(__file__).parents[3]
 """The repository: what images are built of."""
@@ -119,19 +120,7 @@ class Engine:
             return
         rootfs = self.root / "rootfs"
         shutil.rmtree(rootfs, ignore_errors=True)
-        packages = "--include=ca-certificates,libpython3-dev,python3,python3-venv,python3-pip"
-        sources = Path("/etc/apt/sources.list.d/debian.sources")
-        mirror = re.search(r"^URIs:\s*(\S+)", sources.read_text() if sources.exists() else "", re.MULTILINE)
-        command = [
-            "debootstrap",
-            "--variant=minbase",
-            packages,
-            "bookworm",
-            str(rootfs),
-            *(mirror.groups() if mirror else ()),
-        ]
-        done = _capture(*command)
-        assert done.returncode == 0, done.stdout[-3000:]
+        debootstrap(rootfs, "ca-certificates,libpython3-dev,python3,python3-venv,python3-pip")
         for folder in ("var/cache/apt/archives", "var/lib/apt/lists"):
             shutil.rmtree(rootfs / folder)
         authorities = Path("etc/ssl/certs/ca-certificates.crt")
