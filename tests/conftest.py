@@ -7,6 +7,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TextIO
 
+# Some tests fork; expertd says the same.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # Before expertd, which would silence it: servers in this process are to speak as they do in their own.
 import grpc  # noqa: F401
 import pytest

@@ -70,6 +70,9 @@ SILENCED = GRPC_VERBOSITY not in os.environ
 to callers expertd says, with its own log; who wants to hear gRPC too sets the variable. `expertd serve` undoes it."""
 if SILENCED:
     os.environ[GRPC_VERBOSITY] = "NONE"
+# gRPC reads it when it is imported. Its handlers of forks end most children of a process with calls under way, such as
+# those of data loaders, and sometimes the process.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 _HOMES = {
     "Checkpoint": "kernels.weights.checkpoint",
