@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import TextIO
 
 # Some tests fork; expertd says the same.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -20,25 +19,22 @@ from tests.support.markers import fence_stands, fenced
 
 # Threads that wait for each other by spinning take the processor from the servers under test.
 torch.set_num_threads(1)
-CRASH: TextIO | None = None
+CRASH = os.open(path, os.O_WRONLY | os.O_CREAT) if (path := os.environ.get("EXPERTD_CRASH_FILE")) else None
 """Where the running test, and the threads of a crash, are written for `.ci/run` to show."""
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure() -> None:
     """After pytest's own, which writes to a terminal that shows no more than a crash's last lines."""
-    global CRASH
-    if path := os.environ.get("EXPERTD_CRASH_FILE"):
-        CRASH = Path(path).open("w")  # noqa: SIM115
+    if CRASH is not None:
         faulthandler.enable(CRASH)
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
     if CRASH is not None:
-        CRASH.seek(0)
-        CRASH.truncate()
-        CRASH.write(f"{nodeid}\n")
-        CRASH.flush()
+        os.ftruncate(CRASH, 0)
+        os.lseek(CRASH, 0, os.SEEK_SET)
+        os.write(CRASH, f"{nodeid}\n".encode())
 
 
 @pytest.hookimpl(wrapper=True)
