@@ -24,6 +24,8 @@ class Family:
     """Fields that the architecture decides: config.json does not say them."""
     assumed: Mapping[str, Any] = field(default_factory=dict)
     """What fields are that config.json leaves out or says null of."""
+    bounded: bool = False
+    """Whether `swiglu_limit` bounds what goes into experts' SwiGLU: the gate from above, up on both sides."""
     nested: str | None = None
     """Where config.json keeps the fields of the model that reads text, when there is more to the model."""
     prefix: str = "model"

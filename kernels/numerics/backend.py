@@ -36,6 +36,8 @@ class LayerWeights:
     """[E, H, I] of the same type."""
     down_scales: Tensor
     """[E, H/128, I/128] float32."""
+    swiglu_limit: float | None = None
+    """The bound on what goes into SwiGLU (`expertd.kernels.numerics.swiglu`), the same for all layers of a model."""
 
     @property
     def num_experts(self) -> int:

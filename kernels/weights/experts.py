@@ -37,6 +37,8 @@ class ExpertMatrices:
     """[I, H]."""
     down: Tensor
     """[H, I]."""
+    swiglu_limit: float | None = None
+    """The bound on what goes into SwiGLU."""
 
 
 def layer_bytes(checkpoint: Checkpoint, layer: int, experts: Sequence[int], dtype: torch.dtype = FP8) -> int:
@@ -89,6 +91,7 @@ def load_layer(
         up_gate_scales=torch.ones(len(experts), 2 * inner // BLOCK, hidden // BLOCK),
         down=torch.empty(len(experts), hidden, inner, dtype=dtype),
         down_scales=torch.ones(len(experts), hidden // BLOCK, inner // BLOCK),
+        swiglu_limit=config.swiglu_limit,
     )
 
     def load_expert(local: int) -> list[Future[bytes]]:
@@ -128,7 +131,9 @@ def read_expert(checkpoint: Checkpoint, layer: int, expert: int, dtype: torch.dt
         for projection, matrix in read_values(checkpoint, source).items():
             rounded = dtype == FP8 and source.scales is None
             matrices[projection] = dequantize_weights(*quantize_weights(matrix)) if rounded else matrix
-    return ExpertMatrices(matrices["up_proj"], matrices["gate_proj"], matrices["down_proj"])
+    return ExpertMatrices(
+        matrices["up_proj"], matrices["gate_proj"], matrices["down_proj"], checkpoint.config.swiglu_limit
+    )
 
 
 def read_matrix(checkpoint: Checkpoint, name: str, rows: int, columns: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ def sampled_fingerprint(checkpoint: Checkpoint) -> str:
     Any scaling or training of weights moves it; a change of single bytes does so only where a page is sampled, which a
     manifest of digests is for. Raises `CheckpointError`.
     """
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(checkpoint.config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(checkpoint.config.fields, sort_keys=True).encode())
     with ThreadPoolExecutor(READERS, thread_name_prefix="samples") as readers:
         for sampled in readers.map(lambda stored: _sampled(checkpoint, stored), _entries(checkpoint)):
             digest.update(sampled)
