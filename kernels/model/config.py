@@ -138,7 +138,7 @@ class MoeConfig:
             elif name in _REQUIRED or (name == "swiglu_limit" and family.bounded):
                 raise InvalidConfig(f"missing field {family.spell(name)!r}")
         values |= {name: float(values[name]) for name in _FLOATS if name in values}
-        return cls(**values | _dense_layers(fields, values["num_hidden_layers"]))
+        return cls(**values | _dense_layers(fields, family, values["num_hidden_layers"]))
 
 
 _LEAST = {
@@ -204,8 +204,11 @@ def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:  # noqa
     return value
 
 
-def _dense_layers(fields: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def _dense_layers(fields: Mapping[str, Any], family: Family, layers: int) -> dict[str, Any]:
     """What a configuration that lists its layers, or numbers them, says beside the first dense ones and a frequency."""
+    if family.table is not None:
+        # Its list says by what layers choose, not which are dense.
+        return {}
     listed = _listed_layers(fields, layers)
     if listed is None:
         return {"dense_layers": _passed_over(fields, layers)}
@@ -259,6 +262,8 @@ def _refuse_unsupported(fields: Mapping[str, Any], family: Family) -> None:
         "topk_method": (None, "noaux_tc"),
         "hidden_act": (None, "silu"),
     }
+    if family.packed:
+        accepted["expert_dtype"] = (None, "fp8", "fp4")
     for name, values in accepted.items():
         if fields.get(name) not in values:
             raise InvalidConfig(f"{name} is {fields[name]!r}; supported: {values[-1]!r}")

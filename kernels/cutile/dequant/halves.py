@@ -24,7 +24,7 @@ def to_float16(weights: LayerWeights, device: torch.device) -> LayerWeights:
     return LayerWeights(
         *_matrix(weights.up_gate, weights.up_gate_scales, device),
         *_matrix(weights.down, weights.down_scales, device),
-        weights.swiglu_limit,
+        swiglu_limit=weights.swiglu_limit,
     )
 
 

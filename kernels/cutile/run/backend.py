@@ -116,7 +116,7 @@ class CutileBackend:
             old = self._none if base is None else _tensors(self._layers[base])
             tensors = spliced(old, kept, _tensors(new), room)
             torch.cuda.current_stream(self._device).synchronize()
-        self._layers[layer] = LayerWeights(*tensors, added.swiglu_limit)
+        self._layers[layer] = LayerWeights(*tensors, swiglu_limit=added.swiglu_limit)
 
     def drop_layer(self, layer: int) -> None:
         self._layers.pop(layer, None)
@@ -197,7 +197,8 @@ class CutileBackend:
 
 def _on(weights: LayerWeights, device: torch.device) -> LayerWeights:
     """A copy of theirs."""
-    return LayerWeights(*(tensor.to(device, copy=True) for tensor in _tensors(weights)), weights.swiglu_limit)
+    tensors = (tensor.to(device, copy=True) for tensor in _tensors(weights))
+    return LayerWeights(*tensors, swiglu_limit=weights.swiglu_limit)
 
 
 def _tensors(weights: LayerWeights) -> tuple[Tensor, ...]:

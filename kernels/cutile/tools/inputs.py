@@ -36,7 +36,7 @@ def random_weights(
 
     up_gate, up_gate_scales = matrix(2 * shape.intermediate_size, shape.hidden_size)
     down, down_scales = matrix(shape.hidden_size, shape.intermediate_size)
-    return LayerWeights(up_gate, up_gate_scales, down, down_scales, swiglu_limit)
+    return LayerWeights(up_gate, up_gate_scales, down, down_scales, swiglu_limit=swiglu_limit)
 
 
 def random_batch(

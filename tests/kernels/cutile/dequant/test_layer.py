@@ -159,7 +159,7 @@ def plain_weights(size: float) -> LayerWeights:
 @pytest.mark.parametrize("tokens", [1, 33, 257])
 @pytest.mark.parametrize("size", [0.05, 1e-9, 1e6])
 def test_takes_bf16_weights_without_dequantising_them(size: float, tokens: int) -> None:
-    loaded, batch = replace(plain_weights(size), swiglu_limit=2.0), batch_of(tokens)
+    loaded, batch = plain_weights(size), batch_of(tokens)
     kept = to_float16(loaded, CPU)
     for ours, scales, theirs in (
         (kept.up_gate, kept.up_gate_scales, loaded.up_gate),
@@ -174,6 +174,11 @@ def test_takes_bf16_weights_without_dequantising_them(size: float, tokens: int) 
     )
     assert "dequant_weights" not in [launch.name for launch in launches]
     assert relative_error(sums(batch, kept), reference_partials(batch, loaded)) < 1e-3
+
+
+def test_fp16_weights_keep_the_bound() -> None:
+    loaded = replace(plain_weights(0.05), swiglu_limit=2.0)
+    assert to_float16(loaded, CPU).swiglu_limit == 2.0
 
 
 def test_no_expert_and_one_expert(weights: LayerWeights) -> None:
