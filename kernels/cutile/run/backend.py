@@ -208,11 +208,12 @@ def _tensors(weights: LayerWeights) -> tuple[Tensor, ...]:
 def _shape_of(weights: LayerWeights) -> ExpertShape:
     """The shape of a layer's weights. Raises `UnsupportedShape`."""
     shape = ExpertShape(*weights.down.shape)
-    for name, size, most, multiple in (
-        ("local experts", shape.num_experts, MAX_EXPERTS, 1),
-        ("hidden size", shape.hidden_size, MAX_HIDDEN_SIZE, BLOCK),
-        ("intermediate size", shape.intermediate_size, MAX_INTERMEDIATE_SIZE, BLOCK),
+    other = "--backend torch takes any"
+    for name, size, most, multiple, advice in (
+        ("local experts", shape.num_experts, MAX_EXPERTS, 1, "share a layer's experts among more servers"),
+        ("hidden size", shape.hidden_size, MAX_HIDDEN_SIZE, BLOCK, other),
+        ("intermediate size", shape.intermediate_size, MAX_INTERMEDIATE_SIZE, BLOCK, other),
     ):
         if not 0 < size <= most or size % multiple:
-            raise UnsupportedShape(f"{name} {size}: the kernels take multiples of {multiple} up to {most}")
+            raise UnsupportedShape(f"{name} {size}: the kernels take multiples of {multiple} up to {most}; {advice}")
     return shape
