@@ -8,6 +8,7 @@ off by at most 2^-18 of it.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,13 +24,15 @@ PACKED = torch.int8
 EXPONENTS = torch.float8_e8m0fnu
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _TOP, _LEAST_SCALE = 8, -126
+_CODES = np.array([*E2M1, *(-value for value in E2M1)], dtype=np.float32)
+_PAIRS = np.stack([np.tile(_CODES, 16), _CODES.repeat(16)], axis=1).view(np.float64).squeeze(1)
+"""Of each byte its two values, float32, in the bits of one float64."""
 
 
 def decode(packed: Tensor, exponents: Tensor) -> Tensor:
     """[N, K/2] int8 with [N, K/32] float8_e8m0fnu exponents -> the stored values [N, K] float32, exactly."""
-    codes = packed.view(torch.uint8)
-    pairs = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).int()
-    values: Tensor = torch.tensor(E2M1 + tuple(-value for value in E2M1))[pairs]
+    # NumPy looks up faster than torch, here both values of a byte at once.
+    values = torch.from_numpy(_PAIRS.take(packed.view(torch.uint8).numpy()).view(np.float32))
     groups: Tensor = values.unflatten(-1, (-1, GROUP)).mul_(exponents.float().unsqueeze(-1))
     return groups.reshape(values.shape)
 
