@@ -282,6 +282,11 @@ class Coordinator:
             raise InvalidBatch(
                 f"layer {layer} has no gate; give gates in CoordinatorConfig, or topk_ids and topk_weights"
             )
+        if gate.table is not None:
+            raise InvalidBatch(
+                f"layer {layer} chooses experts by token id, not by hidden states: give topk_ids, which its gate's"
+                " table has, and topk_weights"
+            )
         if logits is None:
             logits = router_logits(tokens, gate.weight.to(tokens.device))
         logits = as_tokens("router_logits", logits, model.n_routed_experts).cpu()

@@ -15,6 +15,7 @@
 #include "bindings/place.h"
 #include "bindings/unlocked.h"
 #include "tokens/gather.h"
+#include "tokens/mxfp4.h"
 #include "tokens/quantize.h"
 #include "tokens/split.h"
 #include "tokens/sum.h"
@@ -60,6 +61,16 @@ bool quantize_at(const Place& hidden, int format, std::size_t tokens, std::size_
   return unlocked(tokens * width, [&] {
     return quantize(rows(hidden), static_cast<Format>(format), tokens, width, writable(out), writable(scales));
   });
+}
+
+std::pair<std::size_t, bool> convert_mxfp4_at(const Place& packed, const Place& exponents, std::size_t count,
+                                              std::size_t columns, const Place& out, const Place& scales) {
+  if (count % QUANTIZATION_BLOCK || columns % QUANTIZATION_BLOCK)
+    throw std::invalid_argument("rows and columns must be multiples of 128");
+  const auto [inexact, any] = unlocked(count * columns, [&] {
+    return convert_mxfp4(rows(packed), rows(exponents), count, columns, writable(out), writable(scales));
+  });
+  return {inexact, any};
 }
 
 void gather_at(const Place& source, std::size_t count, std::size_t row_bytes, Address indices, std::size_t wanted,
@@ -123,6 +134,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("usable_cpus", &usable_cpus);
   module.def("crc32c", &checksum, py::arg("data"), py::arg("value") = 0);
   module.def("quantize", &quantize_at);
+  module.def("convert_mxfp4", &convert_mxfp4_at);
   module.def("gather", &gather_at);
   module.def("split", &split_at);
   module.def("count_pairs", &count_pairs_at);

@@ -13,10 +13,12 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_FLOAT8_E4M3FN: _ClassVar[DType]
     DTYPE_BFLOAT16: _ClassVar[DType]
     DTYPE_FLOAT32: _ClassVar[DType]
+    DTYPE_FLOAT4_E2M1FN_X2: _ClassVar[DType]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT8_E4M3FN: DType
 DTYPE_BFLOAT16: DType
 DTYPE_FLOAT32: DType
+DTYPE_FLOAT4_E2M1FN_X2: DType
 
 class GetShardRequest(_message.Message):
     __slots__ = ()

@@ -57,6 +57,8 @@ def _routing(family: Family) -> Iterator[str]:
     yield family.scoring_func
     if family.bias is not None:
         yield f"bias `{family.module}.{family.bias}`"
+    if family.table is not None:
+        yield f"by token id in layers that have `{family.module}.{family.table}`"
     if "n_group" not in family.decided:
         yield "groups if `n_group` > 1"
     always = family.decided.get("norm_topk_prob")
@@ -65,7 +67,8 @@ def _routing(family: Family) -> Iterator[str]:
 
 def tensors(family: Family) -> str:
     """Names behind the layer's, and where layers are when not under `model`."""
-    under = "" if family.prefix == "model" else f", under `{family.prefix}`"
+    prefix = family.prefix.removesuffix(".")
+    under = "" if prefix == "model" else f", under `{prefix}`" if prefix else ", with no prefix"
     return " or ".join(_tensors(family)) + under
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -42,6 +43,8 @@ class MoeConfig:
     moe_layer_freq: int = 1
     dense_layers: tuple[int, ...] = ()
     """Layers that are dense although those rules make them Mixtures of Experts."""
+    swiglu_limit: float | None = None
+    """The bound on what goes into experts' SwiGLU (`expertd.kernels.numerics.swiglu`); servers alone need it."""
 
     def __post_init__(self) -> None:
         spell = self.family.spell
@@ -56,6 +59,8 @@ class MoeConfig:
             raise InvalidConfig(
                 f"routed_scaling_factor is {self.routed_scaling_factor}; it must be positive and finite"
             )
+        if self.swiglu_limit is not None and not 0 < self.swiglu_limit < math.inf:
+            raise InvalidConfig(f"swiglu_limit is {self.swiglu_limit}; it must be positive and finite")
         if self.n_routed_experts % self.n_group:
             raise InvalidConfig(f"n_routed_experts {self.n_routed_experts} is not divisible by n_group {self.n_group}")
         if self.topk_group > self.n_group:
@@ -69,6 +74,11 @@ class MoeConfig:
     @property
     def family(self) -> Family:
         return _family(self.model_type)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All fields, but for those that only some models have and this one has not."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     @property
     def experts_per_group(self) -> int:
@@ -125,10 +135,10 @@ class MoeConfig:
                 values[name] = _typed(spelling, fields[spelling], kind)
             elif name in family.assumed:
                 values[name] = family.assumed[name]
-            elif name in _REQUIRED:
+            elif name in _REQUIRED or (name == "swiglu_limit" and family.bounded):
                 raise InvalidConfig(f"missing field {family.spell(name)!r}")
-        values["routed_scaling_factor"] = float(values["routed_scaling_factor"])
-        return cls(**values | _dense_layers(fields, values["num_hidden_layers"]))
+        values |= {name: float(values[name]) for name in _FLOATS if name in values}
+        return cls(**values | _dense_layers(fields, family, values["num_hidden_layers"]))
 
 
 _LEAST = {
@@ -147,10 +157,12 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(_LEAST, int),
     "routed_scaling_factor": (int, float),
     "norm_topk_prob": bool,
+    "swiglu_limit": (int, float),
 }
+_FLOATS = ("routed_scaling_factor", "swiglu_limit")
 _LISTED = ("moe_layer_freq",)
 """Fields that may be a list, with a number for each layer."""
-_REQUIRED = tuple(name for name in _TYPES if name != "moe_layer_freq")
+_REQUIRED = tuple(name for name in _TYPES if name not in ("moe_layer_freq", "swiglu_limit"))
 
 
 def _family(model_type: object) -> Family:
@@ -192,8 +204,11 @@ def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:  # noqa
     return value
 
 
-def _dense_layers(fields: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def _dense_layers(fields: Mapping[str, Any], family: Family, layers: int) -> dict[str, Any]:
     """What a configuration that lists its layers, or numbers them, says beside the first dense ones and a frequency."""
+    if family.table is not None:
+        # Its list says by what layers choose, not which are dense.
+        return {}
     listed = _listed_layers(fields, layers)
     if listed is None:
         return {"dense_layers": _passed_over(fields, layers)}
@@ -247,9 +262,13 @@ def _refuse_unsupported(fields: Mapping[str, Any], family: Family) -> None:
         "topk_method": (None, "noaux_tc"),
         "hidden_act": (None, "silu"),
     }
+    if family.packed:
+        accepted["expert_dtype"] = (None, "fp8", "fp4")
     for name, values in accepted.items():
         if fields.get(name) not in values:
             raise InvalidConfig(f"{name} is {fields[name]!r}; supported: {values[-1]!r}")
+    if fields.get("swiglu_limit") is not None and not family.bounded:
+        raise InvalidConfig(f"swiglu_limit is {fields['swiglu_limit']!r}; experts of this family have no such bound")
     if family.has_correction_bias and fields.get("use_routing_bias") is False:
         raise InvalidConfig("use_routing_bias is False; supported: True")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -36,6 +36,8 @@ class LayerWeights:
     """[E, H, I] of the same type."""
     down_scales: Tensor
     """[E, H/128, I/128] float32."""
+    swiglu_limit: float | None = field(default=None, kw_only=True)
+    """The bound on what goes into SwiGLU (`expertd.kernels.numerics.swiglu`), the same for all layers of a model."""
 
     @property
     def num_experts(self) -> int:

@@ -43,10 +43,16 @@ def route(logits: Tensor, correction_bias: Tensor, config: MoeConfig) -> tuple[T
     outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
     eligible = grouped.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(1)
     ids = _top(eligible, config.num_experts_per_tok)
-    weights = scores.gather(1, ids)
-    if config.norm_topk_prob:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return ids.to(torch.int32), weights * config.routed_scaling_factor
+    return ids.to(torch.int32), _weights(scores, ids, config)
+
+
+def weigh(logits: Tensor, expert_ids: Tensor, config: MoeConfig) -> Tensor:
+    """The weights [T, k] float32 of experts that were chosen otherwise, as by token id in DeepSeek-V4's first layers
+    (transformers' DeepseekV4HashRouter).
+
+    `logits` is [T, E] float32, `expert_ids` [T, k] of any integer dtype.
+    """
+    return _weights(_SCORES[config.family.scoring_func](logits.float()), expert_ids.long(), config)
 
 
 def first_repeat(expert_ids: npt.NDArray[np.integer[Any]]) -> int | None:
@@ -58,6 +64,13 @@ def first_repeat(expert_ids: npt.NDArray[np.integer[Any]]) -> int | None:
     ordered = np.sort(expert_ids, axis=1)
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     return int(repeated.any(axis=1).argmax()) if np.logical_or.reduce(repeated, axis=None) else None
+
+
+def _weights(scores: Tensor, ids: Tensor, config: MoeConfig) -> Tensor:
+    weights = scores.gather(1, ids)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * config.routed_scaling_factor
 
 
 def _top(values: Tensor, count: int) -> Tensor:

@@ -14,11 +14,11 @@ from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from expertd.kernels.model.config import BLOCK, MoeConfig
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.numerics.quantize import dequantize_activations, quantize_activations
+from expertd.kernels.numerics.swiglu import swiglu
 from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.experts import ExpertMatrices
 
@@ -163,10 +163,10 @@ def _furthest(gains: Tensor) -> tuple[float, int, int]:
 
 
 def _intermediate(batch: TokenBatch, expert: int, matrices: ExpertMatrices) -> Tensor:
-    """silu(x gate^T) * (x up^T) [T, I], times each token's routing weight for `expert`, in FP32."""
+    """swiglu(x up^T, x gate^T) [T, I], times each token's routing weight for `expert`, in FP32."""
     hidden = batch.hidden.float() if batch.scales is None else dequantize_activations(batch.hidden, batch.scales)
     weights = batch.weights.where(batch.expert_ids == expert, 0.0).sum(dim=1, keepdim=True)
-    return silu(hidden @ matrices.gate.T) * (hidden @ matrices.up.T) * weights
+    return swiglu(hidden @ matrices.up.T, hidden @ matrices.gate.T, matrices.swiglu_limit) * weights
 
 
 def _agreement(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
 from expertd.kernels.numerics.quantize import dequantize_activations, dequantize_weights
+from expertd.kernels.numerics.swiglu import swiglu
 
 
 def reference_partials(batch: TokenBatch, weights: LayerWeights, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Partial sums [T, H] of `batch`: sum over its experts of w * (silu(x gate^T) * (x up^T)) down^T.
+    """Partial sums [T, H] of `batch`: sum over its experts of w * swiglu(x up^T, x gate^T) down^T.
 
     Inputs are dequantised exactly and all arithmetic is in `dtype`. One expert's weights are dequantised at a time.
     """
@@ -27,7 +27,9 @@ def reference_partials(batch: TokenBatch, weights: LayerWeights, dtype: torch.dt
         up_gate = dequantize_weights(weights.up_gate[expert], weights.up_gate_scales[expert]).to(dtype)
         down = dequantize_weights(weights.down[expert], weights.down_scales[expert]).to(dtype)
         up, gate = (hidden[token] @ up_gate.T).chunk(2, dim=-1)
-        sums.index_add_(0, token, (silu(gate) * up) @ down.T * batch.weights[token, choice, None].to(dtype))
+        sums.index_add_(
+            0, token, swiglu(up, gate, weights.swiglu_limit) @ down.T * batch.weights[token, choice, None].to(dtype)
+        )
     return sums
 
 

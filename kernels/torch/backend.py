@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad, silu
+from torch.nn.functional import linear, pad
 
 from expertd.kernels.numerics.backend import (
     Computed,
@@ -21,6 +21,7 @@ from expertd.kernels.numerics.backend import (
     spliced,
 )
 from expertd.kernels.numerics.quantize import dequantize_activations, dequantize_weights
+from expertd.kernels.numerics.swiglu import swiglu
 from expertd.kernels.numerics.token_sort import sort_pairs
 
 ROW_BLOCK = 16
@@ -35,18 +36,19 @@ class TorchBackend:
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._limit: float | None = None
 
     @property
     def device(self) -> str:
         return f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
 
     def load_layer(self, layer: int, weights: LayerWeights) -> None:
-        self._layers[layer] = _plain(weights)
+        self._layers[layer], self._limit = _plain(weights), weights.swiglu_limit
 
     def splice_layer(self, layer: int, base: int | None, kept: Mapping[int, int], added: LayerWeights) -> None:
         new = _plain(added)
         up_gate, down = spliced(new if base is None else self._layers[base], kept, new, len(kept) + added.num_experts)
-        self._layers[layer] = (up_gate, down)
+        self._layers[layer], self._limit = (up_gate, down), added.swiglu_limit
 
     def drop_layer(self, layer: int) -> None:
         self._layers.pop(layer, None)
@@ -97,7 +99,7 @@ class TorchBackend:
             pairs = slice(first, first + count)
             tokens, choices = order.tokens[pairs], order.choices[pairs]
             if count:
-                rows = _expert_ffn(hidden[tokens], up_gate[expert], down[expert])
+                rows = _expert_ffn(hidden[tokens], up_gate[expert], down[expert], self._limit)
                 sums.index_add_(0, tokens, rows * pair_weights[choices])
             first += count
         return Partials(sums=sums, pairs=order.counts.to(torch.int32))
@@ -139,12 +141,12 @@ def _replied(request: TokenBatch, sums: Tensor) -> Tensor:
     return sums if request.reply is None else request.reply.copy_(sums)
 
 
-def _expert_ffn(hidden: Tensor, up_gate: Tensor, down: Tensor) -> Tensor:
+def _expert_ffn(hidden: Tensor, up_gate: Tensor, down: Tensor, limit: float | None) -> Tensor:
     """[m, H] rows through one expert -> [m, H], in products of exactly `ROW_BLOCK` rows."""
     blocks = pad(hidden, (0, 0, 0, -len(hidden) % ROW_BLOCK)).unflatten(0, (-1, ROW_BLOCK))
-    return torch.cat([_ffn(block, up_gate, down) for block in blocks])[: len(hidden)]
+    return torch.cat([_ffn(block, up_gate, down, limit) for block in blocks])[: len(hidden)]
 
 
-def _ffn(hidden: Tensor, up_gate: Tensor, down: Tensor) -> Tensor:
+def _ffn(hidden: Tensor, up_gate: Tensor, down: Tensor, limit: float | None) -> Tensor:
     up, gate = linear(hidden, up_gate).chunk(2, dim=-1)
-    return linear(silu(gate).mul_(up), down)
+    return linear(swiglu(up, gate, limit), down)

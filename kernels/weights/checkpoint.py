@@ -25,13 +25,16 @@ from expertd.kernels.weights.files import check_path
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
-_DTYPES = {
+DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     # UE8M0: nothing but an exponent, a power of two from 2^-127 to 2^127, or NaN.
     "F8_E8M0": torch.float8_e8m0fnu,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F16": torch.float16,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 
 
@@ -88,7 +91,7 @@ class Checkpoint:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         """Whether the checkpoint names a tensor like this."""
         return name in self._files
 
@@ -110,7 +113,7 @@ class Checkpoint:
 
     def load(self, stored: StoredTensor) -> Tensor:
         """Read a tensor, or an entry of one, of a dtype that is known."""
-        out = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
+        out = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
         self.read_into(stored, out)
         return out
 
@@ -121,7 +124,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{stored.file}: tensor {name}: expected shape {list(shape)}, found {list(stored.shape)}"
             )
-        if _DTYPES.get(stored.dtype) not in dtypes:
+        if DTYPES.get(stored.dtype) not in dtypes:
             expected = " or ".join(_spelling(dtype) for dtype in dtypes)
             raise CheckpointError(f"{stored.file}: tensor {name}: expected dtype {expected}, found {stored.dtype}")
         return stored
@@ -238,11 +241,11 @@ def _stored(name: str, file: Path, entry: dict[str, Any], data_start: int) -> St
     shape = tuple(entry["shape"])
     if not all(isinstance(number, int) and number >= 0 for number in (first, last, *shape)) or first > last:
         raise ValueError(f"{name}: data_offsets {entry['data_offsets']}, shape {entry['shape']}")
-    dtype = _DTYPES.get(entry["dtype"])
+    dtype = DTYPES.get(entry["dtype"])
     if dtype is not None and last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {last - first} bytes for {entry['dtype']} {list(shape)}")
     return StoredTensor(name, file, entry["dtype"], shape, data_start + first, last - first)
 
 
 def _spelling(dtype: torch.dtype) -> str:
-    return next(name for name, known in _DTYPES.items() if known == dtype)
+    return next(name for name, known in DTYPES.items() if known == dtype)

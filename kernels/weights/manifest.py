@@ -73,7 +73,7 @@ class Manifest:
             }
             gates = gate_tensors(checkpoint)
             found = {stored.name: found.hex() for stored, found in zip(gates, readers.map(digest, gates), strict=True)}
-        return cls.from_content(json.loads(json.dumps(dataclasses.asdict(config))), found, experts)
+        return cls.from_content(json.loads(json.dumps(config.fields)), found, experts)
 
     @classmethod
     def from_content(
@@ -101,7 +101,7 @@ class Manifest:
 
     def config_differences(self, config: MoeConfig) -> Iterator[str]:
         """Fields of `config` that are others in the manifest; those that it does not know are not compared."""
-        for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
+        for name, value in json.loads(json.dumps(config.fields)).items():
             if name in self.config and self.config[name] != value:
                 yield f"{name}: {value} here, {self.config[name]} in the manifest"
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from expertd.kernels.numerics.quantize import FP8, dequantize_weights, quantize_weights
+from expertd.kernels.numerics.mxfp4 import convert_into, decode
+from expertd.kernels.numerics.quantize import dequantize_weights, quantize_weights
 from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
 from expertd.kernels.weights.sources import Source
 
+NO_NUMBER = 0xFF
+"""The exponent that means none."""
 Target = tuple[Tensor, Tensor]
 """A projection's weight [N, K] float8_e4m3fn or bfloat16, and its scales [N/128, K/128] float32."""
+OnInexact = Callable[[int], None]
+"""Hears of how many weights in MXFP4 are not what was stored, where there are any."""
 
 
-def read_source(checkpoint: Checkpoint, source: Source, targets: Sequence[Target]) -> tuple[Tensor, ...]:
+def read_source(
+    checkpoint: Checkpoint, source: Source, targets: Sequence[Target], on_inexact: OnInexact = lambda _: None
+) -> tuple[Tensor, ...]:
     """Read a matrix into the target of each of its projections. Returns what `source.tensors` hold.
 
     Raises `CheckpointError` for what is truncated, not finite, badly scaled or nothing but zeros.
@@ -29,6 +37,9 @@ def read_source(checkpoint: Checkpoint, source: Source, targets: Sequence[Target
         return (content,)
     stored = checkpoint.load(source.scales)
     for (matrix, (weight, scales)), blocks in zip(matrices, source.split(stored), strict=True):
+        if source.packed:
+            _convert(source, matrix, blocks, (weight, scales), on_inexact)
+            continue
         _check_codes(source.weight, matrix)
         _copy(matrix, weight)
         scales.copy_(blocks)
@@ -38,15 +49,19 @@ def read_source(checkpoint: Checkpoint, source: Source, targets: Sequence[Target
 
 def read_values(checkpoint: Checkpoint, source: Source) -> dict[str, Tensor]:
     """The stored values of each projection, [N, K] float32. Checks nothing; raises `CheckpointError`."""
-    values = checkpoint.load(source.weight).float()
-    if source.scales is not None:
-        values = dequantize_weights(values, checkpoint.load(source.scales).float())
+    stored = checkpoint.load(source.weight)
+    if source.scales is None:
+        values = stored.float()
+    elif source.packed:
+        values = decode(stored, checkpoint.load(source.scales))
+    else:
+        values = dequantize_weights(stored.float(), checkpoint.load(source.scales).float())
     return dict(zip(source.projections, source.split(values), strict=True))
 
 
 def _content(source: Source, weight: Tensor) -> Tensor:
     """Where to read to: right into `weight`, where that is served byte for byte as it is stored."""
-    stored = torch.bfloat16 if source.scales is None else FP8
+    stored = source.stored
     return weight if source.as_served and weight.dtype == stored else torch.empty(source.weight.shape, dtype=stored)
 
 
@@ -63,6 +78,19 @@ def _serve_plain(stored: StoredTensor, matrix: Tensor, target: Target) -> None:
     rounded, blocks = quantize_weights(matrix)
     weight.copy_(rounded)
     scales.copy_(blocks)
+
+
+def _convert(source: Source, packed: Tensor, exponents: Tensor, target: Target, on_inexact: OnInexact) -> None:
+    """MXFP4 to FP8 blocks."""
+    assert source.scales is not None
+    codes = exponents.view(torch.uint8)
+    if codes.max() == NO_NUMBER:
+        raise _bad_scales(source.scales, math.nan)
+    inexact, any_weights = convert_into(packed, exponents, *target)
+    if not any_weights:
+        raise _no_weights(source.weight)
+    if inexact:
+        on_inexact(inexact)
 
 
 def _copy(matrix: Tensor, weight: Tensor) -> None:
@@ -84,10 +112,13 @@ def _check_codes(stored: StoredTensor, matrix: Tensor) -> None:
 def _check_scales(stored: StoredTensor, scales: Tensor) -> None:
     good = scales.isfinite() & (scales >= 0)
     if not good.all():
-        bad = scales[~good][0].item()
-        raise CheckpointError(f"{stored.file}: tensor {stored.name}: expected finite scales >= 0, found {bad}")
+        raise _bad_scales(stored, scales[~good][0].item())
     if not scales.any():
         raise _no_weights(stored)
+
+
+def _bad_scales(stored: StoredTensor, found: float) -> CheckpointError:
+    return CheckpointError(f"{stored.file}: tensor {stored.name}: expected finite scales >= 0, found {found}")
 
 
 def _no_weights(stored: StoredTensor) -> CheckpointError:

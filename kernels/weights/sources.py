@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from expertd.kernels.model.config import BLOCK
+from expertd.kernels.numerics.mxfp4 import EXPONENTS, GROUP, PACKED
 from expertd.kernels.numerics.quantize import FP8
-from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
+from expertd.kernels.weights.checkpoint import DTYPES, Checkpoint, CheckpointError, StoredTensor
 
-SCALES = "_scale_inv"
-"""Behind the name of a weight in FP8."""
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 """What scales may be stored as: each value is one of float32's."""
 
@@ -25,7 +24,7 @@ class Source:
     """In the order of their rows, of which all have as many."""
     weight: StoredTensor
     scales: StoredTensor | None
-    """None where the weight is BF16."""
+    """None where the weight is BF16; where it is MXFP4, the exponents of its groups."""
     transposed: bool = False
     """Stored as columns x rows."""
 
@@ -34,9 +33,18 @@ class Source:
         return (self.weight,) if self.scales is None else (self.weight, self.scales)
 
     @property
+    def packed(self) -> bool:
+        """Whether it is MXFP4."""
+        return self.stored == PACKED
+
+    @property
+    def stored(self) -> torch.dtype:
+        return DTYPES[self.weight.dtype]
+
+    @property
     def as_served(self) -> bool:
         """Whether the stored bytes are those of one projection, row by row."""
-        return len(self.projections) == 1 and not self.transposed
+        return len(self.projections) == 1 and not self.transposed and not self.packed
 
     def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         """The [rows, columns] of each projection, views of a stored weight, or of its scales in blocks."""
@@ -80,14 +88,22 @@ def _slices(checkpoint: Checkpoint, layer: int, expert: int, dtype: torch.dtype)
 def _find(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[StoredTensor, StoredTensor | None]:
-    """The stored weight [..., N, K], to be served as `dtype`, and its stored scales when it is FP8."""
-    weight = checkpoint.check(name, shape, FP8, torch.bfloat16)
+    """The stored weight [..., N, K], or [N, K/2] in MXFP4, to be served as `dtype`, and what scales it unless BF16."""
+    family = checkpoint.config.family
+    *lead, rows, columns = shape
+    packed = family.packed and checkpoint.find(name).dtype == "I8"
+    if packed:
+        weight = checkpoint.check(name, (*lead, rows, columns // 2), PACKED)
+    else:
+        weight = checkpoint.check(name, shape, FP8, torch.bfloat16)
     if weight.dtype == "BF16":
         return weight, None
     if dtype != FP8:
+        stored = "MXFP4, which is served as FP8" if packed else "FP8 already"
         raise CheckpointError(
-            f"{weight.file}: tensor {name} is FP8 already; --weights bf16 is for checkpoints of BF16: leave it out"
+            f"{weight.file}: tensor {name} is {stored}; --weights bf16 is for checkpoints of BF16: leave it out"
         )
-    *lead, rows, columns = shape
+    if packed:
+        return weight, checkpoint.check(family.scales_of(name), (*lead, rows, columns // GROUP), EXPONENTS)
     blocks = (*lead, rows // BLOCK, columns // BLOCK)
-    return weight, checkpoint.check(name + SCALES, blocks, *SCALE_DTYPES)
+    return weight, checkpoint.check(family.scales_of(name), blocks, *SCALE_DTYPES)

@@ -36,6 +36,8 @@ std::string name_of(uint64_t code) {
       return "DTYPE_BFLOAT16";
     case 3:
       return "DTYPE_FLOAT32";
+    case 4:
+      return "DTYPE_FLOAT4_E2M1FN_X2";
     default:
       return std::to_string(code);
   }

@@ -71,10 +71,10 @@ class ShardInfo:
 
     @property
     def weights(self) -> str:
-        """For people: "fp8", "bf16", or "fp8 of bf16" for what was rounded while loading."""
-        rounded = any(dtype != self.weight_dtype for dtype in self.checkpoint_dtypes)
-        names = {torch.float8_e4m3fn: "fp8", torch.bfloat16: "bf16"}
-        return names[self.weight_dtype] + (" of bf16" if rounded else "")
+        """For people: "fp8", "bf16", or or of what was not stored so "fp8 of bf16" or "fp8 of mxfp4"."""
+        names = {torch.float8_e4m3fn: "fp8", torch.bfloat16: "bf16", torch.float4_e2m1fn_x2: "mxfp4"}
+        others = [names[dtype] for dtype in self.checkpoint_dtypes if dtype != self.weight_dtype]
+        return " of ".join((names[self.weight_dtype], *([" and ".join(others)] if others else [])))
 
 
 def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:

@@ -14,6 +14,8 @@ from expertd.proto.lane.layout import QUANTIZATION_BLOCK, rows_bytes
 
 HIDDEN_DTYPES = (torch.float8_e4m3fn, torch.bfloat16)
 REPLY_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+STORED_DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float4_e2m1fn_x2)
+"""Of checkpoints' weights."""
 
 Bytes: TypeAlias = memoryview | Tensor
 """What a tensor's bytes lie in: a message or segment, or [n] uint8 on a GPU."""
@@ -30,7 +32,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 # The contract calls its dtypes as torch does.
 DTYPE_CODES: dict[torch.dtype, pb.DType] = {
-    dtype: getattr(pb, f"DTYPE_{name_of(dtype).upper()}") for dtype in (*HIDDEN_DTYPES, *REPLY_DTYPES)
+    dtype: getattr(pb, f"DTYPE_{name_of(dtype).upper()}") for dtype in (*HIDDEN_DTYPES, *REPLY_DTYPES, *STORED_DTYPES)
 }
 
 DTYPES = {int(code): dtype for dtype, code in DTYPE_CODES.items()}

@@ -14,24 +14,27 @@ from expertd.server.doctor.host import WORKSPACE_BYTES
 
 GPUS: Mapping[str, int] = MappingProxyType({"H100": 80_000_000_000, "H200": 141_000_000_000})
 """Bytes of memory of GPUs that serve."""
-_FORMATS = {"F8_E4M3": "FP8 blocks", "BF16": "BF16"}
+_FORMATS = {"F8_E4M3": "FP8 blocks", "BF16": "BF16", "I8": "MXFP4"}
 
 
 def describe_model(checkpoint: Checkpoint, weights: str) -> Finding:
-    """Family, format, size of an expert as it is served (`weights` "fp8" or "bf16"), and the GPUs that it takes.
+    """Family, format, size of an expert as it is stored and as it is served (`weights` "fp8" or "bf16"), and the GPUs
+    that it takes.
 
     The format is that of the first expert. Raises `CheckpointError`.
     """
     model = checkpoint.config
     if not model.moe_layers:
         return fail("model", f"{model.model_type}: none of its {model.num_hidden_layers} layers has experts")
-    stored = expert_tensors(checkpoint, model.moe_layers[0], 0)[0].dtype
+    stored = expert_tensors(checkpoint, model.moe_layers[0], 0)
+    stored_bytes = sum(tensor.num_bytes for tensor in stored)
     # BF16 takes twice as many bytes as FP8, nearly.
     expert_bytes = model.expert_bytes * (2 if weights == "bf16" else 1)
     layers, experts = len(model.moe_layers), model.n_routed_experts
     return ok(
         "model",
-        f"{model.model_type}, stored as {_FORMATS[stored]}; {experts} experts in each of {layers} layers, served as"
+        f"{model.model_type}, stored as {_FORMATS[stored[0].dtype]} of {stored_bytes / 1e6:.2f} MB an expert; {experts}"
+        f" experts in each of {layers} layers, served as"
         f" {weights} with {expert_bytes / 1e6:.2f} MB each, {layers * experts * expert_bytes / 1e9:.1f} GB in all:"
         f" {_gpus(model, layers * expert_bytes)}",
     )

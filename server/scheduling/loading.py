@@ -33,6 +33,9 @@ ROUNDED = (
     "the checkpoint's weights are BF16 and are rounded to FP8 in blocks of 128x128, an error of 2.6e-2: the model may"
     " choose other tokens; --weights bf16 serves them as they are, in twice the memory"
 )
+CONVERTED = (
+    "the checkpoint's weights are MXFP4 and are converted to FP8 in blocks of 128x128: what is not exact is told"
+)
 CHECKED_EXPERTS = 2
 """Of each layer, in the self-check; reading one again takes about 0.1 s at DeepSeek-V3's sizes."""
 
@@ -62,6 +65,8 @@ async def load_layers(
     stored = stored_dtypes(checkpoint, shard.experts)
     if shard.weight_dtype == FP8 and torch.bfloat16 in stored:
         log.warning(ROUNDED)
+    if torch.float4_e2m1fn_x2 in stored:
+        log.info(CONVERTED)
     started = time.perf_counter()
     told, worst = started, 0.0
     with _progress_bar() as bar:

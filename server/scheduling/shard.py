@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -43,8 +42,8 @@ class Shard:
 
     @property
     def config_fields(self) -> dict[str, int | float | bool | str | tuple[int, ...]]:
-        """The fields of the model's `MoeConfig`."""
-        return dataclasses.asdict(self.config)
+        """The fields of the model's `MoeConfig` that callers need."""
+        return {name: value for name, value in self.config.fields.items() if name != "swiglu_limit"}
 
     def placement(self, max_tokens: int, addresses: Mapping[int, LayerAddresses] | None = None) -> Placement:
         """What requests, of at most `max_tokens` tokens, are checked against, and where the device has the layers."""

@@ -58,6 +58,16 @@ def quantize(hidden: Place, stored: Format, tokens: int, width: int, out: Place,
     all values are finite.
     """
 
+def convert_mxfp4(
+    packed: Place, exponents: Place, rows: int, columns: int, out: Place, scales: Place, /
+) -> tuple[int, bool]:
+    """MXFP4, packed [rows, columns / 2] with exponents [rows, columns / 32] of which none is 255, -> out E4M3
+    [rows, columns] and scales [rows / 128, columns / 128] FP32, one a 128x128 block. On the calling thread alone.
+
+    Bit-equal to `expertd.kernels.numerics.mxfp4.convert`. How many weights are not what was stored, and whether any is
+    not zero. `ValueError` unless rows and columns are multiples of 128.
+    """
+
 def gather(source: Place, rows: int, row_bytes: int, indices: int, count: int, out: Place, /) -> None:
     """out[i] = source[indices[i]] for [count] int64 indices; `IndexError` unless all are from 0 to `rows` - 1."""
 

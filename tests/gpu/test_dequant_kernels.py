@@ -99,6 +99,18 @@ def test_silu_and_mul_of_extreme_gates() -> None:
     torch.testing.assert_close(out[0] * out_factors, torch.nn.functional.silu(gate), rtol=1e-5, atol=1e-5)
 
 
+def test_silu_and_mul_bounds_the_gate_from_above_and_up_on_both_sides_and_keeps_nan() -> None:
+    values = torch.tensor([-20.0, -3.0, 3.0, 20.0], device=CUDA)
+    gate, up = values.repeat(32), values.repeat_interleave(32)
+    out, out_factors = poisoned(2, 128, dtype=torch.float32), poisoned(2, dtype=torch.float32)
+    tokens, ones = torch.zeros(2, dtype=torch.int32, device=CUDA), torch.ones(2, device=CUDA)
+    lost = torch.full((256,), torch.nan, device=CUDA)
+    silu_and_mul(torch.stack([torch.cat([up, gate]), lost]), tokens, ones, out, out_factors, 10.0)()
+    expected = torch.nn.functional.silu(gate.clamp(max=10)) * up.clamp(-10, 10)
+    torch.testing.assert_close(out[0] * out_factors[0], expected, rtol=1e-5, atol=1e-5)
+    assert out[1].isnan().all()
+
+
 def test_silu_and_mul_of_zeros() -> None:
     out, out_factors = poisoned(1, 128, dtype=torch.float16), poisoned(1, dtype=torch.float32)
     token, one = torch.zeros(1, dtype=torch.int32, device=CUDA), torch.ones(1, device=CUDA)

@@ -67,6 +67,17 @@ def test_error_within_bound(shape: ExpertShape, tokens: int, config: LayerConfig
 
 
 @PATHS
+@pytest.mark.parametrize("limit", [0.1, 1.0])
+def test_a_bound_is_computed_as_the_reference_has_it(limit: float, config: LayerConfig) -> None:
+    shape = SHAPES[0]
+    weights = random_weights(shape, CUDA, swiglu_limit=limit)
+    batch = random_batch(shape, 129, CUDA, model_experts=64)
+    sums, _ = compute(batch, weights, config)
+    assert relative_error(sums, reference_partials(batch, weights)) < BOUND
+    assert relative_error(sums, reference_partials(batch, replace(weights, swiglu_limit=None))) > BOUND
+
+
+@PATHS
 def test_no_expert_and_one_expert(config: LayerConfig) -> None:
     shape = SHAPES[0]
     weights = random_weights(shape, CUDA)

@@ -1,6 +1,6 @@
 """Tensors to messages and back."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import grpc
@@ -138,7 +138,7 @@ def test_bytes_that_are_no_message_are_refused() -> None:
 
 
 def test_a_shard_survives_the_wire() -> None:
-    config = asdict(MoeConfig(dense_layers=(5, 7)))
+    config = MoeConfig(dense_layers=(5, 7)).fields
     owned = dict.fromkeys((3, 4), tuple(range(32)))
     shard = ShardInfo("abc", 17, config, owned, 4096, 1 << 20, 65536, 1 << 30, "torch", "cpu", "auto", "1", "z")
     shard = replace(shard, expert_digests=b"digests", has_manifest=True, instruction_set="avx2")
@@ -153,6 +153,14 @@ def test_a_shard_survives_the_wire() -> None:
         shard = replace(shard, experts=experts)
         message = codec.encode_shard(shard).SerializeToString()
         assert codec.decode_shard(codec.ShardResponse.FromString(message)) == shard
+    for served, stored, told in (
+        (torch.float8_e4m3fn, (torch.float4_e2m1fn_x2,), "fp8 of mxfp4"),
+        (torch.float8_e4m3fn, (torch.float8_e4m3fn, torch.bfloat16), "fp8 of bf16"),
+        (torch.bfloat16, (torch.bfloat16,), "bf16"),
+    ):
+        answer = codec.encode_shard(replace(shard, weight_dtype=served, checkpoint_dtypes=stored))
+        decoded = codec.decode_shard(codec.ShardResponse.FromString(answer.SerializeToString()))
+        assert (decoded.checkpoint_dtypes, decoded.weights) == (stored, told)
 
 
 @pytest.mark.parametrize(

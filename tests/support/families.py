@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DeepseekV3Config,
+    DeepseekV4Config,
     DeepseekV32Config,
     Ernie4_5_MoeConfig,
     Glm4MoeConfig,
@@ -29,6 +30,8 @@ from transformers import (
 )
 
 from expertd.client.tools.demo_checkpoint import DemoModel
+from expertd.kernels.model.families import FAMILIES
+from expertd.kernels.numerics.mxfp4 import EXPONENTS, GROUP, decode
 from expertd.kernels.numerics.quantize import dequantize_weights, quantize_weights
 
 SMALL = DemoModel(
@@ -97,7 +100,21 @@ _VISION: dict[str, Any] = {
     "deepstack_visual_indexes": [],
     "num_position_embeddings": 16,
 }
+_V4 = DeepseekV4Config(
+    **SIZES | _EXPERTS | {"num_key_value_heads": 1},
+    n_routed_experts=16,
+    mlp_layer_types=["hash_moe", "moe", "moe"],
+    q_lora_rank=64,
+    o_lora_rank=64,
+    o_groups=2,
+    index_n_heads=2,
+    index_head_dim=32,
+    # Below what many gates and ups are.
+    swiglu_limit=0.5,
+)
 SERVED: dict[str, Any] = {
+    "deepseek_v4": _V4,
+    "deepseek_ref": _V4,
     "deepseek_v32": DeepseekV32Config(**_GROUPED),
     # transformers has DeepSeek-V3's classes for it.
     "kimi_k2": DeepseekV3Config(**_GROUPED | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}),
@@ -142,15 +159,19 @@ def write_family(folder: Path, model_type: str) -> FamilyFolders:
     for name, bias in (*model.named_buffers(), *model.named_parameters()):
         if name.endswith("e_score_correction_bias"):
             bias.data.normal_(std=0.05)
+        if name.endswith("tid2eid"):
+            bias.data.copy_(torch.rand(len(bias), 16).argsort(dim=1)[:, : bias.shape[1]])
     folders = FamilyFolders(folder / "plain", folder / "quantized", folder / "floats")
     model.save_pretrained(folders.plain)
-    quantized, floats = {}, {}
+    family, quantized, floats = FAMILIES[model_type], {}, {}
     for name, weight in load_file(folders.plain / "model.safetensors").items():
+        # DeepSeek-V4's are published without.
+        published = name if family.prefix else name.removeprefix("model.")
         if ".experts." not in name:
-            quantized[name], floats[name] = weight, weight.float()
+            quantized[published], floats[name] = weight, weight.float() if weight.is_floating_point() else weight
             continue
         stored, scales = quantize_weights(weight)
-        quantized |= {name: stored, f"{name}_scale_inv": scales}
+        quantized |= {published: stored, family.scales_of(published): scales}
         floats[name] = dequantize_weights(stored, scales)
     saved = json.loads((folders.plain / "config.json").read_text())
     fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -182,6 +203,22 @@ def publish(folder: Path, model_type: str) -> None:
     if model_type == "qwen3_vl_moe":
         fused = {name: weight.mT.contiguous() for name, weight in fused.items()}
     save_file(tensors | fused, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pack(folders: FamilyFolders, model_type: str) -> None:
+    """Write other experts, in MXFP4, to `quantized`, and their values to `floats`."""
+    chance = torch.Generator().manual_seed(4)
+    quantized, floats = (load_file(folder / "model.safetensors") for folder in (folders.quantized, folders.floats))
+    for name, weight in floats.items():
+        if ".experts." in name:
+            rows, columns = weight.shape
+            packed = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8, generator=chance)
+            exponents = torch.randint(119, 124, (rows, columns // GROUP), dtype=torch.uint8, generator=chance)
+            published = name.removeprefix("model.")
+            quantized[published], floats[name] = packed, decode(packed, exponents.view(EXPONENTS))
+            quantized[FAMILIES[model_type].scales_of(published)] = exponents.view(EXPONENTS)
+    for folder, tensors in ((folders.quantized, quantized), (folders.floats, floats)):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _save(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ class RemoteExperts(RoutedExperts):  # type: ignore[misc]
             (parallel.pcp_size > 1, "--prefill-context-parallel-size", "leave it at 1"),
             (moe.activation.value != "silu", f"activation {moe.activation.value}", "expertd servers compute silu"),
             (moe.has_bias, "experts with biases", "expertd servers add none"),
-            (self.swiglu_limit is not None, "a clamped SwiGLU", "expertd servers do not clamp"),
+            (self.swiglu_limit is not None, "a clamped SwiGLU", "no model that has one was tried with vLLM yet"),
             (self.apply_router_weight_on_input, "router weights on the input", "expertd servers apply them to outputs"),
             (self.expert_map_manager.num_fused_shared_experts > 0, "fused shared experts", "switch the fusion off"),
         ):

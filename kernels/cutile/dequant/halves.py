@@ -22,7 +22,9 @@ def to_float16(weights: LayerWeights, device: torch.device) -> LayerWeights:
     The error of smaller ones is below 2**-39 of it.
     """
     return LayerWeights(
-        *_matrix(weights.up_gate, weights.up_gate_scales, device), *_matrix(weights.down, weights.down_scales, device)
+        *_matrix(weights.up_gate, weights.up_gate_scales, device),
+        *_matrix(weights.down, weights.down_scales, device),
+        swiglu_limit=weights.swiglu_limit,
     )
 
 

@@ -126,7 +126,7 @@ class DequantPipeline:
             *gather,
             *dequant(weights.up_gate, up_gate_scales, up_gate_weight),
             group_gemm(hidden, up_gate_weight, *tiles, up_gate, config.tile_m, config.up_gate, processors),
-            silu_and_mul(up_gate, rows.tokens, factors, activated, activated_factors),
+            silu_and_mul(up_gate, rows.tokens, factors, activated, activated_factors, weights.swiglu_limit),
             *dequant(weights.down, down_scales, down_weight),
             group_gemm(activated, down_weight, *tiles, down, config.tile_m, config.down, processors),
             aggregate(down, activated_factors, rows.positions, pair_weights, sums),
@@ -148,7 +148,8 @@ class DequantPipeline:
         for expert in rows.experts.split(1):
             dequant_weights(up_gate_weight, up_gate_scales, expert, self._up_gate[:1])()
             up_gate = torch.mm(hidden, self._up_gate[0].T, out_dtype=torch.float32)
-            silu_and_mul(up_gate, every_token, factors * up_gate_factors[expert], activated, activated_factors)()
+            scaled = factors * up_gate_factors[expert]
+            silu_and_mul(up_gate, every_token, scaled, activated, activated_factors, weights.swiglu_limit)()
             dequant_weights(down_weight, down_scales, expert, self._down[:1])()
             down = torch.mm(activated, self._down[0].T, out_dtype=torch.float32)
             chosen = (batch.expert_ids == expert) & (expert >= 0)

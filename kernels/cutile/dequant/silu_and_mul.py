@@ -8,6 +8,7 @@ import cuda.tile as ct
 from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch
+from expertd.kernels.cutile.base.limit import bounded, limit_constant
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
 ConstFloat = Annotated[float, ct.ConstantAnnotation()]
@@ -24,6 +25,7 @@ def silu_and_mul_kernel_row_wise(
     out_factors: ct.Array,
     COLUMNS: ConstInt,
     LEAST_FACTOR: ConstFloat,
+    LIMIT: ConstFloat,
 ) -> None:
     row = ct.bid(0)
     if ct.load(tokens, (row,), (1,)).item() >= 0:
@@ -33,6 +35,7 @@ def silu_and_mul_kernel_row_wise(
         gates = up_gate.slice(1, width, 2 * width)
         up = ct.load(ups, (row, 0), (1, COLUMNS), padding_mode=ct.PaddingMode.ZERO).astype(ct.float32) * factor
         gate = ct.load(gates, (row, 0), (1, COLUMNS), padding_mode=ct.PaddingMode.ZERO).astype(ct.float32) * factor
+        up, gate = bounded(up, gate, LIMIT)
         sigmoid = ct.truediv(1.0, 1.0 + ct.exp(-gate), rounding_mode=ct.RoundingMode.APPROX)
         activated = gate * sigmoid * up
         out_factor = ct.maximum(ct.max(ct.abs(activated), axis=1, keepdims=True), LEAST_FACTOR)
@@ -40,13 +43,16 @@ def silu_and_mul_kernel_row_wise(
         ct.store(out_factors, (row,), out_factor.reshape((1,)))
 
 
-def silu_and_mul(up_gate: Tensor, tokens: Tensor, factors: Tensor, out: Tensor, out_factors: Tensor) -> Launch:
+def silu_and_mul(
+    up_gate: Tensor, tokens: Tensor, factors: Tensor, out: Tensor, out_factors: Tensor, limit: float | None = None
+) -> Launch:
     """Write `silu(x[p, I:]) * x[p, :I]` as `out[p] * out_factors[p]`, where x[p] is `up_gate[p] * factors[p]`.
 
     `up_gate` is [P, 2I] float32, `tokens` [P] int32, `factors` and `out_factors` [P] float32, `out` [P, I] float16 or
     float32; one block for each row. A row's factor is its largest magnitude, so that float16 holds any row. Rows whose
-    token is negative are left as they are. The reciprocal of the sigmoid is the hardware's approximation.
+    token is negative are left as they are. The reciprocal of the sigmoid is the hardware's approximation. With a
+    `limit` x is bounded as `expertd.kernels.numerics.swiglu` says.
     """
     columns = 1 << (out.shape[1] - 1).bit_length()
-    args = (up_gate, tokens, factors, out, out_factors, columns, LEAST_FACTOR)
+    args = (up_gate, tokens, factors, out, out_factors, columns, LEAST_FACTOR, limit_constant(limit))
     return Launch(silu_and_mul_kernel_row_wise, (out.shape[0],), args)

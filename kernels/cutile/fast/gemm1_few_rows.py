@@ -8,6 +8,7 @@ import cuda.tile as ct
 from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch, hinted
+from expertd.kernels.cutile.base.limit import bounded, limit_constant
 from expertd.kernels.cutile.fast.place_pairs import Schedule
 from expertd.kernels.cutile.fast.swiglu_quantize import MINUS_LOG2_E
 from expertd.kernels.cutile.fast.tiles import GemmConfig
@@ -37,6 +38,7 @@ def gemm1_few_rows_kernel(
     MINUS_LOG2_E: ConstFloat,
     FP8_MAX: ConstFloat,
     LEAST_AMAX: ConstFloat,
+    LIMIT: ConstFloat,
 ) -> None:
     for tile in range(ct.bid(0), ct.load(num_tiles, (0,), (1,)).item() * COLUMN_TILES, ct.num_blocks(0)):
         i = tile // COLUMN_TILES
@@ -69,6 +71,7 @@ def gemm1_few_rows_kernel(
                     weights, (expert, j, k), (1, TILE_COLUMNS, BLOCK), latency=LATENCY, check_bounds=False
                 ).reshape((TILE_COLUMNS, BLOCK))
                 up += ct.mma(w, x, zeros, use_fast_acc=True) * (scale * up_scale)
+            up, gate = bounded(up, gate, LIMIT)
             gate = ct.truediv(
                 gate,
                 1.0 + ct.exp2(gate * MINUS_LOG2_E),
@@ -93,16 +96,18 @@ def gemm1_few_rows(
     tile_rows: int,
     config: GemmConfig,
     blocks: int,
+    limit: float | None = None,
 ) -> Launch:
     """Write silu(gate) * up of every row tile in use, 8 to 64 rows each, to `out`, quantised.
 
     `rows` [R, H] float8_e4m3fn with `row_scales` [H/128, R] float32; `weights` [E, 2I, H] float8_e4m3fn, up then gate,
     with `weight_scales` [E, 2I/128, H/128] float32; `out` [R, I] float8_e4m3fn, quantised in blocks of 1 x
-    `config.tile_columns`, with `out_scales` [I/tile_columns, R] float32. `blocks` is the size of the grid.
+    `config.tile_columns`, with `out_scales` [I/tile_columns, R] float32. `blocks` is the size of the grid. With a
+    `limit` up and gate are bounded as `expertd.kernels.numerics.swiglu` says.
     """
     column_tiles, steps = out.shape[1] // config.tile_columns, rows.shape[1] // BLOCK
     sizes = (tile_rows, config.tile_columns, column_tiles, steps, config.latency, BLOCK)
-    floats = (MINUS_LOG2_E, FP8_MAX, LEAST_AMAX)
+    floats = (MINUS_LOG2_E, FP8_MAX, LEAST_AMAX, limit_constant(limit))
     arrays = (rows, row_scales, weights, weight_scales, schedule.tile_experts, schedule.num_tiles, out, out_scales)
     kernel = hinted(gemm1_few_rows_kernel, config.num_worker_warps, config.occupancy)
     return Launch(kernel, (blocks,), (*arrays, *sizes, *floats))

@@ -123,7 +123,7 @@ def layer_launches(
     up_gate, up_gate_scales = weights.up_gate, weights.up_gate_scales
     if fused:
         first = (up_gate, up_gate_scales, schedule, inner, inner_scales, config.tile_rows, gemm1)
-        launches.append(gemm1_few_rows(rows, row_scales, *first, blocks(gemm1, inner.shape[1])))
+        launches.append(gemm1_few_rows(rows, row_scales, *first, blocks(gemm1, inner.shape[1]), weights.swiglu_limit))
     else:
         swiglu_blocks = min(tiles * config.tile_rows, processors * SWIGLU_OCCUPANCY)
         products = workspace.up_gate.unsqueeze(0)
@@ -132,7 +132,9 @@ def layer_launches(
             products = workspace.partial_up_gate[: math.prod(shape)].view(shape)
         launches += [
             product(rows, row_scales, up_gate, up_gate_scales, products, gemm1),
-            swiglu_quantize(products, schedule, inner, inner_scales, config.tile_rows, swiglu_blocks),
+            swiglu_quantize(
+                products, schedule, inner, inner_scales, config.tile_rows, swiglu_blocks, weights.swiglu_limit
+            ),
         ]
     launches += [
         product(inner, inner_scales, weights.down, weights.down_scales, workspace.outputs.unsqueeze(0), config.gemm2),

@@ -8,6 +8,7 @@ import cuda.tile as ct
 from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch
+from expertd.kernels.cutile.base.limit import bounded, limit_constant
 from expertd.kernels.cutile.fast.place_pairs import Schedule
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.quantize import FP8_MAX, LEAST_AMAX
@@ -35,6 +36,7 @@ def swiglu_quantize_kernel(
     MINUS_LOG2_E: ConstFloat,
     FP8_MAX: ConstFloat,
     LEAST_AMAX: ConstFloat,
+    LIMIT: ConstFloat,
 ) -> None:
     total = ct.load(num_tiles, (0,), (1,)).item() * (TILE_ROWS // ROWS) * PARTS
     for tile in range(ct.bid(0), total, ct.num_blocks(0)):
@@ -49,6 +51,7 @@ def swiglu_quantize_kernel(
                 up_gate, (split, i, j + PARTS), (1, ROWS, BLOCKS * BLOCK), allow_tma=False, check_bounds=False
             )
             gate = gate + part.reshape((ROWS, BLOCKS * BLOCK)).astype(ct.float32)
+        up, gate = bounded(up, gate, LIMIT)
         gate = ct.truediv(
             gate, 1.0 + ct.exp2(gate * MINUS_LOG2_E), rounding_mode=ct.RoundingMode.APPROX, flush_to_zero=True
         )
@@ -61,15 +64,23 @@ def swiglu_quantize_kernel(
 
 
 def swiglu_quantize(
-    up_gate: Tensor, schedule: Schedule, out: Tensor, out_scales: Tensor, tile_rows: int, blocks: int
+    up_gate: Tensor,
+    schedule: Schedule,
+    out: Tensor,
+    out_scales: Tensor,
+    tile_rows: int,
+    blocks: int,
+    limit: float | None = None,
 ) -> Launch:
     """Write silu(gate) * up of every row tile in use to `out`, quantised in 1x128 blocks.
 
     `up_gate` [splits, R, 2I] bfloat16 or float32, up then gate, parts of a sum; `out` [R, I] float8_e4m3fn with
     `out_scales` [I/128, R] float32. `blocks` is the size of the grid; `tile_rows` is a multiple of `ROWS`.
+    With a `limit` up and gate are bounded as `expertd.kernels.numerics.swiglu` says.
     """
     quantized_blocks = out.shape[1] // BLOCK
     at_once = min(COLUMN_BLOCKS, quantized_blocks & -quantized_blocks)
     sizes = (len(up_gate), tile_rows, ROWS, at_once, quantized_blocks // at_once, BLOCK)
     arrays = (up_gate, schedule.num_tiles, out, out_scales)
-    return Launch(swiglu_quantize_kernel, (blocks,), (*arrays, *sizes, MINUS_LOG2_E, FP8_MAX, LEAST_AMAX))
+    floats = (MINUS_LOG2_E, FP8_MAX, LEAST_AMAX, limit_constant(limit))
+    return Launch(swiglu_quantize_kernel, (blocks,), (*arrays, *sizes, *floats))

@@ -85,12 +85,12 @@ class CutileBackend:
         return torch.cuda.get_device_name(self._device)
 
     def load_layer(self, layer: int, weights: LayerWeights) -> None:
-        """Take a layer's weights. Raises `UnsupportedShape`; all layers have one shape and type."""
+        """Take a layer's weights. Raises `UnsupportedShape`; all layers have one shape, type and limit."""
         plain = weights.dtype == torch.bfloat16
         if plain and self._pipeline == "fast":
             raise UnsupportedShape("the fast pipeline computes with FP8 weights: choose dequant for BF16 ones")
         if not self._layers:
-            self._shape = _shape_of(weights)
+            self._shape, self._limit = _shape_of(weights), weights.swiglu_limit
             if self._pipeline == "auto":
                 chosen = choose_pipeline(self._gpu.arch, self._table, self._shape)
                 self._pipeline = "dequant" if plain else chosen
@@ -98,6 +98,10 @@ class CutileBackend:
             self._allocate(weights)
         elif _shape_of(weights) != self._shape:
             raise UnsupportedShape(f"layer {layer} has {_shape_of(weights)}, the layers before it {self._shape}")
+        elif weights.swiglu_limit != self._limit:
+            raise UnsupportedShape(
+                f"layer {layer} has swiglu_limit {weights.swiglu_limit}, the layers before it {self._limit}"
+            )
         taken = to_float16(weights, self._device) if plain else _on(weights, self._device)
         self._layers[layer] = taken
         # For a layer that is made when there is no other: that of no experts.
@@ -112,7 +116,7 @@ class CutileBackend:
             old = self._none if base is None else _tensors(self._layers[base])
             tensors = spliced(old, kept, _tensors(new), room)
             torch.cuda.current_stream(self._device).synchronize()
-        self._layers[layer] = LayerWeights(*tensors)
+        self._layers[layer] = LayerWeights(*tensors, swiglu_limit=added.swiglu_limit)
 
     def drop_layer(self, layer: int) -> None:
         self._layers.pop(layer, None)
@@ -193,7 +197,8 @@ class CutileBackend:
 
 def _on(weights: LayerWeights, device: torch.device) -> LayerWeights:
     """A copy of theirs."""
-    return LayerWeights(*(tensor.to(device, copy=True) for tensor in _tensors(weights)))
+    tensors = (tensor.to(device, copy=True) for tensor in _tensors(weights))
+    return LayerWeights(*tensors, swiglu_limit=weights.swiglu_limit)
 
 
 def _tensors(weights: LayerWeights) -> tuple[Tensor, ...]:
@@ -203,11 +208,12 @@ def _tensors(weights: LayerWeights) -> tuple[Tensor, ...]:
 def _shape_of(weights: LayerWeights) -> ExpertShape:
     """The shape of a layer's weights. Raises `UnsupportedShape`."""
     shape = ExpertShape(*weights.down.shape)
-    for name, size, most, multiple in (
-        ("local experts", shape.num_experts, MAX_EXPERTS, 1),
-        ("hidden size", shape.hidden_size, MAX_HIDDEN_SIZE, BLOCK),
-        ("intermediate size", shape.intermediate_size, MAX_INTERMEDIATE_SIZE, BLOCK),
+    other = "--backend torch takes any"
+    for name, size, most, multiple, advice in (
+        ("local experts", shape.num_experts, MAX_EXPERTS, 1, "share a layer's experts among more servers"),
+        ("hidden size", shape.hidden_size, MAX_HIDDEN_SIZE, BLOCK, other),
+        ("intermediate size", shape.intermediate_size, MAX_INTERMEDIATE_SIZE, BLOCK, other),
     ):
         if not 0 < size <= most or size % multiple:
-            raise UnsupportedShape(f"{name} {size}: the kernels take multiples of {multiple} up to {most}")
+            raise UnsupportedShape(f"{name} {size}: the kernels take multiples of {multiple} up to {most}; {advice}")
     return shape

@@ -18,6 +18,7 @@ def random_weights(
     device: torch.device,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = FP8,
+    swiglu_limit: float | None = None,
 ) -> LayerWeights:
     """Weights of one layer with values spread over FP8's range and scales that differ from block to block; of another
     `dtype` than float8_e4m3fn they are all one power of two."""
@@ -35,7 +36,7 @@ def random_weights(
 
     up_gate, up_gate_scales = matrix(2 * shape.intermediate_size, shape.hidden_size)
     down, down_scales = matrix(shape.hidden_size, shape.intermediate_size)
-    return LayerWeights(up_gate, up_gate_scales, down, down_scales)
+    return LayerWeights(up_gate, up_gate_scales, down, down_scales, swiglu_limit=swiglu_limit)
 
 
 def random_batch(

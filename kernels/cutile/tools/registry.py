@@ -46,9 +46,11 @@ def dequant_launches(
     device: torch.device,
     gpu: Gpu,
     dtype: torch.dtype = FP8,
+    swiglu_limit: float | None = None,
 ) -> list[Launch]:
     """The grouped products of the dequant pipeline with weights of `dtype`, and what they need before and after."""
-    weights, batch = random_weights(shape, device, dtype=dtype), random_batch(shape, tokens, device)
+    weights = random_weights(shape, device, dtype=dtype, swiglu_limit=swiglu_limit)
+    batch = random_batch(shape, tokens, device)
     active = min(shape.num_experts, batch.expert_ids.numel())
     rows = sort_rows(batch.expert_ids, shape.num_experts, active, config.tile_m)
     sizes = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
@@ -56,9 +58,17 @@ def dequant_launches(
     return pipeline.grouped(batch, rows, weights, config)[0]
 
 
-def fast_launches(shape: ExpertShape, tokens: int, config: LayerConfig, device: torch.device, gpu: Gpu) -> list[Launch]:
+def fast_launches(
+    shape: ExpertShape,
+    tokens: int,
+    config: LayerConfig,
+    device: torch.device,
+    gpu: Gpu,
+    swiglu_limit: float | None = None,
+) -> list[Launch]:
     """The fast pipeline."""
-    weights, batch = random_weights(shape, device), random_batch(shape, tokens, device)
+    weights = random_weights(shape, device, swiglu_limit=swiglu_limit)
+    batch = random_batch(shape, tokens, device)
     workspace = Workspace.allocate(tokens, batch.expert_ids.shape[1], weights, config.tile_rows, device)
     sums = torch.empty(batch.hidden.shape, dtype=torch.float32, device=device)
     return layer_launches(batch, weights, sums, workspace, config, gpu.processors)

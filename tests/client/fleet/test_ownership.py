@@ -39,7 +39,7 @@ def shard(layers: Sequence[int], experts: Sequence[int], **changes: Any) -> Shar
         *(
             "f00d",
             1,
-            dataclasses.asdict(CONFIG),
+            CONFIG.fields,
             dict.fromkeys(layers, tuple(experts)),
             1,
             1,

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,7 @@ def test_glm_4_5_air_is_read() -> None:
         (QWEN3_MOE | {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; supported: 'softmax'"),
         (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; it must be at least 1"),
         (QWEN3_MOE | {"mlp_only_layers": 3}, "mlp_only_layers is 3; it must be of type list"),
+        (QWEN3_MOE | {"swiglu_limit": 7.0}, "swiglu_limit is 7.0; experts of this family have no such bound"),
         (
             MixtralConfig(intermediate_size=200).to_dict(),
             "intermediate_size is 200; it must be a positive multiple of 128",
@@ -331,3 +333,14 @@ def test_refusals_speak_as_the_familys_configuration_does(fields: dict[str, Any]
     with pytest.raises(InvalidConfig) as refusal:
         MoeConfig.from_hf(fields)
     assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.inf, math.nan])
+def test_a_bound_that_bounds_nothing_or_everything_is_refused(limit: float) -> None:
+    with pytest.raises(InvalidConfig, match=r"swiglu_limit is .*; it must be positive and finite"):
+        MoeConfig(swiglu_limit=limit)
+
+
+def test_what_a_model_has_not_does_not_name_it() -> None:
+    assert "swiglu_limit" not in MoeConfig().fields
+    assert MoeConfig(swiglu_limit=10.0).fields == MoeConfig().fields | {"swiglu_limit": 10.0}

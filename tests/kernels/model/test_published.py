@@ -12,6 +12,8 @@ DATA = Path(__file__).parent / "data"
 ACCEPTED = {
     # Experts, of them a token's, H, I; first MoE layer, MoE layers.
     "DeepSeek-V3.2": (256, 8, 7168, 2048, 3, 58),
+    "DeepSeek-V4-Flash": (256, 6, 4096, 2048, 0, 43),
+    "DeepSeek-V4-Flash-FP8": (256, 6, 4096, 2048, 0, 43),
     "GLM-5-FP8": (256, 8, 6144, 2048, 3, 75),
     "Kimi-K2-Instruct": (384, 8, 7168, 2048, 1, 60),
     "MiMo-V2-Flash": (256, 8, 4096, 2048, 1, 47),
@@ -23,8 +25,6 @@ ACCEPTED = {
 }
 REFUSED = {
     "DeepSeek-V3.1-NVFP4": r"hf_quant_config.json says NVFP4 of modelopt, .* supported: BF16, or FP8",
-    "DeepSeek-V4-Flash": "model_type 'deepseek_v4' bounds what .* by token, .* deepseek_v32 are computed",
-    "DeepSeek-V4-Flash-FP8": "model_type 'deepseek_ref' bounds what .* by token, .* deepseek_v32 are computed",
     "gpt-oss-20b": "model_type 'gpt_oss' has biases in its experts and a hidden_size of 2880, .* no conversion helps",
 }
 
@@ -62,6 +62,57 @@ def test_a_factor_that_is_null_is_one_where_the_family_says_so(tmp_path: Path) -
 
 def test_the_factor_of_kimi_k2_is_its_own(tmp_path: Path) -> None:
     assert read(tmp_path, "Kimi-K2-Instruct").routed_scaling_factor == 2.827
+
+
+@pytest.mark.parametrize("model", ["DeepSeek-V4-Flash", "DeepSeek-V4-Flash-FP8"])
+def test_deepseek_v4_is_bounded_and_routes_alike_whoever_wrote_it(model: str, tmp_path: Path) -> None:
+    config = read(tmp_path, model)
+    assert (config.swiglu_limit, config.routed_scaling_factor, config.norm_topk_prob) == (10.0, 1.5, True)
+    assert config.family.scoring_func == "sqrtsoftplus"
+    assert config.family.expert_weight(7, 3, "down_proj") == "layers.7.ffn.experts.3.w2.weight"
+    assert config.family.scales_of("layers.7.ffn.experts.3.w2.weight") == "layers.7.ffn.experts.3.w2.scale"
+    owned = ("layers.0.ffn.gate.tid2eid", "layers.9.ffn.gate.bias", "layers.9.ffn.experts.0.w1.scale")
+    others = ("mtp.0.ffn.gate.weight", "layers.0.ffn.shared_experts.w1.weight", "layers.0.attn.wq_a.weight")
+    assert [config.family.owns(name) for name in (*owned, *others)] == [True] * 3 + [False] * 3
+
+
+def test_deepseek_v4_pro_is_read_with_its_sizes() -> None:
+    """As far as experts go; deepseek-ai/DeepSeek-V4-Pro says the same as Flash otherwise."""
+    fields = json.loads((DATA / "DeepSeek-V4-Flash.json").read_text()) | {
+        "hidden_size": 7168,
+        "moe_intermediate_size": 3072,
+        "n_routed_experts": 384,
+        "num_hidden_layers": 61,
+        "routed_scaling_factor": 2.5,
+    }
+    config = MoeConfig.from_hf(fields)
+    assert (config.n_routed_experts, config.num_experts_per_tok, len(config.moe_layers)) == (384, 6, 61)
+    assert (config.swiglu_limit, config.routed_scaling_factor) == (10.0, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"expert_dtype": "nvfp4"}, "expert_dtype is 'nvfp4'; supported: 'fp4'"),
+        ({"swiglu_limit": None}, "missing field 'swiglu_limit'"),
+        ({"swiglu_limit": 0}, "swiglu_limit is 0.0; it must be positive and finite"),
+        ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; supported: 'sqrtsoftplus'"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}},
+            r"weight_block_size is \[32, ",
+        ),
+    ],
+)
+def test_what_would_be_another_deepseek_v4_is_refused(fields: dict[str, object], message: str) -> None:
+    published = json.loads((DATA / "DeepSeek-V4-Flash.json").read_text())
+    with pytest.raises(InvalidConfig, match=message):
+        MoeConfig.from_hf(published | fields)
+
+
+def test_layers_that_choose_by_token_id_are_no_dense_ones() -> None:
+    published = json.loads((DATA / "DeepSeek-V4-Flash.json").read_text())
+    listed = {"num_hidden_layers": 3, "mlp_layer_types": ["hash_moe", "hash_moe", "moe"]}
+    assert MoeConfig.from_hf(published | listed).moe_layers == (0, 1, 2)
 
 
 def test_one_that_routes_without_the_bias_that_its_family_has_is_refused() -> None:

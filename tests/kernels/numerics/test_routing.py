@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.kernels.model import config as model_config
 from expertd.kernels.model.config import MoeConfig
-from expertd.kernels.model.families import FAMILIES, Family
 from expertd.kernels.numerics.routing import first_repeat, route, router_logits
 
 
@@ -78,13 +76,10 @@ def test_ten_of_512_experts_are_chosen_as_qwen3_next_does(normalised: bool) -> N
     torch.testing.assert_close(weights.gather(1, order), theirs.gather(1, their_order), rtol=1e-5, atol=0)
 
 
-def test_scores_of_sqrtsoftplus_choose_as_deepseek_v4_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The formula alone: what the family adds to it is not served."""
+def test_scores_of_sqrtsoftplus_choose_as_deepseek_v4_does() -> None:
     from transformers import DeepseekV4Config
     from transformers.models.deepseek_v4 import modeling_deepseek_v4
 
-    family = Family(source="DeepseekV4TopKRouter", published="DeepSeek-V4", scoring_func="sqrtsoftplus")
-    monkeypatch.setattr(model_config, "FAMILIES", {**FAMILIES, "deepseek_v4": family})
     sizes: dict[str, Any] = {"hidden_size": 256, "num_experts_per_tok": 6, "routed_scaling_factor": 1.5}
     config = MoeConfig("deepseek_v4", n_routed_experts=256, n_group=1, topk_group=1, **sizes)
     generator = torch.Generator().manual_seed(5)

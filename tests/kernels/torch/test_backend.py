@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd.kernels.numerics.backend import TokenBatch
+from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
+from expertd.kernels.numerics.quantize import dequantize_activations
 from expertd.kernels.numerics.token_sort import sort_pairs
 from expertd.kernels.oracle.reference import reference_partials, relative_error
 from expertd.kernels.torch.backend import TorchBackend
-from tests.support.serving import random_batch, random_weights
+from tests.support.serving import matrices_of, random_batch, random_weights
 
 EXPERTS, HIDDEN, INNER, TOP_K, LAYER = 8, 256, 128, 4, 3
 WEIGHTS = random_weights(EXPERTS, HIDDEN, INNER)
@@ -41,6 +42,39 @@ def test_agrees_with_the_oracle(backend: TorchBackend, tokens: int, quantized: b
     assert relative_error(partials.sums, reference_partials(batch, WEIGHTS)) < 1e-6
     expected = [int((batch.expert_ids == expert).sum()) for expert in range(EXPERTS)]
     assert partials.pairs.tolist() == expected
+
+
+@pytest.mark.parametrize("limit", [0.05, 1.0, 1e4])
+def test_a_bound_holds_the_gate_from_above_and_up_on_both_sides(limit: float) -> None:
+    batch = random_batch(40, HIDDEN, EXPERTS, TOP_K, seed=8)
+    backend, bounded = TorchBackend(), replace(WEIGHTS, swiglu_limit=limit)
+    backend.load_layer(LAYER, bounded)
+    sums = backend.execute(LAYER, batch).sums
+    assert relative_error(sums, reference_partials(batch, bounded)) < 1e-6
+    expected = torch.zeros_like(sums)
+    for expert in range(EXPERTS):
+        matrices = matrices_of(WEIGHTS, expert)
+        assert batch.scales is not None
+        hidden = dequantize_activations(batch.hidden, batch.scales)
+        up, gate = hidden @ matrices.up.T, hidden @ matrices.gate.T
+        gate, up = torch.where(gate > limit, limit, gate), torch.where(up.abs() > limit, up.sign() * limit, up)
+        weight = torch.where(batch.expert_ids == expert, batch.weights, 0).sum(dim=1, keepdim=True)
+        expected += (gate / (1 + (-gate).exp()) * up) @ matrices.down.T * weight
+    assert relative_error(sums, expected) < 1e-5
+    plain = TorchBackend()
+    plain.load_layer(LAYER, WEIGHTS)
+    # Nothing here is as large as ten thousand.
+    assert torch.equal(sums, plain.execute(LAYER, batch).sums) == (limit == 1e4)
+
+
+def test_a_layer_with_other_experts_keeps_its_bound() -> None:
+    batch = random_batch(9, HIDDEN, EXPERTS, TOP_K, seed=2)
+    backend = TorchBackend()
+    backend.load_layer(LAYER, replace(WEIGHTS, swiglu_limit=0.1))
+    parts = (WEIGHTS.up_gate, WEIGHTS.up_gate_scales, WEIGHTS.down, WEIGHTS.down_scales)
+    none = LayerWeights(*(tensor[:0] for tensor in parts), swiglu_limit=0.1)
+    backend.splice_layer(1, LAYER, {expert: expert for expert in range(EXPERTS)}, none)
+    assert torch.equal(backend.execute(1, batch).sums, backend.execute(LAYER, batch).sums)
 
 
 @pytest.mark.parametrize("expert", [0, EXPERTS - 1])

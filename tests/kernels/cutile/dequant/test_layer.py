@@ -44,10 +44,17 @@ def group_gemm(a: Tensor, b: Tensor, tile_slots: Tensor, num_tiles: Tensor, out:
 
 
 def silu_and_mul(
-    up_gate: Tensor, tokens: Tensor, factors: Tensor, out: Tensor, out_factors: Tensor, _: int, least: float
+    up_gate: Tensor,
+    tokens: Tensor,
+    factors: Tensor,
+    out: Tensor,
+    out_factors: Tensor,
+    _: int,
+    least: float,
+    limit: float,
 ) -> None:
     up, gate = (up_gate * factors.unsqueeze(1)).chunk(2, dim=1)
-    activated = silu(gate) * up
+    activated = silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
     largest = activated.abs().amax(dim=1).clamp(min=least)
     used = tokens >= 0
     out[used] = (activated / largest.unsqueeze(1))[used].to(out.dtype)
@@ -106,6 +113,13 @@ def test_computes_the_reference(weights: LayerWeights, tokens: int, config: Dequ
     assert relative_error(sums(batch, weights, config), reference_partials(batch, weights)) < 1e-3
 
 
+@pytest.mark.parametrize("limit", [0.1, 1.0])
+def test_a_bound_is_computed_as_the_reference_has_it(weights: LayerWeights, limit: float) -> None:
+    batch, bounded = batch_of(33), replace(weights, swiglu_limit=limit)
+    assert relative_error(sums(batch, bounded), reference_partials(batch, bounded)) < 1e-3
+    assert relative_error(sums(batch, bounded), reference_partials(batch, weights)) > 1e-2
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89"])
 def test_takes_fp8_as_bits_where_the_gpu_has_no_fp8(weights: LayerWeights, arch: str) -> None:
     batch = batch_of(5)
@@ -160,6 +174,11 @@ def test_takes_bf16_weights_without_dequantising_them(size: float, tokens: int) 
     )
     assert "dequant_weights" not in [launch.name for launch in launches]
     assert relative_error(sums(batch, kept), reference_partials(batch, loaded)) < 1e-3
+
+
+def test_fp16_weights_keep_the_bound() -> None:
+    loaded = replace(plain_weights(0.05), swiglu_limit=2.0)
+    assert to_float16(loaded, CPU).swiglu_limit == 2.0
 
 
 def test_no_expert_and_one_expert(weights: LayerWeights) -> None:

@@ -1,5 +1,7 @@
 """What the fast pipeline launches, seen without a GPU."""
 
+import math
+
 import pytest
 import torch
 
@@ -26,6 +28,14 @@ def test_one_token_splits_the_first_product() -> None:
         "fp8_gemm_few_rows",
         "combine",
     ]
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+def test_the_bound_of_the_weights_is_that_of_the_activation(tokens: int) -> None:
+    for limit, constant in ((None, math.inf), (10.0, 10.0)):
+        launches = fast_launches(V3, tokens, default_config(tokens), META, H200, limit)
+        found = [launch.args[-1] for launch in launches if launch.name in ("swiglu_quantize", "gemm1_few_rows")]
+        assert found == [constant]
 
 
 def test_an_odd_number_of_blocks_is_not_split() -> None:

@@ -9,15 +9,20 @@ import pytest
 import torch
 
 import expertd.kernels.cutile.pipeline.table
+from expertd.kernels.cutile.base.fp8 import has_fp8
 from expertd.kernels.cutile.base.launch import Gpu, Launch
+from expertd.kernels.cutile.base.shape import ExpertShape
 from expertd.kernels.cutile.dequant.group_gemm import GroupGemmConfig, group_gemm
-from expertd.kernels.cutile.fast.tiles import PAIRED, LayerConfig
+from expertd.kernels.cutile.dequant.layer import default_config as default_dequant_config
+from expertd.kernels.cutile.fast.tiles import PAIRED, LayerConfig, default_config
 from expertd.kernels.cutile.pipeline.table import SHIPPED, Table
 from expertd.kernels.cutile.tools.inspect import Resources, compile_kernel, inspect_kernel, signature
-from expertd.kernels.cutile.tools.registry import META, V3, fast_launches, shipped_launches
+from expertd.kernels.cutile.tools.registry import META, V3, dequant_launches, fast_launches, shipped_launches
 from tests.support.serving import forked_processes
 
 PROCESSES = 2
+V4_PRO = ExpertShape(48, 7168, 3072)
+"""DeepSeek-V4-Pro's with 48 local experts."""
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of one of the H200's multiprocessors, and what it takes of that for itself with every block."""
 TUNED = Path(expertd.kernels.cutile.pipeline.table.__file__).parent / "tuned"
@@ -73,6 +78,35 @@ def test_nothing_shipped_for_the_h200_spills() -> None:
     products = [resources for kernel, resources in results if "gemm" in kernel]
     assert products
     assert all("HGMMA" in used.matrix or "QGMMA" in used.matrix for used in products)
+
+
+def activations(arch: str, tokens: int, swiglu_limit: float | None, shape: ExpertShape = V3) -> list[Launch]:
+    """What computes SwiGLU in each pipeline for a batch of `tokens` tokens."""
+    gpu = Gpu(arch, processors=132)
+    dequant = default_dequant_config(arch, tokens)
+    launches = dequant_launches(shape, tokens, dequant, META, gpu, swiglu_limit=swiglu_limit)
+    if has_fp8(arch):
+        launches += fast_launches(shape, tokens, default_config(tokens), META, gpu, swiglu_limit)
+    return [launch for launch in launches if launch.name in ("silu_and_mul", "swiglu_quantize", "gemm1_few_rows")]
+
+
+@pytest.mark.parametrize(("arch", "tokens"), [("sm_80", 1), ("sm_89", 1), ("sm_90", 1), ("sm_100", 64), ("sm_120", 64)])
+def test_bounded_activations_compile(arch: str, tokens: int) -> None:
+    launches = activations(arch, tokens, 10.0)
+    assert launches
+    for launch in launches:
+        compile_kernel(launch.kernel, launch.args, arch)
+
+
+@pytest.mark.parametrize(("tokens", "shape"), [(1, V3), (64, V3), (64, V4_PRO)])
+def test_a_bound_costs_no_registers_to_speak_of(tokens: int, shape: ExpertShape) -> None:
+    pairs = zip(*(activations("sm_90", tokens, limit, shape) for limit in (None, 10.0)), strict=True)
+    for free, bound in pairs:
+        without, used = (inspect_kernel(launch.kernel, launch.args, "sm_90") for launch in (free, bound))
+        assert signature(free.kernel, free.args).symbol != signature(bound.kernel, bound.args).symbol
+        assert not used.spills
+        assert used.registers <= without.registers + 8
+        assert used.shared == without.shared
 
 
 def test_two_blocks_of_paired_tiles_share_a_multiprocessor() -> None:
