@@ -46,8 +46,14 @@ class Shard:
         """The fields of the model's `MoeConfig`."""
         return dataclasses.asdict(self.config)
 
-    def placement(self, max_tokens: int, addresses: Mapping[int, LayerAddresses] | None = None) -> Placement:
-        """What requests, of at most `max_tokens` tokens, are checked against, and where the device has the layers."""
+    def placement(
+        self,
+        max_tokens: int,
+        addresses: Mapping[int, LayerAddresses] | None = None,
+        beside: Placement | None = None,
+    ) -> Placement:
+        """What requests, of at most `max_tokens` tokens, are checked against, and where the device has the layers;
+        `beside` is that of other weights."""
         return Placement(
             model_fingerprint=self.model_fingerprint,
             epoch=self.placement_epoch,
@@ -66,6 +72,7 @@ class Shard:
             hidden_size=self.config.hidden_size,
             max_top_k=self.config.num_experts_per_tok,
             max_tokens=max_tokens,
+            beside=beside,
         )
 
 
