@@ -6,6 +6,34 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class UpdateWeightsRequest(_message.Message):
+    __slots__ = ("placement_epoch", "folder", "model_fingerprint")
+    PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    placement_epoch: int
+    folder: str
+    model_fingerprint: str
+    def __init__(self, placement_epoch: _Optional[int] = ..., folder: _Optional[str] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class ShareCallsRequest(_message.Message):
+    __slots__ = ("placement_epoch", "model_fingerprint", "share")
+    PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    placement_epoch: int
+    model_fingerprint: str
+    share: float
+    def __init__(self, placement_epoch: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
+
+class ReleaseWeightsRequest(_message.Message):
+    __slots__ = ("placement_epoch", "model_fingerprint")
+    PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    placement_epoch: int
+    model_fingerprint: str
+    def __init__(self, placement_epoch: _Optional[int] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+
 class UpdateShardRequest(_message.Message):
     __slots__ = ("placement_epoch", "layers")
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -37,9 +65,11 @@ class UpdateShardResponse(_message.Message):
     def __init__(self, read_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready_layers: _Optional[int] = ..., total_layers: _Optional[int] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("placement_epoch", "overlap_ns")
+    __slots__ = ("placement_epoch", "overlap_ns", "next_model_fingerprint")
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     OVERLAP_NS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     placement_epoch: int
     overlap_ns: int
-    def __init__(self, placement_epoch: _Optional[int] = ..., overlap_ns: _Optional[int] = ...) -> None: ...
+    next_model_fingerprint: str
+    def __init__(self, placement_epoch: _Optional[int] = ..., overlap_ns: _Optional[int] = ..., next_model_fingerprint: _Optional[str] = ...) -> None: ...

@@ -25,7 +25,7 @@ class GetShardRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetShardResponse(_message.Message):
-    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version", "locality", "expert_digests", "has_manifest", "instruction_set", "checkpoint_weight_dtypes", "metrics_address", "layer_experts", "admin_address")
+    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version", "locality", "expert_digests", "has_manifest", "instruction_set", "checkpoint_weight_dtypes", "metrics_address", "layer_experts", "admin_address", "next_generation", "update")
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,8 @@ class GetShardResponse(_message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LAYER_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     ADMIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
     model_fingerprint: str
     placement_epoch: int
     config: ModelConfig
@@ -68,7 +70,35 @@ class GetShardResponse(_message.Message):
     metrics_address: str
     layer_experts: _containers.RepeatedCompositeFieldContainer[ExpertList]
     admin_address: str
-    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ..., instruction_set: _Optional[str] = ..., checkpoint_weight_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., metrics_address: _Optional[str] = ..., layer_experts: _Optional[_Iterable[_Union[ExpertList, _Mapping]]] = ..., admin_address: _Optional[str] = ...) -> None: ...
+    next_generation: Generation
+    update: UpdateProgress
+    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ..., instruction_set: _Optional[str] = ..., checkpoint_weight_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., metrics_address: _Optional[str] = ..., layer_experts: _Optional[_Iterable[_Union[ExpertList, _Mapping]]] = ..., admin_address: _Optional[str] = ..., next_generation: _Optional[_Union[Generation, _Mapping]] = ..., update: _Optional[_Union[UpdateProgress, _Mapping]] = ...) -> None: ...
+
+class Generation(_message.Message):
+    __slots__ = ("model_fingerprint", "expert_digests", "has_manifest", "checkpoint_weight_dtypes", "share")
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    HAS_MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_WEIGHT_DTYPES_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    model_fingerprint: str
+    expert_digests: bytes
+    has_manifest: bool
+    checkpoint_weight_dtypes: _containers.RepeatedScalarFieldContainer[DType]
+    share: float
+    def __init__(self, model_fingerprint: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ..., checkpoint_weight_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., share: _Optional[float] = ...) -> None: ...
+
+class UpdateProgress(_message.Message):
+    __slots__ = ("read_bytes", "total_bytes", "ready_layers", "total_layers")
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READY_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    read_bytes: int
+    total_bytes: int
+    ready_layers: int
+    total_layers: int
+    def __init__(self, read_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready_layers: _Optional[int] = ..., total_layers: _Optional[int] = ...) -> None: ...
 
 class ExpertList(_message.Message):
     __slots__ = ("experts",)
@@ -223,14 +253,16 @@ class Timings(_message.Message):
     def __init__(self, decode_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., copy_in_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., copy_out_ns: _Optional[int] = ...) -> None: ...
 
 class VerifyShardRequest(_message.Message):
-    __slots__ = ("layers", "experts", "seed")
+    __slots__ = ("layers", "experts", "seed", "model_fingerprint")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedScalarFieldContainer[int]
     experts: _containers.RepeatedScalarFieldContainer[int]
     seed: int
-    def __init__(self, layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ...) -> None: ...
+    model_fingerprint: str
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
 
 class VerifyShardResponse(_message.Message):
     __slots__ = ("layer", "expert", "tokens", "relative_error", "cosine", "gain", "block_gain", "block")

@@ -14,12 +14,10 @@ from functools import partial
 
 from expertd._native import Engine, Executor, Failpoints
 from expertd.kernels.numerics.backend import Backend, DeviceMemory
-from expertd.kernels.weights.checkpoint import Checkpoint
-from expertd.kernels.weights.ledger import Ledger
 from expertd.proto.base.tasks import Tasks
 from expertd.proto.codec import ShardInfo
+from expertd.server.admin.holdings import Holdings
 from expertd.server.admin.service import AdminDoor
-from expertd.server.admin.update import Updater
 from expertd.server.failpoints import watch
 from expertd.server.options.config import Address, ServerConfig
 from expertd.server.rpc.description import as_loaded
@@ -29,6 +27,7 @@ from expertd.server.rpc.handlers import ExpertShardHandlers
 from expertd.server.rpc.health import Health
 from expertd.server.rpc.security import ServerSecurity
 from expertd.server.scheduling.device import DeviceOwner
+from expertd.server.scheduling.generations import Generations
 from expertd.server.scheduling.gpu_watch import GpuWatch
 from expertd.server.scheduling.loading import load_layers
 from expertd.server.scheduling.shadow import ShadowCheck
@@ -55,9 +54,7 @@ class Server:
     metrics: Metrics
     security: ServerSecurity
     failpoints: Failpoints | None
-    checkpoint: Checkpoint
-    ledger: Ledger
-    updater: Updater
+    holdings: Holdings
     backend: Backend
     device: DeviceOwner
     engine: Engine
@@ -90,7 +87,7 @@ class Server:
     @property
     def shard(self) -> Shard:
         """What it owns."""
-        return self.updater.shard
+        return self.holdings.generations.serving.shard
 
     @property
     def address(self) -> Address:
@@ -119,12 +116,14 @@ class Server:
         if self.failpoints is not None:
             self.tasks.keep(partial(watch, self.failpoints), "watching failpoints")
         log.info("backend %s on %s (%s)", self.info.backend, self.info.device, self.info.backend_reason)
-        log.info("model %s", self.ledger)
+        serving = self.holdings.generations.serving
+        log.info("model %s", serving.ledger)
         stored = await load_layers(
-            self.checkpoint, self.ledger, self.shard, self.backend, self.device, self.metrics, self.failpoints
+            serving.checkpoint, serving.ledger, serving.shard, self.backend, self.device, self.metrics, self.failpoints
         )
+        self.holdings.generations = Generations(dataclasses.replace(serving, stored=stored))
         admin = self.admin.address if self.admin is not None else None
-        self.executor.info = as_loaded(self.info, self.shard, self.ledger, self.metrics_address, admin, stored)
+        self.executor.info = as_loaded(self.info, self.holdings.generations, self.metrics_address, admin)
         memory = await self.device.call(self.backend.memory)
         if memory is not None:
             self.metrics.export(self.metrics.device_busy, self.metrics.device_memory)
@@ -177,7 +176,8 @@ class Server:
         await asyncio.to_thread(self.device.stop)
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.stop)
-        self.checkpoint.close()
+        for generation in self.holdings.generations.all:
+            generation.checkpoint.close()
         log.info("stopped")
 
     async def _listen(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
@@ -16,13 +15,12 @@ from expertd.kernels.memory.gpu import current_gpu, gpu_uuid
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.backend import Backend
 from expertd.kernels.weights.checkpoint import Checkpoint
-from expertd.kernels.weights.experts import read_expert
 from expertd.kernels.weights.ledger import Ledger
 from expertd.proto import codec
 from expertd.proto.codec import ShardInfo
 from expertd.server.admin import counting
+from expertd.server.admin.holdings import Holdings
 from expertd.server.admin.service import AdminDoor
-from expertd.server.admin.update import Updater
 from expertd.server.app import Server
 from expertd.server.failpoints import failpoints_from_environment
 from expertd.server.hardware.gpu_health import GpuHealth
@@ -47,6 +45,7 @@ from expertd.server.rpc.tickets import Tickets
 from expertd.server.rpc.verifier import Verifier
 from expertd.server.scheduling.backends import choose_backend
 from expertd.server.scheduling.device import DeviceOwner
+from expertd.server.scheduling.generations import Generation, Generations
 from expertd.server.scheduling.gpu_watch import GpuWatch
 from expertd.server.scheduling.shadow import ShadowCheck
 from expertd.server.scheduling.shard import WEIGHT_DTYPES, Shard, owned_layers
@@ -90,7 +89,8 @@ def assemble(
         weight_dtype=WEIGHT_DTYPES[config.weights],
     )
     backend, reason = choose(config, checkpoint.config)
-    info = describe(config, shard, ledger, backend, reason)
+    generations = Generations(Generation(shard, checkpoint, ledger))
+    info = describe(config, generations.serving, backend, reason)
     device, health = DeviceOwner(backend), Health()
     loads = ExpertLoads(checkpoint.config.moe_layers, checkpoint.config.n_routed_experts)
     loads.owned = shard.experts
@@ -126,13 +126,11 @@ def assemble(
     journal = Journal(metrics, tally, loads, tracer)
     rate = config.shadow_check_rate
     shadow = (
-        ShadowCheck(partial(read_expert, checkpoint, dtype=shard.weight_dtype), backend.name, rate, metrics)
-        if rate
-        else None
+        ShadowCheck(lambda *place: holdings.generations.read(*place), backend.name, rate, metrics) if rate else None
     )
     if shadow is not None:
         engine.sample(shadow.sampler)
-    verifier = Verifier(checkpoint, shard, executor, config.max_tokens_per_request)
+    verifier = Verifier(generations, executor, config.max_tokens_per_request)
     execution = ExecuteHandlers(executor, info.max_queued_bytes, security.identities)
 
     cuda = Cuda(current_gpu()) if backend.name == "cutile" else None
@@ -158,27 +156,26 @@ def assemble(
             security.add_unix_socket(server, config.unix_socket)
         return port
 
-    def switch(shard: Shard) -> None:
+    def tell(generations: Generations) -> None:
         addresses = backend.layer_addresses() if backend.native_executor() else None
-        engine.placement = shard.placement(config.max_tokens_per_request, addresses)
-        verifier.shard, loads.owned = shard, shard.experts
-        executor.info = owning(executor.info, shard, ledger)
+        engine.placement = generations.placement(config.max_tokens_per_request, addresses)
+        verifier.generations, loads.owned = generations, generations.serving.shard.experts
+        executor.info = owning(executor.info, generations)
         metrics.placement.info(placement_of(executor.info))
 
-    updater = Updater(checkpoint, ledger, backend, device, engine, metrics, switch, shard)
+    holdings = Holdings(generations, backend, device, engine, metrics, tell)
+    executor.update = lambda: holdings.progress
     local = _local_door(config, metrics, socket_name, tickets, engine, Gpu(device, cuda))
     front_ends = _front_ends(config, metrics, info, executor)
     entrance = GrpcDoor(config.listen, execution, make_grpc_server, add_port)
-    admin = _admin_door(config, updater, metrics)
+    admin = _admin_door(config, holdings, metrics)
     doors = tuple(door for door in (local, entrance, front_ends, admin) if door is not None)
     return Server(
         config=config,
         metrics=metrics,
         security=security,
         failpoints=failpoints,
-        checkpoint=checkpoint,
-        ledger=ledger,
-        updater=updater,
+        holdings=holdings,
         backend=backend,
         device=device,
         engine=engine,
@@ -210,13 +207,12 @@ def _local_door(
     return local
 
 
-def _admin_door(config: ServerConfig, updater: Updater, metrics: Metrics) -> AdminDoor | None:
+def _admin_door(config: ServerConfig, holdings: Holdings, metrics: Metrics) -> AdminDoor | None:
     if config.admin_listen is None:
         return None
-    counting.export(metrics)
-    metrics.updates_in_flight.set_function(lambda: updater.busy)
+    counting.export(metrics, holdings)
     own = replace(config, listen=config.admin_listen, auth_token_file=config.admin_token_file)
-    return AdminDoor(config.admin_listen, updater, ServerSecurity(own, metrics.security_file_errors.inc))
+    return AdminDoor(config.admin_listen, holdings, ServerSecurity(own, metrics.security_file_errors.inc))
 
 
 def _front_ends(config: ServerConfig, metrics: Metrics, info: ShardInfo, executor: Executor) -> FrontEnds | None:

@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from expertd.client.call.choice import Owners, candidates, choose
 from expertd.client.call.hedging import Lateness
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.fleet.member import Member
-from expertd.client.fleet.membership import Membership
+from expertd.client.fleet.membership import Known, Membership
 from expertd.client.fleet.ownership import Ownership
 from expertd.client.transport.segment import Segment
 from expertd.proto.codec import ShardInfo
@@ -26,6 +26,14 @@ MOST_PARTS = 1 << 20
 """Of a call, whose requests are numbered one after another."""
 GOLDEN = 0.618034
 """Of a turn: multiples of it spread evenly, however many members there are."""
+
+
+Place: TypeAlias = tuple[str, int]
+"""A fingerprint and a layer."""
+
+
+class Superseded(Exception):
+    """The weights that a call has begun with are gone: it begins again with those that are called now."""
 
 
 class Server(NamedTuple):
@@ -51,31 +59,41 @@ class Caller:
         self.lateness = None if config.hedge_quantile is None else Lateness(config.hedge_quantile)
         # Coordinators that start together must not all prefer the same one of two idle replicas.
         self._first = random.random()
-        self._owners: dict[int, Owners] = {}
-        """By layer."""
-        self._sole: dict[int, tuple[object, Tensor]] = {}
-        """By layer, the choice where there is none to make, and what it was made of."""
+        self._owners: dict[Place, Owners] = {}
+        self._sole: dict[Place, tuple[object, Tensor]] = {}
+        """The choice where there is none to make, and what it was made of."""
         self._counting = threading.Lock()
-        self._servers: dict[int, Server] = {}
+        self._servers: dict[tuple[int, str], Server] = {}
+        """By number and fingerprint."""
 
-    def choose(self, layer: int, tokens: int, avoid: Member | None = None) -> Tensor:
+    def choose(self, fingerprint: str, layer: int, tokens: int, avoid: Member | None = None) -> Tensor:
         """[shares, n_routed_experts] int64: number of the member to ask for each expert, or `NOBODY`, for as many
-        shares of the `tokens` of a batch. Where one is to `avoid`, it is asked only in need, and there is one share."""
-        members, ownership = self.membership.known
+        shares of the `tokens` of a batch. Where one is to `avoid`, it is asked only in need, and there is one share.
+
+        Raises `Superseded` where nobody has weights with this fingerprint any more, and `UnknownExpert` for a layer
+        that is on no server.
+        """
+        members, ownership = self._known(fingerprint)
+        if layer not in ownership.owned and not self.membership.is_called(fingerprint):
+            raise Superseded(fingerprint)
+        ownership.check_layer(layer)
+        place = fingerprint, layer
         if layer in ownership.replicated:
-            return self._choose(members, ownership, layer, tokens, avoid)
+            return self._choose(members, ownership, place, tokens, avoid)
         state = ownership, tuple(member.in_use for member in members)
-        made_of, chosen = self._sole.get(layer, (None, None))
+        made_of, chosen = self._sole.get(place, (None, None))
         if chosen is None or made_of != state:
-            chosen = self._choose(members, ownership, layer, tokens, avoid)
-            self._sole[layer] = state, chosen
+            chosen = self._choose(members, ownership, place, tokens, avoid)
+            self._sole = {one: made for one, made in self._sole.items() if self.membership.known_of(one[0])}
+            self._sole[place] = state, chosen
         return chosen
 
-    def servers(self, width: int) -> list[Server]:
-        """Those that calls of hidden size `width` can go straight to: in use, and not full."""
-        members, _ = self.membership.known
+    def servers(self, fingerprint: str, width: int) -> list[Server]:
+        """Those that calls of hidden size `width` can go straight to: in use, and not full. Raises `Superseded`."""
+        members, _ = self._known(fingerprint)
         now = time.monotonic()
-        ready = (self._server(member, width) for member in members if member.in_use and member.busy_until <= now)
+        usable = [member for member in members if member.in_use and member.busy_until <= now]
+        ready = (self._server(member, fingerprint, width) for member in usable)
         return [server for server in ready if server is not None]
 
     def chunk_tokens(self, member: Member, width: int) -> int:
@@ -89,35 +107,46 @@ class Caller:
             for member, count in tokens:
                 member.outstanding_tokens += sign * count
 
+    def _known(self, fingerprint: str) -> Known:
+        known = self.membership.known_of(fingerprint)
+        if known is None:
+            raise Superseded(fingerprint)
+        return known
+
     def _choose(
-        self, members: Sequence[Member], ownership: Ownership, layer: int, tokens: int, avoid: Member | None
+        self, members: Sequence[Member], ownership: Ownership, place: Place, tokens: int, avoid: Member | None
     ) -> Tensor:
         # Those with as much to do take turns, which also shows how fast they are.
         self._first = (self._first + GOLDEN) % 1.0
-        owners = self._owners.get(layer)
-        if owners is None or owners.owned is not ownership.owned[layer]:
-            owners = self._owners[layer] = Owners(ownership.owned[layer])
+        owners, owned = self._owners.get(place), ownership.owned[place[1]]
+        if owners is None or owners.owned is not owned:
+            self._owners = {one: known for one, known in self._owners.items() if self.membership.known_of(one[0])}
+            owners = self._owners[place] = Owners(owned)
         known = candidates(members, self.config.locality, time.monotonic())
         draws = self._first, random.random()
         return choose(owners, known, draws, tokens, None if avoid is None else avoid.number)
 
-    def _server(self, member: Member, width: int) -> Server | None:
+    def _server(self, member: Member, fingerprint: str, width: int) -> Server | None:
         segments, shard = member.transport.segments, member.shard
-        if shard is None:
+        if shard is None or shard.of(fingerprint) is None:
             return None
-        server = self._servers.get(member.number)
+        server = self._servers.get((member.number, fingerprint))
         if server is None or server.shard is not shard or server.segments is not segments or server.width != width:
             owner = _native.Owner(
                 member.number,
                 [segment.lane for segment in segments],
-                shard.model_fingerprint,
+                fingerprint,
                 shard.placement_epoch,
                 self.chunk_tokens(member, width),
                 segments[0].reply_room if segments else 0,
                 member.transport.checked,
             )
             server = Server(member, shard, segments, width, owner)
-            # Without those that have left.
-            known = {number: one for number, one in self._servers.items() if number in self.membership.members}
-            self._servers = known | {member.number: server}
+            # Without those that have left, and weights that have gone.
+            known = {
+                (number, weights): one
+                for (number, weights), one in self._servers.items()
+                if number in self.membership.members and self.membership.known_of(weights)
+            }
+            self._servers = known | {(member.number, fingerprint): server}
         return server

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from expertd.client.call.activations import Activations
-from expertd.client.call.caller import Caller
+from expertd.client.call.caller import Caller, Superseded
 from expertd.client.call.dispatch import Dispatch, Work, check_receipt, leave_out, plan_dispatch
 from expertd.client.call.result import Answer, Effort
 from expertd.client.call.straight import Outcome, Part
@@ -45,11 +45,12 @@ class Failure:
 class LayerCall:
     """One call of `layer`."""
 
-    def __init__(self, caller: Caller, layer: int, activations: Activations, deadline: float) -> None:
-        """`deadline` is on the monotonic clock."""
+    def __init__(self, caller: Caller, fingerprint: str, layer: int, activations: Activations, deadline: float) -> None:
+        """All of it is computed with the weights that have this `fingerprint`; `deadline` is on the monotonic clock."""
         self._caller = caller
         self._membership = caller.membership
         self._config = caller.config
+        self._fingerprint = fingerprint
         self._layer = layer
         self._activations = activations
         self._deadline = deadline
@@ -60,7 +61,8 @@ class LayerCall:
     async def run(self, ids: Tensor, weights: Tensor) -> list[Answer]:
         """Compute all pairs of [T, k] ids and weights, each exactly once; the answers in a fixed order.
 
-        Raises the last error of a part whose attempts or time ran out, unless what is missing may be left out.
+        Raises the last error of a part whose attempts or time ran out, unless what is missing may be left out, and
+        `Superseded` where its weights are gone.
         """
         try:
             return await self._place(Work(torch.arange(len(ids)), ids, weights), attempt=1)
@@ -89,10 +91,14 @@ class LayerCall:
         if attempt > 1:
             await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempt - 2) * random.uniform(0.5, 1.5))
         while True:
-            chosen = self._caller.choose(self._layer, len(work.tokens), failed.member if failed else None)
+            chosen = self._caller.choose(
+                self._fingerprint, self._layer, len(work.tokens), failed.member if failed else None
+            )
             try:
                 parts = self._parts(work, chosen)
             except Unavailable as nobody:
+                if not self._membership.is_called(self._fingerprint):
+                    raise Superseded(self._fingerprint) from None
                 patience = min(self._config.owner_timeout, self._deadline - time.monotonic())
                 if await self._membership.wait_for_change(patience):
                     continue
@@ -189,8 +195,10 @@ class LayerCall:
     def _others(self, member: Member, dispatch: Dispatch) -> list[Part]:
         """How servers beside `member` would compute `dispatch`; empty when they cannot."""
         try:
-            parts = self._parts(dispatch, self._caller.choose(self._layer, len(dispatch.tokens), member))
-        except Unavailable:
+            parts = self._parts(
+                dispatch, self._caller.choose(self._fingerprint, self._layer, len(dispatch.tokens), member)
+            )
+        except (Unavailable, Superseded):
             return []
         return [] if any(other is member for other, _ in parts) else parts
 
@@ -206,7 +214,7 @@ class LayerCall:
         with attempt_span(self._config.tracer, address, len(dispatch.tokens)) as traceparent:
             call = ExecuteCall(
                 request_id=next(self._caller.request_ids),
-                model_fingerprint=shard.model_fingerprint,
+                model_fingerprint=self._fingerprint,
                 placement_epoch=shard.placement_epoch,
                 layer=self._layer,
                 hidden=hidden,

@@ -62,6 +62,8 @@ class MoeResult:
     """Tokens that lack experts because nobody computed them; 0 unless `on_missing` is "renormalize"."""
     missing_experts: tuple[int, ...] = ()
     """Global ids of the experts that they lack."""
+    model_fingerprint: str = ""
+    """Of the weights that all of it was computed with."""
 
     @property
     def waited(self) -> Waited:

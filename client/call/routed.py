@@ -12,13 +12,14 @@ from torch import Tensor
 
 from expertd.client.call.activations import Activations
 from expertd.client.call.arguments import check_choice
-from expertd.client.call.caller import Caller
+from expertd.client.call.caller import Caller, Superseded
 from expertd.client.call.dispatch import renormalize
 from expertd.client.call.failover import LayerCall
 from expertd.client.call.result import Effort, MoeResult, combine_all, experts_of, report
 from expertd.client.call.straight import Outcome, Part, StraightCall, at_once, begin
 from expertd.client.fleet.groups import name_experts
 from expertd.kernels.memory.results import empty
+from expertd.proto.base.errors import DeadlineExceeded
 
 log = logging.getLogger(__name__)
 LONG_ELEMENTS = 1 << 20
@@ -33,6 +34,7 @@ class RoutedCall:
     ) -> None:
         """[T, H] hidden states and [T, k] ids and weights, which are not checked yet; the output has `shape`."""
         self._caller = caller
+        self._fingerprint = caller.membership.draw()
         self._layer = layer
         self._tokens = tokens
         self._ids = ids
@@ -44,7 +46,7 @@ class RoutedCall:
     def begin(self, *, looped: bool) -> StraightCall | None:
         """See `straight.begin`."""
         routed = self._tokens, self._ids, self._weights
-        return begin(self._caller, self._layer, *routed, self._shape, self._deadline, looped=looped)
+        return begin(self._caller, self._fingerprint, self._layer, *routed, self._shape, self._deadline, looped=looped)
 
     async def execute(self) -> MoeResult:
         """The result, on the event loop."""
@@ -62,15 +64,29 @@ class RoutedCall:
     def result_of(self, straight: StraightCall) -> MoeResult | None:
         """None when a part has failed."""
         sums = straight.sums()
-        return None if sums is None else MoeResult(*sums, Effort())
+        return None if sums is None else MoeResult(*sums, Effort(), model_fingerprint=self._fingerprint)
 
     async def finish(self, outcomes: Sequence[tuple[Part, Outcome]] | None = None) -> MoeResult:
-        """Compute what the straight way did not: all of it, or what failed of `outcomes`."""
+        """Compute what the straight way did not: all of it, or what failed of `outcomes`.
+
+        All of it anew where the weights that it began with are gone meanwhile: no sum has parts of two generations.
+        """
+        while True:
+            try:
+                return await self._finish(outcomes)
+            except Superseded:
+                if time.monotonic() >= self._deadline:
+                    raise DeadlineExceeded("the weights were replaced, and call_timeout has passed") from None
+                self._fingerprint, outcomes = self._caller.membership.draw(), None
+
+    async def _finish(self, outcomes: Sequence[tuple[Part, Outcome]] | None) -> MoeResult:
         caller, config, tokens = self._caller, self._caller.config, self._tokens
         if outcomes is None:
             check_choice(self._ids, self._weights, caller.membership.ownership.config)
         ids, weights = self._ids.to(torch.int32), self._weights.float()
-        call = LayerCall(caller, self._layer, Activations(tokens, config.hidden_dtype), self._deadline)
+        call = LayerCall(
+            caller, self._fingerprint, self._layer, Activations(tokens, config.hidden_dtype), self._deadline
+        )
         answers = await (call.run(ids, weights) if outcomes is None else call.mend(outcomes))
         dtype = torch.float32 if call.missing else config.output_dtype
         sums = tokens.new_empty(tokens.shape, dtype=dtype) if tokens.is_cuda else empty(tokens.shape, dtype)
@@ -80,4 +96,4 @@ class RoutedCall:
         if degraded:
             log.warning("layer %d: %d of %d tokens lack %s", self._layer, degraded, len(tokens), name_experts(lost))
         output = sums.to(config.output_dtype).reshape(self._shape)
-        return MoeResult(output, report(answers), call.effort, degraded, lost)
+        return MoeResult(output, report(answers), call.effort, degraded, lost, self._fingerprint)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from expertd import _native
-from expertd.client.call.caller import Caller, Server
+from expertd.client.call.caller import Caller, Server, Superseded
 from expertd.client.call.dispatch import Dispatch, check_receipt
 from expertd.client.call.result import Answer, ServerReport, by_server
 from expertd.client.fleet.member import Member
@@ -240,6 +240,7 @@ def at_once(function: Callable[[], object]) -> None:
 
 def begin(
     caller: Caller,
+    fingerprint: str,
     layer: int,
     tokens: Tensor,
     ids: Tensor,
@@ -251,8 +252,9 @@ def begin(
 ) -> StraightCall | None:
     """Send all parts of a call of [T, H] hidden states on the CPU, [T, k] ids and weights; None for the long way.
 
-    `shape` is that of the output. With `looped` the call is `answered` on the lanes' event loop, and otherwise waited
-    for on any thread. Arguments that are wrong are for the long way to find.
+    Experts are those of the weights with this `fingerprint`. `shape` is that of the output. With `looped` the call is
+    `answered` on the lanes' event loop, and otherwise waited for on any thread. Arguments that are
+    wrong are for the long way to find.
     """
     config, top_k = caller.config, ids.shape[1]
     common = (
@@ -265,10 +267,13 @@ def begin(
         and top_k <= caller.membership.ownership.config.num_experts_per_tok
     )
     timeout = min(config.attempt_timeout, deadline - time.monotonic())
-    servers = caller.servers(tokens.shape[1]) if common and timeout > 0 else []
-    if not servers:
+    try:
+        servers = caller.servers(fingerprint, tokens.shape[1]) if common and timeout > 0 else []
+        if not servers:
+            return None
+        chosen = caller.choose(fingerprint, layer, len(tokens))
+    except Superseded:
         return None
-    chosen = caller.choose(layer, len(tokens))
     ids, weights, tokens = ids.contiguous(), weights.float().contiguous(), tokens.contiguous()
     addresses = [server.member.transport.address for server in servers]
     attempts = None if config.tracer is None else AttemptSpans(config.tracer, addresses)

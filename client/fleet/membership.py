@@ -11,13 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
 from expertd.client.fleet.asking import ask
 from expertd.client.fleet.discovery import Discovery
 from expertd.client.fleet.member import LOST, Member
-from expertd.client.fleet.models import choose_model, is_complete, of_model
+from expertd.client.fleet.models import Called, choose_generation, choose_model, is_complete, of_model
 from expertd.client.fleet.ownership import Ownership, check_complete, check_replicas, resolve_ownership
 from expertd.client.fleet.pace import Pace
 from expertd.client.transport.interface import Silent, Transport
@@ -37,6 +38,14 @@ PROBE_SECONDS = 0.25
 LONGEST_PAUSE = 2.0
 """Seconds before a look at a server that answers its probes and fails its calls."""
 PROBE_TIMEOUT = 2.0
+
+
+class Known(NamedTuple):
+    """What is known of the servers with certain weights."""
+
+    members: tuple[Member, ...]
+    ownership: Ownership
+    """Its rows are those of `members`."""
 
 
 class Membership:
@@ -64,21 +73,37 @@ class Membership:
         self._complete = complete
         self._pinned = model_fingerprint
         self._locality = locality
-        self._known: tuple[tuple[Member, ...], Ownership] | None = None
+        self._called = Called("")
+        self._known: dict[str, Known] = {}
         self._ever_owned: dict[int, Tensor] = {}
         self._next_number = 0
         self._last_loss = -math.inf
         self._changed = asyncio.Event()
 
     @property
-    def known(self) -> tuple[tuple[Member, ...], Ownership]:
-        """The members whose shards are known, and what they own, row by row. Any thread.
+    def known(self) -> Known:
+        """Of the weights that most calls use. Any thread.
 
         Raises `RuntimeError` before `connect` and after `close`.
         """
-        if self._known is None:
+        known = self._known.get(self._called.main)
+        if known is None:
             raise RuntimeError("the coordinator is not connected; use it in 'async with Coordinator(...) as moe:'")
-        return self._known
+        return known
+
+    def known_of(self, fingerprint: str) -> Known | None:
+        """Of any weights that servers in use have. Any thread."""
+        return self._known.get(fingerprint)
+
+    def draw(self) -> str:
+        """The fingerprint of the weights that a call is to use. Any thread."""
+        called = self._called
+        other = called.other if called.other in self._known else None
+        return called.main if other is None or random.random() >= called.share else other
+
+    def is_called(self, fingerprint: str) -> bool:
+        """Whether calls use weights with this fingerprint now. Any thread."""
+        return fingerprint in self._called.fingerprints and fingerprint in self._known
 
     @property
     def ownership(self) -> Ownership:
@@ -87,9 +112,9 @@ class Membership:
 
     def count_ownerless(self) -> int:
         """Experts, counted in each layer, that had an owner since `connect` and have none in use. Any thread."""
-        if self._known is None:
+        if not self._known:
             return 0
-        members, ownership = self._known
+        members, ownership = self.known
         rows = [row for row, member in enumerate(members) if member.in_use]
         owned = ownership.owned
         return sum(
@@ -100,9 +125,9 @@ class Membership:
     def loads(self) -> dict[tuple[str, int], dict[str, float]]:
         """Pairs of the last minutes by model and layer, and then by server: of those in use that own experts of the
         layer, where there are any in this locality of them alone. Any thread."""
-        if self._known is None:
+        if not self._known:
             return {}
-        members, ownership = self._known
+        members, ownership = self.known
         using = [(member, member.shard) for member in members if member.in_use and member.shard is not None]
         near = [(member, shard) for member, shard in using if self._locality in ("", shard.locality)]
         loads: dict[tuple[str, int], dict[str, float]] = {}
@@ -128,7 +153,11 @@ class Membership:
         told = self._told()
         if not told:
             raise next(member.why_not for member in members if member.why_not is not None)
-        self._adopt(choose_model([(member.transport.address, shard) for member, shard in told], self._pinned))
+        servers = [(member.transport.address, shard) for member, shard in told]
+        main = choose_model(servers, self._pinned)
+        for member, _ in told:
+            member.in_use = True
+        self._adopt(choose_generation(servers, main) if self._pinned is None else Called(main))
         try:
             if self._complete:
                 check_complete(self.ownership)
@@ -147,14 +176,14 @@ class Membership:
         told = [(member.transport.address, shard) for member, shard in self._told()]
         models = {shard.model_fingerprint for _, shard in told}
         if self._pinned is not None:
-            models &= {self._pinned}
+            models = {self._pinned}
         return len(models) == 1 and is_complete(of_model(told, models.pop()))
 
     def _told(self) -> list[tuple[Member, ShardInfo]]:
         return [(member, member.shard) for member in self.members.values() if member.shard is not None]
 
     async def close(self) -> None:
-        self._known = None
+        self._known = {}
         await self._tasks.close()
         await asyncio.gather(*(member.transport.close() for member in self.members.values()))
 
@@ -162,7 +191,7 @@ class Membership:
         """Tell that a call to `member` failed; it is taken out of use unless it is only busy."""
         if error.retry_after is not None:
             member.busy_until = time.monotonic() + error.retry_after
-        if isinstance(error, LOST) and member.in_use and self._known is not None:
+        if isinstance(error, LOST) and member.in_use and self._known:
             log.warning("%s is out of use: %s", member.transport.address, error)
             member.in_use, member.why_not = False, error
             # Who tells that it owns others by now is to be asked again at once.
@@ -265,6 +294,9 @@ class Membership:
                 return
             try:
                 shard = await member.transport.get_shard(PROBE_TIMEOUT)
+                if member.shard is not None and member.shard.placement_epoch != shard.placement_epoch:
+                    await self._look_again(member)
+                self._steer(member, shard)
                 self._check(member, shard)
             except ModelMismatch as error:
                 if str(error) != str(member.why_not):
@@ -275,8 +307,6 @@ class Membership:
                 log.debug("%s is still out of use: %s", member.transport.address, error)
                 member.why_not = error if isinstance(error, Unavailable) else member.why_not
                 continue
-            if member.shard is not None and member.shard.placement_epoch != shard.placement_epoch:
-                await self._look_again(member)
             log.warning("%s is in use", member.transport.address)
             member.shard, member.other, member.in_use = shard, None, True
             self._resolve()
@@ -289,6 +319,9 @@ class Membership:
         async def ask(member: Member) -> None:
             with contextlib.suppress(ExpertdError):
                 shard = await member.transport.get_shard(PROBE_TIMEOUT)
+                if shard.of(self._called.main) is None:
+                    member.other = shard
+                    return
                 self._check(member, shard)
                 member.shard = shard
 
@@ -296,39 +329,48 @@ class Membership:
 
     def _check(self, member: Member, shard: ShardInfo) -> None:
         """Raise `ModelMismatch` where `member` cannot serve beside those in use."""
-        if shard.model_fingerprint != self.ownership.model_fingerprint:
+        main = self._called.main
+        ours = shard.of(main)
+        if ours is None:
             member.other = shard
-            self._follow_the_fleet()
-        if shard.model_fingerprint != self.ownership.model_fingerprint:
-            raise _another_model(member, shard, self.ownership.model_fingerprint)
-        others = [(one.transport.address, one.shard) for one in self.members.values() if one is not member]
-        known = [(address, told) for address, told in others if told is not None]
-        check_replicas([*known, (member.transport.address, shard)], self.ownership.config)
+            raise _another_model(member, shard, main)
+        others = [(one.transport.address, told) for one, told in self._told() if one is not member]
+        check_replicas([*of_model(others, main), (member.transport.address, ours)], self.ownership.config)
 
-    def _follow_the_fleet(self) -> None:
-        """Call another model of the same shape once nobody serves the former one and the other is whole."""
-        if self._pinned is not None or any(member.in_use for member in self.members.values()):
+    def _steer(self, member: Member, shard: ShardInfo) -> None:
+        """Call other weights of the same shape where servers want that, `member` with what it tells among them."""
+        if self._pinned is not None:
             return
-        others = [(member, member.other) for member in self.members.values() if member.other is not None]
-        told = [(member.transport.address, shard) for member, shard in others]
-        for fingerprint in {shard.model_fingerprint for _, shard in told}:
-            of_this = of_model(told, fingerprint)
-            if is_complete(of_this) and resolve_ownership(of_this).config == self.ownership.config:
-                log.warning("the servers hold model %r now: it is called from now on", fingerprint)
-                for member, shard in others:
-                    member.shard, member.other = shard, None
-                self._adopt(fingerprint)
-                self._announce()
+        alive = [(one, one.other or one.shard) for one in self.members.values() if one.in_use or one.other is not None]
+        told = [(one.transport.address, known) for one, known in alive if one is not member and known is not None]
+        told.append((member.transport.address, shard))
+        called = choose_generation(told, self._called.main)
+        if called.main != self._called.main:
+            if resolve_ownership(of_model(told, called.main)).config != self.ownership.config:
                 return
+            log.warning("the servers want weights %r to be used now", called.main)
+            # Until it is adopted: it is there, whatever it has.
+            member.other = shard
+            self._adopt(called)
+            self._announce()
+        elif called != self._called:
+            log.info("%g of the calls use weights %r", called.share, called.other or called.main)
+            self._called = called
 
-    def _adopt(self, fingerprint: str) -> None:
-        """Use the servers of this model that told of themselves, and no others."""
-        for member, shard in self._told():
-            member.in_use = shard.model_fingerprint == fingerprint
-            if not member.in_use:
-                member.shard, member.other = None, shard
-                member.why_not = _another_model(member, shard, fingerprint)
-                log.error("%s stays out of use: %s", member.transport.address, member.why_not)
+    def _adopt(self, called: Called) -> None:
+        """Use the servers that can be reached and have these weights, and no others."""
+        self._called = called
+        for member in self.members.values():
+            told = member.other or member.shard
+            if told is None or not (member.in_use or member.other is not None):
+                continue
+            if told.of(called.main) is not None:
+                member.shard, member.other, member.in_use = told, None, True
+                continue
+            member.shard, member.other, member.in_use = None, told, False
+            member.why_not = _another_model(member, told, called.main)
+            member.lost.set()
+            log.error("%s stays out of use: %s", member.transport.address, member.why_not)
         self._resolve()
 
     def _announce(self) -> None:
@@ -337,14 +379,22 @@ class Membership:
         self._changed = asyncio.Event()
 
     def _resolve(self) -> None:
-        known = self._told()
+        told = self._told()
         # When all servers were replaced at once, what the former ones owned remains known until a new one has answered.
-        if known:
-            ownership = resolve_ownership([(member.transport.address, shard) for member, shard in known])
-            self._known = tuple(member for member, _ in known), ownership
-            for layer, rows in ownership.owned.items():
-                owned = rows.any(dim=0)
-                self._ever_owned[layer] = self._ever_owned.get(layer, owned) | owned
+        known = {} if any(shard.of(self._called.main) for _, shard in told) else {self._called.main: self.known}
+        for fingerprint in dict.fromkeys(name for _, shard in told for name in shard.fingerprints):
+            having = [(member, shard) for member, shard in told if shard.of(fingerprint) is not None]
+            servers = of_model([(member.transport.address, shard) for member, shard in having], fingerprint)
+            try:
+                known[fingerprint] = Known(tuple(member for member, _ in having), resolve_ownership(servers))
+            except ModelMismatch as error:
+                if fingerprint == self._called.main:
+                    raise
+                log.error("weights %r are of no use: %s", fingerprint, error)
+        self._known = known
+        for layer, rows in self.ownership.owned.items():
+            owned = rows.any(dim=0)
+            self._ever_owned[layer] = self._ever_owned.get(layer, owned) | owned
 
 
 def _another_model(member: Member, shard: ShardInfo, called: str) -> ModelMismatch:

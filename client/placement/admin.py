@@ -1,36 +1,81 @@
-"""A server's administration, as who moves experts calls it."""
+"""A server's administration, as who moves experts or rolls out weights calls it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc.aio
+from google.protobuf.message import Message
 
 from expertd.client.transport.security import ClientSecurity
 from expertd.proto.base.errors import error_from_status
-from expertd.proto.codec.admin import ADMIN, LayerExperts, UpdateRequest, UpdateResponse
+from expertd.proto.codec.admin import (
+    ADMIN,
+    LayerExperts,
+    ReleaseRequest,
+    ShareRequest,
+    UpdateDone,
+    UpdateRequest,
+    UpdateResponse,
+    WeightsRequest,
+)
+
+Telling: TypeAlias = AsyncGenerator[UpdateResponse, None]
 
 
-async def update_shard(
-    address: str, security: ClientSecurity, epoch: int, experts: Mapping[int, Sequence[int]]
-) -> AsyncGenerator[UpdateResponse, None]:
+def update_shard(address: str, security: ClientSecurity, epoch: int, experts: Mapping[int, Sequence[int]]) -> Telling:
     """Have the server with this --admin-listen own `experts` of these layers, if its placement is that of `epoch`.
 
     Tells its progress; the last one has `done`. When it is closed before that, or raises what the server answers, the
     server owns what it owned.
     """
     layers = [LayerExperts(layer=layer, experts=owned) for layer, owned in experts.items()]
+    return _stream(address, security, "UpdateShard", UpdateRequest(placement_epoch=epoch, layers=layers))
+
+
+def update_weights(address: str, security: ClientSecurity, epoch: int, folder: str, fingerprint: str = "") -> Telling:
+    """Have the server take the weights in its `folder` as the next generation; otherwise like `update_shard`.
+
+    `fingerprint` is what theirs must be; empty: any.
+    """
+    request = WeightsRequest(placement_epoch=epoch, folder=folder, model_fingerprint=fingerprint)
+    return _stream(address, security, "UpdateWeights", request)
+
+
+async def share_calls(address: str, security: ClientSecurity, epoch: int, fingerprint: str, share: float) -> UpdateDone:
+    """Have this share of calls use the next generation, which has this fingerprint. Raises what the server answers."""
+    request = ShareRequest(placement_epoch=epoch, model_fingerprint=fingerprint, share=share)
+    return await _call(address, security, "ShareCalls", request)
+
+
+async def release_weights(address: str, security: ClientSecurity, epoch: int, fingerprint: str) -> UpdateDone:
+    """Have the server free the weights of a generation. Raises what the server answers."""
+    request = ReleaseRequest(placement_epoch=epoch, model_fingerprint=fingerprint)
+    return await _call(address, security, "ReleaseWeights", request)
+
+
+async def _stream(address: str, security: ClientSecurity, method: str, request: Message) -> Telling:
     async with contextlib.AsyncExitStack() as stack:
         channel = await stack.enter_async_context(security.open_channel(address, []))
-        method: Any = channel.unary_stream(
-            f"/{ADMIN}/UpdateShard", UpdateRequest.SerializeToString, UpdateResponse.FromString
+        asked: Any = channel.unary_stream(
+            f"/{ADMIN}/{method}", type(request).SerializeToString, UpdateResponse.FromString
         )
-        call = method(UpdateRequest(placement_epoch=epoch, layers=layers), metadata=security.metadata())
+        call = asked(request, metadata=security.metadata())
         stack.callback(call.cancel)
         try:
             async for response in call:
                 yield response
         except grpc.aio.AioRpcError as error:
             raise error_from_status(error.code(), error.details() or "") from None
+
+
+async def _call(address: str, security: ClientSecurity, method: str, request: Message) -> UpdateDone:
+    async with security.open_channel(address, []) as channel:
+        asked: Any = channel.unary_unary(f"/{ADMIN}/{method}", type(request).SerializeToString, UpdateDone.FromString)
+        try:
+            done: UpdateDone = await asked(request, metadata=security.metadata())
+        except grpc.aio.AioRpcError as error:
+            raise error_from_status(error.code(), error.details() or "") from None
+        return done

@@ -94,7 +94,8 @@ void bind_engine(py::module_& module) {
 
   py::class_<Placement, std::shared_ptr<Placement>>(module, "Placement")
       .def(py::init([](std::string fingerprint, uint64_t epoch, std::vector<OwnedLayer> layers, std::string layers_text,
-                       uint32_t num_routed_experts, uint32_t hidden_size, uint32_t max_top_k, uint32_t max_tokens) {
+                       uint32_t num_routed_experts, uint32_t hidden_size, uint32_t max_top_k, uint32_t max_tokens,
+                       std::shared_ptr<Placement> beside) {
              Placement placement{.model_fingerprint = std::move(fingerprint),
                                  .epoch = epoch,
                                  .layers = std::move(layers),
@@ -102,11 +103,13 @@ void bind_engine(py::module_& module) {
                                  .num_routed_experts = num_routed_experts,
                                  .hidden_size = hidden_size,
                                  .max_top_k = max_top_k,
-                                 .max_tokens = max_tokens};
+                                 .max_tokens = max_tokens,
+                                 .beside = std::move(beside)};
              return std::const_pointer_cast<Placement>(make_placement(std::move(placement)));
            }),
            py::kw_only(), py::arg("model_fingerprint"), py::arg("epoch"), py::arg("layers"), py::arg("layers_text"),
-           py::arg("num_routed_experts"), py::arg("hidden_size"), py::arg("max_top_k"), py::arg("max_tokens"))
+           py::arg("num_routed_experts"), py::arg("hidden_size"), py::arg("max_top_k"), py::arg("max_tokens"),
+           py::arg("beside") = std::shared_ptr<Placement>())
       .def_readonly("epoch", &Placement::epoch);
 
   py::class_<Engine, std::unique_ptr<Engine, StopThenDelete>>(module, "Engine")

@@ -36,6 +36,7 @@ void bind_tally(py::module_& module) {
     return [field](const Sample& s) { return py::bytearray(s.*field); };
   };
   py::class_<Sample>(module, "Sample")
+      .def_readonly("model_fingerprint", &Sample::model_fingerprint)
       .def_readonly("layer", &Sample::layer)
       .def_property_readonly("hidden_dtype", [](const Sample& s) { return static_cast<int>(s.hidden_dtype); })
       .def_property_readonly("sums_dtype", [](const Sample& s) { return static_cast<int>(s.sums_dtype); })

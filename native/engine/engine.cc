@@ -109,6 +109,7 @@ void Engine::set_placement(PlacementPtr placement) {
   const std::lock_guard lock(mutex_);
   const auto is_over = [](const auto& earlier) { return earlier.expired(); };
   earlier_.erase(std::remove_if(earlier_.begin(), earlier_.end(), is_over), earlier_.end());
+  if (placement_->beside) earlier_.push_back(placement_->beside);
   earlier_.push_back(std::exchange(placement_, std::move(placement)));
 }
 
@@ -123,6 +124,11 @@ bool Engine::uses_before(uint64_t epoch) const {
 void Engine::begin_placement() {
   Placement next = *placement();
   ++next.epoch;
+  if (next.beside) {
+    Placement beside = *next.beside;
+    beside.epoch = next.epoch;
+    next.beside = std::make_shared<const Placement>(std::move(beside));
+  }
   set_placement(std::make_shared<const Placement>(std::move(next)));
 }
 
@@ -139,7 +145,7 @@ std::optional<Refusal> Engine::check_room(const std::string& identity, Amount mo
 
 std::optional<Refusal> Engine::check_head(const Message& message, Job* job) {
   if (failpoints_ && !message.cancels && failpoints_->strikes("stale_epoch")) begin_placement();
-  PlacementPtr placement = this->placement();
+  PlacementPtr placement = generation_of(this->placement(), message.model_fingerprint);
   // Before anything is read of the tensors: a server with too much to do has no time for what it will refuse.
   const uint64_t tokens = std::min<uint64_t>(message.num_tokens, placement->max_tokens);
   if (auto refusal = check_room(job->identity, {tokens, message.num_tensor_bytes()})) return refusal;

@@ -27,7 +27,8 @@ void Sampler::offer(const Job& job) {
     ids.append(reinterpret_cast<const char*>(&global), sizeof global);
   }
   const std::string_view sums(reinterpret_cast<const char*>(job.sums), request.computed_bytes());
-  Sample sample{.layer = request.layer,
+  Sample sample{.model_fingerprint = request.placement->model_fingerprint,
+                .layer = request.layer,
                 .hidden_dtype = request.hidden_dtype,
                 .sums_dtype = request.sums_dtype(),
                 .hidden = row_of(request.hidden, tokens, token),

@@ -17,6 +17,7 @@ namespace expertd {
 
 // One token of an answered request, copied.
 struct Sample {
+  std::string model_fingerprint;  // of the weights that answered
   uint32_t layer = 0;
   Dtype hidden_dtype = Dtype::kFloat8E4M3FN;
   Dtype sums_dtype = Dtype::kBFloat16;

@@ -20,4 +20,9 @@ PlacementPtr make_placement(Placement placement) {
   return std::make_shared<const Placement>(std::move(placement));
 }
 
+PlacementPtr generation_of(const PlacementPtr& placement, std::string_view fingerprint) {
+  const PlacementPtr& beside = placement->beside;
+  return beside && beside->model_fingerprint == fingerprint ? beside : placement;
+}
+
 }  // namespace expertd

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace expertd {
@@ -30,6 +31,8 @@ struct Placement {
   uint32_t hidden_size = 0;
   uint32_t max_top_k = 0;
   uint32_t max_tokens = 0;  // of one request
+  // Other weights of the same experts, of the same epoch, for requests that name their fingerprint; null: none.
+  std::shared_ptr<const Placement> beside = nullptr;
 
   // Null when nothing of it is owned.
   const OwnedLayer* find(uint64_t layer) const;
@@ -39,5 +42,9 @@ using PlacementPtr = std::shared_ptr<const Placement>;
 
 // Fills the tables of local ids. Experts are ascending and below `num_routed_experts`.
 PlacementPtr make_placement(Placement placement);
+
+// What requests that name `fingerprint` are checked against: of a placement and the one beside it the one that has it,
+// and otherwise the former.
+PlacementPtr generation_of(const PlacementPtr& placement, std::string_view fingerprint);
 
 }  // namespace expertd

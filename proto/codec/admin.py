@@ -9,3 +9,6 @@ UpdateRequest = pb.UpdateShardRequest
 UpdateResponse = pb.UpdateShardResponse
 LayerExperts = pb.LayerExperts
 UpdateDone = pb.Done
+WeightsRequest = pb.UpdateWeightsRequest
+ShareRequest = pb.ShareCallsRequest
+ReleaseRequest = pb.ReleaseWeightsRequest

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -24,6 +24,28 @@ ENVELOPE_BYTES = 64 * 1024
 
 DIGEST_BYTES = 16
 """Of each expert's SHA-256 that `GetShard` tells."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationInfo:
+    """Weights that a server has beside those that serve, of the same experts."""
+
+    model_fingerprint: str
+    expert_digests: bytes = b""
+    has_manifest: bool = False
+    checkpoint_dtypes: tuple[torch.dtype, ...] = ()
+    share: float = 0.0
+    """Of calls, that should use them."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateProgress:
+    """How far a change of what a server owns is."""
+
+    read_bytes: int
+    total_bytes: int
+    ready_layers: int
+    total_layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +81,29 @@ class ShardInfo:
     """host:port as it is bound; empty when it is not told."""
     admin_address: str = ""
     """Of its administration, as it is bound; empty when it has none."""
+    next: GenerationInfo | None = None
+    """Other weights that are here as well."""
+    update: UpdateProgress | None = None
+    """Of a change that is under way."""
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Of all weights that are here, those that serve first."""
+        return (self.model_fingerprint,) if self.next is None else (self.model_fingerprint, self.next.model_fingerprint)
+
+    def of(self, model_fingerprint: str) -> ShardInfo | None:
+        """This, as it is for the weights with this fingerprint, whichever they are; None when they are not here."""
+        if model_fingerprint == self.model_fingerprint:
+            return self
+        if self.next is None or model_fingerprint != self.next.model_fingerprint:
+            return None
+        return replace(
+            self,
+            model_fingerprint=model_fingerprint,
+            expert_digests=self.next.expert_digests,
+            has_manifest=self.next.has_manifest,
+            checkpoint_dtypes=self.next.checkpoint_dtypes,
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -108,6 +153,18 @@ def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
         expert_digests=shard.expert_digests,
         has_manifest=shard.has_manifest,
         instruction_set=shard.instruction_set,
+        next_generation=None if shard.next is None else _encode_generation(shard.next),
+        update=None if shard.update is None else pb.UpdateProgress(**asdict(shard.update)),
+    )
+
+
+def _encode_generation(generation: GenerationInfo) -> pb.Generation:
+    return pb.Generation(
+        model_fingerprint=generation.model_fingerprint,
+        expert_digests=generation.expert_digests,
+        has_manifest=generation.has_manifest,
+        checkpoint_weight_dtypes=[DTYPE_CODES[dtype] for dtype in generation.checkpoint_dtypes],
+        share=generation.share,
     )
 
 
@@ -134,8 +191,30 @@ def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
         weight_dtype=DTYPES.get(message.weight_dtype, torch.float8_e4m3fn),
         metrics_address=message.metrics_address,
         admin_address=message.admin_address,
-        checkpoint_dtypes=tuple(DTYPES[code] for code in message.checkpoint_weight_dtypes if code in DTYPES),
+        checkpoint_dtypes=_dtypes(message.checkpoint_weight_dtypes),
+        next=_decode_generation(message.next_generation) if message.HasField("next_generation") else None,
+        update=_decode_progress(message.update) if message.HasField("update") else None,
     )
+
+
+def _decode_generation(message: pb.Generation) -> GenerationInfo:
+    if not 0.0 <= message.share <= 1.0:
+        raise ServerFault(f"share is {message.share}; it must be from 0 to 1")
+    return GenerationInfo(
+        model_fingerprint=message.model_fingerprint,
+        expert_digests=message.expert_digests,
+        has_manifest=message.has_manifest,
+        checkpoint_dtypes=_dtypes(message.checkpoint_weight_dtypes),
+        share=message.share,
+    )
+
+
+def _decode_progress(message: pb.UpdateProgress) -> UpdateProgress:
+    return UpdateProgress(message.read_bytes, message.total_bytes, message.ready_layers, message.total_layers)
+
+
+def _dtypes(codes: Iterable[int]) -> tuple[torch.dtype, ...]:
+    return tuple(DTYPES[code] for code in codes if code in DTYPES)
 
 
 def _decode_experts(message: pb.GetShardResponse) -> dict[int, tuple[int, ...]]:

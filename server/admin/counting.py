@@ -8,17 +8,30 @@ import time
 from collections.abc import Iterator
 
 from expertd.proto.base.errors import ExpertdError
+from expertd.server.admin.holdings import Holdings
+from expertd.server.scheduling.generations import Generations
 from expertd.server.telemetry.metrics import Metrics
 
 OUTCOMES = ("ok", "cancelled", "invalid_argument", "aborted", "resource_exhausted", "unavailable", "internal")
 """Exported before the first update: without a zero to begin with, nobody sees the first one."""
 
 
-def export(metrics: Metrics) -> None:
-    """Let scrapes see them, where there is an administration."""
+def export(metrics: Metrics, holdings: Holdings) -> None:
+    """Let scrapes see them, and what is held, where there is an administration."""
     for outcome in OUTCOMES:
         metrics.updates.labels(outcome)
     metrics.export(metrics.updates, metrics.updates_in_flight, metrics.update_seconds, metrics.update_bytes)
+    metrics.export(metrics.generation_share, metrics.staged_bytes)
+    metrics.updates_in_flight.set_function(lambda: holdings.busy)
+    metrics.generation_share.set_function(lambda: _shares(holdings.generations))
+    metrics.staged_bytes.set_function(lambda: sum(one.num_bytes for one in holdings.generations.all[1:]))
+
+
+def _shares(generations: Generations) -> Iterator[tuple[tuple[str], tuple[float]]]:
+    """Of calls, by fingerprint."""
+    for generation in generations.all:
+        share = generations.share if generation is generations.next else 1.0 - generations.share
+        yield (generation.fingerprint,), (share,)
 
 
 @contextlib.contextmanager

@@ -5,13 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Iterator
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 
 from expertd.proto.base.errors import ExpertdError
-from expertd.proto.codec.admin import ADMIN, UpdateDone, UpdateRequest, UpdateResponse
+from expertd.proto.codec.admin import (
+    ADMIN,
+    ReleaseRequest,
+    ShareRequest,
+    UpdateDone,
+    UpdateRequest,
+    UpdateResponse,
+    WeightsRequest,
+)
+from expertd.server.admin.holdings import Holdings
+from expertd.server.admin.rollout import Rollout
 from expertd.server.admin.update import Progress, Updater, words
 from expertd.server.options.config import Address, InvalidOption
 from expertd.server.options.ports import obstacle_to_bind
@@ -20,14 +31,17 @@ from expertd.server.rpc.limits import SmallMessages
 from expertd.server.rpc.security import ServerSecurity
 
 log = logging.getLogger(__name__)
+Methods: TypeAlias = dict[str, "grpc.RpcMethodHandler[Any, Any]"]
 
 
 class AdminDoor:
     """A gRPC server of its own, for who runs the server."""
 
-    def __init__(self, address: Address, updater: Updater, security: ServerSecurity) -> None:
+    def __init__(self, address: Address, holdings: Holdings, security: ServerSecurity) -> None:
         self.address = address
-        self._updater = updater
+        self._held = holdings
+        self._updater = Updater(holdings)
+        self._rollout = Rollout(holdings)
         self._security = security
 
     async def listen(self) -> None:
@@ -37,12 +51,7 @@ class AdminDoor:
         self._server = grpc.aio.server(
             interceptors=[*self._security.interceptors, SmallMessages()], options=[("grpc.so_reuseport", 0)]
         )
-        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "UpdateShard": grpc.unary_stream_rpc_method_handler(
-                self._update, UpdateRequest.FromString, UpdateResponse.SerializeToString
-            )
-        }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(ADMIN, methods),))
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(ADMIN, self._methods()),))
         self.address = dataclasses.replace(self.address, port=self._security.add_port(self._server, self.address))
         await self._server.start()
         log.info("administration on %s (%s)", self.address, self._security)
@@ -58,26 +67,74 @@ class AdminDoor:
 
     async def close(self) -> None: ...
 
-    async def _update(self, request: UpdateRequest, context: Context) -> None:
+    def _methods(self) -> Methods:
+        stream, unary = grpc.unary_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
+        told, done = UpdateResponse.SerializeToString, UpdateDone.SerializeToString
+        return {
+            "UpdateShard": stream(self._update_shard, UpdateRequest.FromString, told),
+            "UpdateWeights": stream(self._update_weights, WeightsRequest.FromString, told),
+            "ShareCalls": unary(self._share_calls, ShareRequest.FromString, done),
+            "ReleaseWeights": unary(self._release_weights, ReleaseRequest.FromString, done),
+        }
+
+    async def _update_shard(self, request: UpdateRequest, context: Context) -> None:
         wanted = {one.layer: tuple(one.experts) for one in request.layers}
-        who = f"{self._security.identities.proven(context) or 'unproven'} from {context.peer()}"
-        log.info("audit: UpdateShard by %s, epoch %d: %s", who, request.placement_epoch, words(wanted))
-        try:
-            async with contextlib.aclosing(self._updater.run(request.placement_epoch, wanted)) as updating:
+        epoch = request.placement_epoch
+        updating = self._updater.run(epoch, wanted)
+        await self._tell("UpdateShard", f"epoch {epoch}: {words(wanted)}", updating, context)
+
+    async def _update_weights(self, request: WeightsRequest, context: Context) -> None:
+        epoch, folder, fingerprint = request.placement_epoch, request.folder, request.model_fingerprint
+        updating = self._rollout.stage(epoch, folder, fingerprint)
+        await self._tell("UpdateWeights", f"epoch {epoch}: {folder!r} {fingerprint!r}", updating, context)
+
+    async def _share_calls(self, request: ShareRequest, context: Context) -> UpdateDone:
+        epoch, fingerprint, share = request.placement_epoch, request.model_fingerprint, request.share
+        sharing = self._rollout.share(epoch, fingerprint, share)
+        return await self._do("ShareCalls", f"epoch {epoch}: {share:g} for {fingerprint!r}", sharing, context)
+
+    async def _release_weights(self, request: ReleaseRequest, context: Context) -> UpdateDone:
+        epoch, fingerprint = request.placement_epoch, request.model_fingerprint
+        releasing = self._rollout.release(epoch, fingerprint)
+        return await self._do("ReleaseWeights", f"epoch {epoch}: {fingerprint!r}", releasing, context)
+
+    async def _tell(self, method: str, what: str, updating: AsyncGenerator[Progress, None], context: Context) -> None:
+        with self._audited(method, what, context) as failed:
+            async with contextlib.aclosing(updating):
                 async for progress in updating:
-                    await context.write(_told(progress, self._updater.shard.placement_epoch))
+                    await context.write(self._told(progress))
+        if failed:
+            await context.abort(failed[0].code, str(failed[0]))
+
+    async def _do(self, method: str, what: str, doing: Awaitable[None], context: Context) -> UpdateDone:
+        with self._audited(method, what, context) as failed:
+            await doing
+        if failed:
+            await context.abort(failed[0].code, str(failed[0]))
+        return self._done(0.0)
+
+    @contextlib.contextmanager
+    def _audited(self, method: str, what: str, context: Context) -> Iterator[list[ExpertdError]]:
+        """Tell the log who asks for `what`, and what it fails with, which is in the list afterwards."""
+        who = f"by {self._security.identities.proven(context) or 'unproven'} from {context.peer()}"
+        failed: list[ExpertdError] = []
+        log.info("audit: %s %s, %s", method, who, what)
+        try:
+            yield failed
         except ExpertdError as error:
-            log.warning("audit: UpdateShard by %s failed: %s", who, error)
-            await context.abort(error.code, str(error))
+            log.warning("audit: %s %s failed: %s", method, who, error)
+            failed.append(error)
 
+    def _told(self, progress: Progress) -> UpdateResponse:
+        response = UpdateResponse(**dataclasses.asdict(progress.made))
+        if progress.overlap is not None:
+            response.done.CopyFrom(self._done(progress.overlap))
+        return response
 
-def _told(progress: Progress, epoch: int) -> UpdateResponse:
-    response = UpdateResponse(
-        read_bytes=progress.read_bytes,
-        total_bytes=progress.total_bytes,
-        ready_layers=progress.ready_layers,
-        total_layers=progress.total_layers,
-    )
-    if progress.overlap is not None:
-        response.done.CopyFrom(UpdateDone(placement_epoch=epoch, overlap_ns=round(progress.overlap * 1e9)))
-    return response
+    def _done(self, overlap: float) -> UpdateDone:
+        held = self._held.generations
+        return UpdateDone(
+            placement_epoch=held.serving.shard.placement_epoch,
+            overlap_ns=round(overlap * 1e9),
+            next_model_fingerprint="" if held.next is None else held.next.fingerprint,
+        )

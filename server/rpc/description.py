@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from expertd import __version__, _native
 from expertd.kernels.numerics.backend import Backend
-from expertd.kernels.weights.ledger import Ledger
 from expertd.proto import codec
-from expertd.proto.codec import DIGEST_BYTES, ShardInfo
+from expertd.proto.codec import DIGEST_BYTES, GenerationInfo, ShardInfo
 from expertd.server.options.config import Address, ServerConfig
-from expertd.server.scheduling.shard import Shard
+from expertd.server.scheduling.generations import Generation, Generations
 
 
-def describe(config: ServerConfig, shard: Shard, ledger: Ledger, backend: Backend, backend_reason: str) -> ShardInfo:
+def describe(config: ServerConfig, serving: Generation, backend: Backend, backend_reason: str) -> ShardInfo:
     """The answer to `GetShard`, but for what is known of weights once they are loaded."""
+    shard = serving.shard
     model = shard.config
     return ShardInfo(
         model_fingerprint=shard.model_fingerprint,
@@ -34,29 +32,44 @@ def describe(config: ServerConfig, shard: Shard, ledger: Ledger, backend: Backen
         backend_reason=backend_reason,
         version=__version__,
         locality=config.locality,
-        has_manifest=ledger.manifest is not None,
+        has_manifest=serving.ledger.manifest is not None,
         weight_dtype=shard.weight_dtype,
         instruction_set=_native.instruction_set(),
     )
 
 
 def as_loaded(
-    info: ShardInfo,
-    shard: Shard,
-    ledger: Ledger,
-    metrics_address: Address,
-    admin_address: Address | None,
-    stored: tuple[torch.dtype, ...],
+    info: ShardInfo, generations: Generations, metrics_address: Address, admin_address: Address | None
 ) -> ShardInfo:
-    """The answer to `GetShard`, now that all of `shard` is loaded, from files with `stored` weights."""
+    """The answer to `GetShard`, now that all weights are loaded."""
     return dataclasses.replace(
-        owning(info, shard, ledger),
-        metrics_address=str(metrics_address),
-        admin_address=str(admin_address or ""),
-        checkpoint_dtypes=stored,
+        owning(info, generations), metrics_address=str(metrics_address), admin_address=str(admin_address or "")
     )
 
 
-def owning(info: ShardInfo, shard: Shard, ledger: Ledger) -> ShardInfo:
-    """The answer to `GetShard` of a server that owns `shard`, all of which is loaded."""
-    return dataclasses.replace(info, experts=shard.experts, expert_digests=ledger.found(shard.experts, DIGEST_BYTES))
+def owning(info: ShardInfo, generations: Generations) -> ShardInfo:
+    """The answer to `GetShard` of a server that answers with `generations`, all of which are loaded."""
+    serving, following = generations.serving, generations.next
+    return dataclasses.replace(
+        info,
+        model_fingerprint=serving.fingerprint,
+        experts=serving.shard.experts,
+        expert_digests=_digests(serving),
+        has_manifest=serving.ledger.manifest is not None,
+        checkpoint_dtypes=serving.stored,
+        next=None if following is None else _next(following, generations.share),
+    )
+
+
+def _next(generation: Generation, share: float) -> GenerationInfo:
+    return GenerationInfo(
+        model_fingerprint=generation.fingerprint,
+        expert_digests=_digests(generation),
+        has_manifest=generation.ledger.manifest is not None,
+        checkpoint_dtypes=generation.stored,
+        share=share,
+    )
+
+
+def _digests(generation: Generation) -> bytes:
+    return generation.ledger.found(generation.shard.experts, DIGEST_BYTES)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from expertd._native import Engine, Inbox, Refusal
 from expertd.proto.base.errors import ExpertdError, Unavailable, error_from_status
-from expertd.proto.codec import ShardInfo
+from expertd.proto.codec import ShardInfo, UpdateProgress
 from expertd.server.rpc.incoming import Call, Incoming
 
 
@@ -19,12 +20,14 @@ class EngineExecutor:
         """`info` is what callers are told of the shard."""
         self.engine = engine
         self._info = info
+        self.update: Callable[[], UpdateProgress | None] = lambda: None
+        """How far a change of what is owned is."""
         self._inbox = Inbox()
         self._waiting: set[asyncio.Future[bytes]] = set()
 
     @property
     def info(self) -> ShardInfo:
-        return replace(self._info, placement_epoch=self.engine.placement.epoch)
+        return replace(self._info, placement_epoch=self.engine.placement.epoch, update=self.update())
 
     @info.setter
     def info(self, info: ShardInfo) -> None:

@@ -55,7 +55,7 @@ class ExpertShardHandlers:
         self.execution.track()
         try:
             async with contextlib.aclosing(
-                self._verifier.run(request.layers, request.experts, request.seed)
+                self._verifier.run(request.layers, request.experts, request.seed, request.model_fingerprint)
             ) as reports:
                 async for agreement in reports:
                     await context.write(codec.VerifyResponse(**dataclasses.asdict(agreement)))

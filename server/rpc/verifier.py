@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,13 +14,13 @@ from expertd.kernels.model.ranges import format_ranges
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.oracle.golden import Agreement
 from expertd.kernels.oracle.verification import verify
-from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
+from expertd.kernels.weights.checkpoint import CheckpointError
 from expertd.proto import codec
-from expertd.proto.base.errors import Overloaded, ServerFault, UnknownExpert
+from expertd.proto.base.errors import ModelMismatch, Overloaded, ServerFault, UnknownExpert
 from expertd.proto.codec import ExecuteCall
 from expertd.server.rpc.executor import EngineExecutor
 from expertd.server.rpc.incoming import Incoming
-from expertd.server.scheduling.shard import Shard
+from expertd.server.scheduling.generations import Generations
 
 CALLER = "verify"
 """Who the engine gives a fair share."""
@@ -28,25 +29,32 @@ CALLER = "verify"
 class Verifier:
     """Runs one verification at a time. Lives on the event loop."""
 
-    def __init__(self, checkpoint: Checkpoint, shard: Shard, executor: EngineExecutor, max_tokens: int) -> None:
-        self._checkpoint = checkpoint
-        self.shard = shard
+    def __init__(self, generations: Generations, executor: EngineExecutor, max_tokens: int) -> None:
+        self.generations = generations
         self._executor = executor
         self._max_tokens = max_tokens
         self._busy = False
 
-    async def run(self, layers: Sequence[int], experts: Sequence[int], seed: int) -> AsyncGenerator[Agreement, None]:
-        """Verify `experts` of `layers`; empty: all that the server owns.
+    async def run(
+        self, layers: Sequence[int], experts: Sequence[int], seed: int, fingerprint: str = ""
+    ) -> AsyncGenerator[Agreement, None]:
+        """Verify `experts` of `layers`; empty: all that the server owns. `fingerprint` is that of the weights; empty:
+        of those that serve.
 
-        Raises `Unavailable`, `UnknownExpert`, `Overloaded` while another one runs, or `ServerFault`.
+        Raises `Unavailable`, `ModelMismatch`, `UnknownExpert`, `Overloaded` while another one runs, or `ServerFault`.
         """
         self._executor.check_open()
-        chosen = _chosen(self.shard.experts, layers, experts)
+        serving = self.generations.serving
+        generation = self.generations.named(fingerprint) if fingerprint else serving
+        if generation is None:
+            raise ModelMismatch(f"model_fingerprint is {fingerprint!r}; this server holds {serving.fingerprint!r}")
+        chosen = _chosen(generation.shard.experts, layers, experts)
         if self._busy:
             raise Overloaded("another verification is running; wait for its end or cancel it")
         self._busy = True
-        dtype = self.shard.weight_dtype
-        reports = verify(self._checkpoint, chosen, seed, self._max_tokens, self._compute, dtype)
+        compute = partial(self._compute, generation.fingerprint)
+        dtype = generation.shard.weight_dtype
+        reports = verify(generation.checkpoint, chosen, seed, self._max_tokens, compute, dtype)
         try:
             async with contextlib.aclosing(reports):
                 async for agreement in reports:
@@ -56,12 +64,12 @@ class Verifier:
         finally:
             self._busy = False
 
-    async def _compute(self, layer: int, batch: TokenBatch) -> Tensor:
+    async def _compute(self, fingerprint: str, layer: int, batch: TokenBatch) -> Tensor:
         # A server that drains has no time for what nobody waits for.
         self._executor.check_open()
         call = ExecuteCall(
             request_id=0,
-            model_fingerprint=self.shard.model_fingerprint,
+            model_fingerprint=fingerprint,
             placement_epoch=None,
             layer=layer,
             hidden=batch.hidden,

@@ -29,8 +29,11 @@ STOP_SECONDS = 1.0
 class ShadowCheck:
     """Checks on a thread of its own; never makes a request wait."""
 
-    def __init__(self, read: Callable[[int, int], ExpertMatrices], backend: str, rate: float, metrics: Metrics) -> None:
-        """`read` gets an expert of a layer; `rate` is the share of requests of which a token is checked."""
+    def __init__(
+        self, read: Callable[[str, int, int], ExpertMatrices], backend: str, rate: float, metrics: Metrics
+    ) -> None:
+        """`read` gets an expert of a layer of the weights with a fingerprint; `rate` is the share of requests of which
+        a token is checked."""
         self.read = read
         self._bound = BOUNDS[backend]
         self.sampler = Sampler(rate, random.getrandbits(31))
@@ -53,7 +56,7 @@ class ShadowCheck:
     def _run(self) -> None:
         while (sample := self.sampler.take()) is not None:
             try:
-                self._outcomes[self._check(sample.layer, *tensors_of(sample))] += 1
+                self._outcomes[self._check(sample.model_fingerprint, sample.layer, *tensors_of(sample))] += 1
             except Exception:
                 # The checkpoint may be out of reach for a while; serving does not depend on it.
                 log.exception("the shadow check of a token of layer %d failed", sample.layer)
@@ -62,12 +65,12 @@ class ShadowCheck:
     def _counted(self) -> dict[str, int]:
         return self._outcomes | {"dropped": self.sampler.dropped}
 
-    def _check(self, layer: int, token: TokenBatch, answer: Tensor) -> str:
+    def _check(self, fingerprint: str, layer: int, token: TokenBatch, answer: Tensor) -> str:
         """The outcome."""
         expected = answer.float().new_zeros(answer.shape)
         chosen = [expert for expert in token.expert_ids[0].tolist() if expert >= 0]
         for expert in chosen:
-            expected += expert_reference(token, expert, self.read(layer, expert))
+            expected += expert_reference(token, expert, self.read(fingerprint, layer, expert))
         error = _error(answer, expected)
         self._errors.observe(math.inf if math.isnan(error) else error)
         if error <= self._bound:

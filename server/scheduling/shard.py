@@ -45,8 +45,14 @@ class Shard:
         """The fields of the model's `MoeConfig` that callers need."""
         return {name: value for name, value in self.config.fields.items() if name != "swiglu_limit"}
 
-    def placement(self, max_tokens: int, addresses: Mapping[int, LayerAddresses] | None = None) -> Placement:
-        """What requests, of at most `max_tokens` tokens, are checked against, and where the device has the layers."""
+    def placement(
+        self,
+        max_tokens: int,
+        addresses: Mapping[int, LayerAddresses] | None = None,
+        beside: Placement | None = None,
+    ) -> Placement:
+        """What requests, of at most `max_tokens` tokens, are checked against, and where the device has the layers;
+        `beside` is that of other weights."""
         return Placement(
             model_fingerprint=self.model_fingerprint,
             epoch=self.placement_epoch,
@@ -65,6 +71,7 @@ class Shard:
             hidden_size=self.config.hidden_size,
             max_top_k=self.config.num_experts_per_tok,
             max_tokens=max_tokens,
+            beside=beside,
         )
 
 

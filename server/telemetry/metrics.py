@@ -173,6 +173,17 @@ class Metrics:
         self.update_bytes = Counter(
             "expertd_placement_update_read_bytes", "Bytes of weights read for changes of what is owned.", registry=None
         )
+        self.generation_share = Asked(
+            GaugeMetricFamily,
+            "expertd_generation_share",
+            "Share of calls that should use the weights with this fingerprint, of those that are here.",
+            ["model_fingerprint"],
+        )
+        self.staged_bytes = Gauge(
+            "expertd_generation_staged_bytes",
+            "Bytes of the weights that are held beside those that serve.",
+            registry=None,
+        )
         self.expert_pairs = Asked(
             CounterMetricFamily, "expertd_expert_pairs", "(token, expert) pairs computed.", ["layer", "expert"]
         )

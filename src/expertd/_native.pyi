@@ -132,8 +132,13 @@ class Placement:
         hidden_size: int,
         max_top_k: int,
         max_tokens: int,
+        beside: Placement | None = None,
     ) -> None:
-        """`layers` are ascending; the text is what errors call them. `max_tokens` is one request's."""
+        """`layers` are ascending; the text is what errors call them. `max_tokens` is one request's.
+
+        `beside` has other weights of the same experts, under the same epoch: requests that name its fingerprint are
+        checked against it.
+        """
 
     @property
     def epoch(self) -> int: ...
@@ -250,6 +255,10 @@ class Batch:
 
 class Sample:
     """One token of an answered request, copied: a row of each of its tensors, writable."""
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Of the weights that answered."""
 
     @property
     def layer(self) -> int: ...
@@ -644,10 +653,10 @@ class Engine:
         """Closed at first. Between two requests its thread spins for `spin_us` at most; None: as is worth it."""
 
     placement: Placement
-    def uses_before(self, epoch: int) -> bool:
-        """Whether requests may still use weights of placements before that of `epoch`."""
-
     """Of requests that come from now on."""
+
+    def uses_before(self, epoch: int) -> bool:
+        """Whether requests may still use weights of placements before that of `epoch`, or beside those."""
 
     def add_lane(
         self,

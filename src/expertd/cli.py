@@ -25,6 +25,7 @@ COMMANDS = {
     "top": ("expertd.client.tools.top", "watch running servers in the terminal"),
     "plan": ("expertd.client.placement.plan", "plan which server holds which experts, from recorded loads"),
     "rebalance": ("expertd.client.placement.rebalance", "move experts between running servers until loads are even"),
+    "rollout": ("expertd.client.tools.rollout", "have running servers use other weights, or the former ones again"),
     "completion": ("expertd.completion", "print what bash, zsh or tcsh need to complete these commands"),
     "tune": ("expertd.kernels.cutile.tools.tune", "measure kernel configurations on this GPU and keep the best"),
 }

@@ -223,7 +223,7 @@ async def test_one_at_a_time_and_who_leaves_leaves_it_as_it_was(small_model: Pat
         await updating.aclose()
         backend.go_on.set()
         async with asyncio.timeout(10):
-            while held(server) != serving(server) or server.updater.busy:
+            while held(server) != serving(server) or server.holdings.busy:
                 await asyncio.sleep(0.01)
         assert server.info == before
         assert told(server, "updates_in_flight") == 0

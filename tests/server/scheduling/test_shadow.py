@@ -103,9 +103,9 @@ async def test_a_busy_check_drops_and_never_makes_requests_wait(small_model: Pat
         assert server.shadow is not None
         read = server.shadow.read
 
-        def waiting(layer: int, expert: int) -> ExpertMatrices:
+        def waiting(fingerprint: str, layer: int, expert: int) -> ExpertMatrices:
             released.wait()
-            return read(layer, expert)
+            return read(fingerprint, layer, expert)
 
         server.shadow.read = waiting
         async with open_channel(server) as channel:

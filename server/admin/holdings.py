@@ -1,0 +1,170 @@
+"""What a server answers with, and how it becomes something else: made beside it, one switch, and the rest freed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from functools import partial
+
+from expertd._native import Engine
+from expertd.kernels.numerics.backend import Backend, UnsupportedShape
+from expertd.kernels.weights.checkpoint import CheckpointError
+from expertd.kernels.weights.experts import layer_bytes, load_layer
+from expertd.proto.base.errors import InvalidBatch, Overloaded, ServerFault, StalePlacement, Unavailable
+from expertd.proto.codec import UpdateProgress
+from expertd.server.scheduling.device import DeviceOwner
+from expertd.server.scheduling.generations import Generation, Generations
+from expertd.server.scheduling.loading import read_again
+from expertd.server.scheduling.selfcheck import SelfCheckFailed, self_check
+from expertd.server.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+LOOK_SECONDS = 0.01
+"""Between two looks whether old weights are still used."""
+Owned = Mapping[int, tuple[int, ...]]
+"""Experts by layer."""
+Made = dict[int, int]
+"""By layer, what the backend knows a new one by."""
+
+
+class Holdings:
+    """The generations of a server, of which one change is made at a time. Lives on the event loop."""
+
+    def __init__(
+        self,
+        generations: Generations,
+        backend: Backend,
+        device: DeviceOwner,
+        engine: Engine,
+        metrics: Metrics,
+        tell: Callable[[Generations], None],
+    ) -> None:
+        """`tell` has requests from then on checked against generations, and tells everybody of them."""
+        self.generations = generations
+        self.metrics = metrics
+        self.busy = False
+        self.progress: UpdateProgress | None = None
+        """Of what is made now."""
+        self._backend = backend
+        self._device = device
+        self._engine = engine
+        self._tell = tell
+        self._tasks = metrics.new_tasks()
+        self._keys = itertools.count(1 + max(generations.serving.shard.config.moe_layers))
+
+    @property
+    def epoch(self) -> int:
+        """The current one."""
+        return self._engine.placement.epoch
+
+    @contextlib.asynccontextmanager
+    async def changing(self, epoch: int) -> AsyncIterator[Made]:
+        """Around a change of what is held at `epoch`. Layers that were made and are not held after it are dropped.
+
+        Raises `StalePlacement`, `Overloaded`, `Unavailable` or `ServerFault`, and what is raised within.
+        """
+        if self._engine.closed_because is not None:
+            raise Unavailable(self._engine.closed_because)
+        if epoch != self.epoch:
+            raise StalePlacement(f"placement_epoch is {epoch}; the current one is {self.epoch}")
+        if self.busy:
+            raise Overloaded("another update is running; wait for its end or cancel it")
+        self.busy, made = True, Made()
+        try:
+            yield made
+        except UnsupportedShape as error:
+            raise InvalidBatch(f"nothing was changed: {error}") from error
+        except (CheckpointError, SelfCheckFailed, RuntimeError) as error:
+            # Such as a GPU without memory.
+            raise ServerFault(f"nothing was changed: {error}") from error
+        finally:
+            self.busy, self.progress = False, None
+            for key in set(made.values()) - self.generations.keys:
+                await self._drop(key)
+
+    async def make(
+        self, source: Generation, changed: Owned, here: Owned, made: Made
+    ) -> AsyncGenerator[UpdateProgress, None]:
+        """Have the backend make the layers of `changed`, whose keys are put into `made`, and check them: of `source`'s
+        files, but for what is `here` of its layers."""
+        checkpoint, dtype = source.checkpoint, source.shard.weight_dtype
+        added = {layer: _without(experts, here.get(layer, ())) for layer, experts in changed.items()}
+        total = await asyncio.to_thread(_count_bytes, source, added)
+        await self._check_memory(changed)
+        read = [0]
+
+        def advance(size: int) -> None:
+            read[0] += size
+            self.metrics.update_bytes.inc(size)
+
+        self.progress = UpdateProgress(0, total, 0, len(changed))
+        yield self.progress
+        for ready, (layer, experts) in enumerate(changed.items(), 1):
+            if experts:
+                loading = partial(load_layer, checkpoint, layer, added[layer], advance, source.ledger.settle, dtype)
+                weights = await asyncio.to_thread(loading)
+                key = made[layer] = next(self._keys)
+                base, kept = (source.shard.key(layer), _kept(experts, here[layer])) if layer in here else (None, {})
+                await asyncio.to_thread(self._backend.splice_layer, key, base, kept, weights)
+                sample = await asyncio.to_thread(read_again, checkpoint, layer, experts, dtype, added[layer])
+                await self._device.call(partial(self_check, self._backend, key, sample, serving=True))
+            self.progress = UpdateProgress(read[0], total, ready, len(changed))
+            yield self.progress
+        await asyncio.to_thread(source.ledger.save)
+
+    async def switch(self, generations: Generations) -> float:
+        """Answer with other ones from now on. When nobody uses what is not among them any more, it is freed, and the
+        seconds until then are returned; whoever waits may leave before."""
+        former, self.generations = self.generations, generations.at(max(time.time_ns() // 1000, self.epoch + 1))
+        self._tell(self.generations)
+        switched = time.monotonic()
+        await asyncio.shield(self._tasks.start(self._retire(former), "freeing weights"))
+        return time.monotonic() - switched
+
+    async def _retire(self, former: Generations) -> None:
+        epoch = self.epoch
+        while self._engine.uses_before(epoch):
+            await asyncio.sleep(LOOK_SECONDS)
+        for key in former.keys - self.generations.keys:
+            await self._drop(key)
+        kept = {one.checkpoint for one in self.generations.all}
+        for checkpoint in {one.checkpoint for one in former.all} - kept:
+            checkpoint.close()
+
+    async def _drop(self, key: int) -> None:
+        await self._device.call(partial(self._backend.drop_layer, key))
+
+    async def _check_memory(self, changed: Owned) -> None:
+        memory = await self._device.call(self._backend.memory)
+        if memory is None:
+            return
+        shard = self.generations.serving.shard
+        most = max(map(len, shard.experts.values()), default=0)
+        size = shard.config.expert_bytes * shard.weight_dtype.itemsize
+        needed = size * sum(max(most, len(experts)) for experts in changed.values() if experts)
+        left = memory.free + memory.reserved - memory.allocated
+        if needed > left:
+            raise Overloaded(
+                f"{len(changed)} new layers take {needed} bytes beside the old ones and {left} are free;"
+                " update fewer layers at once"
+            )
+
+
+def _count_bytes(source: Generation, experts: Owned) -> int:
+    """That are read for them. Raises `CheckpointError`."""
+    dtype = source.shard.weight_dtype
+    return sum(layer_bytes(source.checkpoint, layer, its, dtype) for layer, its in experts.items())
+
+
+def _without(experts: tuple[int, ...], here: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(expert for expert in experts if expert not in here)
+
+
+def _kept(experts: tuple[int, ...], here: tuple[int, ...]) -> dict[int, int]:
+    """For the positions in `experts` of those that are `here` the ones in it."""
+    places = {expert: place for place, expert in enumerate(here)}
+    return {place: places[expert] for place, expert in enumerate(experts) if expert in places}
