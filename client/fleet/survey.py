@@ -68,6 +68,7 @@ def judge(seen: Sequence[Seen]) -> Judgement:
         for what, field in (("versions", "version"), ("backends", "backend"), ("weights", "weights"))
         if len(groups := _group(told, field)) > 1
     ]
+    notes += _next_generations(told)
     wrong, states = faults([_holding(address, shard) for address, shard in told])
     problems += wrong
     notes += states
@@ -84,6 +85,18 @@ def judge(seen: Sequence[Seen]) -> Judgement:
 def _holding(address: str, shard: ShardInfo) -> Holding:
     routed = MoeConfig(**shard.config).n_routed_experts  # type: ignore[arg-type]
     return Holding(address, shard.model_fingerprint, shard.experts, routed)
+
+
+def _next_generations(told: Sequence[tuple[str, ShardInfo]]) -> list[str]:
+    """A line for each that is there beside the one that serves, and for each share of calls."""
+    groups: dict[tuple[str, float], list[str]] = {}
+    for address, shard in told:
+        if shard.next is not None:
+            groups.setdefault((shard.next.model_fingerprint, shard.next.share), []).append(address)
+    return [
+        f"next weights {fingerprint!r} for {share:.0%} of calls on {', '.join(where)}"
+        for (fingerprint, share), where in groups.items()
+    ]
 
 
 def _group(told: Sequence[tuple[str, ShardInfo]], field: str) -> dict[str, list[str]]:

@@ -149,8 +149,8 @@ class Holdings:
         left = memory.free + memory.reserved - memory.allocated
         if needed > left:
             raise Overloaded(
-                f"{len(changed)} new layers take {needed} bytes beside the old ones and {left} are free;"
-                " update fewer layers at once"
+                f"{len(changed)} new layers take {needed} bytes beside the old ones and {left} are free; change the"
+                " experts of fewer layers at once, and give other weights to servers that are started anew"
             )
 
 

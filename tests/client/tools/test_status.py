@@ -14,7 +14,7 @@ from expertd.client.fleet.survey import Seen, judge
 from expertd.client.placement.assignment import InvalidPlan
 from expertd.client.placement.heat import read_heat
 from expertd.client.tools.top import look
-from expertd.proto.codec import ShardInfo
+from expertd.proto.codec import GenerationInfo, ShardInfo
 from tests.support.fleets import running_servers
 
 HALVES = (range(8), range(8, 16))
@@ -55,6 +55,9 @@ async def test_what_is_missing_or_mixed_is_told(halves: list[ShardInfo]) -> None
     upgraded = judge(fleet(low, but(high, version="0.2.0")))
     assert upgraded.problems == ()
     assert upgraded.notes == (f"mixed versions: {low.version!r} on node0:50051; '0.2.0' on node1:50051",)
+    coming = GenerationInfo("newer", share=0.25)
+    rolled = judge(fleet(but(low, next=coming), but(high, next=coming)))
+    assert rolled.notes == ("next weights 'newer' for 25% of calls on node0:50051, node1:50051",)
 
 
 async def test_a_fleet_is_whole_by_either_port(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
