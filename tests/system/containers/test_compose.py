@@ -16,7 +16,15 @@ from tests.system.containers.docker_engine import ROOT, Engine
 SERVERS = [f"server-{index}" for index in range(8)]
 FILES = ("deploy/compose.yaml", "deploy/compose.cpu.yaml")
 
-NOT_HERE = ("_coordinator_", "_device_", "_gpu_", "_certificate_", "_expert_pairs_", "_placement_update")
+NOT_HERE = (
+    "_coordinator_",
+    "_device_",
+    "_gpu_",
+    "_certificate_",
+    "_expert_pairs_",
+    "_placement_update",
+    "_generation_",
+)
 """Of scraped coordinators, of GPUs, and of servers with TLS, --per-expert-metrics or --admin-listen."""
 
 
