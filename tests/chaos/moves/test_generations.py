@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from tests.chaos.load import CONFIG, Case, is_right, make_cases
 from tests.chaos.scale import scaled
 from tests.support.families import SMALL
 
-SWITCHES, KILLS = scaled(100, 20), scaled(20, 3)
+SWITCHES, KILLS, ROLLOUTS = scaled(100, 20), scaled(20, 3), scaled(20, 1)
 CALLERS, CALLS = 4, 6
 ADMIN = ("--admin-listen", "127.0.0.1:0")
 PLAIN = ClientSecurity()
@@ -222,3 +223,34 @@ async def test_a_kill_in_the_middle_leaves_one_generation(models: dict[str, Path
                 await load.uses(former)
         print(f"{KILLS} kills: {load.calls} calls, wrong: {load.wrong[:3]}")
         assert load.wrong == []
+
+
+async def test_a_rollout_that_is_killed_anywhere_is_taken_up_again(models: dict[str, Path], tmp_path: Path) -> None:
+    former, new = models
+    async with Fleet(models[former], tmp_path) as fleet:
+        servers = [await fleet.start(experts, options=ADMIN) for experts in ("0-3", "4-7", "8-11", "12-15")]
+        addresses = [server.address for server in servers]
+
+        async def rollout(*options: str, lines: int | None = None) -> int | None:
+            """Its exit code; killed after so many lines where that is given."""
+            command = (sys.executable, "-u", "-m", "expertd.cli", "rollout", *addresses, *options)
+            process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+            assert process.stdout is not None
+            for _ in range(lines or 0):
+                await process.stdout.readline()
+            if lines is not None:
+                process.kill()
+            await process.communicate()
+            return process.returncode
+
+        async with GenerationLoad(addresses, models) as load:
+            for number in range(ROLLOUTS):
+                assert await rollout("--model", str(models[new]), lines=(number + 2) % 5) == -signal.SIGKILL
+                await load.answered()
+                assert await rollout("--model", str(models[new])) == 0
+                await load.uses(new)
+                assert await rollout("--release") == 0
+                former, new = new, former
+        print(f"{ROLLOUTS} killed roll-outs: {load.calls} calls, wrong: {load.wrong[:3]}")
+        assert load.wrong == []
+        assert [(await look(server)).fingerprints for server in servers] == [(former,)] * len(servers)
