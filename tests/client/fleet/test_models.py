@@ -159,7 +159,8 @@ async def test_a_dead_address_does_not_keep_a_coordinator_from_connecting(small_
             assert (await call(moe)).isfinite().all()
             await moe.close()
     print(f"connected in {took:.2f} s")
-    assert took < 3
+    # On a machine with other work; who waits for it takes all of `connect_timeout`, 10 s.
+    assert took < 6
 
 
 async def test_who_is_slower_than_needed_joins_later(small_model: Path) -> None:
