@@ -6,16 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from tests.docs.fences import ROOT, Fence
 from tests.support.families import write_family
+from tests.support.generation import write_tokenizer
 from tests.support.process import said_until
 
 WORDS = ("Experts", "are")
@@ -27,10 +23,7 @@ OURS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ expertd\.\S+: ")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3-MoE model in BF16, with a tokenizer of two words."""
     folder = write_family(tmp_path_factory.mktemp("own"), "qwen3_moe").plain
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate((*WORDS, "?"))}, unk_token="?"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast: Any = PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    write_tokenizer(folder, (*WORDS, "?"))
     return folder
 
 

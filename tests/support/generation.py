@@ -3,14 +3,17 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NEW_TOKENS = 64
@@ -75,3 +78,11 @@ def round_inputs(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
 
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "rounded", rounded)
     model.set_experts_implementation("rounded")
+
+
+def write_tokenizer(folder: Path, words: Sequence[str]) -> None:
+    """One token a word, into `folder`; the last of `words` stands for all others."""
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[-1]))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, unk_token=words[-1]).save_pretrained(folder)

@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from tests.support.generation import write_tokenizer
 
 WORDS, EXPERTS = 512, 16
 STEPS, SEQUENCES, LENGTH = 120, 16, 32
@@ -90,10 +88,7 @@ def write_model(folder: Path, family: str) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder / family)
     written = folder / family / "config.json"
     written.write_text(json.dumps(json.loads(written.read_text()) | left_out))
-    tokenizer = Tokenizer(WordLevel({f"w{word}": word for word in range(WORDS)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast: Any = PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder / family)
+    write_tokenizer(folder / family, [f"w{word}" for word in range(WORDS)])
     return folder / family
 
 
