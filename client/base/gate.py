@@ -33,25 +33,21 @@ def load_gates(checkpoint: Checkpoint, layers: Iterable[int]) -> dict[int, Gate]
     family, experts, width = config.family, config.n_routed_experts, config.hidden_size
 
     def bias(layer: int) -> Tensor:
-        if not family.has_correction_bias or family.expert_table(layer) in checkpoint:
-            return torch.zeros(experts)
         name = family.correction_bias(layer)
         # ERNIE's is a matrix of one row.
         shape = (1, experts) if len(checkpoint.find(name).shape) == 2 else (experts,)
         return checkpoint.read(name, shape, torch.float32, torch.bfloat16).float().flatten()
 
-    def table(layer: int) -> Tensor | None:
+    def gate(layer: int) -> Gate:
         name = family.expert_table(layer)
-        return None if name is None or name not in checkpoint else _read_table(checkpoint, name)
-
-    return {
-        layer: Gate(
+        table = None if name is None or name not in checkpoint else _read_table(checkpoint, name)
+        return Gate(
             weight=checkpoint.read(family.gate_weight(layer), (experts, width), torch.bfloat16, torch.float32),
-            correction_bias=bias(layer),
-            table=table(layer),
+            correction_bias=bias(layer) if family.has_correction_bias and table is None else torch.zeros(experts),
+            table=table,
         )
-        for layer in layers
-    }
+
+    return {layer: gate(layer) for layer in layers}
 
 
 def _read_table(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ GOLDEN = 0.618034
 """Of a turn: multiples of it spread evenly, however many members there are."""
 
 
+V = TypeVar("V")
 Place: TypeAlias = tuple[str, int]
 """A fingerprint and a layer."""
 
@@ -84,8 +85,7 @@ class Caller:
         made_of, chosen = self._sole.get(place, (None, None))
         if chosen is None or made_of != state:
             chosen = self._choose(members, ownership, place, tokens, avoid)
-            self._sole = {one: made for one, made in self._sole.items() if self.membership.known_of(one[0])}
-            self._sole[place] = state, chosen
+            self._sole = self._present(self._sole) | {place: (state, chosen)}
         return chosen
 
     def servers(self, fingerprint: str, width: int) -> list[Server]:
@@ -107,6 +107,10 @@ class Caller:
             for member, count in tokens:
                 member.outstanding_tokens += sign * count
 
+    def _present(self, places: dict[Place, V]) -> dict[Place, V]:
+        """Without weights that have gone."""
+        return {place: value for place, value in places.items() if self.membership.known_of(place[0])}
+
     def _known(self, fingerprint: str) -> Known:
         known = self.membership.known_of(fingerprint)
         if known is None:
@@ -120,8 +124,8 @@ class Caller:
         self._first = (self._first + GOLDEN) % 1.0
         owners, owned = self._owners.get(place), ownership.owned[place[1]]
         if owners is None or owners.owned is not owned:
-            self._owners = {one: known for one, known in self._owners.items() if self.membership.known_of(one[0])}
-            owners = self._owners[place] = Owners(owned)
+            owners = Owners(owned)
+            self._owners = self._present(self._owners) | {place: owners}
         known = candidates(members, self.config.locality, time.monotonic())
         draws = self._first, random.random()
         return choose(owners, known, draws, tokens, None if avoid is None else avoid.number)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import torch
 
@@ -89,19 +91,16 @@ def _holding(address: str, shard: ShardInfo) -> Holding:
 
 def _next_generations(told: Sequence[tuple[str, ShardInfo]]) -> list[str]:
     """A line for each that is there beside the one that serves, and for each share of calls."""
-    groups: dict[tuple[str, float], list[str]] = {}
-    for address, shard in told:
-        if shard.next is not None:
-            groups.setdefault((shard.next.model_fingerprint, shard.next.share), []).append(address)
+    groups = _group([one for one in told if one[1].next], "next.model_fingerprint", "next.share")
     return [
         f"next weights {fingerprint!r} for {share:.0%} of calls on {', '.join(where)}"
         for (fingerprint, share), where in groups.items()
     ]
 
 
-def _group(told: Sequence[tuple[str, ShardInfo]], field: str) -> dict[str, list[str]]:
-    """Addresses by what they say of a field."""
-    groups: dict[str, list[str]] = {}
+def _group(told: Sequence[tuple[str, ShardInfo]], *fields: str) -> dict[Any, list[str]]:
+    """Addresses by what they say of a field, or of several."""
+    groups: dict[Any, list[str]] = {}
     for address, shard in told:
-        groups.setdefault(getattr(shard, field), []).append(address)
+        groups.setdefault(attrgetter(*fields)(shard), []).append(address)
     return groups

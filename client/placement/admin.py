@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import sys
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc.aio
 from google.protobuf.message import Message
 
-from expertd.client.transport.security import ClientSecurity
-from expertd.proto.base.errors import error_from_status
+from expertd.client.fleet.ports import explained
+from expertd.client.transport.security import ClientSecurity, add_security_arguments, security_from
+from expertd.proto.base.errors import ExpertdError, error_from_status
 from expertd.proto.codec.admin import (
     ADMIN,
     LayerExperts,
@@ -23,6 +29,33 @@ from expertd.proto.codec.admin import (
 )
 
 Telling: TypeAlias = AsyncGenerator[UpdateResponse, None]
+
+
+def add_admin_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `add_security_arguments`, and the administrator's token."""
+    add_security_arguments(parser)
+    parser.add_argument(
+        "--admin-token-file", type=Path, metavar="FILE", help="first line: a token of the servers' --admin-token-file"
+    )
+
+
+def admin_security_from(arguments: argparse.Namespace) -> ClientSecurity:
+    """What servers' administration is called with. Raises what `security_from` does."""
+    return replace(security_from(arguments), token_file=arguments.admin_token_file)
+
+
+def exit_code(name: str, work: Coroutine[Any, Any, None], arguments: argparse.Namespace) -> int:
+    """Of the command `name`, which does `work`: 0 when all went well, 1 when servers refused, 2 for unusable options or
+    a fleet that this is not for, with a line of why."""
+    try:
+        asyncio.run(work)
+    except ExpertdError as error:
+        print(f"expertd {name}: error: {explained(error, security_from(arguments))}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"expertd {name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def update_shard(address: str, security: ClientSecurity, epoch: int, experts: Mapping[int, Sequence[int]]) -> Telling:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
-import sys
 import time
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -18,14 +15,15 @@ from rich.table import Table
 
 from expertd.client.fleet.discovery import Discovery, DnsServers, FileServers, StaticServers
 from expertd.client.fleet.ports import EITHER_PORT, explained, grpc_addresses, seconds
+from expertd.client.placement.admin import add_admin_arguments, admin_security_from, exit_code
 from expertd.client.placement.assignment import InvalidPlan
 from expertd.client.placement.carry_out import carry_out
 from expertd.client.placement.packing import Floats
 from expertd.client.placement.present import Present, heat_of, look, recorded_heat
 from expertd.client.placement.proposal import Proposal, propose, reason_to_wait
 from expertd.client.placement.watching import locked, repeat
-from expertd.client.transport.security import add_security_arguments, security_from
-from expertd.proto.base.errors import ExpertdError, StalePlacement
+from expertd.client.transport.security import security_from
+from expertd.proto.base.errors import StalePlacement
 
 SHOWN_SERVERS = 64
 
@@ -85,23 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     told = parser.add_mutually_exclusive_group()
     told.add_argument("--json", action="store_true", help="print what would move as an object")
     told.add_argument("--apply", action="store_true", help="and move it, server by server, while all serve")
-    add_security_arguments(parser)
-    parser.add_argument(
-        "--admin-token-file", type=Path, metavar="FILE", help="first line: a token of the servers' --admin-token-file"
-    )
+    add_admin_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 when all went well, 1 when servers refused, 2 for unusable options or a fleet that does not serve."""
-    try:
-        asyncio.run(rebalance(arguments))
-    except ExpertdError as error:
-        print(f"expertd rebalance: error: {explained(error, security_from(arguments))}", file=sys.stderr)
-        return 1
-    except (InvalidPlan, OSError, ValueError) as error:
-        print(f"expertd rebalance: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """See `exit_code`."""
+    return exit_code("rebalance", rebalance(arguments), arguments)
 
 
 def _positive(text: str) -> int:
@@ -184,7 +171,7 @@ async def _propose(arguments: argparse.Namespace, seen: Present, heat: Floats) -
 
 async def _apply(proposal: Proposal, arguments: argparse.Namespace, console: Console) -> None:
     security = security_from(arguments)
-    admin = replace(security, token_file=arguments.admin_token_file)
+    admin = admin_security_from(arguments)
     servers = proposal.present.servers
     # One that is gone already would be waited for every time.
     leaving = set(await grpc_addresses(arguments.leave)) & set(servers)

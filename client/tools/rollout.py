@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from expertd.client.fleet.models import is_complete, of_model
-from expertd.client.fleet.ports import EITHER_PORT, explained, grpc_addresses, port_at
+from expertd.client.fleet.ports import EITHER_PORT, grpc_addresses, port_at
 from expertd.client.fleet.survey import survey
-from expertd.client.placement.admin import release_weights, share_calls, update_weights
-from expertd.client.transport.security import ClientSecurity, add_security_arguments, security_from
+from expertd.client.placement.admin import (
+    add_admin_arguments,
+    admin_security_from,
+    exit_code,
+    release_weights,
+    share_calls,
+    update_weights,
+)
+from expertd.client.transport.security import ClientSecurity, security_from
 from expertd.proto.base.errors import ExpertdError, StalePlacement
 from expertd.proto.codec import ShardInfo
 
@@ -51,23 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", type=_share, default=1.0, help="of calls, that use the new weights: 0 to use none yet (default: 1)"
     )
-    add_security_arguments(parser)
-    parser.add_argument(
-        "--admin-token-file", type=Path, metavar="FILE", help="first line: a token of the servers' --admin-token-file"
-    )
+    add_admin_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 when all was done, 1 when servers refused, 2 for unusable options or a fleet that this is not for."""
-    try:
-        asyncio.run(rollout(arguments))
-    except ExpertdError as error:
-        print(f"expertd rollout: error: {explained(error, security_from(arguments))}", file=sys.stderr)
-        return 1
-    except (InvalidRollout, OSError, ValueError) as error:
-        print(f"expertd rollout: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """See `exit_code`."""
+    return exit_code("rollout", rollout(arguments), arguments)
 
 
 def _share(text: str) -> float:
@@ -79,8 +73,8 @@ def _share(text: str) -> float:
 
 async def rollout(arguments: argparse.Namespace) -> None:
     """Once. Raises `InvalidRollout`, `ExpertdError`, `OSError` or `ValueError`; what was done counts."""
-    security = security_from(arguments)
-    fleet = Fleet(await grpc_addresses(list(dict.fromkeys(arguments.servers))), security, _admin(security, arguments))
+    security, admin = security_from(arguments), admin_security_from(arguments)
+    fleet = Fleet(await grpc_addresses(list(dict.fromkeys(arguments.servers))), security, admin)
     if arguments.back:
         await fleet.use(0.0)
     elif arguments.release:
@@ -88,11 +82,6 @@ async def rollout(arguments: argparse.Namespace) -> None:
     else:
         await fleet.stage(arguments.model)
         await fleet.use(arguments.share)
-
-
-def _admin(security: ClientSecurity, arguments: argparse.Namespace) -> ClientSecurity:
-    file: Path | None = arguments.admin_token_file
-    return replace(security, token_file=file)
 
 
 class Fleet:

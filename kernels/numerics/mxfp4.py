@@ -46,13 +46,9 @@ def round_to_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
     return (blocks / scales[:, None, :, None]).to(FP8).reshape(values.shape), scales
 
 
-def convert(packed: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, K/2] int8 with [N, K/32] float8_e8m0fnu exponents to FP8 blocks, as `round_to_blocks` returns them."""
-    return round_to_blocks(decode(packed, exponents))
-
-
 def convert_into(packed: Tensor, exponents: Tensor, out: Tensor, scales: Tensor) -> tuple[int, bool]:
-    """`convert` to `out` [N, K] and `scales` [N/128, K/128], by the native core; no exponent is NaN.
+    """`round_to_blocks(decode(packed, exponents))` to `out` [N, K] and `scales` [N/128, K/128], bit for bit, by the
+    native core; no exponent is NaN.
 
     How many weights are not what was stored, and whether any is not zero.
     """

@@ -91,7 +91,7 @@ class Checkpoint:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def __contains__(self, name: object) -> bool:
+    def __contains__(self, name: str) -> bool:
         """Whether the checkpoint names a tensor like this."""
         return name in self._files
 

@@ -14,9 +14,9 @@ struct Converted {
 
 // packed [rows, columns / 2], the value of the lower column in the lower half of a byte, with exponents
 // [rows, columns / 32] of bias 127, none of which is 255 -> out [rows, columns] E4M3, scales [rows / 128, columns /
-// 128] FP32. Rows and columns are multiples of 128. Bit-equal to expertd.kernels.numerics.mxfp4.convert: a block's
-// scale is the power of two with which its largest magnitude becomes 256 or 384, but at least 2^-126, or 1 where all is
-// zero.
+// 128] FP32. Rows and columns are multiples of 128. Bit-equal to round_to_blocks(decode(packed,
+// exponents)) of expertd.kernels.numerics.mxfp4: a block's scale is the power of two with which its largest magnitude
+// becomes 256 or 384, but at least 2^-126, or 1 where all is zero.
 Converted convert_mxfp4(Rows packed, Rows exponents, std::size_t rows, std::size_t columns, WritableRows out,
                         WritableRows scales) noexcept;
 

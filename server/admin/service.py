@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import Any, TypeAlias
 
 import grpc
@@ -99,31 +99,25 @@ class AdminDoor:
         return await self._do("ReleaseWeights", f"epoch {epoch}: {fingerprint!r}", releasing, context)
 
     async def _tell(self, method: str, what: str, updating: AsyncGenerator[Progress, None], context: Context) -> None:
-        with self._audited(method, what, context) as failed:
-            async with contextlib.aclosing(updating):
-                async for progress in updating:
-                    await context.write(self._told(progress))
-        if failed:
-            await context.abort(failed[0].code, str(failed[0]))
+        async with self._audited(method, what, context), contextlib.aclosing(updating):
+            async for progress in updating:
+                await context.write(self._told(progress))
 
     async def _do(self, method: str, what: str, doing: Awaitable[None], context: Context) -> UpdateDone:
-        with self._audited(method, what, context) as failed:
+        async with self._audited(method, what, context):
             await doing
-        if failed:
-            await context.abort(failed[0].code, str(failed[0]))
         return self._done(0.0)
 
-    @contextlib.contextmanager
-    def _audited(self, method: str, what: str, context: Context) -> Iterator[list[ExpertdError]]:
-        """Tell the log who asks for `what`, and what it fails with, which is in the list afterwards."""
+    @contextlib.asynccontextmanager
+    async def _audited(self, method: str, what: str, context: Context) -> AsyncIterator[None]:
+        """Tell the log who asks for `what`, and the log and the caller what it fails with."""
         who = f"by {self._security.identities.proven(context) or 'unproven'} from {context.peer()}"
-        failed: list[ExpertdError] = []
         log.info("audit: %s %s, %s", method, who, what)
         try:
-            yield failed
+            yield
         except ExpertdError as error:
             log.warning("audit: %s %s failed: %s", method, who, error)
-            failed.append(error)
+            await context.abort(error.code, str(error))
 
     def _told(self, progress: Progress) -> UpdateResponse:
         response = UpdateResponse(**dataclasses.asdict(progress.made))

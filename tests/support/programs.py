@@ -1,9 +1,11 @@
 """Programs that tests run; a skip says where to get them, and in CI, which installs them, it is a failure."""
 
+import fcntl
 import hashlib
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,22 @@ def node_modules(manifest: Path) -> Path:
             pytest.skip(f"npm cannot install {manifest}: {done.stderr}")
         (folder / "complete").touch()
     return folder / "node_modules"
+
+
+def made_once(folder: Path, make: Callable[[], None]) -> Path:
+    """`folder`, which `make` fills, for this and all later runs; who comes while another makes it waits.
+
+    Raises what `make` does, and then begins anew the next time.
+    """
+    complete = folder / ".complete"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make()
+            complete.touch()
+    return folder
 
 
 def debootstrap(folder: Path, packages: str, *options: str) -> None:

