@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
+import torch
 from torch import Tensor
 
 from expertd import _native
@@ -26,8 +27,11 @@ from expertd.client.transport.security import ClientSecurity
 from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.routing import route, router_logits
-from expertd.proto.base.errors import InvalidBatch
+from expertd.proto.base.errors import InvalidBatch, NotPermitted
 from expertd.proto.base.tasks import Tasks
+
+if TYPE_CHECKING:
+    from expertd.client.stream.calls import StreamCalls
 
 
 class Coordinator:
@@ -55,6 +59,7 @@ class Coordinator:
         self._open_transport = open_transport or self._transport
         self._caller: Caller | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stream_calls: StreamCalls | None = None
 
     async def connect(self) -> Self:
         """Connect, for callers without an `async with` block; `close()` is then theirs. Connected already: do nothing.
@@ -90,6 +95,7 @@ class Coordinator:
         """Disconnect; calls in flight fail. It can be connected again."""
         if self._caller is not None:
             self._check_loop()
+        await self._end_stream()
         caller, self._caller = self._caller, None
         if caller is not None:
             self.config.metrics.part(caller.membership)
@@ -190,6 +196,55 @@ class Coordinator:
             # Of a task that is cancelled before it begins, nothing is ever run.
             task.add_done_callback(lambda _: straight.close())
         return task
+
+    async def prepare_stream(
+        self, max_tokens: int, device: torch.device | str | None = None, *, timeout: float = 1.0
+    ) -> None:
+        """See `SyncCoordinator.prepare_stream`."""
+        self._check_loop()
+        caller = self._connected()
+        try:
+            # Needs Triton, which callers without a GPU need not have.
+            from expertd.client.stream.calls import StreamCalls
+        except ImportError as error:
+            raise NotPermitted(f"{error}: stream-ordered calls need Triton, which torch for CUDA brings") from None
+        calls = StreamCalls(caller, torch.device(device or "cuda"), max_tokens, timeout)
+        try:
+            await calls.renew()
+        except BaseException:
+            await calls.close()
+            raise
+        await self._end_stream()
+        self._stream_calls = calls
+
+    def on_stream(
+        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """See `SyncCoordinator.on_stream`; calls go on to whom they went until the next `check_stream`."""
+        return self.stream_calls(layer, hidden, topk_ids, topk_weights, out)
+
+    async def check_stream(self) -> None:
+        """See `SyncCoordinator.check`."""
+        self._check_loop()
+        calls = self.stream_calls
+        await asyncio.to_thread(calls.synchronize)
+        try:
+            calls.check()
+        finally:
+            if calls.is_stale:
+                await calls.renew()
+
+    @property
+    def stream_calls(self) -> StreamCalls:
+        """What `prepare_stream` has made."""
+        if self._stream_calls is None:
+            raise RuntimeError("stream-ordered calls are not prepared; call prepare_stream first")
+        return self._stream_calls
+
+    async def _end_stream(self) -> None:
+        calls, self._stream_calls = self._stream_calls, None
+        if calls is not None:
+            await calls.close()
 
     def submit_here(
         self,

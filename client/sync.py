@@ -141,6 +141,42 @@ class SyncCoordinator:
                 hand_over = partial(_hand_over, here, there)
         return self._coordinator.submit_here(layer, hidden, router_logits, topk_ids, topk_weights, loop, hand_over)
 
+    def prepare_stream(
+        self, max_tokens: int, device: torch.device | str | None = None, *, timeout: float = 1.0
+    ) -> None:
+        """Get ready for `on_stream` with up to `max_tokens` tokens from `device`, the current GPU if it is not given.
+
+        All that such calls will ever need is allocated and compiled here. `timeout`: seconds after which a server that
+        has not answered is given up. Raises `NotPermitted` where a server is on another machine.
+        """
+        self._running().wait(self._coordinator.prepare_stream(max_tokens, device, timeout=timeout))
+
+    def on_stream(
+        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """Compute the routed experts of `layer` as work on the current CUDA stream: [..., H] like `hidden`, or `out`.
+
+        Returns at once, before anything is computed, and may be captured in a CUDA graph. `topk_ids` [..., k] int32 or
+        int64, -1 for no expert, and `topk_weights` [..., k] with the model's k are where `hidden` [..., H] is.
+        Wrong arguments are raised; what fails later leaves NaN, and `check` raises it.
+        """
+        calls = self._coordinator.stream_calls
+        if not (hidden.is_cuda and torch.cuda.is_current_stream_capturing()) and calls.is_stale:
+            self.check()
+        return calls(layer, hidden, topk_ids, topk_weights, out)
+
+    @property
+    def stream_on_gpu(self) -> frozenset[str]:
+        """Addresses of the servers that reach what `on_stream` gives them in the GPU's memory, not the host's."""
+        return self._coordinator.stream_calls.on_gpu
+
+    def check(self) -> None:
+        """Wait for all calls `on_stream`; raise the first error since the last check, with its server's name.
+
+        From then on calls, and graphs that were captured, go to servers that are in use.
+        """
+        self._running().wait(self._coordinator.check_stream())
+
     def _running(self) -> LoopThread:
         if self._loop is None:
             raise RuntimeError(

@@ -120,12 +120,14 @@ class Segment:
         reply_room: int,
         spin_us: int | None = None,
         gpu: tuple[GpuMemory, int] | None = None,
+        *,
+        posted_by_gpu: bool = False,
     ) -> Self:
         """Share `size` new bytes, and `gpu` memory with its descriptor, with the server that gave `registration`.
 
         Raises OSError or an `ExpertdError`.
         """
-        lane = await asyncio.to_thread(_native.ClientLane, size, entries_of(size), spin_us)
+        lane = await asyncio.to_thread(_native.ClientLane, size, entries_of(size), spin_us, posted_by_gpu)
         if gpu is None:
             connection = await hand_over(address, registration.socket, registration.ticket, [lane.descriptor])
             return cls(address, lane, connection, reply_room)
@@ -168,7 +170,7 @@ class Segment:
             if not self.lane.post(slot.number, message, self.reply_room, looped=True):
                 return None
         except ConnectionError:
-            raise self._end_error() from None
+            raise self.end_error() from None
         future: asyncio.Future[RawResponse] = asyncio.get_running_loop().create_future()
         self._waiting[slot.number] = future, slot
         future.add_done_callback(partial(self._on_done, slot.number))
@@ -218,7 +220,7 @@ class Segment:
     def _end(self) -> None:
         """The lane has ended: tell all who wait."""
         asyncio.get_running_loop().remove_reader(self.lane.socket)
-        error = self._end_error()
+        error = self.end_error()
         for future, _ in self._waiting.values():
             if not future.done():
                 future.set_exception(error.again())
@@ -226,7 +228,8 @@ class Segment:
         for look in list(self._watched.values()):
             look()
 
-    def _end_error(self) -> ExpertdError:
+    def end_error(self) -> ExpertdError:
+        """Why the lane has ended."""
         try:
             return error_in(self._address, self.lane.reason) or closed(self._address)
         except ServerFault as error:

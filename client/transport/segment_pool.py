@@ -128,17 +128,14 @@ class SegmentPool:
         return True
 
     async def _open(self, registration: Registration, size: int, beside: int) -> Segment:
-        if registration.lane_version != LANE_VERSION:
-            version = registration.lane_version
-            raise NotPermitted(f"the server's lanes are of version {version}; this caller's are of {LANE_VERSION}")
+        check_version(registration)
         share = partial(
             Segment.open, self._grpc.address, registration, reply_room=self._reply_room, spin_us=self._spin_us
         )
         if self._device.type == "cpu":
             return await share(size)
-        here = gpu_uuid(self._device)
-        if registration.gpu != here:
-            raise NotPermitted(f"the server computes on {registration.gpu or 'no GPU'}; the tensors are on {here}")
+        if not registration.gpu:
+            raise NotPermitted(f"the server computes on no GPU; the tensors are on {gpu_uuid(self._device)}")
         memory, descriptor = GpuMemory.create(size, self._device)
         try:
             return await share(max(beside, size // SEGMENT_SHARE), gpu=(memory, descriptor))
@@ -151,3 +148,10 @@ class SegmentPool:
         if self._device.type != "cpu":
             what = f"no memory of {self._device} is shared, its tensors go through host memory"
         log.log(level, "%s: %s: %s", self._grpc.address, what, str(error) or "no answer")
+
+
+def check_version(registration: Registration) -> None:
+    """Raise `NotPermitted` for a server whose lanes are not this caller's."""
+    if registration.lane_version != LANE_VERSION:
+        version = registration.lane_version
+        raise NotPermitted(f"the server's lanes are of version {version}; this caller's are of {LANE_VERSION}")

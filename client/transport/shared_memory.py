@@ -45,7 +45,8 @@ class SharedMemoryTransport:
         `checked`: whether requests, and with them answers, have checksums of what is in that memory.
         """
         self.address = grpc.address
-        self._grpc = grpc
+        self.grpc = grpc
+        """What goes another way."""
         self._chunk_bytes = chunk_bytes
         self._checked = checked
         self._experts = 0
@@ -57,11 +58,11 @@ class SharedMemoryTransport:
 
     @property
     def chunk_bytes(self) -> int:
-        return self._chunk_bytes if self._pools[HOST].shared else self._grpc.chunk_bytes
+        return self._chunk_bytes if self._pools[HOST].shared else self.grpc.chunk_bytes
 
     @property
     def checked(self) -> bool:
-        return self._checked if self.segments else self._grpc.checked
+        return self._checked if self.segments else self.grpc.checked
 
     @property
     def shared_devices(self) -> frozenset[torch.device]:
@@ -69,18 +70,18 @@ class SharedMemoryTransport:
 
     @property
     def heard(self) -> float:
-        return self._grpc.heard
+        return self.grpc.heard
 
     @heard.setter
     def heard(self, when: float) -> None:
-        self._grpc.heard = when
+        self.grpc.heard = when
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         return self._pools[HOST].segments
 
     async def get_shard(self, timeout: float) -> ShardInfo:
-        shard = await self._grpc.get_shard(timeout)
+        shard = await self.grpc.get_shard(timeout)
         self._experts = shard.routed_experts
         for pool in self._pools.values():
             pool.renew(self._experts)
@@ -91,18 +92,18 @@ class SharedMemoryTransport:
         stream = stream_of(call.hidden)
         slot = await self._take(call, stream)
         if slot is None:
-            return await self._grpc.execute(call)
+            return await self.grpc.execute(call)
         # The caller's GPU may be busy for long: that time is not the server's.
         await slot.write(call, stream)
         exchange = slot.segment.post(call, slot, checked=self._checked)
         if exchange is None:
-            return await self._grpc.execute(call)
+            return await self.grpc.execute(call)
         result = await answer(self.address, call, exchange, slot.partials, checked=self._checked)
         self.heard = time.monotonic()
         return result
 
     def exchange(self, request_id: int, message: bytes) -> Awaitable[bytes]:
-        return self._grpc.exchange(request_id, message)
+        return self.grpc.exchange(request_id, message)
 
     def call(self, call: ExecuteCall) -> ExecuteResult | None:
         """Compute one call whose tensors are in host memory, on this thread, which spins or sleeps meanwhile.
@@ -131,12 +132,12 @@ class SharedMemoryTransport:
         return outcome
 
     async def until_not_serving(self) -> Unavailable:
-        return await self._grpc.until_not_serving()
+        return await self.grpc.until_not_serving()
 
     async def close(self) -> None:
         for pool in self._pools.values():
             pool.close()
-        await self._grpc.close()
+        await self.grpc.close()
 
     async def _take(self, call: ExecuteCall, stream: torch.cuda.Stream | None) -> Slot | None:
         """Room for a call, on its tensors' GPU if it can be had there."""

@@ -55,12 +55,15 @@ class GpuMemory:
 
     @classmethod
     def open(cls, descriptor: int, size: int, device: torch.device) -> Self:
-        """Map another process's memory, which must be all of an allocation of `size` bytes on `device`."""
+        """Map another process's memory, which must be all of an allocation of `size` bytes on `device` or one whose
+        memory it reaches."""
         handle = _call("cuMemImportFromShareableHandle", descriptor, _properties(device).requestedHandleTypes)
         try:
             location = _call("cuMemGetAllocationPropertiesFromHandle", handle).location
-            if location.type != _properties(device).location.type or location.id != device.index:
-                raise GpuMemoryError(f"the memory is on {location.type.name} {location.id}, not on {device}")
+            if location.type != _properties(device).location.type or not reaches(device, int(location.id)):
+                raise GpuMemoryError(
+                    f"the memory is on {location.type.name} {location.id}, to which {device} has no peer access"
+                )
             # The driver refuses to map more than there is.
             return cls(handle, size, device)
         finally:
@@ -90,6 +93,16 @@ def current_gpu() -> torch.device:
 def stream_of(tensor: Tensor) -> torch.cuda.Stream | None:
     """The stream on which this thread works with a tensor of a GPU; None for one in host memory."""
     return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
+def reaches(device: torch.device, other: int) -> bool:
+    """Whether work on `device` can use the memory of the GPU with that number, over NVLink or PCIe."""
+    return device.index == other or torch.cuda.can_device_access_peer(device, other)
+
+
+def wait_for(stream: torch.cuda.Stream, address: int) -> None:
+    """Have a stream, or the graph that it is captured for, wait until the u32 in pinned memory is not 0."""
+    _call("cuStreamWaitValue32", stream.cuda_stream, address, 1, 0)
 
 
 def gpu_uuid(device: torch.device) -> str:

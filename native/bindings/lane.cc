@@ -87,10 +87,12 @@ void bind_lane(py::module_& module) {
       .def("give_back", &FreeList::give_back, py::arg("begin"), py::arg("length"));
 
   py::class_<ClientLane, std::shared_ptr<ClientLane>>(module, "ClientLane")
-      .def(py::init([](size_t size, uint32_t entries, std::optional<int64_t> spin_us) {
-             return std::make_shared<ClientLane>(size, entries, SpinHost::here(), Spin::max_ns(spin_us));
+      .def(py::init([](size_t size, uint32_t entries, std::optional<int64_t> spin_us, bool posted_by_gpu) {
+             return std::make_shared<ClientLane>(size, entries, SpinHost::here(), Spin::max_ns(spin_us),
+                                                 posted_by_gpu ? kGpu : kHost);
            }),
-           py::arg("size"), py::arg("entries"), py::arg("spin_us") = py::none(), py::call_guard<Unlocked>())
+           py::arg("size"), py::arg("entries"), py::arg("spin_us") = py::none(), py::arg("posted_by_gpu") = false,
+           py::call_guard<Unlocked>())
       .def_static("data_at", &data_at, py::arg("entries"))
       .def_property_readonly("descriptor", &ClientLane::descriptor)
       .def_property_readonly("socket", &ClientLane::socket)
@@ -106,6 +108,7 @@ void bind_lane(py::module_& module) {
           py::arg("at"), py::arg("length"))
       .def("connect", &ClientLane::connect, py::arg("socket"))
       .def("post", &post, py::arg("slot"), py::arg("request"), py::arg("reply_room"), py::arg("looped") = false)
+      .def("nudge", &ClientLane::nudge)
       .def("wait", &wait, py::arg("slot"), py::arg("timeout") = py::none())
       .def("reply", &reply, py::arg("slot"))
       .def("cancel", &ClientLane::cancel, py::arg("slot"))

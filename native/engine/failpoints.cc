@@ -94,6 +94,7 @@ void Failpoints::alter(Job* job) {
   put_varint(&pairs, request.tokens + 1);
   put_bytes(&job->appendix, 5, expert);
   put_bytes(&job->appendix, 6, pairs);
+  job->surplus = request.tokens + 1;
 }
 
 bool Failpoints::withhold(const std::shared_ptr<Job>& job, uint64_t now) {

@@ -77,7 +77,8 @@ class Job {
   uint64_t admitted_ns = 0;
   uint64_t expires_ns = 0;  // 0: never
   StageSeconds seconds;
-  std::string appendix;  // what a failpoint adds to a complete answer
+  std::string appendix;  // what a failpoint adds to a complete answer,
+  uint32_t surplus = 0;  // and to the receipt in a lane's slot
 
   // The engine's.
   std::shared_ptr<Job> self;  // while the engine holds it

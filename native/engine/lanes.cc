@@ -20,6 +20,8 @@ namespace {
 constexpr int kEvents = 64;
 // More bytes than this are summed by a thread of the pool: so many take this one some 0.1 ms.
 constexpr size_t kLongSum = 1 << 20;
+// Between two looks at what GPUs post, which ring no bells.
+constexpr int64_t kLookNs = 1'000'000;
 
 void cut(Lane& lane) {
   lane.cut.store(true);
@@ -84,7 +86,7 @@ std::vector<uint64_t> Lanes::take_over() {
 }
 
 bool Lanes::turn() {
-  bool worked = false;
+  bool worked = std::exchange(rung_, false);
   if (has_added_.load()) {
     const std::lock_guard lock(mutex_);
     has_added_.store(false);
@@ -190,6 +192,9 @@ void Lanes::disarm() {
 }
 
 void Lanes::sleep(int64_t ns) {
+  if (std::any_of(lanes_.begin(), lanes_.end(), [](const auto& lane) { return lane->is_silent(); })) {
+    ns = ns < 0 ? kLookNs : std::min(ns, kLookNs);
+  }
   if (ns > 0) {
     pollfd waiting{.fd = epoll_, .events = POLLIN, .revents = 0};
     const timespec timeout{ns / 1'000'000'000, ns % 1'000'000'000};
@@ -199,7 +204,11 @@ void Lanes::sleep(int64_t ns) {
   const int count = epoll_wait(epoll_, events.data(), kEvents, ns < 0 ? -1 : 0);
   for (int i = 0; i < count; ++i) {
     auto* lane = static_cast<Lane*>(events[i].data.ptr);
-    if (lane == nullptr || lane->ring->drain()) continue;
+    if (lane == nullptr) continue;
+    if (lane->ring->drain()) {
+      rung_ |= lane->is_silent();
+      continue;
+    }
     epoll_ctl(epoll_, EPOLL_CTL_DEL, lane->ring->socket(), nullptr);
     leave(*lane);
   }
@@ -219,11 +228,12 @@ void LaneJob::settle(Outcome outcome) {
   // Until then the device may write to the sums, and the caller must not take them for free.
   if (!outcome.over) return;
   if (outcome.refusal) {
-    if (!lane_->cut.load()) lane_->ring->answer(posted_, reply_refusal(request.request_id, *outcome.refusal));
+    if (!lane_->cut.load()) turn_away(*outcome.refusal);
     return leave();
   }
   const auto answer = [this] {
-    lane_->ring->answer(posted_, reply_head(request, 0) + reply_tail(request, seconds, checksum_) + appendix);
+    lane_->ring->answer(posted_, reply_head(request, 0) + reply_tail(request, seconds, checksum_) + appendix, 0,
+                        receipt());
     leave();
   };
   if (!is_slow_to_complete()) return answer();
@@ -232,8 +242,16 @@ void LaneJob::settle(Outcome outcome) {
 }
 
 void LaneJob::turn_away(const Refusal& refusal) {
-  lane_->ring->answer(posted_, reply_refusal(request_id, refusal));
+  lane_->ring->answer(posted_, reply_refusal(request_id, refusal), static_cast<uint32_t>(refusal.code), 0);
   leave();
+}
+
+uint32_t LaneJob::receipt() const {
+  uint32_t sum = surplus;
+  for (size_t expert = 0; expert < request.pairs.size(); ++expert) {
+    sum += request.pairs[expert] * receipt_term(request.owned->experts[expert]);
+  }
+  return sum;
 }
 
 void LaneJob::leave() {

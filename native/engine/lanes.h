@@ -32,6 +32,9 @@ struct Lane {
   std::unordered_map<uint64_t, std::shared_ptr<LaneJob>> jobs;  // by slot, until nobody uses their memory
   std::atomic<bool> cut{false};                                 // by us: what is not answered yet is lost
   bool closing = false;                                         // nothing more is taken: it is over with its last job
+
+  // Whether what it posts must be looked for.
+  bool is_silent() const { return !closing && ring->posted_by_gpu(); }
 };
 
 // All lanes of an engine. All but the first group of functions is for the engine's thread.
@@ -82,6 +85,7 @@ class Lanes {
   std::atomic<uint64_t> last_number_{0};
   std::atomic<bool> draining_{false};
   std::atomic<bool> has_added_{false};
+  bool rung_ = false;  // by a caller whose GPU is about to post
   Pile<uint64_t> over_;
   Pile<std::function<void()>> called_back_;
 
@@ -113,6 +117,7 @@ class LaneJob final : public Job, public std::enable_shared_from_this<LaneJob> {
  private:
   bool sums_are_checked() const { return request.checked && reach != Reach::kDevice; }
   void leave();
+  uint32_t receipt() const;
 
   Lanes& lanes_;
   const std::shared_ptr<Lane> lane_;

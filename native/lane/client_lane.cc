@@ -35,7 +35,7 @@ int create_memory(size_t size, uint32_t entries) {
 
 }  // namespace
 
-ClientLane::ClientLane(size_t size, uint32_t entries, SpinHost& host, int64_t spin_ns)
+ClientLane::ClientLane(size_t size, uint32_t entries, SpinHost& host, int64_t spin_ns, uint32_t poster)
     : entries_(entries),
       memfd_(create_memory(size, entries)),
       memory_(std::make_shared<Mapping>(memfd_.get(), size)),
@@ -47,6 +47,7 @@ ClientLane::ClientLane(size_t size, uint32_t entries, SpinHost& host, int64_t sp
   words_.word(kEntries).store(entries, std::memory_order_relaxed);
   words_.wide(kRingAt).store(kRing, std::memory_order_relaxed);
   words_.wide(kDataAt).store(data(), std::memory_order_relaxed);
+  words_.word(kPoster).store(poster, std::memory_order_relaxed);
 }
 
 ClientLane::~ClientLane() {
@@ -100,6 +101,10 @@ bool ClientLane::announce(Entry entry, uint32_t request_bytes, uint32_t reply_ro
   entry.checksum = entry_checksum(tail_, entry, request_bytes, reply_room);
   if (push(words_, entries_, tail_++, entry)) connection_->ring();
   return true;
+}
+
+void ClientLane::nudge() const {
+  if (!forked() && connection_ && !ended() && claim_bell(words_, kAsleep)) connection_->ring();
 }
 
 bool ClientLane::done(uint64_t slot) const { return words_.word(slot).load(std::memory_order_seq_cst) == kDone; }

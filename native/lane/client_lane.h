@@ -37,7 +37,9 @@ class ClientLane : public Owned {
  public:
   // New memory of `size` bytes, that is `data` and what slots need, with a ring of `entries`. Throws std::system_error,
   // and std::invalid_argument for sizes that no lane has.
-  ClientLane(size_t size, uint32_t entries, SpinHost& host = SpinHost::here(), int64_t spin_ns = Spin::kAutoNs);
+  // With `poster` kGpu nothing is posted by `post`: a GPU does all of ring.h, and `nudge` rings for it.
+  ClientLane(size_t size, uint32_t entries, SpinHost& host = SpinHost::here(), int64_t spin_ns = Spin::kAutoNs,
+             uint32_t poster = kHost);
   ~ClientLane();
 
   // The memory's file, to be handed over; the lane's own.
@@ -55,6 +57,8 @@ class ClientLane : public Owned {
   // slot and tensors are the server's until the call is done, or for good once the lane has ended. kFull: there is no
   // room in the ring or too much in flight. With `looped`, `poll` names it when it is done.
   Post post(uint64_t slot, std::string_view request, uint32_t reply_room, bool looped);
+  // Wakes a server that sleeps: a GPU is about to post. Any thread.
+  void nudge() const;
   // Until the call is done, `deadline_ns` of the monotonic clock has come, a signal came, or the lane has ended without
   // it; kUnknown at once for a slot without a call.
   Wait wait(uint64_t slot, int64_t deadline_ns);

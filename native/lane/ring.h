@@ -10,23 +10,26 @@
 
 namespace expertd {
 
-// THE LANE, version 1: calls between two processes of one machine, without a copy of tensors and mostly without a
+// THE LANE, version 2: calls between two processes of one machine, without a copy of tensors and mostly without a
 // system call. A caller owns a memfd (sealed against shrinking) that both ends map, and a stream socket. All numbers
 // are little-endian; each is read and written as one aligned word. Its bytes:
 //
 //   at           written by          what
-//   0            caller, once        u64 magic "expertdL", u32 version 1, u32 entries (2^6 to 2^12, a power of two),
-//                                    u64 ring 4096, u64 data (a multiple of 64, at least 4096 + 16 an entry); then
-//                                    zeros
+//   0            caller, once        u64 magic "expertdL", u32 version 2, u32 entries (2^6 to 2^12, a power of two),
+//                                    u64 ring 4096, u64 data (a multiple of 64, at least 4096 + 16 an entry), u32
+//                                    poster: 0 a host, which rings, 1 a GPU, which cannot; then zeros
 //   64           caller              u32 tail: entries ever posted, modulo 2^32
 //   128          server              u32 head: entries ever taken, likewise; only the caller reads it
 //   192          both                u32 asleep: 1 while the server sleeps or is about to
 //   256          both                u32 looping: 1 while an event loop of the caller waits for answers
+//   320          both                u32 answered: 0 once a GPU has posted, 1 once its call is done
+//   384 to 4096  caller              whatever it likes
 //   4096 + 16 i  caller              entry i (modulo entries): u64 slot, u32 kind (1 request, 2 cancel), u32 checksum
 //   slot         both                u32 state (1 posted, 3 posted and a thread sleeps on it, 4 done),
 //                caller              u32 request bytes (at most 4096), u32 reply room (at least 1024 + 8 for each of
 //                                    the model's experts),
-//                server              u32 reply bytes; the rest of the 64 bytes is unused
+//                server              u32 reply bytes, u32 code (0 or the error's), u32 receipt (see below); the rest
+//                                    of the 64 bytes is unused
 //   slot + 64    caller              an ExecuteRequest without tensors
 //   reply        server              an ExecuteResponse without tensors; reply is slot + 64 + request bytes, up to a
 //                                    multiple of 64
@@ -45,19 +48,27 @@ namespace expertd {
 // can read the old values; a bell that comes before the sleep waits in the socket. Of a state there is one order of
 // changes: either the change from 1 to 3 fails, or the exchange finds 3; the kernel compares once more.
 //
+// A GPU posts and waits as the caller's host does, but for bells: it looks at the state all the time, and of a lane
+// whose poster is a GPU the server looks at tail at least once a millisecond, also while it sleeps. One call is in
+// flight at a time; with it done the server changes answered, too, which a GPU's stream can wait for. The caller's host
+// may ring beforehand. Slots may be posted again as they are. Code and receipt are there for who cannot read replies:
+// the receipt is the sum, modulo 2^32, of `receipt_term` over all pairs computed.
+//
 // THE END: the server may send a byte 1 and an ExecuteResponse after its length (u32), the reason; then, or when either
 // process is gone, the socket is closed. After that calls that are done count, all others are lost, and the memory is
 // never used again, since the other process or its GPU may still write to it. A server reads each word once, into a
 // local, and checks it there.
 
 inline constexpr uint64_t kLaneMagic = 0x4c64747265707865;
-inline constexpr uint32_t kLaneVersion = 1;
+inline constexpr uint32_t kLaneVersion = 2;
 inline constexpr uint32_t kMinEntries = 1 << 6, kMaxEntries = 1 << 12;
 inline constexpr uint64_t kLine = 64;
-inline constexpr uint64_t kVersion = 8, kEntries = 12, kRingAt = 16, kDataAt = 24;  // of the geometry
-inline constexpr uint64_t kTail = 64, kHead = 128, kAsleep = 192, kLooping = 256, kRing = 4096, kEntryBytes = 16;
-inline constexpr uint64_t kRequestBytes = 4, kReplyRoom = 8, kReplyBytes = 12;  // from a slot
+inline constexpr uint64_t kVersion = 8, kEntries = 12, kRingAt = 16, kDataAt = 24, kPoster = 32;  // geometry
+inline constexpr uint64_t kTail = 64, kHead = 128, kAsleep = 192, kLooping = 256, kAnswered = 320, kRing = 4096,
+                          kEntryBytes = 16;
+inline constexpr uint64_t kRequestBytes = 4, kReplyRoom = 8, kReplyBytes = 12, kCode = 16, kReceipt = 20;  // of a slot
 inline constexpr uint32_t kMaxRequestBytes = 4096;
+inline constexpr uint32_t kHost = 0, kGpu = 1;                    // posters
 inline constexpr uint32_t kRequest = 1, kCancel = 2;              // kinds
 inline constexpr uint32_t kPosted = 1, kSleeping = 3, kDone = 4;  // states
 inline constexpr char kBell = 0, kReason = 1;                     // on the socket
@@ -148,10 +159,27 @@ void prepare(const Memory& memory, uint64_t slot, uint32_t request_bytes, uint32
   memory.word(slot).store(kPosted, std::memory_order_relaxed);
 }
 
+// What a pair of the global expert adds to a receipt: MurmurHash3's finalizer of its number plus one.
+constexpr uint32_t receipt_term(uint32_t expert) {
+  uint32_t term = expert + 1;
+  term = (term ^ term >> 16) * 0x85ebca6bu;
+  term = (term ^ term >> 13) * 0xc2b2ae35u;
+  return term ^ term >> 16;
+}
+
+// What a slot says of its answer.
+struct Verdict {
+  uint32_t reply_bytes = 0;
+  uint32_t code = 0;
+  uint32_t receipt = 0;
+};
+
 // Server: publishes a reply whose bytes are written; whether a thread must be woken.
 template <class Memory>
-bool finish(const Memory& memory, uint64_t slot, uint32_t reply_bytes) {
-  memory.word(slot + kReplyBytes).store(reply_bytes, std::memory_order_relaxed);
+bool finish(const Memory& memory, uint64_t slot, const Verdict& verdict) {
+  memory.word(slot + kReplyBytes).store(verdict.reply_bytes, std::memory_order_relaxed);
+  memory.word(slot + kCode).store(verdict.code, std::memory_order_relaxed);
+  memory.word(slot + kReceipt).store(verdict.receipt, std::memory_order_relaxed);
   return memory.word(slot).exchange(kDone, std::memory_order_seq_cst) == kSleeping;
 }
 

@@ -15,7 +15,8 @@ ServerLane::ServerLane(std::shared_ptr<Mapping> memory, int socket, uint32_t min
       words_(memory_->base()),
       min_room_(min_room),
       entries_(entries),
-      data_(data) {}
+      data_(data),
+      posted_by_gpu_(words_.word(kPoster).load(std::memory_order_relaxed) == kGpu) {}
 
 std::unique_ptr<ServerLane> ServerLane::attach(std::shared_ptr<Mapping> memory, int socket, uint32_t min_room,
                                                std::string* reason) {
@@ -108,12 +109,13 @@ std::string_view ServerLane::message(const Posted& posted, std::span<char> out) 
   return {out.data(), length};
 }
 
-void ServerLane::answer(const Posted& posted, std::string_view reply) {
+void ServerLane::answer(const Posted& posted, std::string_view reply, uint32_t code, uint32_t receipt) {
   // A longer one would be a fault of ours; cut, it cannot be read, and is an error to the caller.
   const auto length = static_cast<uint32_t>(std::min<size_t>(reply.size(), posted.reply_room));
   std::memcpy(memory_->base() + posted.reply, reply.data(), length);
   in_flight_--;
-  if (finish(words_, posted.slot, length)) futex_wake(memory_->base() + posted.slot, 1);
+  if (finish(words_, posted.slot, {length, code, receipt})) futex_wake(memory_->base() + posted.slot, 1);
+  if (posted_by_gpu_) words_.word(kAnswered).store(1, std::memory_order_seq_cst);
   if (claim_bell(words_, kLooping)) connection_.ring();
 }
 

@@ -40,9 +40,9 @@ class ServerLane {
   size_t take(std::span<Posted> out);
   // The bytes of a request, copied once, so that they can be looked at. `out` has kMaxRequestBytes.
   std::string_view message(const Posted& posted, std::span<char> out) const;
-  // Ends a request that was taken: `reply`, of at most `reply_room` bytes, and the sums are there from now on. Once the
-  // lane has ended, answers still count.
-  void answer(const Posted& posted, std::string_view reply);
+  // Ends a request that was taken: `reply`, of at most `reply_room` bytes, and the sums are there from now on. `code`
+  // is its error's, or 0 beside a `receipt` (see ring.h). Once the lane has ended, answers still count.
+  void answer(const Posted& posted, std::string_view reply, uint32_t code = 0, uint32_t receipt = 0);
 
   // To be called on every lane before the engine sleeps: false if there is something to take. Afterwards a post rings.
   bool arm();
@@ -59,6 +59,8 @@ class ServerLane {
   // What the caller did that ended the lane, for people; empty as long as it did nothing. `end` has then to follow.
   const std::string& reason() const { return reason_; }
   uint32_t in_flight() const { return in_flight_; }
+  // Whether posts ring no bell, as a GPU makes them.
+  bool posted_by_gpu() const { return posted_by_gpu_; }
   int socket() const { return connection_.descriptor(); }
   // Where tensors may be: [data, size) of the mapping.
   const Mapping& memory() const { return *memory_; }
@@ -76,6 +78,7 @@ class ServerLane {
   const uint32_t min_room_;
   const uint32_t entries_;
   const uint64_t data_;
+  const bool posted_by_gpu_;
   uint32_t head_ = 0;
   uint32_t in_flight_ = 0;
   bool ended_ = false;

@@ -460,10 +460,11 @@ class ClientLane:
     In a forked child everything raises RuntimeError.
     """
 
-    def __init__(self, size: int, entries: int, spin_us: int | None = None) -> None:
+    def __init__(self, size: int, entries: int, spin_us: int | None = None, posted_by_gpu: bool = False) -> None:
         """`size` bytes, of which those from `data` on are for slots and tensors; `wait` spins for `spin_us` at most.
 
-        None: for as long as is worth it. Raises OSError, and ValueError for sizes that no lane has.
+        None: for as long as is worth it. With `posted_by_gpu` a GPU posts, which cannot ring: `nudge` does.
+        Raises OSError, and ValueError for sizes that no lane has.
         """
 
     @staticmethod
@@ -503,6 +504,9 @@ class ClientLane:
         With `looped`, `poll` names it when it is done. ValueError for a place that no call can be in, ConnectionError
         once the lane has ended.
         """
+
+    def nudge(self) -> None:
+        """Wake a server that sleeps: a GPU is about to post."""
 
     def wait(self, slot: int, timeout: float | None = None) -> bool | None:
         """True when the call is done, False once the lane has ended without it, None after `timeout` seconds."""

@@ -84,7 +84,7 @@ async def test_which_requests_have_them(
     security = ClientSecurity(root_ca=Authority(tmp_path).pem) if encrypted else None
     transport = Coordinator([address], CoordinatorConfig(checksums=checksums, security=security))._transport(address)
     assert isinstance(transport, SharedMemoryTransport)
-    assert (transport._grpc.checked, transport._checked) == (over_grpc, shared)
+    assert (transport.grpc.checked, transport._checked) == (over_grpc, shared)
     await transport.close()
 
 

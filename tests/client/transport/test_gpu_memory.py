@@ -12,7 +12,7 @@ import torch
 from expertd.client.transport.gpu_room import GpuRoom
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.shared_memory import FIRST_BYTES, HOST, SharedMemoryTransport
-from expertd.kernels.memory.gpu import GpuMemoryError
+from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError
 from expertd.proto.base.errors import Unavailable
 from expertd.server.app import Server
 from expertd.server.local.door import LocalDoor
@@ -82,8 +82,13 @@ class NoMemory(StandInMemory):
         raise GpuMemoryError("cuMemCreate: CUDA_ERROR_NOT_SUPPORTED")
 
 
+class FarCuda(stand_in_gpu.StandInCuda):
+    def open(self, descriptor: int, size: int) -> GpuMemory:
+        raise GpuMemoryError("the memory is on GPU 1, to which cuda:0 has no peer access")
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], int, str]] = {
-    "another GPU": ({"uuid": "GPU-another"}, logging.INFO, "the server computes on GPU-stand-in; the"),
+    "a GPU too far": ({"cuda": FarCuda}, logging.WARNING, "to which cuda:0 has no peer access"),
     "CUDA says no": ({"memory": NoMemory}, logging.WARNING, "cuMemCreate: CUDA_ERROR_NOT_SUPPORTED"),
 }
 

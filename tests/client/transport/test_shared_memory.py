@@ -22,6 +22,7 @@ from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.kernels.numerics.backend import Underway
 from expertd.proto.base.errors import DeadlineExceeded, InvalidBatch, Unavailable
 from expertd.proto.codec import ExecuteCall, ExecuteResult, Registration
+from expertd.proto.lane.layout import LANE_VERSION
 from expertd.server.local.door import LocalDoor
 from tests.support.coordinators import EXACT, LAYER, free_bytes, routing, segments_of, tokens
 from tests.support.serving import Gate, call_for, door, random_batch, running_server, until
@@ -171,7 +172,7 @@ async def test_lanes_of_another_version_are_not_spoken(small_model: Path, caplog
     class Newer(GrpcTransport):
         async def register_shared_memory(self, timeout: float) -> Registration:
             registration = await super().register_shared_memory(timeout)
-            registration.lane_version = 2
+            registration.lane_version = LANE_VERSION + 1
             return registration
 
     def newer(address: str) -> SharedMemoryTransport:
@@ -183,7 +184,7 @@ async def test_lanes_of_another_version_are_not_spoken(small_model: Path, caplog
     ):
         assert moe.sharing_memory == frozenset()
         assert (await call(moe, 3)).isfinite().all()
-    assert "the server's lanes are of version 2; this caller's are of 1" in caplog.text
+    assert f"the server's lanes are of version {LANE_VERSION + 1}; this caller's are of {LANE_VERSION}" in caplog.text
 
 
 async def test_a_request_that_is_too_long_for_its_slot_goes_over_grpc(small_model: Path) -> None:

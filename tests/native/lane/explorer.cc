@@ -137,7 +137,7 @@ void serve(const Setting& setting) {
       check(length == 4 && request == request_of(call), "a request is torn");
       memory.word(expertd::kHead).store(++head, memory_order::release);
       memory.word(entry.slot + expertd::kLine + 4).store(reply_of(call), memory_order::relaxed);
-      if (expertd::finish(memory, entry.slot, 4)) futex_wake(entry.slot);
+      if (expertd::finish(memory, entry.slot, {4})) futex_wake(entry.slot);
       if (expertd::claim_bell(memory, expertd::kLooping)) send_bell(kCaller);
     }
   }

@@ -110,16 +110,19 @@ def as_stream(stream: StandInStream) -> torch.cuda.Stream:
 
 
 def install(
-    monkeypatch: pytest.MonkeyPatch, server: Server, memory: type[StandInMemory] = StandInMemory, uuid: str = UUID
+    monkeypatch: pytest.MonkeyPatch,
+    server: Server,
+    memory: type[StandInMemory] = StandInMemory,
+    cuda: Callable[[], StandInCuda] = StandInCuda,
 ) -> StandInStream:
     """Let `server`, and clients in this process, take tensors in host memory for a GPU's; the stream of all calls.
 
-    `memory` and `uuid` are the clients'.
+    `memory` is the clients', `cuda` the server's.
     """
     stream = StandInStream()
-    door(server, LocalDoor).gpu.cuda = StandInCuda()
+    door(server, LocalDoor).gpu.cuda = cuda()
     server.handlers.tickets.gpu = UUID
     monkeypatch.setattr("expertd.client.transport.segment_pool.GpuMemory", memory)
-    monkeypatch.setattr("expertd.client.transport.segment_pool.gpu_uuid", lambda device: uuid)
+    monkeypatch.setattr("expertd.client.transport.segment_pool.gpu_uuid", lambda device: UUID)
     monkeypatch.setattr("expertd.client.transport.shared_memory.stream_of", lambda tensor: stream)
     return stream

@@ -1,0 +1,260 @@
+"""Memory that one server shares for stream-ordered calls: one call's tensors, and a slot for each layer and class."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from expertd.client.stream import kernels
+from expertd.client.transport.grpc_streams import GrpcTransport
+from expertd.client.transport.segment import REQUEST_BYTES, Segment, segment_bytes
+from expertd.client.transport.segment_pool import REGISTRATION_SECONDS, check_version
+from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, wait_for
+from expertd.proto import codec
+from expertd.proto.base.errors import (
+    ExpertdError,
+    NotPermitted,
+    ServerFault,
+    Unavailable,
+    UnknownExpert,
+    error_from_status,
+)
+from expertd.proto.codec import ExecuteCall
+from expertd.proto.lane.layout import ALIGNMENT, GPU_ALIGNMENT, Layout, aligned, lay_out, reply_room
+
+log = logging.getLogger(__name__)
+ENTRIES_AT = 12
+"""Where the segment tells how many entries its ring has."""
+SLOT_REQUEST, SLOT_REPLY = 4, 12
+"""Of a slot, where the lengths of request and reply are."""
+GONE, TOO_LATE = 1, 2
+"""What the word OVER says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all stream-ordered calls of one caller have in common."""
+
+    model_fingerprint: str
+    layers: tuple[int, ...]
+    sizes: tuple[int, ...]
+    """Tokens that calls are padded to, ascending."""
+    width: int
+    top_k: int
+    experts: int
+    """Of the model."""
+    hidden_dtype: torch.dtype
+    reply_dtype: torch.dtype
+    device: torch.device
+    timeout: float
+    """Seconds that an answer may take."""
+
+    def layout(self, size: int, offset: int, gpu_offset: int | None) -> Layout:
+        return lay_out(offset, gpu_offset, size, self.width, self.top_k, self.hidden_dtype, self.reply_dtype)
+
+    def encode(self, index: int, layer: int, size: int, offset: int, gpu_offset: int | None) -> bytes:
+        """The request with that number, whose tensors lie at these offsets."""
+        there = torch.device("meta")
+        hidden = torch.empty(size, self.width, dtype=self.hidden_dtype, device=there)
+        ids = torch.empty(size, self.top_k, dtype=torch.int32, device=there)
+        call = ExecuteCall(index, self.model_fingerprint, None, layer, hidden, None, ids, ids, self.reply_dtype)
+        return codec.encode_call(call, offset, gpu_offset)
+
+
+class StreamLane:
+    """One server's. Its calls follow each other, as the stream has them."""
+
+    def __init__(self, address: str, segment: Segment, terms: Terms, gpu: GpuMemory | None) -> None:
+        """`gpu` has hidden states, scales and partial sums, if the server reaches it; else the segment has."""
+        self.address = address
+        self._segment = segment
+        self._terms = terms
+        self._gpu = gpu
+        self.on_gpu = gpu is not None
+        self._base = torch.frombuffer(segment.memory, dtype=torch.uint8).data_ptr()
+        self._words = np.frombuffer(segment.memory, np.uint32)
+        self._slots, self._tensors = _parts(segment.lane.data, terms)
+        self._write_slots()
+        self._pinned = terms.device.type == "cuda" and self._pin()
+        self._waits_since: tuple[int, float] = (0, 0.0)
+        """The entries posted at a look, and when that was first seen."""
+
+    @classmethod
+    async def open(cls, transport: GrpcTransport, terms: Terms) -> Self:
+        """Share memory with a server. Raises an `ExpertdError` or OSError."""
+        if terms.device.type == "cuda":
+            try:
+                return await cls._open(transport, terms, on_gpu=True)
+            except (ExpertdError, GpuMemoryError) as error:
+                log.warning(
+                    "%s: no memory of %s is shared, hidden states and sums of stream-ordered calls go through host"
+                    " memory: %s",
+                    transport.address,
+                    terms.device,
+                    error,
+                )
+        return await cls._open(transport, terms, on_gpu=False)
+
+    @classmethod
+    async def _open(cls, transport: GrpcTransport, terms: Terms, *, on_gpu: bool) -> Self:
+        async with asyncio.timeout(REGISTRATION_SECONDS):
+            registration = await transport.register_shared_memory(REGISTRATION_SECONDS)
+            check_version(registration)
+            if on_gpu and not registration.gpu:
+                raise NotPermitted("the server computes on no GPU")
+            gpu_bytes = max(terms.layout(size, 0, 0).gpu_end for size in terms.sizes)
+            gpu = GpuMemory.create(gpu_bytes, terms.device) if on_gpu else None
+            try:
+                segment = await Segment.open(
+                    transport.address,
+                    registration,
+                    _segment_bytes(terms, on_gpu=on_gpu),
+                    reply_room(terms.experts),
+                    gpu=gpu,
+                    posted_by_gpu=True,
+                )
+            finally:
+                if gpu is not None:
+                    os.close(gpu[1])
+        return cls(transport.address, segment, terms, None if gpu is None else gpu[0])
+
+    @property
+    def ended(self) -> bool:
+        return self._segment.ended
+
+    def places(self) -> npt.NDArray[np.int64]:
+        """[classes, FIELDS], see `kernels`."""
+        return np.array([self._place(index, size) for index, size in enumerate(self._terms.sizes)], np.int64)
+
+    def nudge(self) -> None:
+        """Wake the server, as a call is about to be posted."""
+        self._segment.lane.nudge()
+
+    def wait(self, device: torch.device) -> None:
+        """Have the device's current stream wait for an answer, without a kernel that takes the server's place there."""
+        if self._pinned:
+            wait_for(torch.cuda.current_stream(device), self._base + kernels.ANSWERED.value)
+
+    def look(self, now: float) -> None:
+        """End what will not be answered any more; `now` is on the monotonic clock."""
+        posted = self._word(kernels.TAIL)
+        if self._segment.ended:
+            self._give_up(GONE)
+        elif posted == self._word(kernels.ENDED) or posted != self._waits_since[0]:
+            self._waits_since = posted, now
+        elif now - self._waits_since[1] > self._terms.timeout:
+            self._give_up(TOO_LATE)
+            self._segment.close()
+
+    def take_error(self) -> ExpertdError | None:
+        """What became of the first call that failed since this was asked last; the GPU has done what was enqueued."""
+        verdict, slot = self._word(kernels.TOLD), self._word(kernels.TOLD_SLOT)
+        if verdict == 0:
+            return None
+        self._words[kernels.TOLD.value // 4] = 0
+        if verdict == kernels.NOBODY_OWNS.value:
+            layer = self._terms.layers[slot]
+            return UnknownExpert(
+                f"layer {layer}: topk_ids names experts that no server has, or none of 0 to {self._terms.experts - 1}"
+            )
+        layer = self._terms.layers[(slot - self._slots) // self._slot_bytes // len(self._terms.sizes)]
+        return self._error(verdict, slot).again(f"{self.address}: layer {layer}: ")
+
+    def close(self) -> None:
+        """End it. What the GPU still waits for is released, as long as it is looked at."""
+        self._segment.close()
+        self._give_up(GONE)
+
+    def release_gpu(self) -> None:
+        """The GPU writes no more hidden states to it, and reads no sums."""
+        self._gpu = None
+
+    def unpin(self) -> None:
+        """Neither does it post or wait."""
+        if self._pinned:
+            self._pinned = False
+            torch.cuda.cudart().cudaHostUnregister(self._base)
+
+    def _error(self, verdict: int, slot: int) -> ExpertdError:
+        if verdict == kernels.RECEIPT_DIFFERS.value:
+            return ServerFault("the receipt is not that of the pairs that were sent; none of the sums was used")
+        if verdict == kernels.NOBODY_ANSWERS.value:
+            if self._word(kernels.OVER) == TOO_LATE:
+                return Unavailable(f"no answer came within {self._terms.timeout:g} s; the server was given up")
+            return self._segment.end_error()
+        begin = aligned(slot + ALIGNMENT + self._word(slot + SLOT_REQUEST))
+        reply = self._segment.memory[begin : begin + self._word(slot + SLOT_REPLY)]
+        error = codec.parse_response(bytes(reply)).error
+        if error is None:
+            # Answered meanwhile, by a later call.
+            return error_from_status(verdict, "a call was refused; a later call's answer is where the reason was")
+        return codec.read_error(error)
+
+    def _give_up(self, why: int) -> None:
+        if self._word(kernels.OVER) == 0:
+            self._words[kernels.OVER.value // 4] = why
+        # Again and again: a call that was being posted at the time has changed it afterwards.
+        self._words[kernels.ANSWERED.value // 4] = 1
+
+    def _word(self, at: object) -> int:
+        return int(self._words[int(getattr(at, "value", at)) // 4])  # type: ignore[call-overload]
+
+    @property
+    def _slot_bytes(self) -> int:
+        return slot_bytes(self._terms)
+
+    def _place(self, index: int, size: int) -> list[int]:
+        gpu = self._gpu
+        layout = self._terms.layout(size, self._tensors, None if gpu is None else 0)
+        there = self._base if gpu is None else gpu.address
+        return [
+            self._base,
+            int(self._words[ENTRIES_AT // 4]),
+            self._slots + index * self._slot_bytes,
+            size,
+            there + layout.hidden.start,
+            there + layout.hidden_scales.start,
+            self._base + layout.expert_ids.start,
+            self._base + layout.weights.start,
+            there + layout.partials.start,
+        ]
+
+    def _write_slots(self) -> None:
+        terms, room = self._terms, reply_room(self._terms.experts)
+        calls = [(layer, size) for layer in terms.layers for size in terms.sizes]
+        for index, (layer, size) in enumerate(calls):
+            slot = self._slots + index * self._slot_bytes
+            message = terms.encode(index + 1, layer, size, self._tensors, 0 if self.on_gpu else None)
+            self._words[slot // 4 + 1 : slot // 4 + 3] = len(message), room
+            begin = slot + ALIGNMENT
+            self._segment.memory[begin : begin + len(message)] = message
+
+    def _pin(self) -> bool:
+        code = int(torch.cuda.cudart().cudaHostRegister(self._base, len(self._segment.memory), 0))
+        if code != 0:
+            raise ServerFault(f"the {len(self._segment.memory)} bytes shared cannot be pinned: CUDA error {code}")
+        return True
+
+
+def slot_bytes(terms: Terms) -> int:
+    """From one slot to the next."""
+    return ALIGNMENT + REQUEST_BYTES + reply_room(terms.experts)
+
+
+def _parts(data: int, terms: Terms) -> tuple[int, int]:
+    """Where in a segment slots and tensors begin."""
+    slots = aligned(data)
+    return slots, aligned(slots + len(terms.layers) * len(terms.sizes) * slot_bytes(terms), GPU_ALIGNMENT)
+
+
+def _segment_bytes(terms: Terms, *, on_gpu: bool) -> int:
+    gpu_offset = 0 if on_gpu else None
+    tensors = max(terms.layout(size, 0, gpu_offset).end for size in terms.sizes)
+    return segment_bytes(_parts(0, terms)[1] + GPU_ALIGNMENT + tensors)

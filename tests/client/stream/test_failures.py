@@ -1,0 +1,129 @@
+"""Stream-ordered calls that fail: whoever waits is released within a second, gets NaN and, at the next check, the error."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from expertd.client.coordinator import Coordinator
+from expertd.client.sync import SyncCoordinator
+from expertd.client.tools.cluster import Each, LocalCluster
+from expertd.proto.base.errors import InvalidBatch, ServerFault, Unavailable, UnknownExpert
+from tests.client.stream.test_calls import on_stream
+from tests.support.coordinators import EXACT, EXPERTS, LAYER, routing, tokens
+from tests.support.fleets import HALVES, addresses, flat, running_replicas, running_servers
+
+HIDDEN_STATES = tokens(2).float()
+IDS, WEIGHTS = routing(2)
+CPU = ("--backend", "torch", "--threads", "1")
+
+
+def cluster_of(model: Path, environment: Mapping[str, str]) -> LocalCluster:
+    """Two servers; the second has the environment, too."""
+    return LocalCluster(model, ["0-7", "8-15"], CPU, each=lambda index: Each(environment=environment if index else {}))
+
+
+async def test_what_a_server_refuses_is_nan_and_raised_once(small_model: Path) -> None:
+    async with running_servers(small_model, HALVES) as servers, Coordinator(addresses(servers), EXACT) as moe:
+        await moe.prepare_stream(8, "cpu", timeout=5.0)
+        expected = await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)
+        infinite = WEIGHTS.clone()
+        infinite[0, IDS[0].argmin()] = torch.inf
+        for _ in range(2):
+            assert (await on_stream(moe, HIDDEN_STATES, IDS, infinite)).isnan().all()
+            # The stream goes on.
+            assert torch.equal(await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS), expected)
+        with pytest.raises(InvalidBatch) as raised:
+            await moe.check_stream()
+        assert addresses(servers)[0] in str(raised.value)
+        assert f"layer {LAYER}: a call was refused" in str(raised.value)
+        await on_stream(moe, HIDDEN_STATES, IDS, infinite)
+        with pytest.raises(InvalidBatch, match=rf"layer {LAYER}: weights\[0, \d\] is inf; it must be finite"):
+            await moe.check_stream()
+        await moe.check_stream()
+
+
+@pytest.mark.parametrize("stranger", [EXPERTS, 1 << 20, -2])
+async def test_experts_that_nobody_has_are_named_by_layer(small_model: Path, stranger: int) -> None:
+    async with running_servers(small_model, HALVES) as servers, Coordinator(addresses(servers), EXACT) as moe:
+        await moe.prepare_stream(8, "cpu", timeout=5.0)
+        ids = IDS.clone()
+        ids[1, 2] = stranger
+        assert (await on_stream(moe, HIDDEN_STATES, ids, WEIGHTS)).isnan().all()
+        with pytest.raises(UnknownExpert, match=f"layer {LAYER}: topk_ids names experts that no server has"):
+            await moe.check_stream()
+        assert (await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)).isfinite().all()
+
+
+async def test_a_receipt_that_differs_is_never_used(small_model: Path) -> None:
+    async with cluster_of(small_model, {"EXPERTD_FAILPOINTS": "wrong_receipt=1"}) as cluster:
+        async with Coordinator(cluster.addresses, EXACT) as moe:
+            await moe.prepare_stream(8, "cpu", timeout=5.0)
+            assert (await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)).isnan().all()
+            with pytest.raises(ServerFault, match=f"{cluster.addresses[1]}: layer {LAYER}: the receipt"):
+                await moe.check_stream()
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+async def test_a_wait_ends_within_a_second_of_its_servers_end(small_model: Path, blow: signal.Signals) -> None:
+    async with cluster_of(small_model, {"EXPERTD_FAILPOINTS": "delay=1:30"}) as cluster:
+        async with Coordinator(cluster.addresses, EXACT) as moe:
+            await moe.prepare_stream(8, "cpu", timeout=0.6)
+            waiting = asyncio.create_task(on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS))
+            await asyncio.sleep(0.2)
+            assert not waiting.done()
+            os.kill(cluster.servers[1].process.pid, blow)
+            struck = time.monotonic()
+            assert (await waiting).isnan().all()
+            assert time.monotonic() - struck < 1.0
+            # Nor does any later call wait.
+            assert (await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)).isnan().all()
+            with pytest.raises(Unavailable, match=f"{cluster.addresses[1]}: layer {LAYER}: "):
+                moe.stream_calls.check()
+            if blow == signal.SIGSTOP:
+                os.kill(cluster.servers[1].process.pid, signal.SIGCONT)
+
+
+async def test_calls_go_on_with_a_replica(small_model: Path) -> None:
+    async with running_replicas(small_model) as replicas:
+
+        def run() -> None:
+            with SyncCoordinator(flat(replicas), EXACT) as moe:
+                moe.prepare_stream(8, "cpu", timeout=2.0)
+                expected = moe(LAYER, HIDDEN_STATES, topk_ids=IDS, topk_weights=WEIGHTS)
+                tables = moe._coordinator.stream_calls._tables
+                for gone in (0, 1):
+                    replicas[gone][0].stop()
+                    failed = 0
+                    end = time.monotonic() + 2.0
+                    while time.monotonic() < end:
+                        try:
+                            got = moe.on_stream(LAYER, HIDDEN_STATES, IDS, WEIGHTS)
+                            moe.check()
+                        except Unavailable:
+                            failed += 1
+                        else:
+                            assert torch.equal(got, expected)
+                    assert failed <= 1
+                # Graphs that were captured read the same tables.
+                assert moe._coordinator.stream_calls._tables is tables
+
+        loop = asyncio.get_running_loop()
+        for half in replicas:
+            for server in half:
+                server.stop = lambda stop=server.stop: loop.call_soon_threadsafe(stop)  # type: ignore[method-assign]
+        await asyncio.to_thread(run)
+
+
+async def test_nobody_waits_for_a_coordinator_that_closes(small_model: Path) -> None:
+    async with cluster_of(small_model, {"EXPERTD_FAILPOINTS": "delay=1:30"}) as cluster:
+        async with Coordinator(cluster.addresses, EXACT) as moe:
+            await moe.prepare_stream(8, "cpu", timeout=20.0)
+            waiting = asyncio.create_task(on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS))
+            await asyncio.sleep(0.2)
+        assert (await waiting).isnan().all()
