@@ -97,15 +97,15 @@ async def test_from_a_thread(small_model: Path) -> None:
 
 
 WRONG = {
-    "hidden has 9 tokens; stream-ordered calls were prepared for 8": dict(hidden=torch.zeros(9, HIDDEN)),
-    "hidden has the shape [2, 128]; it must be [..., 256]": dict(hidden=torch.zeros(2, 128)),
-    "hidden is torch.int32; it must be bfloat16, float16 or float32": dict(hidden=torch.zeros(2, HIDDEN).int()),
-    "topk_ids has the shape [2, 3]; 2 tokens take [..., 4]": dict(ids=torch.zeros(2, 3).int()),
-    "topk_ids is torch.float32; it must be int32 or int64": dict(ids=torch.zeros(2, TOP_K)),
-    "topk_weights is torch.int64; it must be a float dtype": dict(weights=torch.zeros(2, TOP_K).long()),
-    "topk_weights is on meta; stream-ordered calls": dict(weights=torch.zeros(2, TOP_K, device="meta")),
-    "out must be contiguous, of the shape [2, 256], on cpu": dict(out=torch.zeros(1, HIDDEN)),
-    "layer 9 is on no server; layers served: [1": dict(layer=9),
+    "hidden has 9 tokens; stream-ordered calls were prepared for 8": {"hidden": torch.zeros(9, HIDDEN)},
+    "hidden has the shape [2, 128]; it must be [..., 256]": {"hidden": torch.zeros(2, 128)},
+    "hidden is torch.int32; it must be bfloat16, float16 or float32": {"hidden": torch.zeros(2, HIDDEN).int()},
+    "topk_ids has the shape [2, 3]; 2 tokens take [..., 4]": {"ids": torch.zeros(2, 3).int()},
+    "topk_ids is torch.float32; it must be int32 or int64": {"ids": torch.zeros(2, TOP_K)},
+    "topk_weights is torch.int64; it must be a float dtype": {"weights": torch.zeros(2, TOP_K).long()},
+    "topk_weights is on meta; stream-ordered calls": {"weights": torch.zeros(2, TOP_K, device="meta")},
+    "out must be contiguous, of the shape [2, 256], on cpu": {"out": torch.zeros(1, HIDDEN)},
+    "layer 9 is on no server; layers served: [1": {"layer": 9},
 }
 
 

@@ -1,4 +1,4 @@
-"""Stream-ordered calls that fail: whoever waits is released within a second, gets NaN and, at the next check, the error."""
+"""Stream-ordered calls that fail: whoever waits is released within a second, gets NaN and then the error."""
 
 import asyncio
 import os
@@ -91,6 +91,7 @@ async def test_a_wait_ends_within_a_second_of_its_servers_end(small_model: Path,
 
 async def test_calls_go_on_with_a_replica(small_model: Path) -> None:
     async with running_replicas(small_model) as replicas:
+        loop = asyncio.get_running_loop()
 
         def run() -> None:
             with SyncCoordinator(flat(replicas), EXACT) as moe:
@@ -98,7 +99,7 @@ async def test_calls_go_on_with_a_replica(small_model: Path) -> None:
                 expected = moe(LAYER, HIDDEN_STATES, topk_ids=IDS, topk_weights=WEIGHTS)
                 tables = moe._coordinator.stream_calls._tables
                 for gone in (0, 1):
-                    replicas[gone][0].stop()
+                    loop.call_soon_threadsafe(replicas[gone][0].stop)
                     failed = 0
                     end = time.monotonic() + 2.0
                     while time.monotonic() < end:
@@ -113,10 +114,6 @@ async def test_calls_go_on_with_a_replica(small_model: Path) -> None:
                 # Graphs that were captured read the same tables.
                 assert moe._coordinator.stream_calls._tables is tables
 
-        loop = asyncio.get_running_loop()
-        for half in replicas:
-            for server in half:
-                server.stop = lambda stop=server.stop: loop.call_soon_threadsafe(stop)  # type: ignore[method-assign]
         await asyncio.to_thread(run)
 
 
