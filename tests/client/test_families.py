@@ -1,4 +1,4 @@
-"""Families that the Hugging Face plug-in does not know: layers on two servers against transformers' own blocks."""
+"""Families beside those of the plug-in's own tests: layers on two servers against transformers' own blocks."""
 
 from pathlib import Path
 from typing import Any

@@ -130,10 +130,14 @@ async def test_a_model_of_another_family_is_refused(servers: list[str], family: 
     other = next(name for name in CONFIGS if name != served)
 
     def check() -> None:
+        config, refused = CONFIGS[other], f"model_type is {other} in this model and {served} on"
         with register(servers):
-            model = AutoModel.from_config(copy.deepcopy(CONFIGS[other]), experts_implementation=NAME)
-            with pytest.raises(ModelMismatch, match=f"model_type is {other} in this model and {served} on"):
-                logits(model, prompts())
+            with pytest.raises(ModelMismatch, match=refused):
+                AutoModel.from_config(copy.deepcopy(config), experts_implementation=NAME)
+            local = AutoModel.from_config(copy.deepcopy(config), experts_implementation="eager")
+            local.set_experts_implementation(NAME)
+            with pytest.raises(ModelMismatch, match=refused):
+                logits(local, prompts())
 
     await in_thread(check)
 
