@@ -16,7 +16,7 @@ from expertd.client.tools.cluster import LocalCluster
 from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.proto.base.errors import UnknownExpert
-from tests.support.families import SMALL
+from tests.support.families import SMALL, write_family
 
 SMALL_DEMO = ["--servers", "4"]
 
@@ -70,6 +70,14 @@ def test_a_result_outside_its_bound_fails_the_demo(
     monkeypatch.setitem(demo.BOUNDS, "torch", replace(demo.BOUNDS["torch"], **{bound: 1e-12}))
     assert run("--model", str(small_model), *SMALL_DEMO, batches={8: 1}) == 1
     assert "FAILED: results outside their bounds" in capfd.readouterr().out
+
+
+def test_a_family_without_shared_experts_is_compared_with_its_own_block(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_family(tmp_path, "qwen3_moe").quantized
+    assert run("--model", str(folder), *SMALL_DEMO, batches={1024: 1}) == 0
+    assert capfd.readouterr().out.count(": ok") == 2
 
 
 async def test_servers_that_run_already_are_compared_and_left_running(
