@@ -40,6 +40,13 @@ class TransformersOracle:
         return output.squeeze(0)
 
     @torch.inference_mode()
+    def routed(self, hidden: Tensor, received: Tensor) -> Tensor:
+        """The routed experts' part [T, H] float32, where the router has `hidden` and the experts `received`, [T, H]."""
+        _, weights, ids = self.module.gate(hidden.float())
+        output: Tensor = self.module.experts(received.float(), ids, weights)
+        return output
+
+    @torch.inference_mode()
     def shared(self, hidden: Tensor) -> Tensor:
         """The shared experts' part [T, H] float32, which no server computes; zeros where there are none."""
         values = hidden.float()
