@@ -17,7 +17,15 @@ from expertd.kernels.cutile.dequant.layer import default_config as default_dequa
 from expertd.kernels.cutile.fast.tiles import PAIRED, LayerConfig, default_config
 from expertd.kernels.cutile.pipeline.table import SHIPPED, Table
 from expertd.kernels.cutile.tools.inspect import Resources, compile_kernel, inspect_kernel, signature
-from expertd.kernels.cutile.tools.registry import META, V3, dequant_launches, fast_launches, shipped_launches
+from expertd.kernels.cutile.tools.registry import (
+    META,
+    V3,
+    dequant_launches,
+    fast_launches,
+    routing_launches,
+    shipped_launches,
+)
+from tests.support.routings import ROUTINGS
 from tests.support.serving import forked_processes
 
 PROCESSES = 2
@@ -78,6 +86,31 @@ def test_nothing_shipped_for_the_h200_spills() -> None:
     products = [resources for kernel, resources in results if "gemm" in kernel]
     assert products
     assert all("HGMMA" in used.matrix or "QGMMA" in used.matrix for used in products)
+
+
+@cache
+def routings() -> list[Launch]:
+    """The kernels that route, of every family: each size and formula once, whatever its factor is."""
+    launches = {}
+    for config in ROUTINGS.values():
+        for launch in routing_launches(config, 64, META):
+            constants = tuple(value for value in launch.args[:-1] if not isinstance(value, torch.Tensor))
+            launches[launch.kernel, constants] = launch
+    return list(launches.values())
+
+
+def inspect_routing(index: int, arch: str) -> tuple[str, Resources]:
+    launch = routings()[index]
+    return name(launch), inspect_kernel(launch.kernel, launch.args, arch)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+def test_no_familys_routing_spills(arch: str) -> None:
+    count = len(routings())
+    with forked_processes(PROCESSES) as pool:
+        results = list(pool.map(inspect_routing, range(count), [arch] * count))
+    assert {kernel.partition("[")[0] for kernel, _ in results} == {"route", "weigh"}
+    assert not {kernel: resources for kernel, resources in results if resources.spills}
 
 
 def activations(arch: str, tokens: int, swiglu_limit: float | None, shape: ExpertShape = V3) -> list[Launch]:
