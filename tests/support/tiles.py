@@ -1,4 +1,6 @@
-"""cuTile kernels of one token a block by NumPy: what their source says, without a GPU and its compiler."""
+"""cuTile kernels of one row a block by NumPy: what their source says, without a GPU and its compiler."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType, ModuleType, SimpleNamespace
@@ -13,9 +15,16 @@ from expertd.kernels.cutile.base.launch import Launch
 Tile = npt.NDArray[Any]
 
 
+class Array(np.ndarray[Any, Any]):
+    """A tensor as kernels see it."""
+
+    def slice(self, axis: int, start: int, stop: int) -> Array:
+        return self[(*[slice(None)] * axis, slice(start, stop))].view(Array)
+
+
 def run(launch: Launch) -> None:
     """Every block of a launch on tensors of the CPU, one after the other."""
-    arguments = [value.numpy() if hasattr(value, "numpy") else value for value in launch.args]
+    arguments = [value.numpy().view(Array) if hasattr(value, "numpy") else value for value in launch.args]
     for block in range(launch.grid[0]):
         with np.errstate(over="ignore", invalid="ignore"):
             _rebound(launch.kernel._pyfunc, _language(block))(*arguments)
@@ -30,12 +39,16 @@ def called(function: Callable[..., Any], *tiles: Tile) -> Tile:
 def _language(block: int) -> SimpleNamespace:
     """What kernels call of `cuda.tile`, in the block of this index."""
     return SimpleNamespace(
+        PaddingMode=ct.PaddingMode,
+        RoundingMode=ct.RoundingMode,
         float32=np.float32,
         int32=np.int32,
         abs=np.abs,
         exp=np.exp,
-        maximum=np.maximum,
+        maximum=lambda one, other, propagate_nan=False: np.maximum(one, other),
+        minimum=lambda one, other, propagate_nan=False: np.minimum(one, other),
         sqrt=np.sqrt,
+        truediv=lambda one, other, rounding_mode: one / other,
         where=_where,
         full=lambda shape, value, dtype: np.full(shape, value, dtype),
         zeros=lambda shape, dtype: np.zeros(shape, dtype),
@@ -77,13 +90,19 @@ def _gather(array: Tile, index: Any, mask: Tile) -> Tile:  # noqa: ANN401
     return np.where(mask, array[inside], array.dtype.type(0))
 
 
-def _load(array: Tile, index: tuple[int, int], shape: tuple[int, int]) -> Tile:
-    (row, column), (rows, columns) = index, shape
-    return array[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+def _load(array: Tile, index: tuple[int, ...], shape: tuple[int, ...], padding_mode: object = None) -> Tile:
+    """Zeros beyond the array."""
+    tile = np.zeros(shape, array.dtype)
+    inside = array[_block(index, shape)]
+    tile[tuple(map(slice, inside.shape))] = inside
+    return tile
 
 
-def _store(array: Tile, index: tuple[int, int], tile: Tile) -> None:
+def _store(array: Tile, index: tuple[int, ...], tile: Tile) -> None:
     """What is beyond the array is left out."""
-    (row, column), (rows, columns) = index, tile.shape
-    room = array[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
-    room[...] = tile[: room.shape[0], : room.shape[1]]
+    room = array[_block(index, tile.shape)]
+    room[...] = tile[tuple(map(slice, room.shape))]
+
+
+def _block(index: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(at * size, (at + 1) * size) for at, size in zip(index, shape, strict=True))

@@ -31,6 +31,7 @@ from tests.support.serving import forked_processes
 PROCESSES = 2
 V4_PRO = ExpertShape(48, 7168, 3072)
 """DeepSeek-V4-Pro's with 48 local experts."""
+MIXTRAL = ExpertShape(8, 4096, 14336)
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of one of the H200's multiprocessors, and what it takes of that for itself with every block."""
 TUNED = Path(expertd.kernels.cutile.pipeline.table.__file__).parent / "tuned"
@@ -140,6 +141,34 @@ def test_a_bound_costs_no_registers_to_speak_of(tokens: int, shape: ExpertShape)
         assert not used.spills
         assert used.registers <= without.registers + 8
         assert used.shared == without.shared
+
+
+@cache
+def mixtral_launches(arch: str) -> list[Launch]:
+    """What is launched for experts with long rows."""
+    gpu, tokens = Gpu(arch, processors=132), 2048
+    dequant = dequant_launches(MIXTRAL, tokens, default_dequant_config(arch, tokens), META, gpu)
+    return dequant + fast_launches(MIXTRAL, tokens, default_config(tokens), META, gpu)
+
+
+def inspect_mixtral(index: int, arch: str) -> tuple[str, Resources]:
+    launch = mixtral_launches(arch)[index]
+    return name(launch), inspect_kernel(launch.kernel, launch.args, arch)
+
+
+def test_long_rows_do_not_spill() -> None:
+    count = len(mixtral_launches("sm_90"))
+    with forked_processes(PROCESSES) as pool:
+        results = list(pool.map(inspect_mixtral, range(count), ["sm_90"] * count))
+    assert not {kernel: resources for kernel, resources in results if resources.spills}
+    assert any(kernel.startswith("silu_and_mul") for kernel, _ in results)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120"])
+@pytest.mark.parametrize("inner", [8192, 16384])
+def test_swiglu_of_long_rows_does_not_spill_elsewhere(inner: int, arch: str) -> None:
+    for launch in activations(arch, 2048, None, ExpertShape(8, 4096, inner)):
+        assert not inspect_kernel(launch.kernel, launch.args, arch).spills
 
 
 def test_two_blocks_of_paired_tiles_share_a_multiprocessor() -> None:
