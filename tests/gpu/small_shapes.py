@@ -15,7 +15,7 @@ from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.cutile.tools.registry import coordinator_launches
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.oracle.reference import reference_partials, relative_error
-from tests.support.routings import ROUTINGS
+from tests.support.kernels.routings import ROUTINGS
 
 SHAPE = ExpertShape(5, 384, 128)
 FAST_SHAPE = ExpertShape(5, 512, 256)

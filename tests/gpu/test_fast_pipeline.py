@@ -67,7 +67,7 @@ def test_error_within_bound(shape: ExpertShape, tokens: int, config: LayerConfig
     assert torch.equal(pairs, ids.bincount(minlength=shape.num_experts).to(torch.int32))
 
 
-@PATHS
+@pytest.mark.parametrize("config", [FEW_8, LayerConfig(64, PAIRED, PAIRED)], ids=["8 rows", "64 rows"])
 def test_long_rows(config: LayerConfig) -> None:
     weights, batch = random_weights(LONG, CUDA), random_batch(LONG, 65, CUDA, model_experts=8)
     assert relative_error(compute(batch, weights, config)[0], reference_partials(batch, weights)) < BOUND

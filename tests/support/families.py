@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DeepseekV3Config,
@@ -194,6 +196,24 @@ def auto_model(config: Any) -> Any:  # noqa: ANN401
 def layers_of(model: Any) -> Any:  # noqa: ANN401
     """The layers of the model, or of the part that reads text."""
     return getattr(model.model, "language_model", model.model).layers
+
+
+def routed(block: Any, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+    """What a block of transformers adds for its routed experts, with their ids and weights, sorted by id."""
+    bias = getattr(block, "e_score_correction_bias", None)
+    if hasattr(block.gate, "tid2eid"):
+        _, weights, ids = block.gate(hidden, tokens)
+    else:
+        _, weights, ids = block.gate(hidden) if bias is None else block.gate(hidden, bias)
+    order = ids.argsort(dim=1)
+    return block.experts(hidden, ids, weights), ids.gather(1, order), weights.gather(1, order)
+
+
+def load_blocks(folder: Path) -> dict[int, Any]:
+    """transformers' blocks of a checkpoint in FP32, by layer."""
+    auto = auto_model(AutoConfig.from_pretrained(folder))
+    model = auto.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    return {layer: one.mlp for layer, one in enumerate(layers_of(model)) if hasattr(one.mlp, "experts")}
 
 
 def publish(folder: Path, model_type: str) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import silu
 
 from expertd.kernels.cutile.dequant.silu_and_mul import silu_and_mul
-from tests.support.tiles import run
+from tests.support.kernels.tiles import run
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])

@@ -4,7 +4,7 @@ import numpy as np
 
 from expertd.kernels.cutile.routing.scores import SCORINGS, softplus
 from expertd.kernels.model.families import FAMILIES
-from tests.support.tiles import called
+from tests.support.kernels.tiles import called
 
 
 def test_every_familys_score_has_its_constant() -> None:

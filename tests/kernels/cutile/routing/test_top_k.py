@@ -7,8 +7,8 @@ from expertd.kernels.cutile.routing.top_k import route
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.model.families import FAMILIES
 from expertd.kernels.numerics.routing import route as torch_route
-from tests.support.routings import ROUTINGS, assert_routed, outputs, random_logits, tied
-from tests.support.tiles import run
+from tests.support.kernels.routings import ROUTINGS, assert_routed, outputs, random_logits, tied
+from tests.support.kernels.tiles import run
 
 TOKENS = 300
 

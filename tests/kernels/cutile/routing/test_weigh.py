@@ -6,8 +6,8 @@ import torch
 from expertd.kernels.cutile.routing.weigh import weigh
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.routing import weigh as torch_weigh
-from tests.support.routings import ROUTINGS, chosen_by_token, outputs, random_logits
-from tests.support.tiles import run
+from tests.support.kernels.routings import ROUTINGS, chosen_by_token, outputs, random_logits
+from tests.support.kernels.tiles import run
 
 
 @pytest.mark.parametrize("config", ROUTINGS.values(), ids=ROUTINGS)

@@ -25,7 +25,7 @@ from expertd.kernels.cutile.tools.registry import (
     routing_launches,
     shipped_launches,
 )
-from tests.support.routings import ROUTINGS
+from tests.support.kernels.routings import ROUTINGS
 from tests.support.serving import forked_processes
 
 PROCESSES = 2
