@@ -24,7 +24,7 @@ from expertd.kernels.cutile.dequant.halves import to_float16
 from expertd.kernels.cutile.pipeline.arithmetic import DequantLayer, FastLayer, Layer, Pipeline, choose_pipeline
 from expertd.kernels.cutile.pipeline.table import DEFAULT_CACHE, Machine, load_table
 from expertd.kernels.cutile.run.batch import DeviceBatch, start_batch
-from expertd.kernels.cutile.run.cache import warn_unless_kept
+from expertd.kernels.cutile.run.cache import log_toolchain, warn_unless_kept
 from expertd.kernels.cutile.run.capture import Graphs
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.backend import (
@@ -125,6 +125,7 @@ class CutileBackend:
 
     def warm_up(self) -> None:
         """Compile what every size class needs and capture its graphs."""
+        log_toolchain()
         warn_unless_kept()
         self._graphs.capture_all(next(iter(self._layers.values())))
 

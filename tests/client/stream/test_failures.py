@@ -61,32 +61,36 @@ async def test_experts_that_nobody_has_are_named_by_layer(small_model: Path, str
 
 
 async def test_a_receipt_that_differs_is_never_used(small_model: Path) -> None:
-    async with cluster_of(small_model, {"EXPERTD_FAILPOINTS": "wrong_receipt=1"}) as cluster:
-        async with Coordinator(cluster.addresses, EXACT) as moe:
-            await moe.prepare_stream(8, "cpu", timeout=5.0)
-            assert (await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)).isnan().all()
-            with pytest.raises(ServerFault, match=f"{cluster.addresses[1]}: layer {LAYER}: the receipt"):
-                await moe.check_stream()
+    async with (
+        cluster_of(small_model, {"EXPERTD_FAILPOINTS": "wrong_receipt=1"}) as cluster,
+        Coordinator(cluster.addresses, EXACT) as moe,
+    ):
+        await moe.prepare_stream(8, "cpu", timeout=5.0)
+        assert (await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)).isnan().all()
+        with pytest.raises(ServerFault, match=f"{cluster.addresses[1]}: layer {LAYER}: the receipt"):
+            await moe.check_stream()
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 async def test_a_wait_ends_within_a_second_of_its_servers_end(small_model: Path, blow: signal.Signals) -> None:
-    async with cluster_of(small_model, {"EXPERTD_FAILPOINTS": "delay=1:30"}) as cluster:
-        async with Coordinator(cluster.addresses, EXACT) as moe:
-            await moe.prepare_stream(8, "cpu", timeout=0.6)
-            waiting = asyncio.create_task(on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS))
-            await asyncio.sleep(0.2)
-            assert not waiting.done()
-            os.kill(cluster.servers[1].process.pid, blow)
-            struck = time.monotonic()
-            assert (await waiting).isnan().all()
-            assert time.monotonic() - struck < 1.0
-            # Nor does any later call wait.
-            assert (await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)).isnan().all()
-            with pytest.raises(Unavailable, match=f"{cluster.addresses[1]}: layer {LAYER}: "):
-                moe.stream_calls.check()
-            if blow == signal.SIGSTOP:
-                os.kill(cluster.servers[1].process.pid, signal.SIGCONT)
+    async with (
+        cluster_of(small_model, {"EXPERTD_FAILPOINTS": "delay=1:30"}) as cluster,
+        Coordinator(cluster.addresses, EXACT) as moe,
+    ):
+        await moe.prepare_stream(8, "cpu", timeout=0.6)
+        waiting = asyncio.create_task(on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        os.kill(cluster.servers[1].process.pid, blow)
+        struck = time.monotonic()
+        assert (await waiting).isnan().all()
+        assert time.monotonic() - struck < 1.0
+        # Nor does any later call wait.
+        assert (await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)).isnan().all()
+        with pytest.raises(Unavailable, match=f"{cluster.addresses[1]}: layer {LAYER}: "):
+            moe.stream_calls.check()
+        if blow == signal.SIGSTOP:
+            os.kill(cluster.servers[1].process.pid, signal.SIGCONT)
 
 
 async def test_calls_go_on_with_a_replica(small_model: Path) -> None:
@@ -118,9 +122,11 @@ async def test_calls_go_on_with_a_replica(small_model: Path) -> None:
 
 
 async def test_nobody_waits_for_a_coordinator_that_closes(small_model: Path) -> None:
-    async with cluster_of(small_model, {"EXPERTD_FAILPOINTS": "delay=1:30"}) as cluster:
-        async with Coordinator(cluster.addresses, EXACT) as moe:
-            await moe.prepare_stream(8, "cpu", timeout=20.0)
-            waiting = asyncio.create_task(on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS))
-            await asyncio.sleep(0.2)
+    async with (
+        cluster_of(small_model, {"EXPERTD_FAILPOINTS": "delay=1:30"}) as cluster,
+        Coordinator(cluster.addresses, EXACT) as moe,
+    ):
+        await moe.prepare_stream(8, "cpu", timeout=20.0)
+        waiting = asyncio.create_task(on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS))
+        await asyncio.sleep(0.2)
         assert (await waiting).isnan().all()
