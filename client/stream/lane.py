@@ -91,7 +91,7 @@ class StreamLane:
 
     @classmethod
     async def open(cls, member: Member, terms: Terms) -> Self:
-        """Share memory with a server. Raises an `ExpertdError` or OSError."""
+        """Share memory with a server. Raises an `ExpertdError`."""
         transport = member.transport
         if not isinstance(transport, SharedMemoryTransport):
             raise NotPermitted(
@@ -119,6 +119,8 @@ class StreamLane:
                 return await cls._share(member, transport, terms, on_gpu=on_gpu)
         except TimeoutError:
             raise Unavailable(f"{transport.address} has not taken memory within {REGISTRATION_SECONDS:g} s") from None
+        except OSError as error:
+            raise Unavailable(f"{transport.address}: memory cannot be shared: {error.strerror}") from None
 
     @classmethod
     async def _share(cls, member: Member, transport: GrpcTransport, terms: Terms, *, on_gpu: bool) -> Self:
@@ -183,7 +185,9 @@ class StreamLane:
                 f"layer {layer}: topk_ids names experts that no server has, or none of 0 to {self._terms.experts - 1}"
             )
         layer = self._terms.layers[(slot - self._slots) // self._slot_bytes // len(self._terms.sizes)]
-        return self._error(verdict, slot).again(f"{self.address}: layer {layer}: ")
+        error = self._error(verdict, slot)
+        text = str(error).removeprefix(f"{self.address}: ")
+        return type(error)(f"{self.address}: layer {layer}: {text}", retry_after=error.retry_after)
 
     def close(self) -> None:
         """End it. What the GPU still waits for is released, as long as it is looked at."""

@@ -50,11 +50,9 @@ def replay(addresses: Sequence[str], replays: int, tokens: int) -> None:
             if number % EVERY == EVERY - 1:
                 assert torch.equal(output, expected), f"replay {number}"
         moe.check()
-        seconds = time.monotonic() - begun
-        print(
-            f"{replays} replays of {len(moe.layers)} layers in {seconds:.1f} s, {used - torch.cuda.mem_get_info()[0]} bytes more"
-        )
-        assert used - torch.cuda.mem_get_info()[0] < 16 << 20
+        seconds, more = time.monotonic() - begun, used - torch.cuda.mem_get_info()[0]
+        print(f"{replays} replays of {len(moe.layers)} layers in {seconds:.1f} s, {more} bytes more")
+        assert more < 16 << 20
 
 
 if __name__ == "__main__":
