@@ -62,7 +62,7 @@ def test_gpus_that_do_not_reach_each_other_are_named() -> None:
 
 def test_they_are_looked_for_where_a_gpu_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def checks(backend: str) -> list[str]:
-        config = ServerConfig(model=Path("m"), experts=(0,), backend=backend)  # type: ignore[arg-type]
+        config = ServerConfig(model=Path("m"), experts=(0,), backend=backend)
         return [finding.check for finding in sharing.check_sharing(config)]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
