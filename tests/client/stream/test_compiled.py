@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from expertd.kernels.cutile.tools.inspect import Resources
+from expertd.kernels.weights.files import cache_folder
 
 ROOT = Path(__file__).parents[3]
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[3]
 def compiled(arch: str, *warps: str) -> dict[str, Resources]:
     """What each uses, by name; by a process in which Triton compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache_folder() / "triton")
     command = [sys.executable, "-m", "tests.support.stream_kernels", arch, *warps]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
