@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import gc
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from functools import partial
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,68 +15,71 @@ from torch import Tensor, nn
 from expertd.client.call.pending import PendingCall
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.fleet.discovery import as_discovery
+from expertd.client.integrations.huggingface_blocks import (
+    blocks_of,
+    has_shared,
+    living_blocks,
+    remove_experts,
+    route,
+    run_shared,
+)
+from expertd.client.integrations.huggingface_streams import MOST_TOKENS, Streams, beside
 from expertd.client.sync import SyncCoordinator
 from expertd.proto.base.errors import ModelMismatch
 
 try:
+    from transformers import PreTrainedModel
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-        DeepseekV3DecoderLayer,
-        DeepseekV3Model,
-        DeepseekV3MoE,
-    )
-    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer, Glm4MoeModel, Glm4MoeMoE
-    from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralModel
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeModel
-    from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 except ImportError as error:
     raise ImportError(f"{error}; {__name__} needs: pip install 'expertd[huggingface]'") from error
 
 NAME = "expertd"
 """What `experts_implementation` is set to."""
 INTERFACES: tuple[Any, ...] = (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS)
-MODELS: tuple[Any, ...] = (DeepseekV3Model, Glm4MoeModel, MixtralModel, Qwen3MoeModel)
-"""transformers' models that know their layers; what wraps them, such as `...ForCausalLM`, comes along."""
-LAYERS: tuple[Any, ...] = (DeepseekV3DecoderLayer, Glm4MoeDecoderLayer, MixtralDecoderLayer, Qwen3MoeDecoderLayer)
-BLOCKS: tuple[Any, ...] = (DeepseekV3MoE, Glm4MoeMoE)
-"""What in a layer adds shared experts to the routed ones."""
-SHAPE = ("model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
-"""Fields in which a model and its servers must agree."""
+BUILT: Any = PreTrainedModel
+"""Whose `post_init` every model of transformers calls when its modules are made."""
+SHAPE = ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
+"""Fields in which a model and its servers must agree, and in the class of the blocks, which the family names."""
 
 
-def register(servers: Sequence[str], config: CoordinatorConfig | None = None) -> RemoteExperts:
+def register(
+    servers: Sequence[str], config: CoordinatorConfig | None = None, *, stream_tokens: int = MOST_TOKENS
+) -> RemoteExperts:
     """Connect to `servers` (`host:port`, together owning every expert) and make them known as "expertd".
 
         with register(["node0:50051", "node1:50051"]):
             model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="expertd")
             model.generate(...)
 
-    A model loaded like this (any `...For...` class of DeepSeek-V3, GLM-4.5-MoE, Mixtral or Qwen3-MoE, with
-    `from_pretrained` or `from_config`) has no expert weights: `from_pretrained` neither reads nor allocates them,
-    `from_config` allocates them and lets them go. It cannot be switched back to local experts, and what it saves lacks
-    them; load it again for that. A model that was already there, switched with
-    `model.set_experts_implementation("expertd")`, keeps its weights, unused, and so does a bare `AutoModel`. Where a
-    layer has shared experts, they are computed here while the servers compute the routed ones.
+    A model of the servers' family that is made like this, by any class of transformers with `from_pretrained` or
+    `from_config`, has no expert weights: `from_pretrained` neither reads nor allocates them, `from_config` allocates
+    them and lets them go. It cannot be switched back to local experts, and what it saves lacks them; load it again for
+    that. A model that was already there, switched with `model.set_experts_implementation("expertd")`, keeps its
+    weights, unused. Where a layer has shared experts, they are computed here while the servers compute the routed ones.
+    On a GPU, batches of up to `stream_tokens` are calls on its stream (`SyncCoordinator.on_stream`) where servers of
+    this machine share memory; 0: none are.
 
     The same arguments again return the same registration; others raise `RuntimeError` until `unregister()` or the end
     of the `with` block. `config.output_dtype` does not matter: results have the dtype of the model's hidden states.
-    Raises what `SyncCoordinator` raises when the servers cannot be used.
+    Raises what `SyncCoordinator` raises when the servers cannot be used. Making a model of another family or shape than
+    theirs raises `ModelMismatch`.
     """
     config = replace(config or CoordinatorConfig(), output_dtype=torch.float32)
     # A string is a sequence, too, of what are no addresses.
     as_discovery(servers)
     current = _registered()
     if current is not None:
-        if (current.servers, current.config) == (tuple(servers), config):
+        wanted = tuple(servers), config, stream_tokens
+        if (current.servers, current.config, current.stream_tokens) == wanted:
             return current
         raise RuntimeError(f"{current} is registered already; call {__name__}.unregister() first")
-    experts = RemoteExperts(servers, config)
+    experts = RemoteExperts(servers, config, stream_tokens)
     for interface in INTERFACES:
         interface[NAME] = experts
-    for block in BLOCKS:
-        block.forward = _overlapping(block.forward)
-    register_patch_mapping({model.__name__: _without_experts(model) for model in MODELS})
+    BUILT.post_init = _adopting(BUILT.post_init)
+    for _, block in living_blocks(BUILT):
+        experts.overlap(type(block))
     return experts
 
 
@@ -85,27 +88,31 @@ def unregister() -> None:
     experts = _registered()
     if experts is None:
         return
-    unregister_patch_mapping([model.__name__ for model in MODELS])
-    for block in BLOCKS:
-        block.forward = block.forward.__wrapped__
+    BUILT.post_init = BUILT.post_init.__wrapped__
     for interface in INTERFACES:
         del interface[NAME]
-    for owned, _ in _living_experts():
-        if owned.config._experts_implementation == NAME:
-            owned.register_forward_pre_hook(_refuse)
+    for _, block in living_blocks(BUILT):
+        if _is_remote(block.experts):
+            block.experts.register_forward_pre_hook(_refuse)
     experts.close()
 
 
 class RemoteExperts:
     """What transformers calls in place of a layer's experts; see `register`."""
 
-    def __init__(self, servers: Sequence[str], config: CoordinatorConfig) -> None:
+    def __init__(self, servers: Sequence[str], config: CoordinatorConfig, stream_tokens: int = MOST_TOKENS) -> None:
         self.servers = tuple(servers)
         self.config = config
+        self.stream_tokens = stream_tokens
         self._layers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._overlapping: set[Any] = set()
         self._moe = SyncCoordinator(self.servers, config).connect()
+        self._streams = Streams(self._moe, stream_tokens)
 
     def close(self) -> None:
+        while self._overlapping:
+            block = self._overlapping.pop()
+            block.forward = block.forward.__wrapped__
         self._moe.close()
 
     def __enter__(self) -> Self:
@@ -123,115 +130,138 @@ class RemoteExperts:
 
         Raises `RuntimeError` when gradients are wanted, `ModelMismatch`, or what the servers answered.
         """
+        if self._streams.side(hidden) is not None:
+            return self._streams.call(self._layer(experts, hidden, topk_weights), hidden, topk_ids, topk_weights)
         return self._submit(experts, hidden, topk_ids, topk_weights).result().output.to(hidden.device, hidden.dtype)
 
-    def run_both(self, block: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401
-        """What `block`, one of `BLOCKS`, makes of hidden [..., H]: its shared experts run while the servers compute.
+    def adopt(self, model: nn.Module) -> None:
+        """Take expert weights out of a model under construction, if its experts are to run here.
+
+        Raises `ModelMismatch`.
+        """
+        blocks = list(blocks_of(model))
+        for _, block in blocks:
+            self.overlap(type(block))
+        if any(_is_remote(block.experts) for _, block in blocks):
+            self._remember(blocks)
+            remove_experts(model)
+
+    def overlap(self, block: Any) -> None:  # noqa: ANN401
+        """Have objects of the class `block` run their shared experts while the servers compute; see `run_both`."""
+        if block.__name__ == self._moe.model.family.source and block not in self._overlapping:
+            block.forward = _overlapping(block.forward)
+            self._overlapping.add(block)
+
+    def run_both(self, block: Any, hidden: Tensor, input_ids: Tensor | None = None) -> Tensor:  # noqa: ANN401
+        """What a block with shared experts makes of hidden [..., H]: they run while the servers compute.
 
         Raises what `__call__` does; what its shared experts raise gives the servers' part up.
         """
-        _, weights, ids = block.gate(hidden)
-        pending = self._submit(block.experts, hidden.view(-1, hidden.shape[-1]), ids, weights)
+        flat = hidden.view(-1, hidden.shape[-1])
+        ids, weights = route(block, flat, input_ids)
+        side = self._streams.side(flat)
+        if side is not None:
+            layer = self._layer(block.experts, flat, weights)
+            call = partial(self._streams.call, layer, flat, ids, weights)
+            routed, shared = beside(side, call, partial(run_shared, block, flat))
+            return (routed + shared).view(hidden.shape)
+        pending = self._submit(block.experts, flat, ids, weights)
         try:
-            shared: Tensor = block.shared_experts(hidden)
+            shared = run_shared(block, flat)
             routed = pending.result().output.to(hidden.device, hidden.dtype)
         finally:
             pending.cancel()
-        return routed.view(hidden.shape) + shared
+        return (routed + shared).view(hidden.shape)
 
     def _submit(self, experts: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> PendingCall:
+        layer = self._layer(experts, hidden, weights)
+        tokens = hidden if hidden.is_cuda else hidden.cpu()
+        return self._moe.submit(layer, tokens, topk_ids=ids, topk_weights=weights)
+
+    def _layer(self, experts: nn.Module, hidden: Tensor, weights: Tensor) -> int:
+        """Of `experts`. Raises `RuntimeError` where gradients are wanted."""
         if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
             raise RuntimeError(
                 "remote experts have no gradients; call the model under torch.inference_mode() or torch.no_grad(),"
                 " or after model.requires_grad_(False)"
             )
         layer = self._layers.get(experts)
-        if layer is None:
-            layer = self._find(experts)
-        tokens = hidden if hidden.is_cuda else hidden.cpu()
-        return self._moe.submit(layer, tokens, topk_ids=ids, topk_weights=weights)
+        return self._find(experts) if layer is None else layer
 
     def _find(self, experts: Any) -> int:  # noqa: ANN401
-        """The layer that `experts` belongs to, remembered with all others of the process.
+        """The layer that `experts` belongs to, remembered with all others of the model.
 
         transformers tells an experts module neither its layer nor its parent, and models may be older than this
         registration: so the layers are looked up among the live objects, once a model.
         """
-        self._layers.update(_living_experts())
+        self._remember([one for one in living_blocks(BUILT) if one[1].experts.config is experts.config])
         if experts not in self._layers:
-            supported = " or ".join(layer.__name__ for layer in LAYERS)
             raise RuntimeError(
-                f"this {type(experts).__name__} is in no {supported}; remote experts run in these only:"
+                f"this {type(experts).__name__} is in no layer of a model; remote experts run in these only:"
                 ' call model.set_experts_implementation("eager") for others'
             )
-        self._check(experts.config)
         return self._layers[experts]
 
-    def _check(self, config: Any) -> None:  # noqa: ANN401
+    def _remember(self, blocks: Sequence[tuple[int, Any]]) -> None:
+        """The layers that `blocks` of one model are in."""
+        for _, block in blocks[:1]:
+            self._check(block)
+        self._layers.update({block.experts: layer for layer, block in blocks})
+
+    def _check(self, block: Any) -> None:  # noqa: ANN401
+        served, config = self._moe.model, block.experts.config
+        if type(block).__name__ != served.family.source:
+            self._differs("model_type", config.model_type, served.model_type)
         for field in SHAPE:
-            name, there = self._moe.model.family.spell(field), getattr(self._moe.model, field)
+            name, there = served.family.spell(field), getattr(served, field)
             here = getattr(config, name, None)
             if here != there:
-                raise ModelMismatch(
-                    f"{name} is {here} in this model and {there} on {', '.join(self.servers)};"
-                    " register servers of the same checkpoint"
-                )
+                self._differs(name, here, there)
+
+    def _differs(self, name: str, here: object, there: object) -> NoReturn:
+        raise ModelMismatch(
+            f"{name} is {here} in this model and {there} on {', '.join(self.servers)};"
+            " register servers of the same checkpoint"
+        )
 
 
-def _overlapping(alone: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """The forward `alone` of one of `BLOCKS`, but for those whose experts run on servers; see `run_both`."""
+def _adopting(alone: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The `post_init` of all models, after what `RemoteExperts.adopt` does."""
 
     @functools.wraps(alone)
-    def forward(block: Any, hidden_states: Tensor) -> Tensor:  # noqa: ANN401
+    def post_init(model: Any) -> None:  # noqa: ANN401
         experts = _registered()
-        if experts is None or block.experts.config._experts_implementation != NAME:
-            return alone(block, hidden_states)
-        return experts.run_both(block, hidden_states)
+        if experts is not None:
+            experts.adopt(model)
+        alone(model)
+
+    return post_init
+
+
+def _overlapping(alone: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The forward `alone` of a block, but where others than its shared experts run on servers; see `run_both`."""
+
+    @functools.wraps(alone)
+    def forward(block: Any, hidden_states: Tensor, **named: Any) -> Tensor:  # noqa: ANN401
+        experts = _registered()
+        if experts is None or not _is_remote(block.experts) or not has_shared(block):
+            return alone(block, hidden_states, **named)
+        return experts.run_both(block, hidden_states, **named)
 
     return forward
 
 
-def _living_experts() -> list[tuple[Any, int]]:
-    """The experts of all layers that there are now, with their layers."""
-    layers = [found for found in gc.get_objects() if issubclass(type(found), LAYERS)]
-    experts = [(getattr(layer.mlp, "experts", None), layer.self_attn.layer_idx) for layer in layers]
-    return [(owned, layer) for owned, layer in experts if owned is not None]
-
-
 def _refuse(experts: Any, _: object) -> None:  # noqa: ANN401
     """transformers would say that "expertd" is no valid implementation, which was not the mistake."""
-    if experts.config._experts_implementation == NAME and _registered() is None:
+    if _is_remote(experts) and _registered() is None:
         raise RuntimeError(
             "this model's experts are on servers that are registered no longer: use the model within"
             f" 'with register(...):', or call {__name__}.register(...) without 'with'"
         )
 
 
-def _without_experts(model: Any) -> type:  # noqa: ANN401
-    """transformers' class `model`, without expert weights when its experts are to run on expertd servers."""
-
-    def build(self: Any, config: Any) -> None:  # noqa: ANN401
-        model.__init__(self, config)
-        if config._experts_implementation == NAME:
-            _remove_experts(self)
-
-    return type(f"{model.__name__}WithoutExperts", (model,), {"__init__": build, "__module__": __name__})
-
-
-def _remove_experts(model: Any) -> None:  # noqa: ANN401
-    """Leave no expert weights in a model under construction, and let none be loaded."""
-    for layer in model.layers:
-        experts = getattr(layer.mlp, "experts", None)
-        if experts is None:
-            continue
-        for name, _ in list(experts.named_parameters(recurse=False)):
-            delattr(experts, name)
-        # There is nothing to initialise.
-        experts._is_hf_initialized = True
-    # The enclosing model takes both over. The checkpoint's expert weights are then skipped without a warning, and
-    # FP8 quantisation does not put a module with weights in place of the empty one.
-    model._keys_to_ignore_on_load_unexpected.add(r"\.mlp\.experts\.")
-    model._keep_in_fp32_modules.add("mlp.experts")
+def _is_remote(experts: Any) -> bool:  # noqa: ANN401
+    return bool(experts.config._experts_implementation == NAME)
 
 
 def _registered() -> RemoteExperts | None:

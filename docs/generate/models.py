@@ -1,4 +1,4 @@
-"""The tables of docs/models.md: the families, how each routes and is tested, and what is refused."""
+"""The tables of docs/models.md: the families, how each routes, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from expertd.kernels.model.families import FAMILIES, KNOWN_UNSUPPORTED, Family
 
 PAGE = ROOT / "docs" / "models.md"
 SMALL_MODELS = ROOT / "tests" / "support" / "families.py"
-TESTED = {"SMALL": "layers, `generate()`", "CONFIGS": "layers, `generate()`", "SERVED": "layers"}
-"""Name of small models of the tests -> what is compared with transformers'."""
+TESTED = ("CONFIGS", "SERVED")
+"""Names of small models of the tests, by family, that are compared with transformers'."""
 
 
 def page(text: str) -> str:
@@ -29,15 +29,12 @@ def _between(text: str, name: str, written: str) -> str:
 
 
 def families() -> str:
-    tested = dict(_tested(ast.parse(SMALL_MODELS.read_text())))
-    if tested.keys() != FAMILIES.keys():
-        raise SystemExit(
-            f"{SMALL_MODELS} and the table of families differ in {sorted(tested.keys() ^ FAMILIES.keys())}"
-        )
-    titles = ("`model_type`", "published", "how it routes", "tensors of experts", "tested", "source")
+    tested = set(_tested(ast.parse(SMALL_MODELS.read_text())))
+    if tested != FAMILIES.keys():
+        raise SystemExit(f"{SMALL_MODELS} and the table of families differ in {sorted(tested ^ FAMILIES.keys())}")
+    titles = ("`model_type`", "published", "how it routes", "tensors of experts", "source")
     rows = (
-        (f"`{name}`", one.published, routing(one), tensors(one), tested[name], f"`{one.source}`")
-        for name, one in FAMILIES.items()
+        (f"`{name}`", one.published, routing(one), tensors(one), f"`{one.source}`") for name, one in FAMILIES.items()
     )
     return table(titles, rows)
 
@@ -80,15 +77,15 @@ def _tensors(family: Family) -> Iterator[str]:
         yield f"`{experts}.{{gate_up,down}}_proj`{' (also transposed)' if family.transposed else ''}"
 
 
-def _tested(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(family, what is compared) of the small models that the tests have."""
+def _tested(tree: ast.Module) -> Iterator[str]:
+    """The families of the small models that the tests have."""
     for node in tree.body:
         match node:
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.Dict(keys=keys)) if name in TESTED:
-                yield from ((model_type, TESTED[name]) for model_type in _strings(keys))
+                yield from _strings(keys)
             case ast.Assign(targets=[ast.Name(id="SMALL")]):
                 # A model of its own, in DeepSeek-V3's format.
-                yield "deepseek_v3", TESTED["SMALL"]
+                yield "deepseek_v3"
 
 
 def _strings(keys: Iterable[ast.expr | None]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""docs/performance.md and its plot, from what `expertd bench kernels --json` printed."""
+"""docs/performance.md and its plot, from what `expertd bench kernels --json` wrote."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLOT = DOCS / "images" / "kernels.svg"
 TEXT = """\
 # Performance
 
-Written by `make docs` from [{data}](data/{data}), in the form that `expertd bench kernels --json` prints. How it was
+Written by `make docs` from [{data}](data/{data}), in the form that `expertd bench kernels --json` writes. How it was
 measured, what was tried and everything else that was timed: [measurements.md](measurements.md).
 
 One layer's routed experts on one server: from unsorted FP8 tokens with expert ids and weights to BF16 sums; 32 local

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -95,6 +94,7 @@ def check_compiler(arch: str) -> Finding:
     """Compile one kernel for `arch` ("sm_90", ...), as serving will."""
     try:
         from expertd.kernels.cutile.pipeline.table import Table
+        from expertd.kernels.cutile.pipeline.toolchain import Toolchain
         from expertd.kernels.cutile.tools.inspect import compile_kernel
         from expertd.kernels.cutile.tools.registry import shipped_launches
 
@@ -105,8 +105,10 @@ def check_compiler(arch: str) -> Finding:
         # Whatever the compiler, its package or its dependencies raise: the reader needs the reason, not a traceback.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return fail("compiler", f"{reason}; install cuda-tile with its compiler: pip install 'expertd[server]'")
-    version = importlib.metadata.version("cuda-tile")
-    return ok("compiler", f"cuda-tile {version} compiled a kernel for {arch} in {time.perf_counter() - started:.1f} s")
+    toolchain = Toolchain.detect()
+    if not toolchain.measured:
+        return warn("compiler", toolchain.advice)
+    return ok("compiler", f"{toolchain} compiled a kernel for {arch} in {time.perf_counter() - started:.1f} s")
 
 
 def gpu_memory(config: ServerConfig) -> int | None:

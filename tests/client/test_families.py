@@ -1,12 +1,10 @@
-"""Families that the Hugging Face plug-in does not know: layers on two servers against transformers' own blocks."""
+"""Families beside those of the plug-in's own tests: layers on two servers against transformers' own blocks."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoConfig
 
 from expertd.client.base.gate import load_gates
 from expertd.client.config.coordinator import CoordinatorConfig
@@ -16,26 +14,8 @@ from expertd.kernels.numerics.routing import route, router_logits, weigh
 from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.proto.base.errors import InvalidBatch
-from tests.support.families import SERVED, auto_model, layers_of, pack, publish, write_family
+from tests.support.families import SERVED, load_blocks, pack, publish, routed, write_family
 from tests.support.serving import running_server
-
-
-def routed(block: Any, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
-    """What a block of transformers adds for its routed experts, with their ids and weights, sorted by id."""
-    bias = getattr(block, "e_score_correction_bias", None)
-    if hasattr(block.gate, "tid2eid"):
-        _, weights, ids = block.gate(hidden, tokens)
-    else:
-        _, weights, ids = block.gate(hidden) if bias is None else block.gate(hidden, bias)
-    order = ids.argsort(dim=1)
-    return block.experts(hidden, ids, weights), ids.gather(1, order), weights.gather(1, order)
-
-
-def load_blocks(folder: Path) -> dict[int, Any]:
-    """transformers' blocks of a checkpoint in FP32, by layer."""
-    auto = auto_model(AutoConfig.from_pretrained(folder))
-    model = auto.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
-    return {layer: one.mlp for layer, one in enumerate(layers_of(model)) if hasattr(one.mlp, "experts")}
 
 
 @pytest.mark.parametrize("model_type", SERVED)

@@ -15,6 +15,7 @@ from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.cutile.tools.registry import coordinator_launches
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.oracle.reference import reference_partials, relative_error
+from tests.support.kernels.routings import ROUTINGS
 
 SHAPE = ExpertShape(5, 384, 128)
 FAST_SHAPE = ExpertShape(5, 512, 256)
@@ -29,8 +30,9 @@ def main() -> None:
         batch = random_batch(SHAPE, tokens, CUDA, model_experts=10, top_k=4)
         error = relative_error(pipeline(batch, weights, config).sums, reference_partials(batch, weights))
         print(f"{tokens} tokens: relative error {error:.2e}")
-        for launch in coordinator_launches(MoeConfig(), tokens, CUDA):
-            launch()
+        for model in (MoeConfig(), ROUTINGS["Qwen3-Next"], ROUTINGS["DeepSeek-V4-Flash"]):
+            for launch in coordinator_launches(model, tokens, CUDA):
+                launch()
     fast = (
         (1, SPLIT_8),
         (9, FEW_8),

@@ -5,34 +5,37 @@ import torch
 
 from expertd.kernels.cutile.routing.quantize import quantize_activations
 from expertd.kernels.cutile.routing.top_k import route
+from expertd.kernels.cutile.routing.weigh import weigh
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.quantize import quantize_activations as torch_quantize
 from expertd.kernels.numerics.routing import route as torch_route
+from expertd.kernels.numerics.routing import weigh as torch_weigh
+from tests.support.kernels.routings import ROUTINGS, assert_routed, chosen_by_token, outputs, random_logits, tied
 from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
 
-CONFIGS = {
-    "deepseek-v3": MoeConfig(),
-    "no powers of two": MoeConfig(n_routed_experts=160, n_group=5, topk_group=3, num_experts_per_tok=6),
-    "one group": MoeConfig(n_routed_experts=8, n_group=1, topk_group=1, num_experts_per_tok=3, norm_topk_prob=False),
-    "one expert a group": MoeConfig(n_routed_experts=16, n_group=16, topk_group=4, num_experts_per_tok=4),
-}
+TOKENS = 4099
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_route_chooses_what_torch_chooses(config: MoeConfig, ties: bool) -> None:
-    logits = torch.randn(4099, config.n_routed_experts, device="cuda") * 3
-    bias = torch.randn(config.n_routed_experts, device="cuda") * 0.1
-    if ties:
-        logits, bias = logits.round(), torch.zeros_like(bias)
-    ids = torch.full((4099, config.num_experts_per_tok), -7, dtype=torch.int32, device="cuda")
-    weights = torch.full(ids.shape, torch.nan, device="cuda")
+@pytest.mark.parametrize("config", ROUTINGS.values(), ids=ROUTINGS)
+def test_route_chooses_what_torch_chooses(config: MoeConfig) -> None:
+    logits, bias = random_logits(config, TOKENS, "cuda")
+    ids, weights = outputs(TOKENS, config, "cuda")
     route(logits, bias, ids, weights, config)()
-    expected_ids, expected_weights = torch_route(logits, bias, config)
-    assert torch.equal(ids, expected_ids)
-    torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=0)
+    assert_routed(ids, weights, logits, bias, config)
+    even = tied(logits)
+    route(even, torch.zeros_like(bias), ids, weights, config)()
+    assert torch.equal(ids, torch_route(even, torch.zeros_like(bias), config)[0])
+
+
+@pytest.mark.parametrize("name", ["DeepSeek-V4-Flash", "DeepSeek-V4-Pro", "DeepSeek-V3", "Qwen3-Next", "22 of 512"])
+def test_weigh_gives_what_torch_gives(name: str) -> None:
+    config = ROUTINGS[name]
+    logits, _ = random_logits(config, TOKENS, "cuda")
+    ids, (_, weights) = chosen_by_token(config, TOKENS, "cuda"), outputs(TOKENS, config, "cuda")
+    weigh(logits, ids, weights, config)()
+    torch.testing.assert_close(weights, torch_weigh(logits, ids, config), rtol=2e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 128), (3, 7168), (257, 2176)])

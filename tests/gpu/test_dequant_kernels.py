@@ -74,7 +74,7 @@ def test_dequant_weights_addresses_more_than_two_to_the_31_elements() -> None:
     assert torch.equal(out[0], (weight[-1].float() * 0.5).bfloat16())
 
 
-@pytest.mark.parametrize("width", [128, 2048, 640, 4096])
+@pytest.mark.parametrize("width", [128, 2048, 640, 4096, 4224, 14336, 16384])
 def test_silu_and_mul_is_accurate_and_leaves_unused_rows(width: int) -> None:
     up_gate = torch.randn(9, 2 * width, device=CUDA)
     factors = torch.rand(9, device=CUDA) * 8

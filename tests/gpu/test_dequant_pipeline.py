@@ -16,8 +16,8 @@ from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.numerics.quantize import dequantize_activations
 from expertd.kernels.numerics.routing import route
 from expertd.kernels.oracle.reference import reference_partials, relative_error
-from tests.gpu.flashinfer_oracle import moe_fp8_block_scale_ds_routing
 from tests.gpu.synchronisation import no_synchronisation
+from tests.support.kernels.flashinfer_oracle import moe_fp8_block_scale_ds_routing
 from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
@@ -25,6 +25,7 @@ pytestmark = gpu_only
 BOUND = 1e-3
 CUDA = torch.device("cuda")
 SHAPES = [ExpertShape(32, 1024, 512), ExpertShape(8, 2176, 640), ExpertShape(64, 256, 128)]
+LONG = ExpertShape(4, 256, 14336)
 GROUPED = DequantConfig(64, candidates("sm_90", 64)[0], candidates("sm_90", 64)[1])
 WIDE = DequantConfig(128, candidates("sm_90", 128)[0], candidates("sm_90", 128)[1])
 INDIVIDUAL = replace(GROUPED, group_from=1000)
@@ -50,6 +51,13 @@ def test_error_within_bound(shape: ExpertShape, tokens: int, config: DequantConf
     assert relative_error(partials.sums, reference_partials(batch, weights)) < BOUND
     ids = batch.expert_ids[batch.expert_ids >= 0]
     assert torch.equal(partials.pairs, ids.bincount(minlength=shape.num_experts).to(torch.int32))
+
+
+@PATHS
+def test_long_rows(config: DequantConfig) -> None:
+    weights, batch = random_weights(LONG, CUDA), random_batch(LONG, 65, CUDA, model_experts=8)
+    sums = pipeline(LONG)(batch, weights, config).sums
+    assert relative_error(sums, reference_partials(batch, weights)) < BOUND
 
 
 @PATHS

@@ -20,6 +20,7 @@ BOUND = 3e-2
 CUDA = torch.device("cuda")
 PROCESSORS = 132
 SHAPES = [ExpertShape(32, 2048, 512), ExpertShape(8, 2176, 640), ExpertShape(64, 256, 128)]
+LONG = ExpertShape(4, 256, 14336)
 CONFIGS = {
     "8 rows, split": SPLIT_8,
     "8 rows": FEW_8,
@@ -64,6 +65,12 @@ def test_error_within_bound(shape: ExpertShape, tokens: int, config: LayerConfig
     assert relative_error(sums, reference_partials(batch, weights)) < BOUND
     ids = batch.expert_ids[batch.expert_ids >= 0]
     assert torch.equal(pairs, ids.bincount(minlength=shape.num_experts).to(torch.int32))
+
+
+@pytest.mark.parametrize("config", [FEW_8, LayerConfig(64, PAIRED, PAIRED)], ids=["8 rows", "64 rows"])
+def test_long_rows(config: LayerConfig) -> None:
+    weights, batch = random_weights(LONG, CUDA), random_batch(LONG, 65, CUDA, model_experts=8)
+    assert relative_error(compute(batch, weights, config)[0], reference_partials(batch, weights)) < BOUND
 
 
 @PATHS

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DeepseekV3Config,
@@ -73,7 +75,7 @@ CONFIGS: dict[str, Any] = {
     ),
     "mixtral": MixtralConfig(**SIZES, intermediate_size=128, num_local_experts=16, num_experts_per_tok=2),
 }
-"""Families that the plug-in knows, too."""
+"""Families that all tests of the plug-in's take."""
 _EXPERTS: dict[str, Any] = {"moe_intermediate_size": 128, "num_experts_per_tok": 4}
 _GROUPED: dict[str, Any] = {
     **SIZES,
@@ -90,7 +92,13 @@ _GROUPED: dict[str, Any] = {
     "qk_rope_head_dim": 32,
     "v_head_dim": 32,
 }
-_QWEN3_5: dict[str, Any] = {**SIZES, **_EXPERTS, "num_experts": 16, "shared_expert_intermediate_size": 128}
+_LINEAR: dict[str, Any] = {
+    **SIZES,
+    **_EXPERTS,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_experts": 16,
+    "shared_expert_intermediate_size": 128,
+}
 _VISION: dict[str, Any] = {
     "depth": 1,
     "hidden_size": 64,
@@ -117,7 +125,9 @@ SERVED: dict[str, Any] = {
     "deepseek_ref": _V4,
     "deepseek_v32": DeepseekV32Config(**_GROUPED),
     # transformers has DeepSeek-V3's classes for it.
-    "kimi_k2": DeepseekV3Config(**_GROUPED | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}),
+    "kimi_k2": DeepseekV3Config(
+        **_GROUPED | {"head_dim": 32, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}
+    ),
     "glm_moe_dsa": GlmMoeDsaConfig(**_GROUPED | {"n_group": 1, "topk_group": 1}),
     "mimo_v2_flash": MiMoV2FlashConfig(
         **SIZES, **_EXPERTS, intermediate_size=256, n_routed_experts=16, routed_scaling_factor=None
@@ -127,16 +137,14 @@ SERVED: dict[str, Any] = {
     "ernie4_5_moe": Ernie4_5_MoeConfig(
         **SIZES, moe_intermediate_size=128, moe_k=4, intermediate_size=256, moe_num_experts=16
     ),
-    "qwen3_next": Qwen3NextConfig(
-        **SIZES, **_EXPERTS, intermediate_size=256, num_experts=16, shared_expert_intermediate_size=128
-    ),
-    "qwen3_5_moe": Qwen3_5MoeConfig(text_config=_QWEN3_5, vision_config=_VISION),
-    "qwen3_5_moe_text": Qwen3_5MoeTextConfig(**_QWEN3_5),
+    "qwen3_next": Qwen3NextConfig(**_LINEAR, intermediate_size=256),
+    "qwen3_5_moe": Qwen3_5MoeConfig(text_config=_LINEAR, vision_config=_VISION),
+    "qwen3_5_moe_text": Qwen3_5MoeTextConfig(**_LINEAR),
     "qwen3_vl_moe": Qwen3VLMoeConfig(
         text_config={**SIZES, **_EXPERTS, "intermediate_size": 256, "num_experts": 16}, vision_config=_VISION
     ),
 }
-"""Families whose layers coordinators and servers compute, and the plug-in does not know."""
+"""All others beside DeepSeek-V3: layers are compared, and whole models."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,24 @@ def auto_model(config: Any) -> Any:  # noqa: ANN401
 def layers_of(model: Any) -> Any:  # noqa: ANN401
     """The layers of the model, or of the part that reads text."""
     return getattr(model.model, "language_model", model.model).layers
+
+
+def routed(block: Any, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+    """What a block of transformers adds for its routed experts, with their ids and weights, sorted by id."""
+    bias = getattr(block, "e_score_correction_bias", None)
+    if hasattr(block.gate, "tid2eid"):
+        _, weights, ids = block.gate(hidden, tokens)
+    else:
+        _, weights, ids = block.gate(hidden) if bias is None else block.gate(hidden, bias)
+    order = ids.argsort(dim=1)
+    return block.experts(hidden, ids, weights), ids.gather(1, order), weights.gather(1, order)
+
+
+def load_blocks(folder: Path) -> dict[int, Any]:
+    """transformers' blocks of a checkpoint in FP32, by layer."""
+    auto = auto_model(AutoConfig.from_pretrained(folder))
+    model = auto.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    return {layer: one.mlp for layer, one in enumerate(layers_of(model)) if hasattr(one.mlp, "experts")}
 
 
 def publish(folder: Path, model_type: str) -> None:

@@ -16,6 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from expertd.client.call.pending import PendingCall
+from expertd.client.sync import SyncCoordinator
+from tests.support.families import layers_of
+
 NEW_TOKENS = 64
 # transformers annotates these too loosely to be checked.
 Model = Any
@@ -31,10 +35,8 @@ def prompts(count: int = 3, length: int = 9, seed: int = 6) -> Tensor:
 
 
 @torch.inference_mode()
-def generate(model: Model, ids: Tensor) -> Tensor:
-    tokens: Tensor = model.generate(
-        ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-    )
+def generate(model: Model, ids: Tensor, count: int = NEW_TOKENS) -> Tensor:
+    tokens: Tensor = model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
     return tokens
 
 
@@ -56,14 +58,15 @@ def no_warnings(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     logger.addHandler(caplog.handler)
     yield
     logger.removeHandler(caplog.handler)
-    # Not asyncio's, which tells of gRPC's tasks that other tests left behind.
+    # Not asyncio's, which tells of gRPC's tasks that other tests left behind, nor of servers that a busy machine slows.
     told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert not [record for record in told if record.name.startswith(("expertd", "transformers"))]
+    told = [record for record in told if record.name.startswith(("expertd", "transformers"))]
+    assert not [record for record in told if not record.name.startswith("expertd.client.fleet")]
 
 
 def experts_of(model: Model) -> list[torch.nn.Module]:
     """The experts of each layer that has any."""
-    return [layer.mlp.experts for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    return [layer.mlp.experts for layer in layers_of(model) if hasattr(layer.mlp, "experts")]
 
 
 def round_inputs(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
@@ -86,3 +89,32 @@ def write_tokenizer(folder: Path, words: Sequence[str]) -> None:
     tokenizer.pre_tokenizer = Whitespace()
     fast: Any = PreTrainedTokenizerFast
     fast(tokenizer_object=tokenizer, unk_token=words[-1]).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def one_after_the_other(model: Model) -> Iterator[None]:
+    """Shared experts of `model` do not run while the servers compute."""
+    with pytest.MonkeyPatch.context() as patch:
+        for block in {type(layer.mlp) for layer in layers_of(model)}:
+            if hasattr(block.forward, "__wrapped__"):
+                patch.setattr(block, "forward", block.forward.__wrapped__)
+        yield
+
+
+def watch_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calls that are begun and collected from now on, in order."""
+    seen: list[str] = []
+    submit, result = SyncCoordinator.submit, PendingCall.result
+
+    def seen_submit(moe: SyncCoordinator, *arguments: Any, **named: Any) -> PendingCall:  # noqa: ANN401
+        pending = submit(moe, *arguments, **named)
+        seen.append("submitted")
+        return pending
+
+    def seen_result(pending: PendingCall) -> Any:  # noqa: ANN401
+        seen.append("collected")
+        return result(pending)
+
+    monkeypatch.setattr(SyncCoordinator, "submit", seen_submit)
+    monkeypatch.setattr(PendingCall, "result", seen_result)
+    return seen

@@ -17,6 +17,8 @@ class Launch:
     kernel: ct.kernel
     grid: tuple[int, ...]
     args: tuple[Any, ...]
+    overlaps: bool = False
+    """Whether its blocks may start while the kernel before it ends: that kernel and this one call `take_turn`."""
 
     @property
     def name(self) -> str:
@@ -24,7 +26,8 @@ class Launch:
         return str(self.kernel._pyfunc.__name__).partition("_kernel")[0]
 
     def __call__(self) -> None:
-        ct.launch(torch.cuda.current_stream(), self.grid, self.kernel, self.args)
+        stream = torch.cuda.current_stream()
+        ct.launch(stream, self.grid, self.kernel, self.args, programmatic_dependent_launch=self.overlaps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,12 @@ class Gpu:
     def of(cls, device: torch.device) -> Gpu:
         properties = torch.cuda.get_device_properties(device)
         return cls(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def take_turn() -> None:
+    """In a kernel, before it touches memory that others write: wait for the kernel before, let the next one start."""
+    ct.grid_dependency_control_wait()
+    ct.grid_dependency_control_launch_dependents()
 
 
 @cache

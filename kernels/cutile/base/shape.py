@@ -11,7 +11,10 @@ TILE_COUNT_STEP = 16
 MAX_EXPERTS = 64
 """Of a layer on one GPU."""
 MAX_HIDDEN_SIZE = 8192
-MAX_INTERMEDIATE_SIZE = 4096
+MAX_INTERMEDIATE_SIZE = 16384
+MAX_ELEMENTS = 1 << 31
+"""Of an array of rows: kernels have 32-bit offsets."""
+MOST_TILE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +40,13 @@ def max_row_tiles(num_tokens: int, top_k: int, num_experts: int, tile_rows: int)
     pairs = num_tokens * min(top_k, num_experts)
     tiles = min(pairs, num_experts + pairs // tile_rows)
     return -(-tiles // TILE_COUNT_STEP) * TILE_COUNT_STEP
+
+
+def tokens_within_reach(shape: ExpertShape, top_k: int) -> int:
+    """The largest shape class whose rows, in tiles of any size, are fewer than `MAX_ELEMENTS` elements."""
+    longest = max(shape.hidden_size, 2 * shape.intermediate_size)
+
+    def elements(tokens: int) -> int:
+        return max_row_tiles(tokens, top_k, shape.num_experts, MOST_TILE_ROWS) * MOST_TILE_ROWS * longest
+
+    return next(tokens for tokens in reversed(SHAPE_CLASSES) if elements(tokens) < MAX_ELEMENTS)

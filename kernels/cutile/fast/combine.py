@@ -7,7 +7,7 @@ from typing import Annotated
 import cuda.tile as ct
 from torch import Tensor
 
-from expertd.kernels.cutile.base.launch import Launch
+from expertd.kernels.cutile.base.launch import Launch, take_turn
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
 COLUMNS = 4096
@@ -28,6 +28,7 @@ def combine_kernel(
     COLUMNS: ConstInt,
     EAGER: ConstInt,
 ) -> None:
+    take_turn()
     token = ct.bid(0)
     choices = ct.arange(TOP_K, dtype=ct.int32)
     sources = ct.gather(pair_rows, (token, choices), padding_value=-1)

@@ -7,7 +7,7 @@ from typing import Annotated
 import cuda.tile as ct
 from torch import Tensor
 
-from expertd.kernels.cutile.base.launch import Launch
+from expertd.kernels.cutile.base.launch import Launch, take_turn
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
 TOKENS = 128
@@ -18,6 +18,7 @@ TOKENS = 128
 def count_pairs_kernel(
     expert_ids: ct.Array, counts: ct.Array, TOP_K: ConstInt, EXPERTS: ConstInt, TOKENS: ConstInt
 ) -> None:
+    take_turn()
     block = ct.bid(0)
     token = block * TOKENS + ct.arange(TOKENS, dtype=ct.int32).reshape((TOKENS, 1))
     expert = ct.arange(EXPERTS, dtype=ct.int32).reshape((1, EXPERTS))

@@ -7,7 +7,7 @@ from typing import Annotated
 import cuda.tile as ct
 from torch import Tensor
 
-from expertd.kernels.cutile.base.launch import Launch, hinted
+from expertd.kernels.cutile.base.launch import Launch, hinted, take_turn
 from expertd.kernels.cutile.fast.place_pairs import Schedule
 from expertd.kernels.cutile.fast.tiles import GemmConfig
 from expertd.kernels.model.config import BLOCK
@@ -42,6 +42,7 @@ def fp8_gemm_kernel(
     SCALES_IN_SHARED: ConstInt,
     BLOCK: ConstInt,
 ) -> None:
+    take_turn()
     row_tiles = ct.load(num_tiles, (0,), (1,)).item()
     # No branch may enclose the loop over K: the compiler would have the loads of a tile wait for the tile before it.
     for tile in range(ct.bid(0), row_tiles * COLUMN_TILES, ct.num_blocks(0)):

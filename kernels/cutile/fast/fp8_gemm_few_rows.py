@@ -7,7 +7,7 @@ from typing import Annotated
 import cuda.tile as ct
 from torch import Tensor
 
-from expertd.kernels.cutile.base.launch import Launch, hinted
+from expertd.kernels.cutile.base.launch import Launch, hinted, take_turn
 from expertd.kernels.cutile.fast.place_pairs import Schedule
 from expertd.kernels.cutile.fast.tiles import GemmConfig
 from expertd.kernels.model.config import BLOCK
@@ -33,6 +33,7 @@ def fp8_gemm_few_rows_kernel(
     LATENCY: ConstInt,
     BLOCK: ConstInt,
 ) -> None:
+    take_turn()
     for tile in range(ct.bid(0), ct.load(num_tiles, (0,), (1,)).item() * COLUMN_TILES * SPLITS, ct.num_blocks(0)):
         split = tile % SPLITS
         i = tile // SPLITS // COLUMN_TILES

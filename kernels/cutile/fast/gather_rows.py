@@ -8,7 +8,7 @@ import cuda.tile as ct
 import torch
 from torch import Tensor
 
-from expertd.kernels.cutile.base.launch import Launch
+from expertd.kernels.cutile.base.launch import Launch, take_turn
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
 
@@ -24,6 +24,7 @@ def gather_rows_kernel(
     WORDS: ConstInt,
     SCALES: ConstInt,
 ) -> None:
+    take_turn()
     token = ct.bid(0)
     choices = ct.arange(TOP_K, dtype=ct.int32).reshape((1, TOP_K))
     targets = ct.gather(pair_rows, (token, choices), padding_value=-1)

@@ -7,7 +7,7 @@ from typing import Annotated
 import cuda.tile as ct
 from torch import Tensor
 
-from expertd.kernels.cutile.base.launch import Launch, hinted
+from expertd.kernels.cutile.base.launch import Launch, hinted, take_turn
 from expertd.kernels.cutile.base.limit import bounded, limit_constant
 from expertd.kernels.cutile.fast.place_pairs import Schedule
 from expertd.kernels.cutile.fast.swiglu_quantize import MINUS_LOG2_E
@@ -40,6 +40,7 @@ def gemm1_few_rows_kernel(
     LEAST_AMAX: ConstFloat,
     LIMIT: ConstFloat,
 ) -> None:
+    take_turn()
     for tile in range(ct.bid(0), ct.load(num_tiles, (0,), (1,)).item() * COLUMN_TILES, ct.num_blocks(0)):
         i = tile // COLUMN_TILES
         j = tile % COLUMN_TILES

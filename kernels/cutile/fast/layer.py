@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch
-from expertd.kernels.cutile.base.shape import max_row_tiles
+from expertd.kernels.cutile.base.shape import MAX_ELEMENTS, max_row_tiles
 from expertd.kernels.cutile.fast.combine import combine
 from expertd.kernels.cutile.fast.count_pairs import TOKENS, count_pairs
 from expertd.kernels.cutile.fast.fp8_gemm import fp8_gemm
@@ -22,7 +22,6 @@ from expertd.kernels.cutile.fast.tiles import GemmConfig, LayerConfig
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
 
-MAX_ELEMENTS = 1 << 31
 SPLIT_BYTES = 64 << 20
 SWIGLU_OCCUPANCY = 16
 """Blocks of `swiglu_quantize` that a multiprocessor runs at once, about."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import cuda.tile as ct
 from torch import Tensor
 
-from expertd.kernels.cutile.base.launch import Launch
+from expertd.kernels.cutile.base.launch import Launch, take_turn
 from expertd.kernels.cutile.base.shape import shape_class
 from expertd.kernels.cutile.fast.count_pairs import TOKENS
 
@@ -49,6 +49,7 @@ def place_pairs_kernel(
     TILE_ROWS: ConstInt,
     MAP_TILES: ConstInt,
 ) -> None:
+    take_turn()
     block = ct.bid(0)
     blocks = ct.num_blocks(0)
     token = block * TOKENS + ct.arange(TOKENS, dtype=ct.int32).reshape((TOKENS, 1))

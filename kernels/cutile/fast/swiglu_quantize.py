@@ -7,7 +7,7 @@ from typing import Annotated
 import cuda.tile as ct
 from torch import Tensor
 
-from expertd.kernels.cutile.base.launch import Launch
+from expertd.kernels.cutile.base.launch import Launch, take_turn
 from expertd.kernels.cutile.base.limit import bounded, limit_constant
 from expertd.kernels.cutile.fast.place_pairs import Schedule
 from expertd.kernels.model.config import BLOCK
@@ -38,6 +38,7 @@ def swiglu_quantize_kernel(
     LEAST_AMAX: ConstFloat,
     LIMIT: ConstFloat,
 ) -> None:
+    take_turn()
     total = ct.load(num_tiles, (0,), (1,)).item() * (TILE_ROWS // ROWS) * PARTS
     for tile in range(ct.bid(0), total, ct.num_blocks(0)):
         i = tile // PARTS

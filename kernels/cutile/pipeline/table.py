@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
-import subprocess
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from expertd.kernels.cutile.pipeline.toolchain import Toolchain, output
 from expertd.kernels.weights.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -94,11 +93,12 @@ class Machine:
 
     @classmethod
     def detect(cls) -> Machine:
+        toolchain = Toolchain.detect()
         return cls(
             gpu=torch.cuda.get_device_name(),
-            driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            cuda_tile=importlib.metadata.version("cuda-tile"),
-            tileiras=_tileiras_version(),
+            driver=output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            cuda_tile=toolchain.cuda_tile,
+            tileiras=toolchain.tileiras,
             sources=source_hash(Path(__file__).parents[1]),
         )
 
@@ -158,19 +158,3 @@ def _read_cache(cache: Path) -> dict[str, Any]:
         logger.warning("the tuning cache %s is left out: %s", path, error)
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _tileiras_version() -> str:
-    try:
-        return importlib.metadata.version("nvidia-cuda-tileiras")
-    except importlib.metadata.PackageNotFoundError:
-        return _output("tileiras", "--version").splitlines()[-1]
-
-
-def _output(*command: str) -> str:
-    """What a command prints; "unknown" where it is missing or fails, so that its absence is a machine of its own."""
-    try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip() or "unknown"

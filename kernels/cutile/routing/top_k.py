@@ -1,4 +1,4 @@
-"""DeepSeek-V3 routing in one launch: sigmoid, bias, groups, top-k, normalisation and scaling."""
+"""Routing in one launch: scores of any family, bias, groups, top-k, normalisation and scaling."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import cuda.tile as ct
 from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch
+from expertd.kernels.cutile.routing.scores import SCORINGS, power_of_2, scores_of, weights_of
 from expertd.kernels.model.config import MoeConfig
-from expertd.kernels.numerics.backend import UnsupportedShape
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
 ConstBool = Annotated[bool, ct.ConstantAnnotation()]
@@ -30,6 +30,7 @@ def route_kernel(
     PAD_GROUPS: ConstInt,
     PAD_SIZE: ConstInt,
     PAD_TOP: ConstInt,
+    SCORING: ConstInt,
     NORMALIZE: ConstBool,
     SCALE: ConstFloat,
 ) -> None:
@@ -38,18 +39,20 @@ def route_kernel(
     member = ct.arange(PAD_SIZE, dtype=ct.int32).reshape((1, PAD_SIZE))
     expert = group * SIZE + member
     exists = (group < GROUPS) & (member < SIZE)
-    scores = 1.0 / (1.0 + ct.exp(-ct.gather(logits, (token, expert), mask=exists)))
+    scores = scores_of(ct.gather(logits, (token, expert), mask=exists), exists, SCORING)
     choice = ct.where(exists, scores + ct.gather(bias, expert, mask=exists), -math.inf)
 
-    group_scores = ct.max(choice, axis=1, keepdims=True)
-    if SIZE > 1:
-        first = ct.argmax(choice, axis=1, keepdims=True)
-        group_scores = group_scores + ct.max(ct.where(member == first, -math.inf, choice), axis=1, keepdims=True)
-    eligible = ct.full((PAD_GROUPS, PAD_SIZE), -math.inf, dtype=ct.float32)
-    for _ in range(KEPT):
-        best = ct.argmax(group_scores, axis=0, keepdims=True)
-        eligible = ct.where(group == best, choice, eligible)
-        group_scores = ct.where(group == best, -math.inf, group_scores)
+    eligible = choice
+    if KEPT < GROUPS:
+        group_scores = ct.max(choice, axis=1, keepdims=True)
+        if SIZE > 1:
+            first = ct.argmax(choice, axis=1, keepdims=True)
+            group_scores = group_scores + ct.max(ct.where(member == first, -math.inf, choice), axis=1, keepdims=True)
+        eligible = ct.full((PAD_GROUPS, PAD_SIZE), -math.inf, dtype=ct.float32)
+        for _ in range(KEPT):
+            best = ct.argmax(group_scores, axis=0, keepdims=True)
+            eligible = ct.where(group == best, choice, eligible)
+            group_scores = ct.where(group == best, -math.inf, group_scores)
 
     # Ties go to the lower expert id because argmax takes the lowest index, and groups are in the order of the ids.
     flat_eligible = eligible.reshape((1, PAD_GROUPS * PAD_SIZE))
@@ -65,30 +68,18 @@ def route_kernel(
         chosen = ct.where(rank == k, ct.sum(ct.where(here, flat_expert, 0), axis=1, keepdims=True), chosen)
         gates = ct.where(rank == k, ct.sum(ct.where(here, flat_scores, 0.0), axis=1, keepdims=True), gates)
         flat_eligible = ct.where(here, -math.inf, flat_eligible)
-    if NORMALIZE:
-        gates = gates / (ct.sum(gates, axis=1, keepdims=True) + 1e-20)
     ct.store(ids, (token, 0), chosen)
-    ct.store(weights, (token, 0), gates * SCALE)
+    ct.store(weights, (token, 0), weights_of(gates, NORMALIZE, SCALE))
 
 
 def route(logits: Tensor, correction_bias: Tensor, ids: Tensor, weights: Tensor, config: MoeConfig) -> Launch:
     """Route [T, E] float32 `logits` with the [E] float32 bias; write [T, k] int32 `ids` and float32 `weights`.
 
     The choices are those of `expertd.kernels.numerics.routing.route` on the same device: descending by score, ties
-    toward the lower id. Raises `UnsupportedShape` for a model that does not score by sigmoid.
+    toward the lower id. Scores that differ by an ulp may tie here and not there.
     """
-    if config.family.scoring_func != "sigmoid":
-        raise UnsupportedShape(
-            f"{config.model_type} scores by {config.family.scoring_func}, and this kernel by sigmoid;"
-            " use expertd.kernels.numerics.routing.route"
-        )
     sizes = (config.n_group, config.topk_group, config.experts_per_group, config.num_experts_per_tok)
-    padded = (_power_of_2(config.n_group), _power_of_2(config.experts_per_group), _power_of_2(sizes[3]))
+    padded = map(power_of_2, (config.n_group, config.experts_per_group, config.num_experts_per_tok))
     scaling = (config.norm_topk_prob, float(config.routed_scaling_factor))
-    args = (logits, correction_bias, ids, weights, *sizes, *padded, *scaling)
+    args = (logits, correction_bias, ids, weights, *sizes, *padded, SCORINGS[config.family.scoring_func], *scaling)
     return Launch(route_kernel, (len(logits),), args)
-
-
-def _power_of_2(count: int) -> int:
-    """The least power of two that is not below `count`; sides of tiles are powers of two."""
-    return 1 << (count - 1).bit_length()

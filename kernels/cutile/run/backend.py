@@ -18,12 +18,13 @@ from expertd.kernels.cutile.base.shape import (
     MAX_INTERMEDIATE_SIZE,
     SHAPE_CLASSES,
     ExpertShape,
+    tokens_within_reach,
 )
 from expertd.kernels.cutile.dequant.halves import to_float16
 from expertd.kernels.cutile.pipeline.arithmetic import DequantLayer, FastLayer, Layer, Pipeline, choose_pipeline
 from expertd.kernels.cutile.pipeline.table import DEFAULT_CACHE, Machine, load_table
 from expertd.kernels.cutile.run.batch import DeviceBatch, start_batch
-from expertd.kernels.cutile.run.cache import warn_unless_kept
+from expertd.kernels.cutile.run.cache import log_toolchain, warn_unless_kept
 from expertd.kernels.cutile.run.capture import Graphs
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.backend import (
@@ -51,7 +52,8 @@ class CutileBackend:
     `pipeline` is "fast" (FP8 products, relative error below 3e-2), "dequant" (FP16 products, below 1e-3) or "auto":
     `choose_pipeline`. A token's bits never depend on the order of its batch; with `batch_invariant` they do not depend
     on its size either. Batches of up to `max_batch_tokens` tokens are taken; kernels compute at most `max_tokens` at
-    once, longer batches in parts. Tokens have at most `max_top_k` experts.
+    once, fewer where their offsets reach less far, and longer batches in parts. Tokens have at most `max_top_k`
+    experts.
     """
 
     name = "cutile"
@@ -123,6 +125,7 @@ class CutileBackend:
 
     def warm_up(self) -> None:
         """Compile what every size class needs and capture its graphs."""
+        log_toolchain()
         warn_unless_kept()
         self._graphs.capture_all(next(iter(self._layers.values())))
 
@@ -169,7 +172,7 @@ class CutileBackend:
         )
 
     def _allocate(self, weights: LayerWeights) -> None:
-        most = min(self._max_tokens, self._max_batch_tokens)
+        most = min(self._max_tokens, self._max_batch_tokens, tokens_within_reach(self._shape, self._max_top_k))
         self._executor = CudaExecutor(
             torch.cuda.current_device() if self._device.index is None else self._device.index,
             depth=self.depth,

@@ -7,6 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from expertd.kernels.cutile.pipeline.toolchain import Toolchain
+
 log = logging.getLogger(__name__)
 OFF = ("", "0", "off", "none")
 
@@ -35,3 +37,12 @@ def warn_unless_kept() -> None:
             error.strerror,
             os.geteuid(),
         )
+
+
+def log_toolchain() -> None:
+    """Name the compiler, aloud where nobody has measured what it makes of the kernels."""
+    toolchain = Toolchain.detect()
+    if toolchain.measured:
+        log.info("compiled by %s", toolchain)
+    else:
+        log.warning("%s", toolchain.advice)

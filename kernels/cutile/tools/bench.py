@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from expertd.kernels.cutile.dequant.layer import default_config as default_dequa
 from expertd.kernels.cutile.fast.layer import Workspace, layer_launches
 from expertd.kernels.cutile.fast.tiles import LayerConfig, default_config
 from expertd.kernels.cutile.pipeline.table import Machine, Table, load_table
+from expertd.kernels.cutile.pipeline.toolchain import Toolchain
 from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.cutile.tools.measure import graph_time, kernel_times
 from expertd.kernels.cutile.tools.registry import coordinator_launches, dequant_launches, fast_launches
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
 from expertd.kernels.oracle.reference import reference_partials, relative_error
+from expertd.kernels.weights.files import write_json
 
 MODEL_EXPERTS, TOP_K = 256, 8
 LAYERS = 4
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(UNIFORM_TOKENS), help="default: %(default)s")
     parser.add_argument("--no-torch", action="store_true", help="leave out the slow pipeline of plain torch operations")
     parser.add_argument("--parts", action="store_true", help="time every kernel of both pipelines instead, by name")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,12 +78,21 @@ def run(args: argparse.Namespace) -> int:
     for routing, tokens in cases:
         print(f"{routing}, {tokens} tokens", file=sys.stderr)
         rows.append(bench.row(routing, tokens, with_torch=not args.no_torch))
-    if args.json:
-        machine = {"gpu": torch.cuda.get_device_name(), "read_bytes_per_s": bandwidth, "bf16_flops_per_s": rate}
-        print(json.dumps({**machine, "rows": [asdict(row) for row in rows]}))
-    else:
-        print_table(rows, bandwidth, rate)
+    print_table(rows, bandwidth, rate)
+    if args.json is not None:
+        write_json({**describe(bandwidth, rate), "rows": [asdict(row) for row in rows]}, args.json)
     return 0
+
+
+def describe(bandwidth: float, rate: float) -> dict[str, object]:
+    """The machine, its compiler and the rates that floors are of."""
+    toolchain = asdict(Toolchain.detect())
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        **toolchain,
+        "read_bytes_per_s": bandwidth,
+        "bf16_flops_per_s": rate,
+    }
 
 
 def print_table(rows: Sequence[Row], bandwidth: float, rate: float) -> None:

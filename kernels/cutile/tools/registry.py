@@ -17,6 +17,7 @@ from expertd.kernels.cutile.fast.tiles import default_config as default_layer_co
 from expertd.kernels.cutile.pipeline.table import Table
 from expertd.kernels.cutile.routing.quantize import quantize_activations
 from expertd.kernels.cutile.routing.top_k import route
+from expertd.kernels.cutile.routing.weigh import weigh
 from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.model.config import BLOCK, MoeConfig
 from expertd.kernels.numerics.quantize import FP8
@@ -76,15 +77,19 @@ def fast_launches(
 
 def coordinator_launches(model: MoeConfig, tokens: int, device: torch.device) -> list[Launch]:
     """Routing and activation quantisation."""
+    hidden = torch.randn(tokens, model.hidden_size, device=device).bfloat16()
+    quantized = torch.empty(tokens, model.hidden_size, dtype=FP8, device=device)
+    scales = torch.empty(tokens, model.hidden_size // BLOCK, device=device)
+    return [*routing_launches(model, tokens, device), quantize_activations(hidden, quantized, scales)]
 
-    def output(columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(tokens, columns, dtype=dtype, device=device)
 
+def routing_launches(model: MoeConfig, tokens: int, device: torch.device) -> list[Launch]:
+    """The choice of experts, and the weights alone where the family has layers that choose by token id."""
     logits = torch.randn(tokens, model.n_routed_experts, device=device)
     bias = torch.randn(model.n_routed_experts, device=device)
-    hidden = torch.randn(tokens, model.hidden_size, device=device).bfloat16()
-    chosen = (output(model.num_experts_per_tok, torch.int32), output(model.num_experts_per_tok))
-    return [
-        route(logits, bias, *chosen, model),
-        quantize_activations(hidden, output(model.hidden_size, FP8), output(model.hidden_size // BLOCK)),
-    ]
+    ids = torch.empty(tokens, model.num_experts_per_tok, dtype=torch.int32, device=device)
+    weights = torch.empty(ids.shape, device=device)
+    launches = [route(logits, bias, ids, weights, model)]
+    if model.family.table is not None:
+        launches.append(weigh(logits, ids, weights, model))
+    return launches

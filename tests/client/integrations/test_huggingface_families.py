@@ -12,8 +12,6 @@ from expertd.client.base.gate import load_gates
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.integrations.huggingface import NAME, register, unregister
-from expertd.client.tools.oracle import load_oracle
-from expertd.kernels.model.config import InvalidConfig
 from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import load_layer
@@ -130,17 +128,13 @@ async def test_a_model_of_another_family_is_refused(servers: list[str], family: 
     other = next(name for name in CONFIGS if name != served)
 
     def check() -> None:
+        config, refused = CONFIGS[other], f"model_type is {other} in this model and {served} on"
         with register(servers):
-            model = AutoModel.from_config(copy.deepcopy(CONFIGS[other]), experts_implementation=NAME)
-            with pytest.raises(ModelMismatch, match=f"model_type is {other} in this model and {served} on"):
-                logits(model, prompts())
+            with pytest.raises(ModelMismatch, match=refused):
+                AutoModel.from_config(copy.deepcopy(config), experts_implementation=NAME)
+            local = AutoModel.from_config(copy.deepcopy(config), experts_implementation="eager")
+            local.set_experts_implementation(NAME)
+            with pytest.raises(ModelMismatch, match=refused):
+                logits(local, prompts())
 
     await in_thread(check)
-
-
-def test_the_demo_refuses_what_it_cannot_compare_and_names_what_can(family: FamilyFolders) -> None:
-    with (
-        Checkpoint(family.plain) as checkpoint,
-        pytest.raises(InvalidConfig, match=r"cannot be compared with DeepseekV3MoE; .* use 'expertd verify'"),
-    ):
-        load_oracle(checkpoint, checkpoint.config.moe_layers[0])

@@ -1,8 +1,7 @@
 """Shared experts of transformers' models are computed here while servers in this process compute the routed ones."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,14 @@ import pytest
 import torch
 from transformers import FineGrainedFP8Config
 
-from expertd.client.call.pending import PendingCall
 from expertd.client.config.coordinator import CoordinatorConfig
-from expertd.client.integrations.huggingface import BLOCKS, NAME, RemoteExperts, register, unregister
-from expertd.client.sync import SyncCoordinator
+from expertd.client.integrations.huggingface import NAME, RemoteExperts, register, unregister
 from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.proto.base.errors import DeadlineExceeded
 from expertd.server.app import Server
 from tests.support.coordinators import free_bytes, segments_of
 from tests.support.families import write_family
-from tests.support.generation import Model, generate, in_thread, load, logits, prompts
+from tests.support.generation import Model, generate, in_thread, load, logits, one_after_the_other, prompts, watch_calls
 from tests.support.serving import Gate, running_server, until
 
 SHARING = CoordinatorConfig()
@@ -56,22 +53,7 @@ def gates(servers: list[Server]) -> list[Gate]:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Calls that are begun and collected, in order."""
-    seen: list[str] = []
-    submit, result = SyncCoordinator.submit, PendingCall.result
-
-    def seen_submit(moe: SyncCoordinator, *arguments: Any, **named: Any) -> PendingCall:  # noqa: ANN401
-        pending = submit(moe, *arguments, **named)
-        seen.append("submitted")
-        return pending
-
-    def seen_result(pending: PendingCall) -> Any:  # noqa: ANN401
-        seen.append("collected")
-        return result(pending)
-
-    monkeypatch.setattr(SyncCoordinator, "submit", seen_submit)
-    monkeypatch.setattr(PendingCall, "result", seen_result)
-    return seen
+    return watch_calls(monkeypatch)
 
 
 def registered(servers: list[Server], config: CoordinatorConfig = SHARING) -> RemoteExperts:
@@ -83,20 +65,14 @@ def load_remote(folder: Path) -> Model:
     return load(folder, NAME, quantization_config=dequantized, dtype=torch.bfloat16)
 
 
+def blocks_with_shared(model: Model) -> list[Any]:
+    return [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "shared_experts")]
+
+
 def after_shared(model: Model, call: Callable[[], None]) -> None:
     """Have `call` called whenever shared experts of `model` have been computed."""
-    for layer in model.model.layers:
-        if isinstance(layer.mlp, BLOCKS):
-            layer.mlp.shared_experts.register_forward_hook(lambda *_: call())
-
-
-@contextlib.contextmanager
-def one_after_the_other() -> Iterator[None]:
-    """Shared experts do not run while the servers compute."""
-    with pytest.MonkeyPatch.context() as patch:
-        for block in BLOCKS:
-            patch.setattr(block, "forward", block.forward.__wrapped__)
-        yield
+    for block in blocks_with_shared(model):
+        block.shared_experts.register_forward_hook(lambda *_: call())
 
 
 def until_reached(gates: list[Gate]) -> None:
@@ -131,7 +107,7 @@ async def test_the_bits_are_those_of_one_after_the_other(
         with registered(servers, config):
             model = load_remote(folder)
             tokens, overlapped = generate(model, prompts()), logits(model, prompts(3, 40))
-            with one_after_the_other():
+            with one_after_the_other(model):
                 assert torch.equal(logits(model, prompts(3, 40)), overlapped)
                 assert torch.equal(generate(model, prompts()), tokens)
 
@@ -144,14 +120,14 @@ async def test_a_model_that_was_there_before_overlaps_too_and_only_while_it_is_r
     def check() -> None:
         model = load(folder, "eager", quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.bfloat16)
         after_shared(model, lambda: events.append("shared"))
-        forwards = [block.forward for block in BLOCKS]
+        forwards = [type(block).forward for block in blocks_with_shared(model)]
         with registered(servers):
             local = logits(model, prompts())
             model.set_experts_implementation(NAME)
             logits(model, prompts())
             model.set_experts_implementation("eager")
             assert torch.equal(logits(model, prompts()), local)
-        assert [block.forward for block in BLOCKS] == forwards
+        assert [type(block).forward for block in blocks_with_shared(model)] == forwards
 
     await in_thread(check)
     alone = ["shared"] * LAYERS
@@ -169,7 +145,7 @@ async def test_errors_of_the_servers_are_those_of_one_after_the_other(
         with registered(servers, replace(SHARING, call_timeout=0.5)):
             model = load_remote(folder)
             fails(model)
-            with one_after_the_other():
+            with one_after_the_other(model):
                 fails(model)
             for gate in gates:
                 gate.open()

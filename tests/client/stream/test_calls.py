@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,16 +56,18 @@ async def test_a_server_that_is_not_wanted_is_not_asked(small_model: Path) -> No
 
 async def test_fp8_is_within_its_bound_and_shapes_are_kept(small_model: Path) -> None:
     """The interpreter truncates to FP8; the GPU's tests compare bits."""
-    async with running_server(small_model, ALL) as server:
-        async with Coordinator([str(server.address)], CoordinatorConfig(output_dtype=torch.float32)) as moe:
-            await moe.prepare_stream(64, "cpu", timeout=5.0)
-            hidden = tokens(6).float().reshape(2, 3, HIDDEN)
-            ids, weights = (part.reshape(2, 3, TOP_K) for part in routing(6))
-            expected = await moe(LAYER, hidden, topk_ids=ids, topk_weights=weights)
-            got = await on_stream(moe, hidden, ids, weights)
-            assert got.shape == hidden.shape
-            assert relative_error(got.reshape(6, HIDDEN), expected.reshape(6, HIDDEN)) < 0.1
-            await moe.check_stream()
+    async with (
+        running_server(small_model, ALL) as server,
+        Coordinator([str(server.address)], CoordinatorConfig(output_dtype=torch.float32)) as moe,
+    ):
+        await moe.prepare_stream(64, "cpu", timeout=5.0)
+        hidden = tokens(6).float().reshape(2, 3, HIDDEN)
+        ids, weights = (part.reshape(2, 3, TOP_K) for part in routing(6))
+        expected = await moe(LAYER, hidden, topk_ids=ids, topk_weights=weights)
+        got = await on_stream(moe, hidden, ids, weights)
+        assert got.shape == hidden.shape
+        assert relative_error(got.reshape(6, HIDDEN), expected.reshape(6, HIDDEN)) < 0.1
+        await moe.check_stream()
 
 
 async def test_all_layers_follow_each_other_and_other_calls_go_on(small_model: Path) -> None:
@@ -96,7 +99,7 @@ async def test_from_a_thread(small_model: Path) -> None:
         await asyncio.to_thread(run)
 
 
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "hidden has 9 tokens; stream-ordered calls were prepared for 8": {"hidden": torch.zeros(9, HIDDEN)},
     "hidden has the shape [2, 128]; it must be [..., 256]": {"hidden": torch.zeros(2, 128)},
     "hidden is torch.int32; it must be bfloat16, float16 or float32": {"hidden": torch.zeros(2, HIDDEN).int()},
@@ -120,20 +123,24 @@ async def test_wrong_arguments_are_named(small_model: Path) -> None:
         ids, weights = routing(2)
         for message, wrong in WRONG.items():
             right = {"layer": LAYER, "hidden": tokens(2).float(), "ids": ids, "weights": weights}
-            arguments = right | wrong
+            arguments: dict[str, Any] = {**right, **wrong}
             with pytest.raises((InvalidBatch, UnknownExpert)) as raised:
-                moe.on_stream(*arguments.values())  # type: ignore[arg-type]
+                moe.on_stream(*arguments.values())
             assert message in str(raised.value)
         assert moe.on_stream(LAYER, torch.zeros(0, HIDDEN), ids[:0], weights[:0]).shape == (0, HIDDEN)
         await moe.check_stream()
 
 
 async def test_servers_that_share_no_memory_are_named(small_model: Path) -> None:
-    async with running_server(small_model, ALL) as server:
-        async with Coordinator([str(server.address)], replace(EXACT, shared_memory_bytes=0)) as moe:
-            with pytest.raises(NotPermitted, match=r"127.0.0.1:\d+ shares no memory: stream-ordered calls need"):
-                await moe.prepare_stream(8, "cpu")
-    async with running_server(small_model, ALL, shared_memory_bytes=0) as server:
-        async with Coordinator([str(server.address)], EXACT) as moe:
-            with pytest.raises(NotPermitted):
-                await moe.prepare_stream(8, "cpu")
+    async with (
+        running_server(small_model, ALL) as server,
+        Coordinator([str(server.address)], replace(EXACT, shared_memory_bytes=0)) as moe,
+    ):
+        with pytest.raises(NotPermitted, match=r"127.0.0.1:\d+ shares no memory: stream-ordered calls need"):
+            await moe.prepare_stream(8, "cpu")
+    async with (
+        running_server(small_model, ALL, shared_memory_bytes=0) as server,
+        Coordinator([str(server.address)], EXACT) as moe,
+    ):
+        with pytest.raises(NotPermitted):
+            await moe.prepare_stream(8, "cpu")

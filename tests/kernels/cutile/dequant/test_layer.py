@@ -49,7 +49,8 @@ def silu_and_mul(
     factors: Tensor,
     out: Tensor,
     out_factors: Tensor,
-    _: int,
+    _columns: int,
+    _parts: int,
     least: float,
     limit: float,
 ) -> None:

@@ -9,7 +9,7 @@ from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.routing import route
 from expertd.kernels.oracle.reference import reference_partials, relative_error
-from tests.gpu.flashinfer_oracle import moe_fp8_block_scale_ds_routing
+from tests.support.kernels.flashinfer_oracle import moe_fp8_block_scale_ds_routing
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from expertd.kernels.cutile.base.shape import ExpertShape
-from expertd.kernels.cutile.pipeline.arithmetic import choose_pipeline
+from expertd.kernels.cutile.base.shape import ExpertShape, tokens_within_reach
+from expertd.kernels.cutile.fast.layer import Workspace
+from expertd.kernels.cutile.pipeline.arithmetic import MAX_TILE_ROWS, choose_pipeline
 from expertd.kernels.cutile.pipeline.table import Choice, Table
 from expertd.kernels.cutile.run.backend import _shape_of
 from expertd.kernels.cutile.tools.inputs import random_weights
@@ -40,7 +41,7 @@ def test_the_pipeline_is_the_one_measured_faster_for_the_largest_class(arch: str
     [
         (ExpertShape(65, 256, 128), "local experts 65: .* up to 64; share a layer's experts among more servers"),
         (ExpertShape(1, 8320, 128), "hidden size 8320: .* of 128 up to 8192; --backend torch takes any"),
-        (ExpertShape(1, 256, 14336), "intermediate size 14336: .* up to 4096; --backend torch takes any"),
+        (ExpertShape(1, 256, 16512), "intermediate size 16512: .* up to 16384; --backend torch takes any"),
     ],
 )
 def test_shapes_beyond_the_kernels_are_refused_with_what_would_do(shape: ExpertShape, message: str) -> None:
@@ -48,6 +49,33 @@ def test_shapes_beyond_the_kernels_are_refused_with_what_would_do(shape: ExpertS
         _shape_of(random_weights(shape, torch.device("meta")))
 
 
-@pytest.mark.parametrize("shape", [ExpertShape(64, 4096, 2048), ExpertShape(48, 7168, 3072)])
-def test_deepseek_v4s_sizes_are_taken(shape: ExpertShape) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ExpertShape(64, 4096, 2048),
+        ExpertShape(48, 7168, 3072),
+        ExpertShape(8, 4096, 14336),
+        ExpertShape(8, 6144, 16384),
+        ExpertShape(16, 5120, 8192),
+    ],
+    ids=["DeepSeek-V4-Flash", "DeepSeek-V4-Pro", "Mixtral-8x7B", "Mixtral-8x22B", "of Llama-4"],
+)
+def test_published_sizes_are_taken(shape: ExpertShape) -> None:
     assert _shape_of(random_weights(shape, torch.device("meta"))) == shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "top_k", "tokens"),
+    [
+        (ExpertShape(64, 8192, 4096), 8, 16384),
+        (ExpertShape(8, 4096, 14336), 2, 16384),
+        (ExpertShape(8, 6144, 16384), 8, 4096),
+        (ExpertShape(64, 256, 128), 64, 16384),
+    ],
+)
+def test_as_many_tokens_are_computed_at_once_as_32_bit_offsets_reach(
+    shape: ExpertShape, top_k: int, tokens: int
+) -> None:
+    assert tokens_within_reach(shape, top_k) == tokens
+    weights = random_weights(shape, torch.device("meta"))
+    assert Workspace.allocate(tokens, top_k, weights, MAX_TILE_ROWS, "meta").rows.shape[1] == shape.hidden_size

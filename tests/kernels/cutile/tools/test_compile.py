@@ -2,48 +2,28 @@
 
 import json
 from functools import cache
-from pathlib import Path
 
 import cuda.tile as ct
 import pytest
 import torch
 
-import expertd.kernels.cutile.pipeline.table
 from expertd.kernels.cutile.base.fp8 import has_fp8
 from expertd.kernels.cutile.base.launch import Gpu, Launch
 from expertd.kernels.cutile.base.shape import ExpertShape
 from expertd.kernels.cutile.dequant.group_gemm import GroupGemmConfig, group_gemm
 from expertd.kernels.cutile.dequant.layer import default_config as default_dequant_config
 from expertd.kernels.cutile.fast.tiles import PAIRED, LayerConfig, default_config
-from expertd.kernels.cutile.pipeline.table import SHIPPED, Table
 from expertd.kernels.cutile.tools.inspect import Resources, compile_kernel, inspect_kernel, signature
-from expertd.kernels.cutile.tools.registry import META, V3, dequant_launches, fast_launches, shipped_launches
+from expertd.kernels.cutile.tools.registry import META, V3, dequant_launches, fast_launches, routing_launches
+from tests.support.kernels.resources import ARCH, GPU, PROCESSES, TABLE, as_table, inspected, name, unique_launches
+from tests.support.kernels.routings import ROUTINGS
 from tests.support.serving import forked_processes
 
-PROCESSES = 2
 V4_PRO = ExpertShape(48, 7168, 3072)
 """DeepSeek-V4-Pro's with 48 local experts."""
+MIXTRAL = ExpertShape(8, 4096, 14336)
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of one of the H200's multiprocessors, and what it takes of that for itself with every block."""
-TUNED = Path(expertd.kernels.cutile.pipeline.table.__file__).parent / "tuned"
-
-
-def shipped_table(gpu: str) -> Table:
-    return Table.from_json(json.loads((TUNED / SHIPPED[gpu]).read_text()))
-
-
-@cache
-def unique_launches(arch: str, gpu: str | None = None) -> list[Launch]:
-    """One launch for each kernel, signature and set of hints, in the choices shipped for `gpu` or the default ones."""
-    launches = {}
-    for launch in shipped_launches(arch, Table() if gpu is None else shipped_table(gpu)):
-        launches[launch.kernel, signature(launch.kernel, launch.args).symbol] = launch
-    return list(launches.values())
-
-
-def name(launch: Launch) -> str:
-    constants = [value for value in launch.args if not isinstance(value, torch.Tensor)]
-    return f"{launch.name}{constants}"
 
 
 def build(index: int, arch: str) -> tuple[str, str | None]:
@@ -56,9 +36,10 @@ def build(index: int, arch: str) -> tuple[str, str | None]:
     return name(launch), None
 
 
-def inspect_shipped(index: int, gpu: str, arch: str) -> tuple[str, Resources]:
-    launch = unique_launches(arch, gpu)[index]
-    return name(launch), inspect_kernel(launch.kernel, launch.args, arch)
+@pytest.fixture(scope="module")
+def spent() -> dict[str, Resources]:
+    """What every kernel shipped for the H200 uses."""
+    return inspected(GPU, ARCH)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
@@ -69,15 +50,45 @@ def test_every_default_configuration_compiles(arch: str) -> None:
     assert not {kernel: error for kernel, error in results if error is not None}
 
 
-def test_nothing_shipped_for_the_h200_spills() -> None:
-    gpu, arch = "NVIDIA H200", "sm_90"
-    count = len(unique_launches(arch, gpu))
-    with forked_processes(PROCESSES) as pool:
-        results = list(pool.map(inspect_shipped, range(count), [gpu] * count, [arch] * count))
-    assert not {kernel: resources for kernel, resources in results if resources.spills}
-    products = [resources for kernel, resources in results if "gemm" in kernel]
+def test_nothing_shipped_for_the_h200_spills(spent: dict[str, Resources]) -> None:
+    assert not {kernel: resources for kernel, resources in spent.items() if resources.spills}
+    products = [resources for kernel, resources in spent.items() if "gemm" in kernel]
     assert products
     assert all("HGMMA" in used.matrix or "QGMMA" in used.matrix for used in products)
+
+
+@cache
+def routings() -> list[Launch]:
+    """The kernels that route, of every family: each size and formula once, whatever its factor is."""
+    launches = {}
+    for config in ROUTINGS.values():
+        for launch in routing_launches(config, 64, META):
+            constants = tuple(value for value in launch.args[:-1] if not isinstance(value, torch.Tensor))
+            launches[launch.kernel, constants] = launch
+    return list(launches.values())
+
+
+def inspect_routing(index: int, arch: str) -> tuple[str, Resources]:
+    launch = routings()[index]
+    return name(launch), inspect_kernel(launch.kernel, launch.args, arch)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+def test_no_familys_routing_spills(arch: str) -> None:
+    count = len(routings())
+    with forked_processes(PROCESSES) as pool:
+        results = list(pool.map(inspect_routing, range(count), [arch] * count))
+    assert {kernel.partition("[")[0] for kernel, _ in results} == {"route", "weigh"}
+    assert not {kernel: resources for kernel, resources in results if resources.spills}
+
+
+def test_the_compiler_spends_what_it_spent_when_the_choices_were_measured(spent: dict[str, Resources]) -> None:
+    """Otherwise they are to be measured again: another compiler has made a layer three times slower, without a word."""
+    table, now = json.loads(TABLE.read_text()), as_table(spent)
+    changed = {kernel: line for kernel, line in now["kernels"].items() if table["kernels"].get(kernel) != line}
+    gone = set(table["kernels"]) - set(now["kernels"])
+    advice = f"measure {now['toolchain']}, then: python -m tests.support.kernels.resources"
+    assert (changed, gone) == ({}, set()), advice
 
 
 def activations(arch: str, tokens: int, swiglu_limit: float | None, shape: ExpertShape = V3) -> list[Launch]:
@@ -107,6 +118,34 @@ def test_a_bound_costs_no_registers_to_speak_of(tokens: int, shape: ExpertShape)
         assert not used.spills
         assert used.registers <= without.registers + 8
         assert used.shared == without.shared
+
+
+@cache
+def mixtral_launches(arch: str) -> list[Launch]:
+    """What is launched for experts with long rows."""
+    gpu, tokens = Gpu(arch, processors=132), 2048
+    dequant = dequant_launches(MIXTRAL, tokens, default_dequant_config(arch, tokens), META, gpu)
+    return dequant + fast_launches(MIXTRAL, tokens, default_config(tokens), META, gpu)
+
+
+def inspect_mixtral(index: int, arch: str) -> tuple[str, Resources]:
+    launch = mixtral_launches(arch)[index]
+    return name(launch), inspect_kernel(launch.kernel, launch.args, arch)
+
+
+def test_long_rows_do_not_spill() -> None:
+    count = len(mixtral_launches("sm_90"))
+    with forked_processes(PROCESSES) as pool:
+        results = list(pool.map(inspect_mixtral, range(count), ["sm_90"] * count))
+    assert not {kernel: resources for kernel, resources in results if resources.spills}
+    assert any(kernel.startswith("silu_and_mul") for kernel, _ in results)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120"])
+@pytest.mark.parametrize("inner", [8192, 16384])
+def test_swiglu_of_long_rows_does_not_spill_elsewhere(inner: int, arch: str) -> None:
+    for launch in activations(arch, 2048, None, ExpertShape(8, 4096, inner)):
+        assert not inspect_kernel(launch.kernel, launch.args, arch).spills
 
 
 def test_two_blocks_of_paired_tiles_share_a_multiprocessor() -> None:
