@@ -84,7 +84,7 @@ class Tables:
 
 
 class StreamCalls:
-    """Of one coordinator, from one device. They follow each other: on another stream, wait for the last one first."""
+    """Of one coordinator, from one device. They follow each other, on whatever stream they are; graphs' must, too."""
 
     def __init__(self, caller: Caller, device: torch.device, max_tokens: int, timeout: float) -> None:
         """Of at most `max_tokens` tokens; an answer may take `timeout` seconds. `renew` comes before the first call."""
@@ -100,6 +100,10 @@ class StreamCalls:
         self._timeout = timeout
         self._lanes: list[StreamLane] = []
         self._retired: list[StreamLane] = []
+        """Which graphs may yet wait on."""
+        self._captured = False
+        self._stream: torch.cuda.Stream | None = None
+        """Of the last call."""
         self._made_of: object = None
         self._tasks = Tasks(caller.config.metrics.background_failed, caller.config.metrics.background_restarted)
         self._tables: Tables | None = None
@@ -138,6 +142,10 @@ class StreamCalls:
             self._tasks.keep(self._watch, "watching stream-ordered calls")
         await asyncio.to_thread(self.synchronize)
         former = self._retire()
+        if not self._captured:
+            for lane in self._retired:
+                lane.unpin()
+            self._retired = []
         if self._tables is None or not self._tables.fit(len(lanes), terms):
             # Graphs that were captured go on reading the former ones, by which nobody answers.
             self._tables = Tables.empty(len(lanes), terms)
@@ -154,7 +162,10 @@ class StreamCalls:
 
         See `SyncCoordinator.on_stream`.
         """
-        if not self._is_captured():
+        if self._is_captured():
+            self._captured = True
+        else:
+            self._wait_for_other_stream()
             self.check()
             if self.when_stale is not None and self.is_stale:
                 self.when_stale()
@@ -190,6 +201,15 @@ class StreamCalls:
         for lane in self._retired:
             lane.unpin()
         self.check()
+
+    def _wait_for_other_stream(self) -> None:
+        """Calls share memory: those of one stream begin when those of another are over."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def _is_captured(self) -> bool:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()

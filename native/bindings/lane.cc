@@ -73,7 +73,12 @@ void bind_lane(py::module_& module) {
   });
 
   py::class_<Mapping, std::shared_ptr<Mapping>>(module, "Mapping", py::buffer_protocol())
-      .def(py::init<int, size_t>(), py::arg("descriptor"), py::arg("size"), py::call_guard<Unlocked>())
+      // Not py::call_guard: pybind11 would note the new object among all others without the lock, too.
+      .def(py::init([](int descriptor, size_t size) {
+             const Unlocked unlocked;
+             return std::make_shared<Mapping>(descriptor, size);
+           }),
+           py::arg("descriptor"), py::arg("size"))
       .def_property_readonly("broken", &Mapping::broken)
       .def("close", &Mapping::close, py::call_guard<Unlocked>())
       .def("__len__", &Mapping::size)
@@ -88,11 +93,11 @@ void bind_lane(py::module_& module) {
 
   py::class_<ClientLane, std::shared_ptr<ClientLane>>(module, "ClientLane")
       .def(py::init([](size_t size, uint32_t entries, std::optional<int64_t> spin_us, bool posted_by_gpu) {
+             const Unlocked unlocked;
              return std::make_shared<ClientLane>(size, entries, SpinHost::here(), Spin::max_ns(spin_us),
                                                  posted_by_gpu ? kGpu : kHost);
            }),
-           py::arg("size"), py::arg("entries"), py::arg("spin_us") = py::none(), py::arg("posted_by_gpu") = false,
-           py::call_guard<Unlocked>())
+           py::arg("size"), py::arg("entries"), py::arg("spin_us") = py::none(), py::arg("posted_by_gpu") = false)
       .def_static("data_at", &data_at, py::arg("entries"))
       .def_property_readonly("descriptor", &ClientLane::descriptor)
       .def_property_readonly("socket", &ClientLane::socket)

@@ -50,3 +50,27 @@ def open_files() -> set[int]:
     listed = [int(path.name) for path in Path("/proc/self/fd").iterdir()]
     # Without the listing's own.
     return {descriptor for descriptor in listed if Path(f"/proc/self/fd/{descriptor}").exists()}
+
+
+MADE_AT_ONCE = """
+import threading, time
+from expertd import _native
+
+end = time.monotonic() + 2
+
+def lanes():
+    while time.monotonic() < end:
+        _native.ClientLane(1 << 16, 64)
+
+def lists():
+    while time.monotonic() < end:
+        kept = [_native.FreeList(0, 64) for _ in range(200)]
+
+for target in (lanes, lanes, lists, lists):
+    threading.Thread(target=target).start()
+"""
+
+
+def test_objects_that_are_made_without_the_lock_are_noted_with_it() -> None:
+    """Otherwise their notes are spoilt by those of other threads, and the process ends at some object's end."""
+    assert subprocess.run([sys.executable, "-c", MADE_AT_ONCE], check=False).returncode == 0
