@@ -71,9 +71,15 @@ class Caller(threading.Thread):
     def run(self) -> None:
         with SyncCoordinator(self._addresses, EXACT) as moe:
             moe.prepare_stream(MOST_TOKENS, self._device, timeout=TIMEOUT)
+            self._membership = moe._coordinator._connected().membership
             self.ready.set()
             while not self.stopped.is_set():
                 self._call(moe)
+
+    @property
+    def uses_all(self) -> bool:
+        """Whether every server is used again: each owner has a replica."""
+        return all(member.in_use for member in self._membership.members.values())
 
     def _call(self, moe: SyncCoordinator) -> None:
         case, right = random.choice(self._cases)
@@ -121,7 +127,7 @@ async def strike(model: Path, folder: Path, blows: int, device: str, seed: int =
 
 async def _until_calls_go_on(caller: Caller) -> None:
     before, deadline = caller.report.right, time.monotonic() + 30
-    while caller.report.right < before + 3:
+    while caller.report.right < before + 3 or not caller.uses_all:
         assert time.monotonic() < deadline, f"no call is answered any more: {caller.report}"
         await asyncio.sleep(0.01)
 
