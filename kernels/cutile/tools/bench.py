@@ -112,7 +112,7 @@ def print_parts(token_counts: Sequence[int], table: Table) -> None:
     shape, gpu = ExpertShape(), Gpu.of(CUDA)
     for tokens in token_counts:
         key = shape.key(tokens)
-        fast = table.get("fast", key, LayerConfig) or default_config(tokens)
+        fast = table.get("fast", key, LayerConfig) or default_config(gpu.arch, tokens)
         dequant = table.get("dequant", key, DequantConfig) or default_dequant_config(gpu.arch, tokens)
         for pipeline, launches in (
             ("fast", fast_launches(shape, tokens, fast, CUDA, gpu)),
@@ -138,10 +138,11 @@ class LayerBench:
     def row(self, routing: str, tokens: int, with_torch: bool = True) -> Row:
         batch = routed(random_batch(self._shape, tokens, CUDA), routing, self._shape.num_experts)
         key = self._shape.key(tokens)
-        fast = self._table.get("fast", key, LayerConfig) or default_config(tokens)
+        fast = self._table.get("fast", key, LayerConfig) or default_config(self._gpu.arch, tokens)
         dequant = self._table.get("dequant", key, DequantConfig) or default_dequant_config(self._gpu.arch, tokens)
         used = batch.expert_ids[batch.expert_ids >= 0]
         active = len(used.unique())
+        invariant = default_config(self._gpu.arch, tokens, batch_invariant=True)
         fast_time, sums = self._fast(batch, fast)
         return Row(
             routing=routing,
@@ -149,7 +150,7 @@ class LayerBench:
             pairs=len(used),
             active_experts=active,
             fast=fast_time,
-            fast_invariant=self._fast(batch, default_config(tokens, batch_invariant=True))[0],
+            fast_invariant=self._fast(batch, invariant)[0],
             dequant=rotated(lambda weights: self._dequant(batch, weights, dequant, active), self._layers),
             torch=self._torch(batch) if with_torch else float("nan"),
             floor=self._floor(tokens, len(used), active),
