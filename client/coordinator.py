@@ -27,7 +27,7 @@ from expertd.client.transport.security import ClientSecurity
 from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.routing import route, router_logits
-from expertd.proto.base.errors import InvalidBatch, NotPermitted
+from expertd.proto.base.errors import ExpertdError, InvalidBatch, NotPermitted
 from expertd.proto.base.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -92,14 +92,21 @@ class Coordinator:
         return self
 
     async def close(self) -> None:
-        """Disconnect; calls in flight fail. It can be connected again."""
+        """Disconnect; calls in flight fail. It can be connected again.
+
+        Raises what `check_stream` would.
+        """
         if self._caller is not None:
             self._check_loop()
-        await self._end_stream()
         caller, self._caller = self._caller, None
-        if caller is not None:
-            self.config.metrics.part(caller.membership)
-            await caller.membership.close()
+        calls, self._stream_calls = self._stream_calls, None
+        try:
+            if calls is not None:
+                await calls.close()
+        finally:
+            if caller is not None:
+                self.config.metrics.part(caller.membership)
+                await caller.membership.close()
 
     async def __aenter__(self) -> Self:
         return await self.connect()
@@ -214,25 +221,34 @@ class Coordinator:
         except BaseException:
             await calls.close()
             raise
-        await self._end_stream()
-        self._stream_calls = calls
+        former, self._stream_calls = self._stream_calls, calls
+        if former is not None:
+            await former.close()
 
     def on_stream(
         self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
     ) -> Tensor:
         """See `SyncCoordinator.on_stream`; calls go on to whom they went until the next `check_stream`."""
-        return self.stream_calls(layer, hidden, topk_ids, topk_weights, out)
+        calls = self.stream_calls
+        if out is None and torch.compiler.is_compiling():
+            output: Tensor = torch.ops.expertd.on_stream(calls.number, layer, hidden, topk_ids, topk_weights)
+            return output
+        return calls(layer, hidden, topk_ids, topk_weights, out)
 
     async def check_stream(self) -> None:
         """See `SyncCoordinator.check`."""
         self._check_loop()
         calls = self.stream_calls
         await asyncio.to_thread(calls.synchronize)
-        try:
-            calls.check()
-        finally:
-            if calls.is_stale:
+        error = calls.take_error()
+        if calls.is_stale:
+            try:
                 await calls.renew()
+            except ExpertdError as another:
+                # What came of it first says more.
+                error = error or another
+        if error is not None:
+            raise error
 
     @property
     def stream_calls(self) -> StreamCalls:
@@ -240,11 +256,6 @@ class Coordinator:
         if self._stream_calls is None:
             raise RuntimeError("stream-ordered calls are not prepared; call prepare_stream first")
         return self._stream_calls
-
-    async def _end_stream(self) -> None:
-        calls, self._stream_calls = self._stream_calls, None
-        if calls is not None:
-            await calls.close()
 
     def submit_here(
         self,
@@ -277,6 +288,8 @@ class Coordinator:
         topk_weights: Tensor | None,
     ) -> RoutedCall:
         caller = self._connected()
+        if self._stream_calls is not None:
+            self._stream_calls.check()
         caller.membership.ownership.check_layer(as_layer(layer))
         tokens = as_tokens("hidden", hidden, self.model.hidden_size)
         ids, weights = self._route(layer, tokens, logits, topk_ids, topk_weights)

@@ -55,8 +55,10 @@ class SyncCoordinator:
     def close(self) -> None:
         """See `Coordinator.close`."""
         if self._loop is not None:
-            self._loop.wait(self._coordinator.close())
-            self._stop()
+            try:
+                self._loop.wait(self._coordinator.close())
+            finally:
+                self._stop()
 
     def __enter__(self) -> Self:
         return self.connect()
@@ -150,20 +152,18 @@ class SyncCoordinator:
         has not answered is given up. Raises `NotPermitted` where a server is on another machine.
         """
         self._running().wait(self._coordinator.prepare_stream(max_tokens, device, timeout=timeout))
+        self._coordinator.stream_calls.when_stale = self.check
 
     def on_stream(
         self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
     ) -> Tensor:
         """Compute the routed experts of `layer` as work on the current CUDA stream: [..., H] like `hidden`, or `out`.
 
-        Returns at once, before anything is computed, and may be captured in a CUDA graph. `topk_ids` [..., k] int32 or
-        int64, -1 for no expert, and `topk_weights` [..., k] with the model's k are where `hidden` [..., H] is.
-        Wrong arguments are raised; what fails later leaves NaN, and `check` raises it.
+        Returns at once, before anything is computed; CUDA graphs may capture it, and torch.compile takes it whole.
+        `topk_ids` [..., k] int32 or int64, -1 for no expert, and `topk_weights` [..., k] with the model's k are where
+        `hidden` [..., H] is. Wrong arguments are raised; what fails later leaves NaN, and `check` raises it.
         """
-        calls = self._coordinator.stream_calls
-        if not (hidden.is_cuda and torch.cuda.is_current_stream_capturing()) and calls.is_stale:
-            self.check()
-        return calls(layer, hidden, topk_ids, topk_weights, out)
+        return self._coordinator.on_stream(layer, hidden, topk_ids, topk_weights, out)
 
     @property
     def stream_on_gpu(self) -> frozenset[str]:
@@ -173,7 +173,8 @@ class SyncCoordinator:
     def check(self) -> None:
         """Wait for all calls `on_stream`; raise the first error since the last check, with its server's name.
 
-        From then on calls, and graphs that were captured, go to servers that are in use.
+        `execute`, `close` and, once it is known, `on_stream` raise it as well. From then on calls, and graphs that were
+        captured, go to servers that are in use.
         """
         self._running().wait(self._coordinator.check_stream())
 

@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn, Self
 
 import torch
@@ -22,6 +23,7 @@ from expertd.client.integrations.huggingface_blocks import (
     route,
     run_shared,
 )
+from expertd.client.integrations.huggingface_streams import MOST_TOKENS, Streams, beside
 from expertd.client.sync import SyncCoordinator
 from expertd.proto.base.errors import ModelMismatch
 
@@ -41,7 +43,9 @@ SHAPE = ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_expert
 """Fields in which a model and its servers must agree, and in the class of the blocks, which the family names."""
 
 
-def register(servers: Sequence[str], config: CoordinatorConfig | None = None) -> RemoteExperts:
+def register(
+    servers: Sequence[str], config: CoordinatorConfig | None = None, *, stream_tokens: int = MOST_TOKENS
+) -> RemoteExperts:
     """Connect to `servers` (`host:port`, together owning every expert) and make them known as "expertd".
 
         with register(["node0:50051", "node1:50051"]):
@@ -53,6 +57,8 @@ def register(servers: Sequence[str], config: CoordinatorConfig | None = None) ->
     them and lets them go. It cannot be switched back to local experts, and what it saves lacks them; load it again for
     that. A model that was already there, switched with `model.set_experts_implementation("expertd")`, keeps its
     weights, unused. Where a layer has shared experts, they are computed here while the servers compute the routed ones.
+    On a GPU, batches of up to `stream_tokens` are calls on its stream (`SyncCoordinator.on_stream`) where servers of
+    this machine share memory; 0: none are.
 
     The same arguments again return the same registration; others raise `RuntimeError` until `unregister()` or the end
     of the `with` block. `config.output_dtype` does not matter: results have the dtype of the model's hidden states.
@@ -64,10 +70,11 @@ def register(servers: Sequence[str], config: CoordinatorConfig | None = None) ->
     as_discovery(servers)
     current = _registered()
     if current is not None:
-        if (current.servers, current.config) == (tuple(servers), config):
+        wanted = tuple(servers), config, stream_tokens
+        if (current.servers, current.config, current.stream_tokens) == wanted:
             return current
         raise RuntimeError(f"{current} is registered already; call {__name__}.unregister() first")
-    experts = RemoteExperts(servers, config)
+    experts = RemoteExperts(servers, config, stream_tokens)
     for interface in INTERFACES:
         interface[NAME] = experts
     BUILT.post_init = _adopting(BUILT.post_init)
@@ -93,12 +100,14 @@ def unregister() -> None:
 class RemoteExperts:
     """What transformers calls in place of a layer's experts; see `register`."""
 
-    def __init__(self, servers: Sequence[str], config: CoordinatorConfig) -> None:
+    def __init__(self, servers: Sequence[str], config: CoordinatorConfig, stream_tokens: int = MOST_TOKENS) -> None:
         self.servers = tuple(servers)
         self.config = config
+        self.stream_tokens = stream_tokens
         self._layers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._overlapping: set[Any] = set()
         self._moe = SyncCoordinator(self.servers, config).connect()
+        self._streams = Streams(self._moe, stream_tokens)
 
     def close(self) -> None:
         while self._overlapping:
@@ -121,6 +130,8 @@ class RemoteExperts:
 
         Raises `RuntimeError` when gradients are wanted, `ModelMismatch`, or what the servers answered.
         """
+        if self._streams.side(hidden) is not None:
+            return self._streams.call(self._layer(experts, hidden, topk_weights), hidden, topk_ids, topk_weights)
         return self._submit(experts, hidden, topk_ids, topk_weights).result().output.to(hidden.device, hidden.dtype)
 
     def adopt(self, model: nn.Module) -> None:
@@ -147,7 +158,14 @@ class RemoteExperts:
         Raises what `__call__` does; what its shared experts raise gives the servers' part up.
         """
         flat = hidden.view(-1, hidden.shape[-1])
-        pending = self._submit(block.experts, flat, *route(block, flat, input_ids))
+        ids, weights = route(block, flat, input_ids)
+        side = self._streams.side(flat)
+        if side is not None:
+            layer = self._layer(block.experts, flat, weights)
+            call = partial(self._streams.call, layer, flat, ids, weights)
+            routed, shared = beside(side, call, partial(run_shared, block, flat))
+            return (routed + shared).view(hidden.shape)
+        pending = self._submit(block.experts, flat, ids, weights)
         try:
             shared = run_shared(block, flat)
             routed = pending.result().output.to(hidden.device, hidden.dtype)
@@ -156,16 +174,19 @@ class RemoteExperts:
         return (routed + shared).view(hidden.shape)
 
     def _submit(self, experts: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> PendingCall:
+        layer = self._layer(experts, hidden, weights)
+        tokens = hidden if hidden.is_cuda else hidden.cpu()
+        return self._moe.submit(layer, tokens, topk_ids=ids, topk_weights=weights)
+
+    def _layer(self, experts: nn.Module, hidden: Tensor, weights: Tensor) -> int:
+        """Of `experts`. Raises `RuntimeError` where gradients are wanted."""
         if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
             raise RuntimeError(
                 "remote experts have no gradients; call the model under torch.inference_mode() or torch.no_grad(),"
                 " or after model.requires_grad_(False)"
             )
         layer = self._layers.get(experts)
-        if layer is None:
-            layer = self._find(experts)
-        tokens = hidden if hidden.is_cuda else hidden.cpu()
-        return self._moe.submit(layer, tokens, topk_ids=ids, topk_weights=weights)
+        return self._find(experts) if layer is None else layer
 
     def _find(self, experts: Any) -> int:  # noqa: ANN401
         """The layer that `experts` belongs to, remembered with all others of the model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,10 @@ from expertd.client.fleet.member import Member
 from expertd.client.fleet.membership import Known
 from expertd.client.stream import kernels
 from expertd.client.stream.lane import StreamLane, Terms, slot_bytes
-from expertd.client.transport.shared_memory import SharedMemoryTransport
+from expertd.client.stream.operator import register
 from expertd.kernels.cutile.base.shape import SHAPE_CLASSES
 from expertd.kernels.numerics.quantize import FP8
-from expertd.proto.base.errors import InvalidBatch, NotPermitted, UnknownExpert
+from expertd.proto.base.errors import ExpertdError, InvalidBatch, Unavailable, UnknownExpert
 from expertd.proto.base.tasks import Tasks
 
 LOOK_SECONDS = 0.05
@@ -103,6 +104,9 @@ class StreamCalls:
         self._tasks = Tasks(caller.config.metrics.background_failed, caller.config.metrics.background_restarted)
         self._tables: Tables | None = None
         self._terms: Terms | None = None
+        self.number = register(self)
+        self.when_stale: Callable[[], object] | None = None
+        """Renews them, before a call that no graph is captured with."""
 
     @property
     def is_stale(self) -> bool:
@@ -150,6 +154,10 @@ class StreamCalls:
 
         See `SyncCoordinator.on_stream`.
         """
+        if not self._is_captured():
+            self.check()
+            if self.when_stale is not None and self.is_stale:
+                self.when_stale()
         out = self._check(layer, hidden, ids, weights, out)
         if hidden.numel():
             row = self._terms_now.layers.index(layer)
@@ -163,19 +171,28 @@ class StreamCalls:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def check(self) -> None:
-        """Raise what became of the first call that failed since this was asked last, after `synchronize`."""
+    def take_error(self) -> ExpertdError | None:
+        """What became of the first call that failed since this was asked last, as far as it is known by now."""
         errors = [error for lane in (*self._lanes, *self._retired) if (error := lane.take_error())]
-        if errors:
-            raise errors[0]
+        return errors[0] if errors else None
+
+    def check(self) -> None:
+        """Raise it."""
+        error = self.take_error()
+        if error is not None:
+            raise error
 
     async def close(self) -> None:
-        """End all; what the device still waits for is released."""
+        """End all; what the device still waits for is released. Raises like `check`."""
         self._retire()
         await asyncio.to_thread(self.synchronize)
         await self._tasks.close()
         for lane in self._retired:
             lane.unpin()
+        self.check()
+
+    def _is_captured(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _retire(self) -> list[StreamLane]:
         """The lanes so far, whose memory of the host graphs may yet wait on."""
@@ -216,7 +233,7 @@ class StreamCalls:
         chosen = self._caller.choose(known.ownership.model_fingerprint, layer, 1)[0]
         missing = (chosen == NOBODY).nonzero().flatten().tolist()
         if missing:
-            raise UnknownExpert(
+            raise Unavailable(
                 f"layer {layer}: no server in use owns experts {missing[:8]}; start one, and prepare again"
             )
         return chosen
@@ -233,15 +250,11 @@ class StreamCalls:
         return lanes
 
     async def _open(self, member: Member, terms: Terms) -> StreamLane:
-        transport, shard = member.transport, member.shard
-        if not isinstance(transport, SharedMemoryTransport):
-            raise NotPermitted(
-                f"{transport.address} shares no memory: stream-ordered calls need servers of this machine"
-            )
-        if shard is not None and terms.sizes[-1] > shard.max_tokens_per_request:
-            most = shard.max_tokens_per_request
-            raise InvalidBatch(f"max_tokens is {terms.sizes[-1]}; {transport.address} takes at most {most} a request")
-        return await StreamLane.open(transport.grpc, terms)
+        most = None if member.shard is None else member.shard.max_tokens_per_request
+        if most is not None and terms.sizes[-1] > most:
+            address = member.transport.address
+            raise InvalidBatch(f"max_tokens is {terms.sizes[-1]}; {address} takes at most {most} a request")
+        return await StreamLane.open(member, terms)
 
     def _warm_up(self) -> None:
         """Have kernels compiled and loaded, with calls that ask nobody, before a graph is captured."""
@@ -258,7 +271,9 @@ class StreamCalls:
         while True:
             now = time.monotonic()
             for lane in (*self._lanes, *self._retired):
-                lane.look(now)
+                error = lane.look(now)
+                if error is not None and lane in self._lanes:
+                    self._caller.membership.report(lane.member, error)
             await asyncio.sleep(LOOK_SECONDS)
 
     def _check(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor | None) -> Tensor:

@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from expertd.client.fleet.member import Member
 from expertd.client.stream import kernels
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.segment import REQUEST_BYTES, Segment, segment_bytes
 from expertd.client.transport.segment_pool import REGISTRATION_SECONDS, check_version
+from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, wait_for
 from expertd.proto import codec
 from expertd.proto.base.errors import (
@@ -71,9 +73,10 @@ class Terms:
 class StreamLane:
     """One server's. Its calls follow each other, as the stream has them."""
 
-    def __init__(self, address: str, segment: Segment, terms: Terms, gpu: GpuMemory | None) -> None:
+    def __init__(self, member: Member, segment: Segment, terms: Terms, gpu: GpuMemory | None) -> None:
         """`gpu` has hidden states, scales and partial sums, if the server reaches it; else the segment has."""
-        self.address = address
+        self.member = member
+        self.address = member.transport.address
         self._segment = segment
         self._terms = terms
         self._gpu = gpu
@@ -87,11 +90,18 @@ class StreamLane:
         """The entries posted at a look, and when that was first seen."""
 
     @classmethod
-    async def open(cls, transport: GrpcTransport, terms: Terms) -> Self:
-        """Share memory with a server. Raises an `ExpertdError` or OSError."""
+    async def open(cls, member: Member, terms: Terms) -> Self:
+        """Share memory with a server. Raises an `ExpertdError`."""
+        transport = member.transport
+        if not isinstance(transport, SharedMemoryTransport):
+            raise NotPermitted(
+                f"{transport.address} shares no memory: stream-ordered calls need servers of this machine"
+            )
         if terms.device.type == "cuda":
             try:
-                return await cls._open(transport, terms, on_gpu=True)
+                return await cls._open(member, transport.grpc, terms, on_gpu=True)
+            except Unavailable:
+                raise
             except (ExpertdError, GpuMemoryError) as error:
                 log.warning(
                     "%s: no memory of %s is shared, hidden states and sums of stream-ordered calls go through host"
@@ -100,30 +110,39 @@ class StreamLane:
                     terms.device,
                     error,
                 )
-        return await cls._open(transport, terms, on_gpu=False)
+        return await cls._open(member, transport.grpc, terms, on_gpu=False)
 
     @classmethod
-    async def _open(cls, transport: GrpcTransport, terms: Terms, *, on_gpu: bool) -> Self:
-        async with asyncio.timeout(REGISTRATION_SECONDS):
-            registration = await transport.register_shared_memory(REGISTRATION_SECONDS)
-            check_version(registration)
-            if on_gpu and not registration.gpu:
-                raise NotPermitted("the server computes on no GPU")
-            gpu_bytes = max(terms.layout(size, 0, 0).gpu_end for size in terms.sizes)
-            gpu = GpuMemory.create(gpu_bytes, terms.device) if on_gpu else None
-            try:
-                segment = await Segment.open(
-                    transport.address,
-                    registration,
-                    _segment_bytes(terms, on_gpu=on_gpu),
-                    reply_room(terms.experts),
-                    gpu=gpu,
-                    posted_by_gpu=True,
-                )
-            finally:
-                if gpu is not None:
-                    os.close(gpu[1])
-        return cls(transport.address, segment, terms, None if gpu is None else gpu[0])
+    async def _open(cls, member: Member, transport: GrpcTransport, terms: Terms, *, on_gpu: bool) -> Self:
+        try:
+            async with asyncio.timeout(REGISTRATION_SECONDS):
+                return await cls._share(member, transport, terms, on_gpu=on_gpu)
+        except TimeoutError:
+            raise Unavailable(f"{transport.address} has not taken memory within {REGISTRATION_SECONDS:g} s") from None
+        except OSError as error:
+            raise Unavailable(f"{transport.address}: memory cannot be shared: {error.strerror}") from None
+
+    @classmethod
+    async def _share(cls, member: Member, transport: GrpcTransport, terms: Terms, *, on_gpu: bool) -> Self:
+        registration = await transport.register_shared_memory(REGISTRATION_SECONDS)
+        check_version(registration)
+        if on_gpu and not registration.gpu:
+            raise NotPermitted("the server computes on no GPU")
+        gpu_bytes = max(terms.layout(size, 0, 0).gpu_end for size in terms.sizes)
+        gpu = GpuMemory.create(gpu_bytes, terms.device) if on_gpu else None
+        try:
+            segment = await Segment.open(
+                transport.address,
+                registration,
+                _segment_bytes(terms, on_gpu=on_gpu),
+                reply_room(terms.experts),
+                gpu=gpu,
+                posted_by_gpu=True,
+            )
+        finally:
+            if gpu is not None:
+                os.close(gpu[1])
+        return cls(member, segment, terms, None if gpu is None else gpu[0])
 
     @property
     def ended(self) -> bool:
@@ -142,9 +161,9 @@ class StreamLane:
         if self._pinned:
             wait_for(torch.cuda.current_stream(device), self._base + kernels.ANSWERED.value)
 
-    def look(self, now: float) -> None:
-        """End what will not be answered any more; `now` is on the monotonic clock."""
-        posted = self._word(kernels.TAIL)
+    def look(self, now: float) -> ExpertdError | None:
+        """End what will not be answered any more; why, if it was not ended before. `now` is on the monotonic clock."""
+        posted, before = self._word(kernels.TAIL), self._word(kernels.OVER)
         if self._segment.ended:
             self._give_up(GONE)
         elif posted == self._word(kernels.ENDED) or posted != self._waits_since[0]:
@@ -152,6 +171,7 @@ class StreamLane:
         elif now - self._waits_since[1] > self._terms.timeout:
             self._give_up(TOO_LATE)
             self._segment.close()
+        return None if before or not self._word(kernels.OVER) else self._why_over()
 
     def take_error(self) -> ExpertdError | None:
         """What became of the first call that failed since this was asked last; the GPU has done what was enqueued."""
@@ -165,7 +185,9 @@ class StreamLane:
                 f"layer {layer}: topk_ids names experts that no server has, or none of 0 to {self._terms.experts - 1}"
             )
         layer = self._terms.layers[(slot - self._slots) // self._slot_bytes // len(self._terms.sizes)]
-        return self._error(verdict, slot).again(f"{self.address}: layer {layer}: ")
+        error = self._error(verdict, slot)
+        text = str(error).removeprefix(f"{self.address}: ")
+        return type(error)(f"{self.address}: layer {layer}: {text}", retry_after=error.retry_after)
 
     def close(self) -> None:
         """End it. What the GPU still waits for is released, as long as it is looked at."""
@@ -186,9 +208,7 @@ class StreamLane:
         if verdict == kernels.RECEIPT_DIFFERS.value:
             return ServerFault("the receipt is not that of the pairs that were sent; none of the sums was used")
         if verdict == kernels.NOBODY_ANSWERS.value:
-            if self._word(kernels.OVER) == TOO_LATE:
-                return Unavailable(f"no answer came within {self._terms.timeout:g} s; the server was given up")
-            return self._segment.end_error()
+            return self._why_over()
         begin = aligned(slot + ALIGNMENT + self._word(slot + SLOT_REQUEST))
         reply = self._segment.memory[begin : begin + self._word(slot + SLOT_REPLY)]
         error = codec.parse_response(bytes(reply)).error
@@ -196,6 +216,11 @@ class StreamLane:
             # Answered meanwhile, by a later call.
             return error_from_status(verdict, "a call was refused; a later call's answer is where the reason was")
         return codec.read_error(error)
+
+    def _why_over(self) -> ExpertdError:
+        if self._word(kernels.OVER) == TOO_LATE:
+            return Unavailable(f"no answer came within {self._terms.timeout:g} s; the server was given up")
+        return self._segment.end_error()
 
     def _give_up(self, why: int) -> None:
         if self._word(kernels.OVER) == 0:

@@ -27,6 +27,7 @@ from expertd.server.doctor.host import (
 )
 from expertd.server.doctor.model import describe_model
 from expertd.server.doctor.peers import check_certificates, check_peer
+from expertd.server.doctor.sharing import check_sharing
 from expertd.server.options.config import Address, InvalidOption, ServerConfig
 from expertd.server.scheduling.neighbours import CpuShare
 from expertd.server.scheduling.shard import WEIGHT_DTYPES
@@ -80,6 +81,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Every check, each as soon as it is done."""
     yield from check_gpu(config)
+    yield from check_sharing(config)
     fingerprint = None
     if has_model:
         fingerprint = yield from _check_model(config)

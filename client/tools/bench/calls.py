@@ -14,6 +14,7 @@ from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.tools.bench.floors import EchoAddresses, Exchange, GrpcFloor, memcpy_seconds, raw_socket_seconds
 from expertd.client.tools.bench.report import STAGES, Measurement
 from expertd.client.tools.bench.servers import Way
+from expertd.client.tools.bench.stream import measure_stream
 from expertd.client.tools.bench.timing import measurement_of, repeat
 from expertd.client.tools.bench.transports import (
     calls_for_nothing,
@@ -70,15 +71,22 @@ async def measure_calls(
         below[row.what] = row.p50
         yield row
     for way in ways:
+        if way.most_tokens is not None and tokens > way.most_tokens:
+            continue
         hidden = torch.randn(tokens, way.moe.model.hidden_size, device=way.device)
         moved = below.get(FLOORS.get(way.transport, ""), 0.0)
-        measured = (
-            _coordinator(way, hidden, exchange, callers, floors.seconds)
-            if callers
-            else _nothing(way, hidden, exchange, floors.seconds)
-        )
-        async for row in measured:
+        async for row in _measure(way, hidden, exchange, callers, floors.seconds):
             yield _beside_floor(row, moved)
+
+
+def _measure(
+    way: Way, hidden: Tensor, exchange: Exchange, callers: Sequence[int], seconds: float
+) -> AsyncIterator[Measurement]:
+    if not callers:
+        return _nothing(way, hidden, exchange, seconds)
+    if way.transport == "stream":
+        return measure_stream(way, hidden, exchange, seconds)
+    return _coordinator(way, hidden, exchange, callers, seconds)
 
 
 def _beside_floor(row: Measurement, moved: float) -> Measurement:

@@ -14,7 +14,7 @@ from expertd.client.transport.security import add_security_arguments
 TOKENS = (1, 8, 64, 256, 1024, 4096, 16384)
 BATCHES = (64, 256, 1024)
 CALLERS = (1, 4, 16, 64)
-TRANSPORTS = ("grpc", "unix", "shm", "cuda")
+TRANSPORTS = ("grpc", "unix", "shm", "cuda", "stream")
 
 
 class BenchError(Exception):
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--transport",
         nargs="+",
         choices=TRANSPORTS,
-        help="gRPC, gRPC over a unix socket (one server of its own only), shared memory, memory of the server's GPU"
-        " (default: all that there are)",
+        help="gRPC, gRPC over a unix socket (one server of its own only), shared memory, memory of the server's GPU,"
+        " stream-ordered calls from the GPU of this process (one caller; default: all that there are)",
     )
     parser.add_argument(
         "--tokens", type=int, nargs="+", help=f"batch sizes (default: {TOKENS}; with --micro-batches {BATCHES})"
@@ -101,6 +101,11 @@ def sections_of(arguments: argparse.Namespace) -> list[str]:
     return [option for option, chosen in wanted.items() if chosen]
 
 
+def measures_calls(arguments: argparse.Namespace) -> bool:
+    """Whether calls of many sizes are measured, through coordinators."""
+    return not arguments.no_experts and not sections_of(arguments)
+
+
 def _obstacles(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         yield "--plot needs matplotlib, which is not installed; pip install 'expertd[plot]'"
@@ -120,6 +125,9 @@ def _obstacles(arguments: argparse.Namespace) -> Iterator[str]:
                 yield f"{_spelt(option)} is for servers of its own, not for --servers"
     if arguments.model is not None and (arguments.hidden_size or arguments.intermediate_size):
         yield "--hidden-size and --intermediate-size are of a checkpoint that it writes, not for --model"
+    if "stream" in (arguments.transport or ()) and not measures_calls(arguments):
+        option = "--no-experts" if arguments.no_experts else sections_of(arguments)[0]
+        yield f"--transport stream measures calls of many sizes and does not go with {option}"
     yield from _obstacles_of_sections(arguments)
 
 

@@ -74,7 +74,7 @@ async def _bench(arguments: argparse.Namespace, security: ClientSecurity) -> Non
             addresses = await addresses_of(stack, arguments)
         echo = await stack.enter_async_context(running_echo())
         with Console(stderr=True).status("connecting"):
-            ways = await connect(stack, addresses, arguments.transport, config)
+            ways = await connect(stack, addresses, arguments.transport, config, max(arguments.tokens or TOKENS))
         floor = GrpcFloor(echo.grpc, config.channels)
         stack.push_async_callback(floor.close)
         floors = Floors(echo, floor, config, arguments.seconds)
@@ -92,7 +92,7 @@ async def _measure_calls(
     sizes = arguments.tokens or TOKENS
     callers = () if arguments.no_experts else arguments.callers or CALLERS
     shared = any(way.transport == "shm" for way in ways)
-    each = len(ways) * len(callers) if callers else len(ways) + 2 * shared
+    each = sum(2 if way.transport == "stream" else len(callers) for way in ways) if callers else len(ways) + 2 * shared
     task = progress.add_task("measuring", total=len(sizes) * (3 + each))
     rows = []
     for tokens in sizes:

@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
+import torch
+
 from expertd.client.base.quantiles import p50_p99
 from expertd.client.tools.bench.report import Comparison, Measurement
 
@@ -40,6 +42,21 @@ def repeat_here(call: Callable[[], None], seconds: float) -> tuple[list[float], 
         begun = time.perf_counter()
         call()
         times.append(time.perf_counter() - begun)
+    return times, time.perf_counter() - started
+
+
+def repeat_on_stream(call: Callable[[], None], seconds: float) -> tuple[list[float], float]:
+    """Like `repeat_here`, of work on the current CUDA stream, by that stream's clock."""
+    call()
+    times: list[float] = []
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    started = time.perf_counter()
+    while len(times) < LEAST_CALLS or time.perf_counter() - started < seconds:
+        before.record()
+        call()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after) / 1e3)
     return times, time.perf_counter() - started
 
 

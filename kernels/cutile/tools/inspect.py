@@ -80,9 +80,14 @@ def compile_kernel(kernel: ct.kernel, args: Sequence[Any], arch: str) -> bytes:
 
 def inspect_kernel(kernel: ct.kernel, args: Sequence[Any], arch: str) -> Resources:
     """Compile `kernel` for `arch` as launched with `args` and read its resources from the cubin."""
+    return read_resources(compile_kernel(kernel, args, arch))
+
+
+def read_resources(cubin: bytes) -> Resources:
+    """What the one kernel in `cubin` uses, whoever compiled it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compile_kernel(kernel, args, arch))
+        path.write_bytes(cubin)
         usage = _cuobjdump("--dump-resource-usage", path)
         sass = _cuobjdump("--dump-sass", path)
         elf = _cuobjdump("--dump-elf", path)

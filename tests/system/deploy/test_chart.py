@@ -362,6 +362,34 @@ def test_gpus_are_asked_for_and_the_grace_covers_the_drain() -> None:
     assert "--backend=torch" in on_cpus["args"]
 
 
+def test_mps_runs_from_before_the_server_until_after_it_where_callers_find_it() -> None:
+    objects = render(CHART / "ci/mps.yaml")
+    pod, server = pod_of(objects), container(objects)
+    assert pod["hostIPC"] is True
+    owner, mps = pod["initContainers"][1:]
+    assert owner["command"] == ["chown", "10001:10001", "/mps"]
+    assert mps["restartPolicy"] == "Always", "it is a sidecar, which servers start after"
+    assert mps["command"][-2:] == ["nvidia-cuda-mps-control", "-f"]
+    assert "nvidia-cuda-mps-control" in mps["startupProbe"]["exec"]["command"][-1]
+    assert mps["securityContext"] == server["securityContext"]
+    pipe = {"name": "CUDA_MPS_PIPE_DIRECTORY", "value": "/mps"}
+    # A daemon for each pod: of two on one node, neither has the other's pipe.
+    mount = {"name": "mps", "mountPath": "/mps", "subPathExpr": "$(POD_NAME)"}
+    assert all(mount in one["volumeMounts"] for one in (owner, mps, server))
+    assert all(pipe in one["env"] for one in (mps, server))
+    assert {"name": "mps", "hostPath": {"path": "/run/moe-mps", "type": "DirectoryOrCreate"}} in pod["volumes"]
+    assert {"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"} in mps["env"]
+    assert "mps" not in str(pod_of(render(CHART / "ci/insecure.yaml")))
+    assert "hostIPC" not in pod_of(render(CHART / "ci/insecure.yaml"))
+
+
+def test_mps_shares_the_claim_of_its_server() -> None:
+    pod = pod_of(render(CHART / "ci/complete.yaml", "--set", "mps.enabled=true"))
+    mps = next(one for one in pod["initContainers"] if one["name"] == "mps")
+    assert mps["resources"]["claims"] == pod["containers"][0]["resources"]["claims"]
+    assert "NVIDIA_VISIBLE_DEVICES" not in str(mps)
+
+
 def test_nobody_may_connect_unless_named() -> None:
     policy = render(CHART / "ci/insecure.yaml", "--set", "networkPolicy.clients=null")["NetworkPolicy"]["spec"]
     assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["metrics"]
@@ -384,6 +412,8 @@ def test_nobody_may_connect_unless_named() -> None:
         (("--values", str(CHART / "ci/insecure.yaml"), "--set", "image.digest=sha256:1"), "digest"),
         (("--values", str(CHART / "ci/insecure.yaml"), "--set", "model.fetch.image=copy"), "model.fetch.checksum"),
         (("--values", str(CHART / "ci/insecure.yaml"), "--set", "gpus=-1"), "gpus"),
+        (("--values", str(CHART / "ci/mps.yaml"), "--set", "gpus=0"), "mps.enabled shares a GPU"),
+        (("--values", str(CHART / "ci/mps.yaml"), "--set", "mps.hostPath=run"), "mps"),
         (("--values", str(CHART / "ci/insecure.yaml"), "--set", "rebalance.enabled=true"), "adminTokenSecretName"),
         (("--values", str(CHART / "ci/complete.yaml"), "--set", "rebalance.schedule=often"), "schedule"),
     ],

@@ -119,6 +119,25 @@ def test_each_server_has_a_gpu_of_its_own_unless_there_are_none() -> None:
     assert all("--backend=torch" in on_cpus[f"server-{index}"]["entrypoint"] for index in range(8))
 
 
+def test_mps_is_there_before_the_servers_that_share_its_memory_and_its_pipe() -> None:
+    services = compose("compose.yaml", "compose.mps.yaml")
+    mps = services["mps"]
+    pipe = mps["environment"]["CUDA_MPS_PIPE_DIRECTORY"]
+    assert mps["ipc"] == "shareable"
+    assert mps["command"][-1].endswith("exec nvidia-cuda-mps-control -f")
+    assert (mps["read_only"], mps["cap_drop"]) == (True, ["ALL"])
+    assert mps["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] == [str(gpu) for gpu in range(8)]
+    for index in range(8):
+        server = services[f"server-{index}"]
+        assert server["ipc"] == "service:mps"
+        assert server["environment"]["CUDA_MPS_PIPE_DIRECTORY"] == pipe
+        assert server["depends_on"]["mps"]["condition"] == "service_healthy"
+        for service in (server, mps):
+            folder = {one["source"]: one["target"] for one in service["volumes"]}["sockets"]
+            assert pipe.startswith(f"{folder}/")
+    assert "mps" not in str(compose("compose.yaml"))
+
+
 def test_vllm_beside_the_servers_calls_all_of_them_and_has_a_gpu_of_its_own() -> None:
     services = compose("compose.yaml", "compose.vllm.yaml")
     vllm = services.pop("vllm")

@@ -81,6 +81,65 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
+{{/* A container that gives a folder of the node to the servers' user, and may do nothing else. */}}
+{{- define "expertd.owner" -}}
+image: {{ include "expertd.image" .root }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+command: [chown, "10001:10001", {{ .folder }}]
+securityContext:
+  runAsNonRoot: false
+  runAsUser: 0
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL], add: [CHOWN]}
+{{- end }}
+
+{{/* Containers that run MPS for the pod's GPU from before the server starts until after it ends. */}}
+{{- define "expertd.mps" -}}
+- name: own-mps
+  {{- include "expertd.owner" (dict "root" . "folder" "/mps") | nindent 2 }}
+  env:
+    {{- include "expertd.mpsEnv" . | nindent 4 }}
+  volumeMounts:
+    {{- include "expertd.mpsMount" . | nindent 4 }}
+- name: mps
+  image: {{ include "expertd.image" . }}
+  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  restartPolicy: Always
+  command: [dumb-init, --single-child, --, nvidia-cuda-mps-control, -f]
+  env:
+    {{- include "expertd.mpsEnv" . | nindent 4 }}
+    - {name: CUDA_MPS_LOG_DIRECTORY, value: /tmp}
+    {{- if not .Values.resources.claims }}
+    # The device plugin gives the pod's GPU to one container alone, which is the server.
+    - {name: NVIDIA_VISIBLE_DEVICES, value: all}
+    {{- end }}
+  startupProbe:
+    exec: {command: [sh, -c, "echo get_server_list | nvidia-cuda-mps-control"]}
+    periodSeconds: 1
+    timeoutSeconds: 5
+    failureThreshold: 60
+  resources:
+    requests: {cpu: 100m, memory: 256Mi}
+    {{- with .Values.resources.claims }}
+    claims: {{- toYaml . | nindent 6 }}
+    {{- end }}
+  securityContext: {{- include "expertd.security" . | nindent 4 }}
+  volumeMounts:
+    {{- include "expertd.mpsMount" . | nindent 4 }}
+    - {name: tmp, mountPath: /tmp}
+{{- end }}
+
+{{- define "expertd.mpsEnv" -}}
+- name: POD_NAME
+  valueFrom: {fieldRef: {fieldPath: metadata.name}}
+- {name: CUDA_MPS_PIPE_DIRECTORY, value: /mps}
+{{- end }}
+
+{{- define "expertd.mpsMount" -}}
+- {name: mps, mountPath: /mps, subPathExpr: $(POD_NAME)}
+{{- end }}
+
 {{- define "expertd.secretMounts" -}}
 {{- if .Values.tls.secretName }}
 - {name: tls, mountPath: /tls, readOnly: true}
