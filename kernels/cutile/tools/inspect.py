@@ -80,11 +80,12 @@ def compile_kernel(kernel: ct.kernel, args: Sequence[Any], arch: str) -> bytes:
 
 def inspect_kernel(kernel: ct.kernel, args: Sequence[Any], arch: str) -> Resources:
     """Compile `kernel` for `arch` as launched with `args` and read its resources from the cubin."""
-    return read_resources(compile_kernel(kernel, args, arch))
+    warps = kernel._compiler_options.num_worker_warps or WORKER_WARPS
+    return read_resources(compile_kernel(kernel, args, arch), warps)
 
 
-def read_resources(cubin: bytes) -> Resources:
-    """What the one kernel in `cubin` uses, whoever compiled it."""
+def read_resources(cubin: bytes, worker_warps: int = WORKER_WARPS) -> Resources:
+    """What the one kernel in `cubin` uses, whoever compiled it; `worker_warps` of a block compute."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -93,7 +94,6 @@ def read_resources(cubin: bytes) -> Resources:
         elf = _cuobjdump("--dump-elf", path)
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
     waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
-    workers = 32 * (kernel._compiler_options.num_worker_warps or WORKER_WARPS)
     return Resources(
         registers=used["REG"],
         stack=used["STACK"],
@@ -102,7 +102,7 @@ def read_resources(cubin: bytes) -> Resources:
         matrix=tuple(sorted(set(re.findall(r"\b[A-Z]+MMA\b", sass)))),
         matrix_waits=waits / max(1, len(re.findall(r"\b[HQ]GMMA\b", sass))),
         bulk_loads=len(re.findall(r"\bUTMALDG\b", sass)),
-        shortage=_shortage(sass, _threads(elf), workers, used["REG"]),
+        shortage=_shortage(sass, elf, 32 * worker_warps, used["REG"]),
     )
 
 
@@ -114,12 +114,13 @@ def _threads(elf: str) -> int:
     return int(found[1], 16)
 
 
-def _shortage(sass: str, threads: int, workers: int, registers: int) -> int:
+def _shortage(sass: str, elf: str, workers: int, registers: int) -> int:
     """What workers take less what movers give back of the block's `registers` a thread; 0 where warps have no roles."""
     taken = re.search(r"\bUSETMAXREG\.TRY_ALLOC\S* \w+, (0x[0-9a-f]+)", sass)
     kept = re.search(r"\bUSETMAXREG\.DEALLOC\S* (0x[0-9a-f]+)", sass)
     if taken is None or kept is None:
         return 0
+    threads = _threads(elf)
     wanted = workers * int(taken[1], 16) + (threads - workers) * int(kept[1], 16)
     return max(0, wanted - threads * registers)
 
