@@ -23,6 +23,11 @@ TEXT = """\
 Written by `make docs` from [{data}](data/{data}), in the form that `expertd bench kernels --json` writes. How it was
 measured, what was tried and everything else that was timed: [measurements.md](measurements.md).
 
+`expertd bench kernels` measures this on your GPU. With `--peers` it times others' kernels on the same batches, too,
+where their packages are installed: DeepGEMM's two grouped products (of rows that are sorted and padded before), and the
+whole layer of SGLang and of vLLM, which quantise tokens themselves; it says which are missing. On Blackwell (sm_100,
+sm_120) kernels are chosen from what the compiler shows: none was measured.
+
 One layer's routed experts on one server: from unsorted FP8 tokens with expert ids and weights to BF16 sums; 32 local
 experts of 256, H 7168, I 2048, top 8. {gpu}, which in that run read {read:.2f} TB/s and did {rate:.0f} TFLOP/s in
 BF16. Times are medians in microseconds of device time; repeated, the longer ones differ by up to 8%.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,17 @@ def check_path(name: str, path: object) -> None:
         raise TypeError(
             f"{name} is {path!r}, a {type(path).__name__}; give a pathlib.Path, such as Path({str(path)!r})"
         )
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise `OSError` for a file that could not be written when it is time: before the work whose result it takes."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def write_json(value: dict[str, Any], path: Path) -> None:

@@ -71,20 +71,26 @@ DEFAULTS = {
     16384: LayerConfig(128, WIDE, WIDE),
 }
 """By shape class, from measurements on an H200 (docs/measurements.md)."""
+INVARIANT = LayerConfig(64, DEEP, DEEP)
 
 
-def default_config(num_tokens: int, batch_invariant: bool = False) -> LayerConfig:
-    """The configuration for a shape that nothing was measured for.
+def default_config(arch: str, num_tokens: int, batch_invariant: bool = False) -> LayerConfig:
+    """The configuration for a shape that nothing was measured for on `arch` ("sm_90", ...).
+
+    On sm_120, where sums stay in registers, larger tiles and two blocks a multiprocessor spill: from what the compiler
+    shows, because no such GPU was measured.
 
     If `batch_invariant`, one that rounds like that of every other shape class: no tile of few rows, whose kernels keep
     FP32 between the first product and SwiGLU where the others keep BF16.
     """
     config = DEFAULTS[shape_class(num_tokens)]
-    return LayerConfig(64, DEEP, DEEP) if batch_invariant and config.few_rows else config
+    if config.few_rows:
+        return INVARIANT if batch_invariant else config
+    return INVARIANT if arch.startswith("sm_12") else config
 
 
-def candidates(num_tokens: int) -> list[LayerConfig]:
-    """What the tuner tries for a shape class, the default first."""
+def candidates(arch: str, num_tokens: int) -> list[LayerConfig]:
+    """What the tuner tries for a shape class, the default for `arch` first."""
     few = [
         LayerConfig(rows, replace(FEW, tile_columns=columns, latency=latency), replace(FEW, latency=latency))
         for rows in (8, 16, 32)
@@ -96,6 +102,6 @@ def candidates(num_tokens: int) -> list[LayerConfig]:
         for rows, gemm in ((64, DEEP), (64, PAIRED), (128, WIDE))
         for group in (4, 8, 16)
     ]
-    default = default_config(num_tokens)
+    default = default_config(arch, num_tokens)
     tried = few + wide[:3] if num_tokens <= 256 else wide
     return [default, *(config for config in tried if config != default)]

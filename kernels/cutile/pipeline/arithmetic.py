@@ -70,7 +70,7 @@ class FastLayer:
     def _config(self, num_tokens: int) -> LayerConfig:
         known = self._table.get("fast", self._shape.key(num_tokens), LayerConfig)
         if known is None or (self._batch_invariant and known.few_rows):
-            return default_config(num_tokens, self._batch_invariant)
+            return default_config(self._gpu.arch, num_tokens, self._batch_invariant)
         return known
 
 

@@ -29,6 +29,8 @@ from torch import Tensor
 
 ALIGNMENT = 16
 """Bytes to which a launch finds PyTorch's addresses and strides aligned, and the divisor it looks for in shapes."""
+WORKER_WARPS = 4
+"""That the compiler takes where a kernel does not say."""
 _DTYPES = {
     torch.float8_e4m3fn: ct.float8_e4m3fn,
     torch.bfloat16: ct.bfloat16,
@@ -58,6 +60,8 @@ class Resources:
     """Waits for each of Hopper's matrix instructions: near 1 they run one after the other, near 0.2 they overlap."""
     bulk_loads: int
     """UTMALDG instructions: loads by the tensor memory accelerator."""
+    shortage: int
+    """Registers that a block's warps ask for beyond those it has: with any, they wait for them and the kernel hangs."""
 
     @property
     def spills(self) -> bool:
@@ -76,16 +80,18 @@ def compile_kernel(kernel: ct.kernel, args: Sequence[Any], arch: str) -> bytes:
 
 def inspect_kernel(kernel: ct.kernel, args: Sequence[Any], arch: str) -> Resources:
     """Compile `kernel` for `arch` as launched with `args` and read its resources from the cubin."""
-    return read_resources(compile_kernel(kernel, args, arch))
+    warps = kernel._compiler_options.num_worker_warps or WORKER_WARPS
+    return read_resources(compile_kernel(kernel, args, arch), warps)
 
 
-def read_resources(cubin: bytes) -> Resources:
-    """What the one kernel in `cubin` uses, whoever compiled it."""
+def read_resources(cubin: bytes, worker_warps: int = WORKER_WARPS) -> Resources:
+    """What the one kernel in `cubin` uses, whoever compiled it; `worker_warps` of a block compute."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _cuobjdump("--dump-resource-usage", path)
         sass = _cuobjdump("--dump-sass", path)
+        elf = _cuobjdump("--dump-elf", path)
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
     waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
     return Resources(
@@ -96,7 +102,27 @@ def read_resources(cubin: bytes) -> Resources:
         matrix=tuple(sorted(set(re.findall(r"\b[A-Z]+MMA\b", sass)))),
         matrix_waits=waits / max(1, len(re.findall(r"\b[HQ]GMMA\b", sass))),
         bulk_loads=len(re.findall(r"\bUTMALDG\b", sass)),
+        shortage=_shortage(sass, elf, 32 * worker_warps, used["REG"]),
     )
+
+
+def _threads(elf: str) -> int:
+    """Threads a block: workers, and warps that only move data."""
+    found = re.search(r"EIATTR_REQNTID\s+Format:\s*\S+\s+Value:\s*(0x[0-9a-f]+)", elf)
+    if found is None:
+        raise ValueError("the cubin does not say how many threads a block has (EIATTR_REQNTID)")
+    return int(found[1], 16)
+
+
+def _shortage(sass: str, elf: str, workers: int, registers: int) -> int:
+    """What workers take less what movers give back of the block's `registers` a thread; 0 where warps have no roles."""
+    taken = re.search(r"\bUSETMAXREG\.TRY_ALLOC\S* \w+, (0x[0-9a-f]+)", sass)
+    kept = re.search(r"\bUSETMAXREG\.DEALLOC\S* (0x[0-9a-f]+)", sass)
+    if taken is None or kept is None:
+        return 0
+    threads = _threads(elf)
+    wanted = workers * int(taken[1], 16) + (threads - workers) * int(kept[1], 16)
+    return max(0, wanted - threads * registers)
 
 
 def signature(kernel: ct.kernel, args: Sequence[Any]) -> KernelSignature:

@@ -35,7 +35,8 @@ def shipped_launches(arch: str, table: Table, shape: ExpertShape = V3) -> Iterat
             yield from dequant_launches(shape, tokens, config, META, gpu, dtype)
         if has_fp8(arch):
             fast = table.get("fast", shape.key(tokens), LayerConfig)
-            for choice in {fast or default_layer_config(tokens), default_layer_config(tokens, batch_invariant=True)}:
+            invariant = default_layer_config(arch, tokens, batch_invariant=True)
+            for choice in {fast or default_layer_config(arch, tokens), invariant}:
                 yield from fast_launches(shape, tokens, choice, META, gpu)
             yield from coordinator_launches(MoeConfig(), tokens, META)
 

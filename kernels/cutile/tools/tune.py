@@ -91,7 +91,7 @@ def tune_layer(tuner: Tuner, bench: TuningBench, tokens: int) -> Pipeline:
     dequant = tune_dequant(tuner, bench, tokens)
     if not has_fp8(bench.gpu.arch):
         return "dequant"
-    fast = tuner.best("fast", key, fast_candidates(tokens), partial(bench.fast, tokens))
+    fast = tuner.best("fast", key, fast_candidates(bench.gpu.arch, tokens), partial(bench.fast, tokens))
     times = {"fast": partial(bench.fast, tokens, fast), "dequant": partial(bench.dequant, tokens, dequant)}
     return tuner.best("pipeline", key, PIPELINES, lambda name: times[name]())
 

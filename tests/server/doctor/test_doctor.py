@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from expertd import cli
+from expertd.kernels.cutile.pipeline.toolchain import Toolchain
 from expertd.kernels.model.config import MoeConfig
 from expertd.server.doctor import checkup, gpu, host, peers
 from expertd.server.doctor.finding import Finding
@@ -129,6 +130,16 @@ def test_the_compiler_is_tried() -> None:
     refused = gpu.check_compiler("sm_70")
     assert refused.level == "fail"
     assert "pip install 'expertd[server]'" in refused.text
+
+
+@pytest.mark.parametrize(("tileiras", "level"), [("13.4.92", "ok"), ("13.5.0", "warn")])
+def test_a_compiler_that_was_not_measured_is_named(tileiras: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    toolchain = Toolchain("1.7.0", tileiras)
+    monkeypatch.setattr(Toolchain, "detect", lambda: toolchain)
+    finding = gpu.check_compiler("sm_90")
+    assert finding.level == level
+    assert f"cuda-tile 1.7.0 with tileiras {tileiras}" in finding.text
+    assert ("install cuda-tile 1.7.0 with tileiras 13.4.92, or run 'expertd tune'" in finding.text) == (level == "warn")
 
 
 @pytest.mark.parametrize(("free", "level"), [(99, "fail"), (100, "warn"), (149, "warn"), (150, "ok")])

@@ -16,7 +16,7 @@ H200 = Gpu("sm_90", processors=132)
 
 
 def names(tokens: int, shape: ExpertShape = V3) -> list[str]:
-    return [launch.name for launch in fast_launches(shape, tokens, default_config(tokens), META, H200)]
+    return [launch.name for launch in fast_launches(shape, tokens, default_config(H200.arch, tokens), META, H200)]
 
 
 def test_one_token_splits_the_first_product() -> None:
@@ -33,7 +33,7 @@ def test_one_token_splits_the_first_product() -> None:
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
 def test_the_bound_of_the_weights_is_that_of_the_activation(tokens: int) -> None:
     for limit, constant in ((None, math.inf), (10.0, 10.0)):
-        launches = fast_launches(V3, tokens, default_config(tokens), META, H200, limit)
+        launches = fast_launches(V3, tokens, default_config(H200.arch, tokens), META, H200, limit)
         found = [launch.args[-1] for launch in launches if launch.name in ("swiglu_quantize", "gemm1_few_rows")]
         assert found == [constant]
 
@@ -56,7 +56,7 @@ def test_many_tokens_are_counted_first() -> None:
 
 def test_grids_of_products_fit_the_device() -> None:
     for tokens in (1, 64, 1024, 16384):
-        config = default_config(tokens)
+        config = default_config(H200.arch, tokens)
         most = 132 * max(config.gemm1.occupancy, config.gemm2.occupancy)
         launches = fast_launches(V3, tokens, config, META, H200)
         assert all(launch.grid[0] <= most for launch in launches if "gemm" in launch.name)

@@ -13,14 +13,15 @@ def test_shape_class(tokens: int, expected: int) -> None:
 
 def test_every_class_has_a_default_that_the_tuner_tries_first() -> None:
     assert set(DEFAULTS) == set(SHAPE_CLASSES)
-    for tokens in SHAPE_CLASSES:
-        configs = candidates(tokens)
-        assert configs[0] == default_config(tokens)
-        assert len(set(configs)) == len(configs)
+    for arch in ("sm_90", "sm_120"):
+        for tokens in SHAPE_CLASSES:
+            configs = candidates(arch, tokens)
+            assert configs[0] == default_config(arch, tokens)
+            assert len(set(configs)) == len(configs)
 
 
 def test_batch_invariant_configurations_have_no_tiles_of_few_rows() -> None:
-    assert not any(default_config(tokens, batch_invariant=True).few_rows for tokens in SHAPE_CLASSES)
+    assert not any(default_config("sm_90", tokens, batch_invariant=True).few_rows for tokens in SHAPE_CLASSES)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 64, 1000])

@@ -1,6 +1,7 @@
 """Every kernel in every shipped configuration compiles without a GPU, and spills no registers on the H200."""
 
 import json
+import re
 from functools import cache
 
 import cuda.tile as ct
@@ -50,11 +51,34 @@ def test_every_default_configuration_compiles(arch: str) -> None:
     assert not {kernel: error for kernel, error in results if error is not None}
 
 
-def test_nothing_shipped_for_the_h200_spills(spent: dict[str, Resources]) -> None:
-    assert not {kernel: resources for kernel, resources in spent.items() if resources.spills}
+def test_nothing_shipped_for_the_h200_spills_or_hangs(spent: dict[str, Resources]) -> None:
+    assert not {kernel: resources for kernel, resources in spent.items() if resources.spills or resources.shortage}
     products = [resources for kernel, resources in spent.items() if "gemm" in kernel]
     assert products
     assert all("HGMMA" in used.matrix or "QGMMA" in used.matrix for used in products)
+
+
+def inspect_product(index: int, arch: str) -> tuple[str, Resources]:
+    launch = fast_products(arch)[index]
+    return name(launch), inspect_kernel(launch.kernel, launch.args, arch)
+
+
+def fast_products(arch: str) -> list[Launch]:
+    """The fast pipeline's matrix products in the default configurations."""
+    return [launch for launch in unique_launches(arch) if re.match("fp8_gemm|gemm1", launch.name)]
+
+
+@pytest.mark.parametrize(
+    ("arch", "matrix", "deepest"), [("sm_100", "UTCQMMA", 220 << 10), ("sm_120", "QMMA", 80 << 10)]
+)
+def test_products_on_gpus_that_nobody_measured_do_not_spill(arch: str, matrix: str, deepest: int) -> None:
+    """And the deepest of their pipelines takes most of the shared memory that a block may have: 227 and 99 KiB."""
+    count = len(fast_products(arch))
+    with forked_processes(PROCESSES) as pool:
+        found = dict(pool.map(inspect_product, range(count), [arch] * count))
+    assert not {kernel: used for kernel, used in found.items() if used.spills or used.shortage}
+    assert {used.matrix for used in found.values()} == {(matrix,)}
+    assert max(used.shared for used in found.values()) > deepest
 
 
 @cache
@@ -97,7 +121,7 @@ def activations(arch: str, tokens: int, swiglu_limit: float | None, shape: Exper
     dequant = default_dequant_config(arch, tokens)
     launches = dequant_launches(shape, tokens, dequant, META, gpu, swiglu_limit=swiglu_limit)
     if has_fp8(arch):
-        launches += fast_launches(shape, tokens, default_config(tokens), META, gpu, swiglu_limit)
+        launches += fast_launches(shape, tokens, default_config(arch, tokens), META, gpu, swiglu_limit)
     return [launch for launch in launches if launch.name in ("silu_and_mul", "swiglu_quantize", "gemm1_few_rows")]
 
 
@@ -125,7 +149,7 @@ def mixtral_launches(arch: str) -> list[Launch]:
     """What is launched for experts with long rows."""
     gpu, tokens = Gpu(arch, processors=132), 2048
     dequant = dequant_launches(MIXTRAL, tokens, default_dequant_config(arch, tokens), META, gpu)
-    return dequant + fast_launches(MIXTRAL, tokens, default_config(tokens), META, gpu)
+    return dequant + fast_launches(MIXTRAL, tokens, default_config(arch, tokens), META, gpu)
 
 
 def inspect_mixtral(index: int, arch: str) -> tuple[str, Resources]:
