@@ -1,5 +1,6 @@
 """What coordinators are asked in tests, and the oracle's answers; servers are those of the small model."""
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def oracle(model: Path, hidden: Tensor, ids: Tensor, weights: Tensor, layer: int
 async def call(moe: Coordinator, seed: int = 0, count: int = 20) -> Tensor:
     ids, weights = routing(count, seed)
     return await moe(LAYER, tokens(count, seed), topk_ids=ids, topk_weights=weights)
+
+
+async def on_stream(moe: Coordinator, *tensors: Tensor, layer: int = LAYER) -> Tensor:
+    """On a thread: as a simulated device computes, it waits, and the coordinator must go on."""
+    return await asyncio.to_thread(moe.on_stream, layer, *tensors)
 
 
 def expected(model: Path, seed: int = 0, count: int = 20) -> Tensor:

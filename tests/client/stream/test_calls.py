@@ -13,16 +13,11 @@ from expertd.client.coordinator import Coordinator
 from expertd.client.sync import SyncCoordinator
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import InvalidBatch, NotPermitted, UnknownExpert
-from tests.support.coordinators import EXACT, EXPERTS, HIDDEN, LAYER, TOP_K, call, routing, tokens
+from tests.support.coordinators import EXACT, EXPERTS, HIDDEN, LAYER, TOP_K, call, on_stream, routing, tokens
 from tests.support.fleets import HALVES, addresses, running_servers
 from tests.support.serving import running_server
 
 ALL = range(EXPERTS)
-
-
-async def on_stream(moe: Coordinator, *tensors: torch.Tensor, layer: int = LAYER) -> torch.Tensor:
-    """On a thread: as a simulated device computes, it waits, and the coordinator must go on."""
-    return await asyncio.to_thread(moe.on_stream, layer, *tensors)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 300])

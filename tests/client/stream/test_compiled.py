@@ -18,7 +18,7 @@ def compiled(arch: str, *warps: str) -> dict[str, Resources]:
     """What each uses, by name; by a process in which Triton compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache_folder() / "triton")
-    command = [sys.executable, "-m", "tests.support.stream_kernels", arch, *warps]
+    command = [sys.executable, "-m", "tests.support.kernels.stream", arch, *warps]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: Resources(**used) for name, used in json.loads(done.stdout).items()}

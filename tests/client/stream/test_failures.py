@@ -14,8 +14,7 @@ from expertd.client.coordinator import Coordinator
 from expertd.client.sync import SyncCoordinator
 from expertd.client.tools.cluster import Each, LocalCluster
 from expertd.proto.base.errors import Cancelled, InvalidBatch, ServerFault, Unavailable, UnknownExpert
-from tests.client.stream.test_calls import on_stream
-from tests.support.coordinators import EXACT, EXPERTS, LAYER, routing, tokens
+from tests.support.coordinators import EXACT, EXPERTS, LAYER, on_stream, routing, tokens
 from tests.support.fleets import HALVES, addresses, flat, running_replicas, running_servers
 
 HIDDEN_STATES = tokens(2).float()

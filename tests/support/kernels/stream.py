@@ -1,6 +1,6 @@
 """Triton's kernels of stream-ordered calls, compiled for GPUs that are not here, with the arguments that calls give.
 
-    python -m tests.support.stream_kernels sm_90 [WARPS]
+    python -m tests.support.kernels.stream sm_90 [WARPS]
 
 prints what each compiled kernel uses, as JSON; with WARPS, the largest alone with so many in place of its own. In a
 process of its own: where tests have Triton interpret kernels, it compiles none.
