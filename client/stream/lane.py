@@ -166,12 +166,16 @@ class StreamLane:
         posted, before = self._word(kernels.TAIL), self._word(kernels.OVER)
         if self._segment.ended:
             self._give_up(GONE)
-        elif posted == self._word(kernels.ENDED) or posted != self._waits_since[0]:
+        elif self._is_answered(posted) or posted != self._waits_since[0]:
             self._waits_since = posted, now
         elif now - self._waits_since[1] > self._terms.timeout:
             self._give_up(TOO_LATE)
             self._segment.close()
         return None if before or not self._word(kernels.OVER) else self._why_over()
+
+    def _is_answered(self, posted: int) -> bool:
+        """Whether the server has nothing to answer, even if the GPU has not come to look at it."""
+        return posted == self._word(kernels.ENDED) or self._word(kernels.ANSWERED) == 1
 
     def take_error(self) -> ExpertdError | None:
         """What became of the first call that failed since this was asked last; the GPU has done what was enqueued."""
