@@ -14,7 +14,7 @@ from expertd.client.sync import SyncCoordinator
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import InvalidBatch, NotPermitted, UnknownExpert
 from tests.support.coordinators import EXACT, EXPERTS, HIDDEN, LAYER, TOP_K, call, on_stream, routing, tokens
-from tests.support.fleets import HALVES, addresses, running_servers
+from tests.support.fleets import HALVES, addresses, computed_tokens, running_servers
 from tests.support.serving import running_server
 
 ALL = range(EXPERTS)
@@ -74,6 +74,25 @@ async def test_all_layers_follow_each_other_and_other_calls_go_on(small_model: P
         for layer in 3 * moe.layers:
             assert torch.equal(await on_stream(moe, hidden, *choice, layer=layer), expected[layer])
         await others
+
+
+async def test_several_callers_are_served_and_counted(small_model: Path) -> None:
+    async with (
+        running_server(small_model, ALL) as server,
+        Coordinator([str(server.address)], EXACT) as first,
+        Coordinator([str(server.address)], EXACT) as second,
+    ):
+        cases = [(tokens(2, seed).float(), *routing(2, seed)) for seed in range(2)]
+        for moe in (first, second):
+            await moe.prepare_stream(8, "cpu", timeout=5.0)
+        expected = [await first(LAYER, case[0], topk_ids=case[1], topk_weights=case[2]) for case in cases]
+        before = computed_tokens(server)
+        for _ in range(3):
+            # In turn: the interpreter is for one thread at a time.
+            for moe, case, right in zip((first, second), cases, expected, strict=True):
+                assert torch.equal(await on_stream(moe, *case), right)
+        # As what they were padded to.
+        assert computed_tokens(server) - before == 3 * 2 * 8
 
 
 async def test_from_a_thread(small_model: Path) -> None:
