@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,72 +13,19 @@ from expertd.client.call.caller import Caller
 from expertd.client.call.choice import NOBODY
 from expertd.client.fleet.member import Member
 from expertd.client.fleet.membership import Known
-from expertd.client.stream import kernels
-from expertd.client.stream.lane import StreamLane, Terms, slot_bytes
+from expertd.client.stream.arguments import checked
+from expertd.client.stream.lane import StreamLane
+from expertd.client.stream.launch import enqueue
 from expertd.client.stream.operator import register
+from expertd.client.stream.tables import Tables
+from expertd.client.stream.terms import Terms
 from expertd.kernels.cutile.base.shape import SHAPE_CLASSES
 from expertd.kernels.numerics.quantize import FP8
-from expertd.proto.base.errors import ExpertdError, InvalidBatch, Unavailable, UnknownExpert
+from expertd.proto.base.errors import ExpertdError, InvalidBatch, Unavailable
 from expertd.proto.base.tasks import Tasks
 
 LOOK_SECONDS = 0.05
 """Between two looks for calls that will not be answered."""
-FEW_TOKENS = 256
-"""Up to so many are given to every server whole, which takes less time than to find out what it wants of them."""
-CHUNK = 512
-COLUMNS = 1024
-"""Tokens and columns that kernels take at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """What kernels read, on the device; renewed in place, so that graphs that were captured go on."""
-
-    places: Tensor
-    """[S, C, FIELDS] int64, see `kernels`."""
-    owners: Tensor
-    """[layers, E] int32."""
-    tails: Tensor
-    """[S] int32."""
-    sent: Tensor
-    """[2 S + 1] int64."""
-    verdicts: Tensor
-    """[S + 1] int32."""
-    chosen: Tensor
-    """[S] int32."""
-    rows: Tensor
-    """[S * max_tokens] int32."""
-
-    @classmethod
-    def empty(cls, servers: int, terms: Terms) -> Tables:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=terms.device)
-
-        return cls(
-            zeros(servers, len(terms.sizes), kernels.FIELDS.value, dtype=torch.int64),
-            zeros(len(terms.layers), terms.experts),
-            zeros(servers),
-            zeros(2 * servers + 1, dtype=torch.int64),
-            zeros(servers + 1),
-            zeros(servers),
-            zeros(servers * terms.sizes[-1]),
-        )
-
-    @property
-    def servers(self) -> int:
-        return len(self.tails)
-
-    def fit(self, servers: int, terms: Terms) -> bool:
-        return servers <= self.servers and self.owners.shape == (len(terms.layers), terms.experts)
-
-    def renew(self, lanes: list[StreamLane], owners: Tensor) -> None:
-        """While the device does nothing with them."""
-        places = torch.zeros(self.places.shape, dtype=torch.int64)
-        places[: len(lanes)] = torch.from_numpy(np.stack([lane.places() for lane in lanes]))
-        self.places.copy_(places)
-        self.owners.copy_(owners)
-        for counts in (self.tails, self.sent, self.verdicts):
-            counts.zero_()
 
 
 class StreamCalls:
@@ -169,10 +114,10 @@ class StreamCalls:
             self.check()
             if self.when_stale is not None and self.is_stale:
                 self.when_stale()
-        out = self._check(layer, hidden, ids, weights, out)
+        out = checked(self._terms_now, layer, hidden, ids, weights, out)
         if hidden.numel():
             row = self._terms_now.layers.index(layer)
-            self._enqueue(row, hidden.contiguous(), ids.contiguous(), weights.contiguous(), out)
+            self._launch(row, hidden.contiguous(), ids.contiguous(), weights.contiguous(), out)
             for lane in self._lanes:
                 lane.nudge()
         return out
@@ -284,8 +229,13 @@ class StreamCalls:
             ids = torch.full((tokens, terms.top_k), -1, device=self._device)
             weights = torch.zeros(tokens, terms.top_k, device=self._device)
             for kind in (torch.int32, torch.int64):
-                self._enqueue(0, hidden, ids.to(kind), weights, torch.empty_like(hidden))
+                self._launch(0, hidden, ids.to(kind), weights, torch.empty_like(hidden))
         self.synchronize()
+
+    def _launch(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        """`layer` is its row in the tables."""
+        assert self._tables is not None
+        enqueue(self._terms_now, self._tables, self._lanes, layer, hidden, ids, weights, out)
 
     async def _watch(self) -> None:
         while True:
@@ -295,101 +245,3 @@ class StreamCalls:
                 if error is not None and lane in self._lanes:
                     self._caller.membership.report(lane.member, error)
             await asyncio.sleep(LOOK_SECONDS)
-
-    def _check(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor | None) -> Tensor:
-        terms = self._terms_now
-        if layer not in terms.layers:
-            raise UnknownExpert(f"layer {layer} is on no server; layers served: {list(terms.layers)}")
-        for name, tensor in (("hidden", hidden), ("topk_ids", ids), ("topk_weights", weights)):
-            if tensor.device != self._device:
-                raise InvalidBatch(
-                    f"{name} is on {tensor.device}; stream-ordered calls were prepared on {self._device}"
-                )
-        if hidden.dim() < 1 or hidden.shape[-1] != terms.width:
-            raise InvalidBatch(f"hidden has the shape {list(hidden.shape)}; it must be [..., {terms.width}]")
-        if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise InvalidBatch(f"hidden is {hidden.dtype}; it must be bfloat16, float16 or float32")
-        tokens = hidden.numel() // terms.width
-        if tokens > terms.sizes[-1]:
-            raise InvalidBatch(f"hidden has {tokens} tokens; stream-ordered calls were prepared for {terms.sizes[-1]}")
-        _check_choices(ids, weights, tokens, terms.top_k)
-        if out is None:
-            return torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        if out.shape != hidden.shape or out.device != self._device or not out.is_contiguous():
-            raise InvalidBatch(f"out must be contiguous, of the shape {list(hidden.shape)}, on {self._device}")
-        return out
-
-    def _enqueue(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
-        """`layer` is its row in the tables."""
-        terms, tables = self._terms_now, self._tables
-        assert tables is not None
-        top_k, tokens = ids.shape[-1], hidden.numel() // terms.width
-        servers, classes, simulated = tables.servers, len(terms.sizes), self._device.type == "cpu"
-        compact = servers > 1 and tokens > FEW_TOKENS
-        size = next(index for index, size in enumerate(terms.sizes) if tokens <= size)
-        wide = _power_of_two(top_k)
-        places, owners, rows, chosen = tables.places, tables.owners, tables.rows, tables.chosen
-        if compact:
-            kernels.compact[(servers,)](
-                ids, owners, places, rows, chosen, tokens, layer, top_k, terms.experts, classes, wide, CHUNK
-            )
-        groups = -(-(tokens if compact else terms.sizes[size]) // kernels.GROUP.value)
-        kernels.dispatch[(groups + tokens, servers)](
-            hidden,
-            ids,
-            weights,
-            owners,
-            places,
-            rows,
-            chosen,
-            tables.sent,
-            tokens,
-            groups,
-            layer,
-            size,
-            top_k,
-            terms.experts,
-            terms.width,
-            servers,
-            classes,
-            wide,
-            _power_of_two(terms.width // kernels.BLOCK.value),
-            terms.hidden_dtype == FP8,
-            compact,
-            num_warps=8,
-        )
-        posted = places, tables.tails, chosen, tables.sent, tables.verdicts, layer, size, slot_bytes(terms)
-        kernels.post[(servers,)](*posted, servers, classes, compact, simulated, num_warps=1)
-        for lane in self._lanes:
-            lane.wait(self._device)
-        kernels.settle[(servers,)](*posted, classes, compact, simulated, num_warps=1)
-        kernels.combine[(tokens, -(-terms.width // COLUMNS))](
-            out,
-            places,
-            rows,
-            chosen,
-            tables.verdicts,
-            tokens,
-            size,
-            terms.width,
-            servers,
-            classes,
-            COLUMNS,
-            terms.reply_dtype == torch.float32,
-            compact,
-        )
-
-
-def _check_choices(ids: Tensor, weights: Tensor, tokens: int, top_k: int) -> None:
-    for name, tensor in (("topk_ids", ids), ("topk_weights", weights)):
-        if tensor.dim() < 1 or tensor.numel() != tokens * top_k or tensor.shape[-1] != top_k:
-            raise InvalidBatch(f"{name} has the shape {list(tensor.shape)}; {tokens} tokens take [..., {top_k}]")
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise InvalidBatch(f"topk_ids is {ids.dtype}; it must be int32 or int64")
-    if not weights.is_floating_point():
-        raise InvalidBatch(f"topk_weights is {weights.dtype}; it must be a float dtype")
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not less."""
-    return 1 << (number - 1).bit_length()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -14,8 +13,9 @@ import torch
 
 from expertd.client.fleet.member import Member
 from expertd.client.stream import kernels
+from expertd.client.stream.terms import Terms, slot_bytes
 from expertd.client.transport.grpc_streams import GrpcTransport
-from expertd.client.transport.segment import REQUEST_BYTES, Segment, segment_bytes
+from expertd.client.transport.segment import Segment, segment_bytes
 from expertd.client.transport.segment_pool import REGISTRATION_SECONDS, check_version
 from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, wait_for
@@ -28,8 +28,7 @@ from expertd.proto.base.errors import (
     UnknownExpert,
     error_from_status,
 )
-from expertd.proto.codec import ExecuteCall
-from expertd.proto.lane.layout import ALIGNMENT, GPU_ALIGNMENT, Layout, aligned, lay_out, reply_room
+from expertd.proto.lane.layout import ALIGNMENT, GPU_ALIGNMENT, aligned, reply_room
 
 log = logging.getLogger(__name__)
 ENTRIES_AT = 12
@@ -38,36 +37,6 @@ SLOT_REQUEST, SLOT_REPLY = 4, 12
 """Of a slot, where the lengths of request and reply are."""
 GONE, TOO_LATE = 1, 2
 """What the word OVER says."""
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What all stream-ordered calls of one caller have in common."""
-
-    model_fingerprint: str
-    layers: tuple[int, ...]
-    sizes: tuple[int, ...]
-    """Tokens that calls are padded to, ascending."""
-    width: int
-    top_k: int
-    experts: int
-    """Of the model."""
-    hidden_dtype: torch.dtype
-    reply_dtype: torch.dtype
-    device: torch.device
-    timeout: float
-    """Seconds that an answer may take."""
-
-    def layout(self, size: int, offset: int, gpu_offset: int | None) -> Layout:
-        return lay_out(offset, gpu_offset, size, self.width, self.top_k, self.hidden_dtype, self.reply_dtype)
-
-    def encode(self, index: int, layer: int, size: int, offset: int, gpu_offset: int | None) -> bytes:
-        """The request with that number, whose tensors lie at these offsets."""
-        there = torch.device("meta")
-        hidden = torch.empty(size, self.width, dtype=self.hidden_dtype, device=there)
-        ids = torch.empty(size, self.top_k, dtype=torch.int32, device=there)
-        call = ExecuteCall(index, self.model_fingerprint, None, layer, hidden, None, ids, ids, self.reply_dtype)
-        return codec.encode_call(call, offset, gpu_offset)
 
 
 class StreamLane:
@@ -156,10 +125,10 @@ class StreamLane:
         """Wake the server, as a call is about to be posted."""
         self._segment.lane.nudge()
 
-    def wait(self, device: torch.device) -> None:
+    def wait(self) -> None:
         """Have the device's current stream wait for an answer, without a kernel that takes the server's place there."""
         if self._pinned:
-            wait_for(torch.cuda.current_stream(device), self._base + kernels.ANSWERED.value)
+            wait_for(torch.cuda.current_stream(self._terms.device), self._base + kernels.ANSWERED.value)
 
     def look(self, now: float) -> ExpertdError | None:
         """End what will not be answered any more; why, if it was not ended before. `now` is on the monotonic clock."""
@@ -270,11 +239,6 @@ class StreamLane:
         if code != 0:
             raise ServerFault(f"the {len(self._segment.memory)} bytes shared cannot be pinned: CUDA error {code}")
         return True
-
-
-def slot_bytes(terms: Terms) -> int:
-    """From one slot to the next."""
-    return ALIGNMENT + REQUEST_BYTES + reply_room(terms.experts)
 
 
 def _parts(data: int, terms: Terms) -> tuple[int, int]:

@@ -20,11 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from expertd.client.call.caller import Caller
-from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.stream import kernels
-from expertd.client.stream.calls import StreamCalls, Tables
-from expertd.client.stream.lane import Terms
+from expertd.client.stream.launch import enqueue
+from expertd.client.stream.tables import Tables
+from expertd.client.stream.terms import Terms
 from expertd.kernels.cutile.tools.inspect import Resources, read_resources
 from expertd.kernels.numerics.quantize import FP8
 
@@ -89,15 +88,10 @@ def type_of(value: object) -> str:
     return f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
 
 
-def calls_of(hidden_dtype: torch.dtype, reply_dtype: torch.dtype) -> StreamCalls:
-    """Of nobody, with a device that has no memory."""
-    calls = StreamCalls(Caller(None, CoordinatorConfig()), META, MAX_TOKENS, timeout=1.0)  # type: ignore[arg-type]
-    layers = (3, 4)
-    terms = Terms(
-        "m", layers, calls._sizes, HIDDEN, TOP_K, EXPERTS, hidden_dtype, reply_dtype, device=META, timeout=1.0
-    )
-    calls._terms, calls._tables = terms, Tables.empty(SERVERS, terms)
-    return calls
+def terms_of(hidden_dtype: torch.dtype, reply_dtype: torch.dtype) -> Terms:
+    """On a device that has no memory."""
+    sizes = 1, 8, 64, 256, MAX_TOKENS
+    return Terms("m", (3, 4), sizes, HIDDEN, TOP_K, EXPERTS, hidden_dtype, reply_dtype, device=META, timeout=1.0)
 
 
 def launches() -> Iterator[Launch]:
@@ -110,7 +104,8 @@ def launches() -> Iterator[Launch]:
         hidden = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device=META)
         ids = torch.empty(tokens, TOP_K, dtype=kind, device=META)
         weights = torch.empty(tokens, TOP_K, device=META)
-        calls_of(dtype, reply)._enqueue(0, hidden, ids, weights, torch.empty_like(hidden))
+        terms = terms_of(dtype, reply)
+        enqueue(terms, Tables.empty(SERVERS, terms), [], 0, hidden, ids, weights, torch.empty_like(hidden))
     return iter({launch.name: launch for launch in found}.values())
 
 
