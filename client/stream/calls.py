@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 
@@ -47,6 +48,8 @@ class StreamCalls:
         self._retired: list[StreamLane] = []
         """Which graphs may yet wait on."""
         self._captured = False
+        self._launching = threading.Lock()
+        """Held while a call's kernels are launched, and by a simulated device until they are done."""
         self._stream: torch.cuda.Stream | None = None
         """Of the last call."""
         self._made_of: object = None
@@ -126,6 +129,9 @@ class StreamCalls:
         """Wait until the device has done all that was enqueued."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        else:
+            with self._launching:
+                pass
 
     def take_error(self) -> ExpertdError | None:
         """What became of the first call that failed since this was asked last, as far as it is known by now."""
@@ -235,7 +241,8 @@ class StreamCalls:
     def _launch(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
         """`layer` is its row in the tables."""
         assert self._tables is not None
-        enqueue(self._terms_now, self._tables, self._lanes, layer, hidden, ids, weights, out)
+        with self._launching:
+            enqueue(self._terms_now, self._tables, self._lanes, layer, hidden, ids, weights, out)
 
     async def _watch(self) -> None:
         while True:

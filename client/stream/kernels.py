@@ -58,7 +58,7 @@ def _mine(ids, owners, token, tokens, server, top_k, E, K: tl.constexpr):
     lane = tl.arange(0, K)
     if len(token.shape) > 1:
         lane = lane[None, :]
-    inside = (lane < top_k) & (token < tokens)
+    inside = lane < tl.where(token < tokens, top_k, 0)
     expert = tl.load(ids + token * top_k + lane, mask=inside, other=-1)
     known = inside & (expert >= 0) & (expert < E)
     owner = tl.load(owners + expert, mask=known, other=-1)
