@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import signal
 import tempfile
@@ -19,11 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
+import tests.support.kernels.interpreted  # noqa: F401
 from expertd.client.sync import SyncCoordinator
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import ExpertdError

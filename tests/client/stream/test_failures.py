@@ -16,6 +16,9 @@ from expertd.client.tools.cluster import Each, LocalCluster
 from expertd.proto.base.errors import Cancelled, InvalidBatch, ServerFault, Unavailable, UnknownExpert
 from tests.support.coordinators import EXACT, EXPERTS, LAYER, on_stream, routing, tokens
 from tests.support.fleets import HALVES, addresses, flat, running_replicas, running_servers
+from tests.support.markers import no_gpu
+
+pytestmark = no_gpu
 
 HIDDEN_STATES = tokens(2).float()
 IDS, WEIGHTS = routing(2)

@@ -10,7 +10,10 @@ from torch import Tensor
 from expertd.client.stream.operator import on_stream
 from expertd.client.sync import SyncCoordinator
 from tests.support.coordinators import EXACT, EXPERTS, LAYER, routing, tokens
+from tests.support.markers import no_gpu
 from tests.support.serving import running_server
+
+pytestmark = no_gpu
 
 
 async def test_a_compiled_step_has_the_calls_whole(small_model: Path) -> None:
