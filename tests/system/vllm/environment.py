@@ -41,7 +41,8 @@ def variables(servers: str = "") -> dict[str, str]:
             "EXPERTD_REPLY_DTYPE": "float32",
             "EXPERTD_WAIT": "60",
         }
-    return {name: value for name, value in os.environ.items() if not name.startswith("EXPERTD_")} | told
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("EXPERTD_", "TRITON_"))}
+    return kept | told
 
 
 def _make() -> None:
