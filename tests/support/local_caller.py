@@ -38,7 +38,7 @@ def sealed_memory(size: int = SEGMENT_BYTES, seals: int = fcntl.F_SEAL_SHRINK, f
     descriptor = os.memfd_create("test-segment", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     os.ftruncate(descriptor, size)
     if size and not flags:
-        os.pwrite(descriptor, struct.pack("<8sIIQQ", b"expertdL", 1, ENTRIES, 4096, DATA), 0)
+        os.pwrite(descriptor, struct.pack("<8sIIQQ", b"expertdL", 2, ENTRIES, 4096, DATA), 0)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return descriptor
 

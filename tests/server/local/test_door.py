@@ -193,7 +193,7 @@ async def test_what_begins_as_no_lane_is_refused(server: Server) -> None:
     wrong = sealed_memory()
     os.pwrite(wrong, bytes(4), 8)
     for descriptor, complaint in (
-        (wrong, "the segment begins with no lane of version 1"),
+        (wrong, "the segment begins with no lane of version 2"),
         (sealed_memory(4096), "the ring is at 4096 and the data at 5120 of 4096 bytes"),
     ):
         async with handing_over(server, [descriptor]) as caller:
