@@ -94,7 +94,7 @@ class Coordinator:
     async def close(self) -> None:
         """Disconnect; calls in flight fail. It can be connected again.
 
-        Raises what `check_stream` would.
+        Raises what `check` would.
         """
         if self._caller is not None:
             self._check_loop()
@@ -228,14 +228,14 @@ class Coordinator:
     def on_stream(
         self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        """See `SyncCoordinator.on_stream`; calls go on to whom they went until the next `check_stream`."""
+        """See `SyncCoordinator.on_stream`; calls go on to whom they went until the next `check`."""
         calls = self.stream_calls
         if out is None and torch.compiler.is_compiling():
             output: Tensor = torch.ops.expertd.on_stream(calls.number, layer, hidden, topk_ids, topk_weights)
             return output
         return calls(layer, hidden, topk_ids, topk_weights, out)
 
-    async def check_stream(self) -> None:
+    async def check(self) -> None:
         """See `SyncCoordinator.check`."""
         self._check_loop()
         calls = self.stream_calls
@@ -249,6 +249,11 @@ class Coordinator:
                 error = error or another
         if error is not None:
             raise error
+
+    @property
+    def stream_on_gpu(self) -> frozenset[str]:
+        """Addresses of the servers that reach what `on_stream` gives them in the GPU's memory, not the host's."""
+        return self.stream_calls.on_gpu
 
     @property
     def stream_calls(self) -> StreamCalls:

@@ -176,7 +176,7 @@ class SyncCoordinator:
         `execute`, `close` and, once it is known, `on_stream` raise it as well. From then on calls, and graphs that were
         captured, go to servers that are in use.
         """
-        self._running().wait(self._coordinator.check_stream())
+        self._running().wait(self._coordinator.check())
 
     def _running(self) -> LoopThread:
         if self._loop is None:

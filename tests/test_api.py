@@ -91,7 +91,7 @@ def test_both_coordinators_have_the_same_members_and_arguments() -> None:
         return {name: arguments(value) for name, value in public.items()}
 
     # What the synchronous one calls itself, and what only an event loop has a use for.
-    apart = {"submit_here", "transports"}
+    apart = {"stream_calls", "submit_here", "transports"}
     awaited = {name: value for name, value in members(Coordinator).items() if name not in apart}
     assert members(SyncCoordinator) == awaited
 

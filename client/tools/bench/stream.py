@@ -31,7 +31,7 @@ async def measure_stream(way: Way, hidden: Tensor, exchange: Exchange, seconds: 
     for what, prepare in (("expertd stream", _as_it_is), ("expertd stream graph", captured)):
         times, wall = await asyncio.to_thread(_repeat, prepare, call, seconds)
         # A call that failed was none.
-        await moe.check_stream()
+        await moe.check()
         yield measurement_of(what, len(hidden), 1, times, wall, exchange.total_bytes, computing)
 
 

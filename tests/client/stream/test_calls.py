@@ -39,7 +39,7 @@ async def test_sums_are_those_of_other_calls(small_model: Path, count: int) -> N
         out = torch.empty_like(hidden)
         assert await on_stream(moe, hidden, ids, weights, out) is out
         assert torch.equal(out, expected)
-        await moe.check_stream()
+        await moe.check()
 
 
 async def test_a_server_that_is_not_wanted_is_not_asked(small_model: Path) -> None:
@@ -65,7 +65,7 @@ async def test_fp8_is_within_its_bound_and_shapes_are_kept(small_model: Path) ->
         got = await on_stream(moe, hidden, ids, weights)
         assert got.shape == hidden.shape
         assert relative_error(got.reshape(6, HIDDEN), expected.reshape(6, HIDDEN)) < 0.1
-        await moe.check_stream()
+        await moe.check()
 
 
 async def test_all_layers_follow_each_other_and_other_calls_go_on(small_model: Path) -> None:
@@ -145,7 +145,7 @@ async def test_wrong_arguments_are_named(small_model: Path) -> None:
                 moe.on_stream(*arguments.values())
             assert message in str(raised.value)
         assert moe.on_stream(LAYER, torch.zeros(0, HIDDEN), ids[:0], weights[:0]).shape == (0, HIDDEN)
-        await moe.check_stream()
+        await moe.check()
 
 
 async def test_servers_that_share_no_memory_are_named(small_model: Path) -> None:

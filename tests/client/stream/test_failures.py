@@ -39,14 +39,14 @@ async def test_what_a_server_refuses_is_nan_and_raised_once(small_model: Path) -
         wrong = pytest.raises(InvalidBatch, match=rf"{addresses(servers)[0]}: layer {LAYER}: weights\[0, \d\] is inf")
         assert (await on_stream(moe, HIDDEN_STATES, IDS, infinite)).isnan().all()
         with wrong:
-            await moe.check_stream()
+            await moe.check()
         # The stream goes on; who does not check is told by the next call.
         assert torch.equal(await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS), expected)
         assert (await on_stream(moe, HIDDEN_STATES, IDS, infinite)).isnan().all()
         with wrong:
             await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)
         assert torch.equal(await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS), expected)
-        await moe.check_stream()
+        await moe.check()
 
 
 @pytest.mark.parametrize("stranger", [EXPERTS, 1 << 20, -2])
@@ -57,7 +57,7 @@ async def test_experts_that_nobody_has_are_named_by_layer(small_model: Path, str
         ids[1, 2] = stranger
         assert (await on_stream(moe, HIDDEN_STATES, ids, WEIGHTS)).isnan().all()
         with pytest.raises(UnknownExpert, match=f"layer {LAYER}: topk_ids names experts that no server has"):
-            await moe.check_stream()
+            await moe.check()
         assert (await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)).isfinite().all()
 
 
@@ -69,7 +69,7 @@ async def test_a_receipt_that_differs_is_never_used(small_model: Path) -> None:
         await moe.prepare_stream(8, "cpu", timeout=5.0)
         assert (await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)).isnan().all()
         with pytest.raises(ServerFault, match=f"{cluster.addresses[1]}: layer {LAYER}: the receipt"):
-            await moe.check_stream()
+            await moe.check()
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
