@@ -94,15 +94,18 @@ class StreamCalls:
             for lane in self._retired:
                 lane.unpin()
             self._retired = []
-        if self._tables is None or not self._tables.fit(len(lanes), terms):
+        tables = self._tables
+        if tables is None or not tables.fit(len(lanes), terms):
             # Graphs that were captured go on reading the former ones, by which nobody answers.
-            self._tables = Tables.empty(len(lanes), terms)
+            tables = Tables.empty(len(lanes), terms)
         else:
             for lane in former:
                 lane.release_gpu()
-        self._tables.renew(lanes, owners)
+        tables.renew(lanes, owners)
+        # Kernels are compiled for the tables' sizes.
+        is_new, self._tables = tables is not self._tables, tables
         self._lanes, self._made_of, self._terms = lanes, made_of, terms
-        if self._device.type == "cuda":
+        if is_new and self._device.type == "cuda":
             self._warm_up()
 
     def __call__(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:

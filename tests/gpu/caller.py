@@ -4,12 +4,23 @@ from dataclasses import replace
 
 import torch
 
+from expertd.client.tools.demo_checkpoint import DemoModel
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.proto.codec import ExecuteCall, ShardInfo
 from tests.support.serving import call_for, random_batch
 
 GPU = torch.device("cuda", 0)
+MODEL = DemoModel(
+    hidden_size=1024,
+    moe_intermediate_size=512,
+    n_routed_experts=8,
+    num_experts_per_tok=4,
+    n_group=1,
+    topk_group=1,
+    moe_layers=1,
+)
+OPTIONS = ["--backend", "cutile", "--batch-invariant"]
 
 
 async def connected(address: str) -> tuple[SharedMemoryTransport, ShardInfo]:

@@ -16,27 +16,17 @@ import torch
 from expertd.client.coordinator import Coordinator
 from expertd.client.sync import SyncCoordinator
 from expertd.client.tools.cluster import LocalCluster
-from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
+from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.segment import Slot
 from expertd.client.transport.shared_memory import HOST
 from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, current_gpu
 from expertd.proto.base.errors import InvalidBatch
-from tests.gpu.caller import GPU, connected, gpu_call, host_call
+from tests.gpu.caller import GPU, MODEL, OPTIONS, connected, gpu_call, host_call
 from tests.support.markers import gpu_only
 
 pytestmark = [gpu_only, pytest.mark.asyncio(loop_scope="module")]
 
-MODEL = DemoModel(
-    hidden_size=1024,
-    moe_intermediate_size=512,
-    n_routed_experts=8,
-    num_experts_per_tok=4,
-    n_group=1,
-    topk_group=1,
-    moe_layers=1,
-)
-OPTIONS = ["--backend", "cutile", "--batch-invariant"]
 CLIENT = """
 import asyncio, sys
 from tests.gpu.caller import connected, gpu_call

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import uvloop
 from torch import Tensor
 
+from expertd.client.base.quantiles import p50_p99
 from expertd.client.sync import SyncCoordinator
 from expertd.client.tools.bench.servers import LOCAL_EXPERTS, bench_model
+from expertd.client.tools.bench.stream import captured
+from expertd.client.tools.bench.timing import repeat_on_stream
 from expertd.client.tools.cluster import Each, LocalCluster
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from expertd.kernels.weights.files import cache_folder
@@ -33,32 +34,6 @@ def enqueue_each(moe: SyncCoordinator, layers: int, *tensors: Tensor) -> Callabl
             moe.on_stream(moe.layers[0], *tensors)
 
     return call
-
-
-def captured(call: Callable[[], None]) -> Callable[[], None]:
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def timed(call: Callable[[], None], seconds: float) -> tuple[float, float, int]:
-    """Median and 99th percentile of microseconds on the stream, and how many calls."""
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times: list[float] = []
-    for _ in range(5):
-        call()
-    torch.cuda.synchronize()
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or len(times) < 5:
-        before.record()
-        call()
-        after.record()
-        after.synchronize()
-        times.append(1e3 * before.elapsed_time(after))
-    return statistics.median(times), sorted(times)[int(len(times) * 0.99)], len(times)
 
 
 def measure(address: str, arguments: argparse.Namespace) -> None:
@@ -85,10 +60,11 @@ def measure(address: str, arguments: argparse.Namespace) -> None:
             }
             for way, (layers, graph) in ways.items():
                 call = enqueue_each(moe, layers, *there)
-                p50, p99, count = timed(captured(call) if graph else call, arguments.seconds)
+                times, _ = repeat_on_stream(captured(call) if graph else call, arguments.seconds)
                 moe.check()
+                p50, p99 = (1e6 * seconds for seconds in p50_p99(times))
                 print(
-                    f"{tokens:6} tokens {way:16} p50 {p50:9.1f} p99 {p99:9.1f} us {count:6} times"
+                    f"{tokens:6} tokens {way:16} p50 {p50:9.1f} p99 {p99:9.1f} us {len(times):6} times"
                     f"  a call {p50 / layers:8.1f}  kernels {compute:8.1f}  bits {'equal' if same else 'DIFFER'}",
                     flush=True,
                 )

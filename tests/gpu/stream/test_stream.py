@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,24 +16,16 @@ from torch import Tensor
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.sync import SyncCoordinator
 from expertd.client.tools.cluster import LocalCluster
-from expertd.client.tools.demo_checkpoint import DemoModel, write_demo_checkpoint
+from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from expertd.proto.base.errors import InvalidBatch, Unavailable
-from tests.gpu.caller import GPU
+from tests.gpu.caller import GPU, OPTIONS
+from tests.gpu.caller import MODEL as ONE_LAYER
 from tests.gpu.stream.replays import replay
 from tests.support.markers import gpu_only
 
 pytestmark = [gpu_only, pytest.mark.asyncio(loop_scope="module")]
 
-MODEL = DemoModel(
-    hidden_size=1024,
-    moe_intermediate_size=512,
-    n_routed_experts=8,
-    num_experts_per_tok=4,
-    n_group=1,
-    topk_group=1,
-    moe_layers=2,
-)
-OPTIONS = ["--backend", "cutile", "--batch-invariant"]
+MODEL = replace(ONE_LAYER, moe_layers=2)
 SIZES = (1, 8, 63, 256, 257, 900)
 """The last two are compacted, as there are two servers."""
 CONFIGS = {
