@@ -18,7 +18,7 @@ from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.segment import Segment, segment_bytes
 from expertd.client.transport.segment_pool import REGISTRATION_SECONDS, check_version
 from expertd.client.transport.shared_memory import SharedMemoryTransport
-from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, wait_for
+from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, gpu_uuid, wait_for
 from expertd.proto import codec
 from expertd.proto.base.errors import (
     ExpertdError,
@@ -42,7 +42,9 @@ GONE, TOO_LATE = 1, 2
 class StreamLane:
     """One server's. Its calls follow each other, as the stream has them."""
 
-    def __init__(self, member: Member, segment: Segment, terms: Terms, gpu: GpuMemory | None) -> None:
+    def __init__(
+        self, member: Member, segment: Segment, terms: Terms, gpu: GpuMemory | None, *, is_elsewhere: bool
+    ) -> None:
         """`gpu` has hidden states, scales and partial sums, if the server reaches it; else the segment has."""
         self.member = member
         self.address = member.transport.address
@@ -50,6 +52,8 @@ class StreamLane:
         self._terms = terms
         self._gpu = gpu
         self.on_gpu = gpu is not None
+        self.is_elsewhere = is_elsewhere
+        """Whether the server computes on another device than the caller's."""
         self._base = torch.frombuffer(segment.memory, dtype=torch.uint8).data_ptr()
         self._words = np.frombuffer(segment.memory, np.uint32)
         self._slots, self._tensors = _parts(segment.lane.data, terms)
@@ -93,7 +97,8 @@ class StreamLane:
 
     @classmethod
     async def _share(cls, member: Member, transport: GrpcTransport, terms: Terms, *, on_gpu: bool) -> Self:
-        registration = await transport.register_shared_memory(REGISTRATION_SECONDS)
+        own = gpu_uuid(terms.device) if terms.device.type == "cuda" else ""
+        registration = await transport.register_shared_memory(REGISTRATION_SECONDS, own)
         check_version(registration)
         if on_gpu and not registration.gpu:
             raise NotPermitted("the server computes on no GPU")
@@ -111,7 +116,8 @@ class StreamLane:
         finally:
             if gpu is not None:
                 os.close(gpu[1])
-        return cls(member, segment, terms, None if gpu is None else gpu[0])
+        memory = None if gpu is None else gpu[0]
+        return cls(member, segment, terms, memory, is_elsewhere=registration.gpu != own)
 
     @property
     def ended(self) -> bool:

@@ -58,7 +58,7 @@ std::optional<Refusal> miscounted(const Batch& batch) {
 // Whether its sums are zeros, in memory that can be written here.
 bool wants_nothing(const std::shared_ptr<Job>& job) {
   const auto& pairs = job->request.pairs;
-  return job->reach != Reach::kDevice && std::all_of(pairs.begin(), pairs.end(), [](uint32_t n) { return n == 0; });
+  return !is_on_device(job->reach) && std::all_of(pairs.begin(), pairs.end(), [](uint32_t n) { return n == 0; });
 }
 
 void make_room(const Batch& batch) {
