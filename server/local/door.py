@@ -135,8 +135,9 @@ class LocalDoor:
                 self.gpu.require()
             segment_bytes = check_segment(handover.descriptors[0])
             share = self._room.take(process, segment_bytes + handover.gpu_bytes)
+            owner = _Owner(caller, identity, share, self._tickets.is_of_peer(guest))
             try:
-                return await self._map(handover, segment_bytes, _Owner(caller, identity, share, self._tickets.is_of_peer(guest)))
+                return await self._map(handover, segment_bytes, owner)
             except BaseException:
                 self._room.give_back(share)
                 raise

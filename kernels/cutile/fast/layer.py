@@ -106,7 +106,7 @@ def layer_steps(
 ) -> list[list[Launch]]:
     """The same kernels in `steps`, each of which leaves as many columns of `sums`, with the same bits.
 
-    Nothing is computed twice: only the second product and the sums are cut, by columns. H is `steps` times whole blocks.
+    Nothing is computed twice: the second product and the sums alone are cut, by columns; H / `steps` is whole blocks.
     """
     if batch.scales is None:
         raise ValueError("the fast pipeline takes FP8 hidden states with scales")

@@ -26,7 +26,9 @@ from expertd.kernels.numerics.quantize import FP8
 Pipeline = Literal["auto", "fast", "dequant"]
 MAX_TILE_ROWS = 128
 STEPS = 4
-"""That columns of sums are computed in for who takes them over a link between GPUs, which is idle until the first is done."""
+"""In which columns of sums are computed for another GPU: the link there is idle until the first one is done."""
+STEP_TOKENS = 4096
+"""From this class on they are computed so. The sums of half as many tokens are 29 MB, 0.08 ms of NVLink."""
 
 
 class Layer(Protocol):
@@ -41,7 +43,7 @@ class Layer(Protocol):
     def steps(
         self, weights: LayerWeights, batch: TokenBatch, sums: Tensor, pairs: Tensor
     ) -> Sequence[Callable[[], None]]:
-        """What does the same, one after another: each leaves as many more columns of `sums`. One, where it is not cut."""
+        """What does the same, one after another, each leaving as many columns of `sums`; one, where it is not cut."""
 
 
 class FastLayer:

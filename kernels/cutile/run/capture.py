@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from expertd.kernels.cutile.pipeline.arithmetic import Layer
+from expertd.kernels.cutile.pipeline.arithmetic import STEP_TOKENS, Layer
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
 from expertd.kernels.numerics.quantize import FP8
@@ -22,8 +22,6 @@ CODES = {FP8: 1, torch.bfloat16: 2, torch.float32: 3}
 """Of `DType` in proto/expert_shard.proto."""
 DTYPES = tuple(product((FP8, torch.bfloat16), (torch.bfloat16, torch.float32)))
 """Of hidden states and replies."""
-STEP_TOKENS = 4096
-"""From this class on sums for another GPU go step by step: of fewer tokens they are 59 MB at most, 0.15 ms of NVLink."""
 
 
 class Graphs:
