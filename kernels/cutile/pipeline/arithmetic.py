@@ -83,7 +83,7 @@ class FastLayer:
         self, weights: LayerWeights, batch: TokenBatch, sums: Tensor, pairs: Tensor, steps: int
     ) -> list[list[Launch]]:
         tokens = batch.num_tokens
-        quantize = []
+        quantize: list[Launch] = []
         if batch.scales is None:
             hidden, scales = self._quantized[:tokens], self._scales[:tokens]
             quantize = [quantize_activations(batch.hidden, hidden, scales)]

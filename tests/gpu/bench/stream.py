@@ -28,6 +28,7 @@ from expertd.client.tools.bench.stream import captured
 from expertd.client.tools.bench.timing import repeat_on_stream
 from expertd.client.tools.cluster import Each, LocalCluster
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
+from expertd.kernels.memory.gpu import gpu_uuid
 from expertd.kernels.weights.files import cache_folder
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 7168, 2048
@@ -55,7 +56,7 @@ OTHERS = (
 
 @contextmanager
 def using(design: Design) -> Iterator[None]:
-    own = lane.gpu_uuid if design.in_steps else lambda device: ""
+    own = gpu_uuid if design.in_steps else lambda device: ""
     with patch.object(lane, "gpu_uuid", own), patch.object(launch, "SPIN_TOKENS", design.spin_tokens):
         yield
 
