@@ -135,7 +135,7 @@ class LocalDoor:
                 self.gpu.require()
             segment_bytes = check_segment(handover.descriptors[0])
             share = self._room.take(process, segment_bytes + handover.gpu_bytes)
-            owner = _Owner(caller, identity, share, self._tickets.is_of_peer(guest))
+            owner = _Owner(caller, identity, share, guest.of_peer)
             try:
                 return await self._map(handover, segment_bytes, owner)
             except BaseException:
@@ -167,7 +167,7 @@ class LocalDoor:
                 pinned=memory.pinned,
                 gpu_address=memory.on_gpu.address if memory.on_gpu else 0,
                 gpu_bytes=memory.on_gpu.size if memory.on_gpu else 0,
-                of_peer=memory.owner.on_peer,
+                of_peer=memory.owner.of_peer,
             )
         except ValueError as error:
             raise InvalidBatch(str(error)) from None
@@ -189,7 +189,7 @@ class _Owner:
     caller: str
     identity: str
     share: Share
-    on_peer: bool
+    of_peer: bool
     """Whether memory of a GPU is another one's than the server's."""
 
 

@@ -29,8 +29,8 @@ class Guest:
     """As gRPC names it."""
     identity: str
     """As far as it is proven, else empty."""
-    gpu: str
-    """Whose memory it is going to hand over, as it says, or empty."""
+    of_peer: bool
+    """Whether it hands over memory of another GPU than the server's, as it says."""
     expires: float
 
 
@@ -74,14 +74,10 @@ class Tickets:
         elif len(self._issued) >= MAX_TICKETS:
             self._drop_oldest(max(held, key=lambda name: held[name]))
         ticket = secrets.token_bytes(TICKET_BYTES)
-        self._issued[ticket] = Guest(peer, identity, gpu, self._clock() + TICKET_SECONDS)
+        self._issued[ticket] = Guest(peer, identity, gpu not in ("", self.gpu), self._clock() + TICKET_SECONDS)
         return Registration(
             socket=self._name, ticket=ticket, ticket_seconds=TICKET_SECONDS, gpu=self.gpu, lane_version=LANE_VERSION
         )
-
-    def is_of_peer(self, guest: Guest) -> bool:
-        """Whether memory of another GPU than the server's is handed over."""
-        return guest.gpu not in ("", self.gpu)
 
     def redeem(self, ticket: bytes) -> Guest:
         """The caller that `ticket` was issued to. Raises `Unauthenticated` for one unknown, used or too old."""

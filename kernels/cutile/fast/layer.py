@@ -160,8 +160,8 @@ def layer_steps(
             ),
         ]
     share = sums.shape[1] // steps
-    first, *others = (last(slice(begin, begin + share)) for begin in range(0, steps * share, share))
-    return [[*launches, *first], *others]
+    head, *rest = (last(slice(begin, begin + share)) for begin in range(0, steps * share, share))
+    return [[*launches, *head], *rest]
 
 
 def _scales(memory: Tensor, rows: Tensor, quantum: int, gemm: GemmConfig) -> Tensor:

@@ -75,4 +75,4 @@ def test_the_peer_of_a_socket_pair_is_this_process() -> None:
 def test_a_caller_says_whose_memory_it_hands_over() -> None:
     tickets = Tickets("@name", "GPU-own")
     for gpu, of_peer in (("", False), ("GPU-own", False), ("GPU-other", True)):
-        assert tickets.is_of_peer(tickets.redeem(tickets.issue("unix:", gpu=gpu).ticket)) == of_peer
+        assert tickets.redeem(tickets.issue("unix:", gpu=gpu).ticket).of_peer == of_peer
