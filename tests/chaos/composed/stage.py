@@ -60,6 +60,8 @@ class Place:
         self._models = models
         self._folder = folder
         self._options = options
+        self._changing = asyncio.Lock()
+        """Faults may overlap: two servers could start here, of which one is never ended and keeps its callers."""
 
     @property
     def wires(self) -> tuple[Wire, Wire]:
@@ -67,28 +69,30 @@ class Place:
 
     async def fill(self, *, failpoints: str = "", model: Path | None = None, log: Path | None = None) -> None:
         """Have a server here, if there is none."""
-        if self.server is not None:
-            return
-        socket = self._folder / f"{next(NUMBERS)}.sock"
-        options = (*self._options, "--unix-socket", str(socket), *(HURRIED if "stuck" in failpoints else ()))
-        self.server = await self._fleet.start(
-            SHARDS[self.shard],
-            faults=failpoints,
-            options=options,
-            model=model or self._models.of(self.shard),
-            log=log,
-        )
-        self.tcp.target, self.unix.target = self.server.address, f"{UNIX}{socket}"
+        async with self._changing:
+            if self.server is not None:
+                return
+            socket = self._folder / f"{next(NUMBERS)}.sock"
+            options = (*self._options, "--unix-socket", str(socket), *(HURRIED if "stuck" in failpoints else ()))
+            self.server = await self._fleet.start(
+                SHARDS[self.shard],
+                faults=failpoints,
+                options=options,
+                model=model or self._models.of(self.shard),
+                log=log,
+            )
+            self.tcp.target, self.unix.target = self.server.address, f"{UNIX}{socket}"
 
     async def clear(self, number: signal.Signals) -> None:
         """End the server by a signal."""
-        server, self.server = self.server, None
-        if server is not None:
-            server.signal(number)
-            # One that is frozen hears nothing else.
-            server.signal(signal.SIGCONT)
-            await server.exit_code()
-            self.strikes += server.strikes() if server.log.is_file() else 0
+        async with self._changing:
+            server, self.server = self.server, None
+            if server is not None:
+                server.signal(number)
+                # One that is frozen hears nothing else.
+                server.signal(signal.SIGCONT)
+                await server.exit_code()
+                self.strikes += server.strikes() if server.log.is_file() else 0
 
     @contextlib.contextmanager
     def unread_log(self) -> Iterator[Path]:
