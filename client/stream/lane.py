@@ -42,9 +42,7 @@ GONE, TOO_LATE = 1, 2
 class StreamLane:
     """One server's. Its calls follow each other, as the stream has them."""
 
-    def __init__(
-        self, member: Member, segment: Segment, terms: Terms, gpu: GpuMemory | None, *, is_elsewhere: bool
-    ) -> None:
+    def __init__(self, member: Member, segment: Segment, terms: Terms, gpu: GpuMemory | None) -> None:
         """`gpu` has hidden states, scales and partial sums, if the server reaches it; else the segment has."""
         self.member = member
         self.address = member.transport.address
@@ -52,8 +50,6 @@ class StreamLane:
         self._terms = terms
         self._gpu = gpu
         self.on_gpu = gpu is not None
-        self.is_elsewhere = is_elsewhere
-        """Whether the server computes on another device than the caller's."""
         self._base = torch.frombuffer(segment.memory, dtype=torch.uint8).data_ptr()
         self._words = np.frombuffer(segment.memory, np.uint32)
         self._slots, self._tensors = _parts(segment.lane.data, terms)
@@ -116,8 +112,7 @@ class StreamLane:
         finally:
             if gpu is not None:
                 os.close(gpu[1])
-        memory = None if gpu is None else gpu[0]
-        return cls(member, segment, terms, memory, is_elsewhere=registration.gpu != own)
+        return cls(member, segment, terms, None if gpu is None else gpu[0])
 
     @property
     def ended(self) -> bool:

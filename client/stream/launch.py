@@ -15,9 +15,6 @@ from expertd.kernels.numerics.quantize import FP8
 
 FEW_TOKENS = 256
 """Up to so many are given to every server whole, which takes less time than to find out what it wants of them."""
-SPIN_TOKENS = 4096
-"""From this class on a stream waits in `settle`, one warp that reads a word of the host's again and again, where no server
-is on its GPU. The memory operation that frees the GPU meanwhile ends up to 0.7 ms late once it has waited for long."""
 CHUNK = 512
 COLUMNS = 1024
 """Tokens and columns that kernels take at once."""
@@ -74,9 +71,8 @@ def enqueue(
     )
     posted = places, tables.tails, chosen, tables.sent, tables.verdicts, layer, size, slot_bytes(terms)
     kernels.post[(servers,)](*posted, servers, classes, compact, simulated, num_warps=1)
-    if terms.sizes[size] < SPIN_TOKENS or not all(lane.is_elsewhere for lane in lanes):
-        for lane in lanes:
-            lane.wait()
+    for lane in lanes:
+        lane.wait()
     kernels.settle[(servers,)](*posted, classes, compact, simulated, num_warps=1)
     kernels.combine[(tokens, -(-terms.width // COLUMNS))](
         out,

@@ -10,8 +10,6 @@ import torch
 
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
-from expertd.client.stream import launch
-from expertd.client.stream.lane import StreamLane
 from expertd.client.sync import SyncCoordinator
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import InvalidBatch, NotPermitted, UnknownExpert
@@ -116,27 +114,6 @@ async def test_from_a_thread(small_model: Path) -> None:
                 assert moe.stream_on_gpu == frozenset()
 
         await asyncio.to_thread(run)
-
-
-@pytest.mark.parametrize("elsewhere", [(True, True), (True, False), (False, False)])
-async def test_large_calls_wait_in_a_kernel_where_no_server_is_on_the_callers_device(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: tuple[bool, bool]
-) -> None:
-    waits: list[str] = []
-    monkeypatch.setattr(StreamLane, "wait", lambda lane: waits.append(lane.address))
-    monkeypatch.setattr(launch, "SPIN_TOKENS", 8)
-    async with running_servers(small_model, HALVES) as servers, Coordinator(addresses(servers), EXACT) as moe:
-        for server, other in zip(servers, elsewhere, strict=True):
-            server.handlers.tickets.gpu = "GPU-other" if other else ""
-        await moe.prepare_stream(8, "cpu", timeout=20.0)
-        hidden, (ids, weights) = tokens(8).float(), routing(8)
-        expected = await moe(LAYER, hidden, topk_ids=ids, topk_weights=weights)
-        for count, spins in ((1, False), (8, all(elsewhere))):
-            waits.clear()
-            got = await on_stream(moe, hidden[:count], ids[:count], weights[:count])
-            assert torch.equal(got, expected[:count])
-            assert waits == ([] if spins else addresses(servers))
-        await moe.check()
 
 
 WRONG: dict[str, dict[str, Any]] = {

@@ -1,64 +1,31 @@
 """What stream-ordered calls cost on the caller's CUDA stream, one by one, in a graph, and many in one graph.
 
-    python -m tests.gpu.bench.stream [--server-gpu 1] [--tokens 1 64 1024 16384] [--layers 58] [--designs]
+    python -m tests.gpu.bench.stream [--server-gpu 1] [--tokens 1 64 1024 16384] [--layers 58]
 
 prints medians of the time from before a call to after it on the stream of GPU 0, beside what the server's kernels
 took; sums are compared with those through host memory first. With --server-gpu 0 start NVIDIA MPS before.
-With --designs each call is measured as the server and the stream would make it otherwise, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from unittest.mock import patch
+from collections.abc import Callable
 
 import torch
 import uvloop
 from torch import Tensor
 
 from expertd.client.base.quantiles import p50_p99
-from expertd.client.stream import lane, launch
 from expertd.client.sync import SyncCoordinator
 from expertd.client.tools.bench.servers import LOCAL_EXPERTS, bench_model
 from expertd.client.tools.bench.stream import captured
 from expertd.client.tools.bench.timing import repeat_on_stream
 from expertd.client.tools.cluster import Each, LocalCluster
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
-from expertd.kernels.memory.gpu import gpu_uuid
 from expertd.kernels.weights.files import cache_folder
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 7168, 2048
-
-
-@dataclass(frozen=True)
-class Design:
-    """How calls are made."""
-
-    name: str
-    in_steps: bool = True
-    """Whether the server hears that the memory is another GPU's; else its kernels write all sums there in place."""
-    spin_tokens: int = launch.SPIN_TOKENS
-
-
-NEVER = 1 << 30
-SHIPPED = Design("as shipped")
-OTHERS = (
-    Design("in place, memory operation", False, NEVER),
-    Design("in place, kernel waits", False),
-    Design("in steps, memory operation", True, NEVER),
-    Design("in steps, kernel waits"),
-)
-
-
-@contextmanager
-def using(design: Design) -> Iterator[None]:
-    own = gpu_uuid if design.in_steps else lambda device: ""
-    with patch.object(lane, "gpu_uuid", own), patch.object(launch, "SPIN_TOKENS", design.spin_tokens):
-        yield
 
 
 def enqueue_each(moe: SyncCoordinator, layers: int, out: Tensor, *tensors: Tensor) -> Callable[[], None]:
@@ -69,10 +36,8 @@ def enqueue_each(moe: SyncCoordinator, layers: int, out: Tensor, *tensors: Tenso
     return call
 
 
-def measure(address: str, arguments: argparse.Namespace, design: Design) -> None:
-    print(design.name, flush=True)
-    torch.manual_seed(0)
-    with using(design), SyncCoordinator([address]) as moe:
+def measure(address: str, arguments: argparse.Namespace) -> None:
+    with SyncCoordinator([address]) as moe:
         moe.prepare_stream(max(arguments.tokens), "cuda:0", timeout=5.0)
         reached = moe.stream_on_gpu
         print(f"hidden states and sums in the GPU's memory: {sorted(reached)}", flush=True)
@@ -114,8 +79,7 @@ async def main(arguments: argparse.Namespace) -> None:
 
     async with LocalCluster(folder, [f"0-{LOCAL_EXPERTS - 1}"], options, each=each) as cluster:
         try:
-            for design in OTHERS if arguments.designs else (SHIPPED,):
-                await asyncio.to_thread(measure, cluster.addresses[0], arguments, design)
+            await asyncio.to_thread(measure, cluster.addresses[0], arguments)
         finally:
             print("\n".join(cluster.servers[0].log.read_text().splitlines()[-6:]), flush=True)
 
@@ -127,5 +91,4 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--tokens", type=int, nargs="+", default=(1, 64, 1024, 16384))
     parser.add_argument("--layers", type=int, default=58, help="in one graph; 1: no such graph")
-    parser.add_argument("--designs", action="store_true", help="measure other ways to make the same calls")
     uvloop.run(main(parser.parse_args()))

@@ -29,8 +29,7 @@ SLOTS = kernels.RING.value + ENTRIES * kernels.ENTRY_BYTES.value
 class Answering:
     """A lane that answers by itself: the sums are the hidden states, times the weights of their experts."""
 
-    def __init__(self, terms: Terms, tables: Tables, number: int, *, is_elsewhere: bool) -> None:
-        self.is_elsewhere = is_elsewhere
+    def __init__(self, terms: Terms, tables: Tables, number: int) -> None:
         self._terms, self._tables, self._number = terms, tables, number
         slots = len(terms.layers) * len(terms.sizes) * slot_bytes(terms)
         self._segment = torch.zeros(SLOTS + slots, dtype=torch.uint8).pin_memory()
@@ -78,7 +77,7 @@ def check(hidden_dtype: torch.dtype, reply_dtype: torch.dtype) -> None:
     """Calls of every kind. Raises AssertionError for a wrong sum."""
     terms = Terms("small", (1,), SIZES, WIDTH, TOP_K, EXPERTS, hidden_dtype, reply_dtype, GPU, 1.0)
     tables = Tables.empty(SERVERS, terms)
-    lanes = [Answering(terms, tables, number, is_elsewhere=False) for number in range(SERVERS)]
+    lanes = [Answering(terms, tables, number) for number in range(SERVERS)]
     owners = (torch.arange(EXPERTS) % SERVERS).to(torch.int32)[None].to(GPU)
     tables.renew(lanes, owners)  # type: ignore[arg-type]
     for tokens in (1, 5, FEW_TOKENS + 1, SIZES[-1]):
