@@ -211,8 +211,10 @@ class ExecuteResponse(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., partials_dtype: _Optional[_Union[DType, str]] = ..., partials: _Optional[bytes] = ..., receipt_experts: _Optional[_Iterable[int]] = ..., receipt_pairs: _Optional[_Iterable[int]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class RegisterSharedMemoryRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("gpu",)
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    gpu: str
+    def __init__(self, gpu: _Optional[str] = ...) -> None: ...
 
 class RegisterSharedMemoryResponse(_message.Message):
     __slots__ = ("socket", "ticket", "ticket_seconds", "gpu", "lane_version")

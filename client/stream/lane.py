@@ -18,7 +18,7 @@ from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.segment import Segment, segment_bytes
 from expertd.client.transport.segment_pool import REGISTRATION_SECONDS, check_version
 from expertd.client.transport.shared_memory import SharedMemoryTransport
-from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, wait_for
+from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, gpu_uuid, wait_for
 from expertd.proto import codec
 from expertd.proto.base.errors import (
     ExpertdError,
@@ -93,7 +93,8 @@ class StreamLane:
 
     @classmethod
     async def _share(cls, member: Member, transport: GrpcTransport, terms: Terms, *, on_gpu: bool) -> Self:
-        registration = await transport.register_shared_memory(REGISTRATION_SECONDS)
+        own = gpu_uuid(terms.device) if terms.device.type == "cuda" else ""
+        registration = await transport.register_shared_memory(REGISTRATION_SECONDS, own)
         check_version(registration)
         if on_gpu and not registration.gpu:
             raise NotPermitted("the server computes on no GPU")

@@ -126,11 +126,14 @@ class GrpcTransport:
         begun = None if call.hidden.is_cuda else self._server.begin(call, (), 0, checked=self.checked)
         return codec.encode_call(call, checked=self.checked) if begun is None else begun.messages[0][3]
 
-    async def register_shared_memory(self, timeout: float) -> Registration:
-        """Where to hand over memory. Raises `NotPermitted` when the server shares none with this process."""
+    async def register_shared_memory(self, timeout: float, gpu: str = "") -> Registration:
+        """Where to hand over memory, beside it that of the GPU with this UUID if one is given.
+
+        Raises `NotPermitted` when the server shares none with this process.
+        """
         try:
             return await self._channels[0].register_shared_memory(
-                codec.RegistrationRequest(), timeout=timeout, metadata=self._security.metadata()
+                codec.RegistrationRequest(gpu=gpu), timeout=timeout, metadata=self._security.metadata()
             )
         except grpc.aio.AioRpcError as error:
             raise error_from_status(error.code(), str(error.details())) from None

@@ -1,6 +1,7 @@
 #include "base/spin.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace expertd {
 namespace {
@@ -61,5 +62,29 @@ void Spin::look(int64_t now) {
   const int64_t before = throttles_.exchange(throttles, std::memory_order_relaxed);
   if (before >= 0 && throttles != before) quiet_until_.store(now + kMostQuietNs, std::memory_order_relaxed);
 }
+
+bool WorkSpin::goes_on(int64_t now, bool under_way) {
+  if (spin_ == nullptr) {
+    spin_ = under_way ? &busy_ : &idle_;
+    since_ = now;
+    turn_ = spin_->begin(now);
+  }
+  if (now < turn_.until) return true;
+  stop(now);
+  return false;
+}
+
+bool WorkSpin::goes_on_until(int64_t now, int64_t until) {
+  turn_ = spin_->begin_until(now, until);
+  return turn_.until != 0;
+}
+
+void WorkSpin::found(int64_t now) {
+  if (spin_ == nullptr) return;
+  stop(now);
+  std::exchange(spin_, nullptr)->learn(now - since_);
+}
+
+void WorkSpin::stop(int64_t now) { spin_->end(std::exchange(turn_, {}), now); }
 
 }  // namespace expertd

@@ -76,4 +76,26 @@ class Spin {
   std::atomic<int64_t> throttles_{-1};
 };
 
+// How a thread waits for work: with some under way longer, perhaps, than with none, so that each kind learns by itself.
+// One thread.
+class WorkSpin {
+ public:
+  explicit WorkSpin(SpinHost& host, int64_t max_ns = Spin::kAutoNs) : idle_(host, max_ns), busy_(host, max_ns) {}
+
+  // There is none at `now`: whether to look again at once. `under_way` counts when a wait begins.
+  bool goes_on(int64_t now, bool under_way);
+  // Although that was said to be long enough, as some is due: whether to look again at once, until `until`.
+  bool goes_on_until(int64_t now, int64_t until);
+  // There was some.
+  void found(int64_t now);
+
+ private:
+  void stop(int64_t now);
+
+  Spin idle_, busy_;
+  Spin* spin_ = nullptr;  // of this wait; null: there was work at the last look
+  int64_t since_ = 0;
+  Spin::Turn turn_;
+};
+
 }  // namespace expertd

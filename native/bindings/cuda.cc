@@ -203,16 +203,18 @@ void bind_cuda(py::module_& module) {
           },
           py::arg("bay"), py::arg("tokens"), py::arg("hidden_dtype"), py::arg("reply_dtype"))
       .def(
-          "add_graph",
-          [](PyExecutor& e, uint32_t tokens, uint8_t hidden, uint8_t reply, uintptr_t graph,
+          "add_graphs",
+          [](PyExecutor& e, uint32_t tokens, uint8_t hidden, uint8_t reply, const std::vector<uintptr_t>& graphs,
              const std::array<std::pair<DevicePointer, size_t>, 4>& layer) {
             std::array<Range, 4> ranges;
             for (size_t i = 0; i < ranges.size(); i++) ranges[i] = {layer[i].first, layer[i].second};
             e.drain();
             const auto layout = e.executor().layout(tokens, static_cast<Dtype>(hidden), static_cast<Dtype>(reply));
-            e.executor().add_graph(layout, reinterpret_cast<void*>(graph), ranges);
+            std::vector<void*> captured;
+            for (const uintptr_t graph : graphs) captured.push_back(reinterpret_cast<void*>(graph));
+            e.executor().add_graphs(layout, captured, ranges);
           },
-          py::arg("tokens"), py::arg("hidden_dtype"), py::arg("reply_dtype"), py::arg("graph"), py::arg("layer"))
+          py::arg("tokens"), py::arg("hidden_dtype"), py::arg("reply_dtype"), py::arg("graphs"), py::arg("layer"))
       .def(
           "start",
           [](PyExecutor& e, const std::array<uint64_t, 4>& layer, uint8_t hidden, uint8_t reply, uint32_t top_k,

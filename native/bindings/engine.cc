@@ -25,7 +25,7 @@ namespace expertd {
 namespace {
 
 uint64_t add_lane(Engine& engine, std::shared_ptr<Mapping> memory, int socket, std::string caller, std::string identity,
-                  bool pinned, uintptr_t gpu_address, uint64_t gpu_bytes) {
+                  bool pinned, uintptr_t gpu_address, uint64_t gpu_bytes, bool of_peer) {
   const int own = fcntl(socket, F_DUPFD_CLOEXEC, 0);
   if (own < 0) throw std::system_error(errno, std::generic_category(), "socket");
   auto lane = std::make_shared<Lane>();
@@ -41,6 +41,7 @@ uint64_t add_lane(Engine& engine, std::shared_ptr<Mapping> memory, int socket, s
                    .gpu = reinterpret_cast<std::byte*>(gpu_address),
                    .gpu_size = gpu_bytes};
   lane->reach = pinned ? Reach::kPinned : Reach::kPageable;
+  lane->gpu_reach = of_peer ? Reach::kPeer : Reach::kDevice;
   lane->identity = std::move(identity);
   lane->caller = std::move(caller);
   return engine.lanes().add(std::move(lane));
@@ -123,7 +124,8 @@ void bind_engine(py::module_& module) {
            py::arg("placement"), py::kw_only(), py::arg("max_batch_tokens"), py::arg("max_queued_tokens"),
            py::arg("max_queued_bytes"), py::arg("tally").none(false), py::arg("spin_us") = py::none())
       .def("add_lane", &add_lane, py::arg("mapping"), py::arg("socket"), py::arg("caller"), py::kw_only(),
-           py::arg("identity") = "", py::arg("pinned") = false, py::arg("gpu_address") = 0, py::arg("gpu_bytes") = 0)
+           py::arg("identity") = "", py::arg("pinned") = false, py::arg("gpu_address") = 0, py::arg("gpu_bytes") = 0,
+           py::arg("of_peer") = false)
       .def_property_readonly("min_reply_room", &Engine::min_reply_room)
       .def("lanes_fileno", [](Engine& e) { return e.lanes().over_fd(); })
       .def("take_ended_lanes", [](Engine& e) { return e.lanes().take_over(); })

@@ -15,15 +15,6 @@ Reach reach_of(Reach reach, size_t bytes) {
   return reach == Reach::kPinned && bytes <= kDirectBytes ? Reach::kPageable : reach;
 }
 
-// Whether kernels can work on the request's own memory: where a batch is padded they would write past its end.
-bool fits(const Batch& batch, const Layout& layout, const Cut& cut) {
-  const Job& job = *batch.jobs.front();
-  if (batch.jobs.size() != 1 || job.reach != Reach::kDevice) return false;
-  if (batch.tokens != uint64_t{cut.parts} * layout.tokens) return false;
-  const void* const places[] = {job.request.hidden.data(), job.request.scales.data(), job.sums};
-  return std::all_of(std::begin(places), std::end(places), [](auto at) { return place_of(at) % kAlignment == 0; });
-}
-
 }  // namespace
 
 bool Streams::idle(const Driver& driver) const {
@@ -46,6 +37,14 @@ Bay::Bay(const Driver& driver, const Streams& streams, size_t inward, size_t out
       out_{.inward = false, .memory = host_out()} {
   for (Event& event : marks_) event = make_event(driver);
   words()[0] = 0;
+}
+
+bool Bay::fits(const Batch& batch, const Layout& layout, const Cut& cut) {
+  const Job& job = *batch.jobs.front();
+  if (batch.jobs.size() != 1 || !is_on_device(job.reach)) return false;
+  if (batch.tokens != uint64_t{cut.parts} * layout.tokens) return false;
+  const void* const places[] = {job.request.hidden.data(), job.request.scales.data(), job.sums};
+  return std::all_of(std::begin(places), std::end(places), [](auto at) { return place_of(at) % kAlignment == 0; });
 }
 
 Addresses Bay::addresses(const Layout& layout, size_t part, const std::array<DevicePointer, 4>& layer) const {
@@ -75,7 +74,7 @@ void Bay::stage(const Batch& batch, const Layout& layout, const Cut& cut, const 
   for (const auto& job : batch.jobs) {
     const size_t tokens = job->tokens();
     in_.staged += 8 * tokens * layout.shape.max_top_k;
-    if (job->reach == Reach::kDevice) continue;
+    if (is_on_device(job->reach)) continue;
     in_.staged += tokens * layout.scales_row();
     const size_t hidden = tokens * layout.hidden_row(), sums = tokens * layout.sums_row();
     if (reach_of(job->reach, hidden) == Reach::kPageable) in_.staged += hidden;
@@ -102,7 +101,7 @@ void Bay::plan(const Batch& batch, size_t index) {
   if (!resident_) {
     if (layout_.scales_row()) {
       plan_rows(batch, part, layout_.scales_row(), [&](const Job& job, size_t skip, size_t at, size_t bytes) {
-        const Reach reach = job.reach == Reach::kDevice ? Reach::kDevice : Reach::kPageable;
+        const Reach reach = is_on_device(job.reach) ? job.reach : Reach::kPageable;
         in_.add(in + layout_.scales() + at, place_of(job.request.scales.data()) + skip, bytes, reach);
       });
     }
@@ -188,7 +187,7 @@ bool Bay::ready() const {
   return false;
 }
 
-bool Bay::feed(Graph& graph) {
+bool Bay::feed(Steps& steps) {
   if (timed_ && !begun_) mark(marks_[0], in_stream());
   begun_ = true;
   for (; part_ < parts_.size(); part_++) {
@@ -203,14 +202,14 @@ bool Bay::feed(Graph& graph) {
       }
     }
     if (!all) return false;
-    compute(part_, graph);
+    compute(part_, steps);
   }
   write(0, ticket_);
   return true;
 }
 
 // Enqueues what follows a part's copies inward.
-void Bay::compute(size_t part, Graph& graph) {
+void Bay::compute(size_t part, Steps& steps) {
   const bool first = part == 0, last = part + 1 == parts_.size();
   const Event& arrived = first ? marks_[1] : arrived_;
   const Event& computed = last ? marks_[3] : computed_;
@@ -222,15 +221,25 @@ void Bay::compute(size_t part, Graph& graph) {
     const size_t row = part * layout_.tokens;
     at[static_cast<size_t>(Name::kHidden)] = place_of(resident_->request.hidden.data()) + row * layout_.hidden_row();
     at[static_cast<size_t>(Name::kScales)] = place_of(resident_->request.scales.data()) + row * layout_.scales_row();
+    for (size_t step = 0; step + 1 < steps.size(); step++) {
+      launch(steps[step], at);
+      mark(computed_, compute_stream());
+      wait(out_stream(), computed_);
+      move_columns(part, step, steps.size());
+    }
     at[static_cast<size_t>(Name::kSums)] = place_of(resident_->sums) + row * layout_.sums_row();
   }
-  graph.bind(at);
-  graph.launch(compute_stream().get());
+  launch(steps.back(), at);
   if (timed_) mark(computed, compute_stream());
   if (!small()) wait(out_stream(), computed);
   if (!small() && last) mark(marks_[4], out_stream());
   for (size_t i = part ? parts_[part - 1].outward_end : 0; i < parts_[part].outward_end; i++) move_out(out_.pieces[i]);
   if (timed_ && last) mark(marks_[5], out_stream());
+}
+
+void Bay::launch(Graph& graph, const Addresses& at) {
+  graph.bind(at);
+  graph.launch(compute_stream().get());
 }
 
 void Bay::mark(const Event& event, const Stream& stream) {
@@ -249,8 +258,7 @@ void Bay::move_in(Piece& piece) {
   const DevicePointer to = device_in_.get() + piece.offset;
   void* const stream = in_stream().get();
   piece.moved = true;
-  if (piece.reach == Reach::kDevice)
-    return driver_.check(driver_.cuMemcpyDtoDAsync(to, piece.place, piece.bytes, stream));
+  if (is_on_device(piece.reach)) return driver_.check(driver_.cuMemcpyDtoDAsync(to, piece.place, piece.bytes, stream));
   const void* from = piece.reach == Reach::kPageable ? host_in() + piece.offset : reinterpret_cast<void*>(piece.place);
   driver_.check(driver_.cuMemcpyHtoDAsync(to, from, piece.bytes, stream));
 }
@@ -258,11 +266,23 @@ void Bay::move_in(Piece& piece) {
 void Bay::move_out(Piece& piece) {
   const DevicePointer from = device_out_.get() + piece.offset;
   void* const stream = out_stream().get();
-  if (piece.reach == Reach::kDevice)
+  if (is_on_device(piece.reach))
     return driver_.check(driver_.cuMemcpyDtoDAsync(piece.place, from, piece.bytes, stream));
   void* to = piece.reach == Reach::kPageable ? host_out() + piece.offset : reinterpret_cast<void*>(piece.place);
   driver_.check(driver_.cuMemcpyDtoHAsync(to, from, piece.bytes, stream));
   if (!piece.copies.empty() && ++sent_ < fetches_.size()) write(1, static_cast<uint32_t>(sent_));
+}
+
+// Copies the columns of a part's sums that a step has left.
+void Bay::move_columns(size_t part, size_t step, size_t steps) {
+  const size_t row = layout_.sums_row(), width = row / steps;
+  Copy2D copy{};
+  copy.from_type = copy.to_type = kUnifiedMemory;
+  copy.from = device_out_.get() + part * layout_.outward_bytes() + layout_.sums() + step * width;
+  copy.to = place_of(resident_->sums) + part * layout_.tokens * row + step * width;
+  copy.from_pitch = copy.to_pitch = row;
+  copy.width = width, copy.height = parts_[part].tokens;
+  driver_.check(driver_.cuMemcpy2DAsync(&copy, out_stream().get()));
 }
 
 void Bay::fetch() {

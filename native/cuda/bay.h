@@ -73,11 +73,15 @@ class Bay {
   // `piece_bytes` or more.
   void stage(const Batch& batch, const Layout& layout, const Cut& cut, const std::array<DevicePointer, 4>& layer,
              bool timed, size_t piece_bytes, Copier* copier);
+  // Whether kernels can work on the memory of a batch's only request, which is a device's. Where it is padded they
+  // would write past the end.
+  static bool fits(const Batch& batch, const Layout& layout, const Cut& cut);
   // Whether there is anything to enqueue.
   bool ready() const;
   bool begun() const { return begun_; }
-  // Enqueues what can be; whether that was everything, up to the end word. Throws `DeviceError`.
-  bool feed(Graph& graph);
+  // Enqueues what can be; whether that was everything, up to the end word. Several steps are for a batch that fits: the
+  // sums of all but the last are copied to their place while the next step computes. Throws `DeviceError`.
+  bool feed(Steps& steps);
   // Whether the device has written the end word.
   bool ended() const { return read(0) == ticket_; }
   // Begins to copy what the device has written to where it belongs.
@@ -137,7 +141,9 @@ class Bay {
   void copy(Piece& piece, const Way& way);
   void move_in(Piece& piece);
   void move_out(Piece& piece);
-  void compute(size_t part, Graph& graph);
+  void move_columns(size_t part, size_t step, size_t steps);
+  void compute(size_t part, Steps& steps);
+  void launch(Graph& graph, const Addresses& at);
 
   const Driver& driver_;
   const Streams& streams_;
@@ -146,7 +152,7 @@ class Bay {
   // Begin and end of copying in the first part, computing all and copying out the last; a small batch's stages end
   // where the next begin.
   std::array<Event, 6> marks_;
-  Event arrived_, computed_;  // between streams, of the other parts
+  Event arrived_, computed_;  // between streams, of the other parts and steps
 
   Layout layout_;
   std::array<DevicePointer, 4> layer_{};

@@ -22,6 +22,23 @@ struct KernelNodeParams {  // CUDA_KERNEL_NODE_PARAMS_v2
   void* context;
 };
 
+struct Copy2D {  // CUDA_MEMCPY2D_v2
+  size_t from_x, from_y;
+  int from_type;
+  const void* from_host;
+  DevicePointer from;
+  void* from_array;
+  size_t from_pitch;
+  size_t to_x, to_y;
+  int to_type;
+  void* to_host;
+  DevicePointer to;
+  void* to_array;
+  size_t to_pitch;
+  size_t width, height;  // the first in bytes
+};
+inline constexpr int kUnifiedMemory = 4;  // of any device, or the host
+
 inline constexpr int kCudaSuccess = 0, kCudaInvalidValue = 1, kCudaNotReady = 600;
 
 // Names and arguments, as cuda.h has them at `kDriverVersion`.
@@ -41,6 +58,7 @@ inline constexpr int kDriverVersion = 12040;
   CALL(cuMemcpyHtoDAsync, (DevicePointer to, const void* from, size_t bytes, void* stream))      \
   CALL(cuMemcpyDtoHAsync, (void* to, DevicePointer from, size_t bytes, void* stream))            \
   CALL(cuMemcpyDtoDAsync, (DevicePointer to, DevicePointer from, size_t bytes, void* stream))    \
+  CALL(cuMemcpy2DAsync, (const Copy2D* copy, void* stream))                                      \
   CALL(cuStreamCreateWithPriority, (void** stream, unsigned flags, int priority))                \
   CALL(cuStreamDestroy, (void* stream))                                                          \
   CALL(cuStreamQuery, (void* stream))                                                            \

@@ -19,8 +19,7 @@ Dtype hidden_dtype(const Batch& batch) { return batch.first().hidden_dtype; }
 Dtype sums_dtype(const Batch& batch) { return batch.first().sums_dtype(); }
 
 bool on_host(const Batch& batch) {
-  return std::any_of(batch.jobs.begin(), batch.jobs.end(),
-                     [](const auto& job) { return job->reach != Reach::kDevice; });
+  return std::any_of(batch.jobs.begin(), batch.jobs.end(), [](const auto& job) { return !is_on_device(job->reach); });
 }
 
 }  // namespace
@@ -65,7 +64,11 @@ Layout CudaExecutor::layout(uint32_t tokens, Dtype hidden_dtype, Dtype reply_dty
   return {options_.shape, tokens, hidden_dtype, reply_dtype};
 }
 
-void CudaExecutor::add_graph(const Layout& layout, void* graph, const std::array<Range, 4>& layer) {
+void CudaExecutor::add_graphs(const Layout& layout, const std::vector<void*>& graphs,
+                              const std::array<Range, 4>& layer) {
+  if (graphs.empty() || options_.shape.hidden_size % graphs.size())
+    throw DeviceError(std::to_string(graphs.size()) + " steps for " + std::to_string(options_.shape.hidden_size) +
+                      " columns");
   context_.enter();
   const Addresses at = addresses(0, layout);
   Ranges captured = {{{at[0], layout.routing_bytes()},
@@ -75,12 +78,21 @@ void CudaExecutor::add_graph(const Layout& layout, void* graph, const std::array
                       {at[4], layout.tokens * layout.sums_row()},
                       {at[5], layout.pairs_bytes()}}};
   std::copy(layer.begin(), layer.end(), captured.begin() + static_cast<size_t>(Name::kUpGate));
-  std::vector<Graph> graphs;
+  std::vector<Steps> steps;
   for (size_t bay = 0; bay < options_.depth; bay++) {
-    graphs.emplace_back(driver_, graph, captured);
-    graphs.back().upload(streams_.for_rows(layout.tokens).get());
+    steps.push_back(make_steps(driver_, graphs, captured));
+    for (const Graph& graph : steps.back()) graph.upload(streams_.for_rows(layout.tokens).get());
   }
-  ledger_.add({layout.tokens, layout.hidden_dtype, layout.reply_dtype}, std::move(graphs));
+  ledger_.add({layout.tokens, layout.hidden_dtype, layout.reply_dtype, graphs.size() > 1}, std::move(steps));
+}
+
+// Between devices sums take as long as half of the kernels: they go while others are computed.
+Entry* CudaExecutor::entry_for(const Batch& batch, const Layout& layout, const Cut& cut) {
+  Ledger::Key key{layout.tokens, layout.hidden_dtype, layout.reply_dtype, true};
+  if (batch.jobs.front()->reach == Reach::kPeer && Bay::fits(batch, layout, cut))
+    if (Entry* entry = ledger_.find(key)) return entry;
+  key.in_steps = false;
+  return ledger_.find(key);
 }
 
 void CudaExecutor::start(std::unique_ptr<Batch> batch, uint64_t now_ns) {
@@ -88,7 +100,8 @@ void CudaExecutor::start(std::unique_ptr<Batch> batch, uint64_t now_ns) {
   if (batch->device_failed) return refuse(std::move(batch), lost_);
   if (std::string text = obstacle(*batch); !text.empty()) return refuse(std::move(batch), std::move(text));
   const Cut its = cut(static_cast<uint32_t>(batch->tokens), on_host(*batch));
-  Entry* entry = ledger_.find({its.rows, hidden_dtype(*batch), sums_dtype(*batch)});
+  const Layout at = layout(its.rows, hidden_dtype(*batch), sums_dtype(*batch));
+  Entry* entry = entry_for(*batch, at, its);
   if (!entry)
     return refuse(std::move(batch),
                   "no graph was captured for " + std::to_string(its.rows) + " tokens of these dtypes");
@@ -96,10 +109,9 @@ void CudaExecutor::start(std::unique_ptr<Batch> batch, uint64_t now_ns) {
   if (index == busy_.size()) return refuse(std::move(batch), "every bay is in use");
   busy_[index] = true;
   Run& run = runs_.emplace_back(std::move(batch), index, its.parts, entry, now_ns);
-  const Admitted& first = run.batch->first();
   const bool timed = !entry->expected_ns || ++entry->untimed >= options_.time_every;
-  bays_[index].stage(*run.batch, layout(its.rows, first.hidden_dtype, first.sums_dtype()), its, first.owned->weights,
-                     timed, options_.piece_bytes, copier_.get());
+  bays_[index].stage(*run.batch, at, its, run.batch->first().owned->weights, timed, options_.piece_bytes,
+                     copier_.get());
   if (advance(run, now_ns)) runs_.pop_back();
 }
 
@@ -167,7 +179,7 @@ void CudaExecutor::feed(Run& run, uint64_t now_ns) {
   try {
     context_.enter();
     if (!bay.begun()) run.staging = seconds(run.started_ns, now_ns);
-    if (!bay.feed(run.entry->graphs[run.bay])) return;
+    if (!bay.feed(run.entry->steps[run.bay])) return;
     run.launched_ns = now_ns;
     run.query_ns = now_ns + 2 * (expected ? expected : kFirstExpectedNs);
     run.phase = Phase::kLaunched;

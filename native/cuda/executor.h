@@ -49,8 +49,9 @@ class CudaExecutor final : public Executor {
   Layout layout(uint32_t tokens, Dtype hidden_dtype, Dtype reply_dtype) const;
   // Where a bay has the first part of a batch.
   Addresses addresses(size_t bay, const Layout& layout) const { return bays_[bay].addresses(layout, 0, {}); }
-  // Takes a graph captured for a size class in the first bay, with the weights of any layer. Throws `DeviceError`.
-  void add_graph(const Layout& layout, void* graph, const std::array<Range, 4>& layer);
+  // Takes the graphs captured for a size class in the first bay, with the weights of any layer: one, or steps for
+  // requests in another device's memory. Throws `DeviceError`.
+  void add_graphs(const Layout& layout, const std::vector<void*>& graphs, const std::array<Range, 4>& layer);
 
   size_t depth() const override { return options_.depth; }
   void start(std::unique_ptr<Batch> batch, uint64_t now_ns) override;
@@ -79,6 +80,8 @@ class CudaExecutor final : public Executor {
   };
 
   Bay& bay_of(const Run& run) { return bays_[run.bay]; }
+  // What computes a batch; null: nothing was captured.
+  Entry* entry_for(const Batch& batch, const Layout& layout, const Cut& cut);
   // Why a batch cannot be computed.
   std::string obstacle(const Batch& batch) const;
   void refuse(std::unique_ptr<Batch> batch, std::string text);

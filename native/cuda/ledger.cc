@@ -1,5 +1,6 @@
 #include "cuda/ledger.h"
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 
@@ -48,14 +49,27 @@ Graph::Graph(const Driver& driver, void* graph, const Ranges& captured) : driver
   std::vector<void*> nodes(count);
   driver.check(driver.cuGraphGetNodes(clone, nodes.data(), &count));
   for (void* node : nodes) read(node, captured);
-  std::array<bool, kNames> seen{};
-  for (const Kernel& kernel : kernels_)
-    for (const Word& word : kernel.words) seen[static_cast<size_t>(word.name)] = true;
-  for (size_t i = 0; i < kNames; i++)
-    if (captured[i].bytes && !seen[i]) throw DeviceError(std::string("no captured kernel is given ") + kNameTexts[i]);
   void* exec = nullptr;
   driver.check(driver.cuGraphInstantiateWithFlags(&exec, clone, 0));
   exec_ = {driver, exec};
+}
+
+bool Graph::uses(Name name) const {
+  return std::any_of(kernels_.begin(), kernels_.end(), [name](const Kernel& kernel) {
+    return std::any_of(kernel.words.begin(), kernel.words.end(),
+                       [name](const Word& word) { return word.name == name; });
+  });
+}
+
+Steps make_steps(const Driver& driver, const std::vector<void*>& graphs, const Ranges& captured) {
+  Steps steps;
+  for (void* graph : graphs) steps.emplace_back(driver, graph, captured);
+  for (size_t i = 0; i < kNames; i++) {
+    const auto uses = [name = static_cast<Name>(i)](const Graph& graph) { return graph.uses(name); };
+    if (captured[i].bytes && std::none_of(steps.begin(), steps.end(), uses))
+      throw DeviceError(std::string("no captured kernel is given ") + kNameTexts[i]);
+  }
+  return steps;
 }
 
 void Graph::read(void* node, const Ranges& captured) {

@@ -42,8 +42,11 @@ using Addresses = std::array<DevicePointer, kNames>;  // what is not there: 0
 class Graph {
  public:
   // Copies a captured graph. `captured`: what it was captured with. Throws `DeviceError` for a graph that holds more
-  // than kernels, copies and fills, or whose kernels are not given all of `captured`: a copy's addresses stay.
+  // than kernels, copies and fills: a copy's addresses stay.
   Graph(const Driver& driver, void* graph, const Ranges& captured);
+
+  // Whether a kernel is given it.
+  bool uses(Name name) const;
 
   // Sets the kernels whose named words are not what `addresses` says. The launches before are not affected.
   void bind(const Addresses& addresses);
@@ -74,9 +77,14 @@ class Graph {
   std::vector<Kernel> kernels_;  // those with named words
 };
 
-// One captured graph, once for each bay, and what its launches took.
+// What computes a part of a batch: one graph, or more, each of which leaves as many columns of the sums.
+using Steps = std::vector<Graph>;
+// Copies captured graphs. Throws `DeviceError` for such as together are not given all of `captured`.
+Steps make_steps(const Driver& driver, const std::vector<void*>& graphs, const Ranges& captured);
+
+// The graphs of one kind of batches, once for each bay, and what their launches took.
 struct Entry {
-  std::vector<Graph> graphs;
+  std::vector<Steps> steps;
   uint64_t expected_ns =
       0;                    // for a part, from the launch of its batch to the end, by the last times; 0: never launched
   DeviceSeconds seconds{};  // the last that were measured
@@ -89,13 +97,14 @@ class Ledger {
   struct Key {
     uint32_t tokens;  // of the size class
     Dtype hidden_dtype, reply_dtype;
+    bool in_steps = false;  // whether in more than one
     auto operator<=>(const Key&) const = default;
   };
 
   // Takes the place of earlier graphs for the same batches.
-  void add(const Key& key, std::vector<Graph> graphs) {
+  void add(const Key& key, std::vector<Steps> steps) {
     entries_.erase(key);
-    entries_.emplace(key, Entry{.graphs = std::move(graphs)});
+    entries_.emplace(key, Entry{.steps = std::move(steps)});
   }
   Entry* find(const Key& key) {
     auto found = entries_.find(key);

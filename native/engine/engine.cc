@@ -178,7 +178,7 @@ std::optional<Refusal> Engine::place(const Message& message, const Lane& lane, L
   if (auto refusal = expertd::place(message, job->request, lane.segment, &job->copied, &placed)) return refusal;
   job->reply = placed.sums;
   job->tensors = placed.tensors;
-  job->reach = placed.tensors.on_device ? Reach::kDevice : lane.reach;
+  job->reach = placed.tensors.on_device ? lane.gpu_reach : lane.reach;
   return std::nullopt;
 }
 

@@ -116,7 +116,6 @@ class Engine : public Owned {
   void run();
   // Whether to look again at once; then what was found, and sleeping.
   bool spins(uint64_t now);
-  void found_work(uint64_t now);
   void sleep(uint64_t now);
   std::optional<Refusal> check_head(const Message& message, Job* job);
   // As if the placement had changed.
@@ -170,9 +169,7 @@ class Engine : public Owned {
   // The thread's alone.
   FairQueue queue_;
   Lanes lanes_;
-  Spin spin_;
-  Spin::Turn spinning_;
-  uint64_t idle_since_ = 0;                      // 0: there was work at the last look
+  WorkSpin spin_;
   uint64_t looked_ns_ = 0;                       // for callers that left
   std::vector<Batch*> under_way_;                // until the executor gives them back
   std::deque<std::unique_ptr<Batch>> starting_;  // those of them whose jobs are being given room

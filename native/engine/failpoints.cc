@@ -85,8 +85,7 @@ void Failpoints::alter(const Tensors& tensors) {
 void Failpoints::alter(Job* job) {
   const Admitted& request = job->request;
   // What is on a GPU is never written here.
-  if (job->reach != Reach::kDevice && strikes("corrupt_reply"))
-    job->reply[request.reply_bytes() / 2] ^= std::byte{0x10};
+  if (!is_on_device(job->reach) && strikes("corrupt_reply")) job->reply[request.reply_bytes() / 2] ^= std::byte{0x10};
   if (!strikes("wrong_receipt")) return;
   // A repeated field goes on where it occurs again: one more pair of this server's first expert.
   std::string expert, pairs;

@@ -30,8 +30,9 @@ struct Kind {
 };
 
 // How the device reaches a request's hidden states and sums: kPinned, by itself; kDevice, they and the scales are in
-// its own memory, and are never read or written here.
-enum class Reach : uint8_t { kPageable, kPinned, kDevice };
+// its own memory, kPeer: in that of another device, and either way are never read or written here.
+enum class Reach : uint8_t { kPageable, kPinned, kDevice, kPeer };
+constexpr bool is_on_device(Reach reach) { return reach >= Reach::kDevice; }
 
 // What became of a job.
 struct Outcome {

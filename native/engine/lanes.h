@@ -27,7 +27,8 @@ struct Lane {
   uint64_t number = 0;
   std::unique_ptr<ServerLane> ring;
   Segment segment;
-  Reach reach = Reach::kPageable;  // of the host's memory
+  Reach reach = Reach::kPageable;    // of the host's memory
+  Reach gpu_reach = Reach::kDevice;  // of the GPU's
   std::string identity, caller;
   std::unordered_map<uint64_t, std::shared_ptr<LaneJob>> jobs;  // by slot, until nobody uses their memory
   std::atomic<bool> cut{false};                                 // by us: what is not answered yet is lost
@@ -115,7 +116,7 @@ class LaneJob final : public Job, public std::enable_shared_from_this<LaneJob> {
   std::string copied;  // of its tensors, what was checked
 
  private:
-  bool sums_are_checked() const { return request.checked && reach != Reach::kDevice; }
+  bool sums_are_checked() const { return request.checked && !is_on_device(reach); }
   void leave();
   uint32_t receipt() const;
 

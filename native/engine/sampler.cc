@@ -16,7 +16,7 @@ std::string row_of(std::string_view rows, uint32_t tokens, uint32_t token) {
 void Sampler::offer(const Job& job) {
   // Not by the library's distributions, whose choices are its own.
   const double chance = chance_() / (chance_.max() + 1.0);
-  if (job.reach == Reach::kDevice || chance >= rate_) return;
+  if (is_on_device(job.reach) || chance >= rate_) return;
   const Admitted& request = job.request;
   const uint32_t tokens = request.tokens, token = chance_() % tokens;
   // What is owned may be something else by the time that the sample is looked at.

@@ -58,7 +58,7 @@ std::optional<Refusal> miscounted(const Batch& batch) {
 // Whether its sums are zeros, in memory that can be written here.
 bool wants_nothing(const std::shared_ptr<Job>& job) {
   const auto& pairs = job->request.pairs;
-  return job->reach != Reach::kDevice && std::all_of(pairs.begin(), pairs.end(), [](uint32_t n) { return n == 0; });
+  return !is_on_device(job->reach) && std::all_of(pairs.begin(), pairs.end(), [](uint32_t n) { return n == 0; });
 }
 
 void make_room(const Batch& batch) {
@@ -300,7 +300,7 @@ void Engine::run() {
   while (!stopping_.load()) {
     const uint64_t now = monotonic_ns();
     if (turn(now)) {
-      found_work(now);
+      spin_.found(static_cast<int64_t>(now));
     } else if (spins(now)) {
       pause_cpu();
     } else {
@@ -321,30 +321,17 @@ void Engine::run() {
 }
 
 bool Engine::spins(uint64_t now) {
-  if (idle_since_ == 0) {
-    idle_since_ = now;
-    spinning_ = spin_.begin(static_cast<int64_t>(now));
-  }
-  if (static_cast<int64_t>(now) < spinning_.until) return true;
-  spin_.end(std::exchange(spinning_, {}), static_cast<int64_t>(now));
+  if (spin_.goes_on(static_cast<int64_t>(now), !under_way_.empty())) return true;
   const uint64_t due = executor_->due_ns();
   if (now + kSoonNs < due || now >= due + kLateNs) return false;
-  spinning_ = spin_.begin_until(static_cast<int64_t>(now), static_cast<int64_t>(due + kLateNs));
-  return spinning_.until != 0;
-}
-
-void Engine::found_work(uint64_t now) {
-  if (idle_since_ == 0) return;
-  spin_.end(std::exchange(spinning_, {}), static_cast<int64_t>(now));
-  spin_.learn(static_cast<int64_t>(now - idle_since_));
-  idle_since_ = 0;
+  return spin_.goes_on_until(static_cast<int64_t>(now), static_cast<int64_t>(due + kLateNs));
 }
 
 void Engine::sleep(uint64_t now) {
   bell_.arm();
   const bool quiet = lanes_.arm();
   if (turn(now)) {
-    found_work(now);
+    spin_.found(static_cast<int64_t>(now));
   } else if (quiet && !stopping_.load()) {
     uint64_t due = executor_->due_ns();
     if (failpoints_) due = failpoints_->sooner(due);

@@ -60,7 +60,11 @@ def _is_bound(path: Path) -> bool:
 def check_reach(gpus: int, reaches: Callable[[int, int], bool]) -> Finding:
     """Which of the GPUs seen here use which others' memory; `reaches(a, b)` for different ones."""
     if gpus < 2:
-        return ok("gpu peers", "one GPU is seen here: calls from others go through host memory")
+        return ok(
+            "gpu peers",
+            "one GPU is seen here: others of this machine share memory with it where NVLink or PCIe peer access joins"
+            " them; else their calls go through host memory, and callers' logs say so",
+        )
     seen = {gpu: [other for other in range(gpus) if other != gpu and reaches(gpu, other)] for gpu in range(gpus)}
     if all(len(others) == gpus - 1 for others in seen.values()):
         return ok("gpu peers", f"each of the {gpus} GPUs reaches the memory of all others")

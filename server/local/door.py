@@ -135,8 +135,9 @@ class LocalDoor:
                 self.gpu.require()
             segment_bytes = check_segment(handover.descriptors[0])
             share = self._room.take(process, segment_bytes + handover.gpu_bytes)
+            owner = _Owner(caller, identity, share, guest.of_peer)
             try:
-                return await self._map(handover, segment_bytes, _Owner(caller, identity, share))
+                return await self._map(handover, segment_bytes, owner)
             except BaseException:
                 self._room.give_back(share)
                 raise
@@ -166,6 +167,7 @@ class LocalDoor:
                 pinned=memory.pinned,
                 gpu_address=memory.on_gpu.address if memory.on_gpu else 0,
                 gpu_bytes=memory.on_gpu.size if memory.on_gpu else 0,
+                of_peer=memory.owner.of_peer,
             )
         except ValueError as error:
             raise InvalidBatch(str(error)) from None
@@ -187,6 +189,8 @@ class _Owner:
     caller: str
     identity: str
     share: Share
+    of_peer: bool
+    """Whether memory of a GPU is another one's than the server's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,6 @@ class ExpertShardHandlers:
     async def register_shared_memory(self, request: codec.RegistrationRequest, context: Context) -> codec.Registration:
         try:
             self._executor.check_open()
-            return self.tickets.issue(context.peer(), self.execution.identities.proven(context))
+            return self.tickets.issue(context.peer(), self.execution.identities.proven(context), request.gpu)
         except ExpertdError as error:
             await context.abort(error.code, str(error))

@@ -29,6 +29,8 @@ class Guest:
     """As gRPC names it."""
     identity: str
     """As far as it is proven, else empty."""
+    of_peer: bool
+    """Whether it hands over memory of another GPU than the server's, as it says."""
     expires: float
 
 
@@ -55,8 +57,10 @@ class Tickets:
                 log.info("no memory is shared, calls come over gRPC: %s", refusal)
             raise
 
-    def issue(self, peer: str, identity: str = "") -> Registration:
-        """A ticket for `peer`, a caller as gRPC names it, of an `identity` if that is proven. Raises `NotPermitted`.
+    def issue(self, peer: str, identity: str = "", gpu: str = "") -> Registration:
+        """A ticket for `peer`, a caller as gRPC names it, of an `identity` if that is proven, with memory of a `gpu`.
+
+        Raises `NotPermitted`.
 
         Nobody waits for tickets that others took: when there are too many, whoever has most loses the oldest.
         """
@@ -70,7 +74,7 @@ class Tickets:
         elif len(self._issued) >= MAX_TICKETS:
             self._drop_oldest(max(held, key=lambda name: held[name]))
         ticket = secrets.token_bytes(TICKET_BYTES)
-        self._issued[ticket] = Guest(peer, identity, self._clock() + TICKET_SECONDS)
+        self._issued[ticket] = Guest(peer, identity, gpu not in ("", self.gpu), self._clock() + TICKET_SECONDS)
         return Registration(
             socket=self._name, ticket=ticket, ticket_seconds=TICKET_SECONDS, gpu=self.gpu, lane_version=LANE_VERSION
         )

@@ -672,9 +672,11 @@ class Engine:
         pinned: bool = False,
         gpu_address: int = 0,
         gpu_bytes: int = 0,
+        of_peer: bool = False,
     ) -> int:
         """Serve the lane in `mapping`; its number. `socket` may be closed then: the engine has its own descriptor.
 
+        The `gpu_bytes` at `gpu_address` are mapped for the GPU that computes, or are another one's, `of_peer`.
         ValueError for a memory that is no lane.
         """
 
@@ -810,10 +812,14 @@ class CudaExecutor:
     def places(self, bay: int, tokens: int, hidden_dtype: int, reply_dtype: int) -> dict[str, int]:
         """Device addresses of ids, weights, hidden, scales, sums and pairs of a batch of a class in a bay."""
 
-    def add_graph(
-        self, tokens: int, hidden_dtype: int, reply_dtype: int, graph: int, layer: Sequence[tuple[int, int]]
+    def add_graphs(
+        self, tokens: int, hidden_dtype: int, reply_dtype: int, graphs: Sequence[int], layer: Sequence[tuple[int, int]]
     ) -> None:
-        """Copy a graph captured for a class in bay 0, given where and how long the layer's weights were."""
+        """Copy the graphs captured for a class in bay 0, given where and how long the layer's weights were.
+
+        More than one are steps, each of which leaves the next of as many equal shares of the sums' columns: for a request
+        that fills the class and is in another device's memory, whose sums are copied there step by step.
+        """
 
     def start(
         self,
@@ -827,7 +833,7 @@ class CudaExecutor:
         """Start a batch with the weights at these addresses; `keep` is kept until it is over.
 
         A request: addresses of hidden states, scales (0: none), int32 ids, FP32 weights and of the sums; tokens; where
-        the first two and the last are: in pageable memory (0), in pinned memory (1) or on the device (2).
+        the first two and the last are: in pageable memory (0), in pinned memory (1), on the device (2) or on another (3).
         """
 
     def wait(self, batch: CudaBatch) -> None:

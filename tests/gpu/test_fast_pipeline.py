@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from expertd.kernels.cutile.base.shape import ExpertShape
-from expertd.kernels.cutile.fast.layer import Workspace, layer_launches
+from expertd.kernels.cutile.fast.layer import Workspace, layer_steps
 from expertd.kernels.cutile.fast.tiles import DEEP, FEW, FEW_8, PAIRED, SPLIT_8, WIDE, LayerConfig
 from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
@@ -33,7 +33,7 @@ CONFIGS = {
 PATHS = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def compute(batch: TokenBatch, weights: LayerWeights, config: LayerConfig) -> tuple[Tensor, Tensor]:
+def compute(batch: TokenBatch, weights: LayerWeights, config: LayerConfig, steps: int = 1) -> tuple[Tensor, Tensor]:
     """Sums and pairs, from memory that held NaN and nonsense before."""
     workspace = Workspace.allocate(batch.num_tokens, batch.expert_ids.shape[1], weights, config.tile_rows, CUDA)
     for tensor in (workspace.rows, workspace.inner):
@@ -44,8 +44,9 @@ def compute(batch: TokenBatch, weights: LayerWeights, config: LayerConfig) -> tu
     for tensor in (schedule.pair_rows, schedule.pairs, schedule.tile_experts, schedule.num_tiles, schedule.counts):
         tensor.fill_(-77)
     sums = torch.full(batch.hidden.shape, torch.nan, device=CUDA)
-    for launch in layer_launches(batch, weights, sums, workspace, config, PROCESSORS):
-        launch()
+    for step in layer_steps(batch, weights, sums, workspace, config, PROCESSORS, steps):
+        for launch in step:
+            launch()
     return sums, schedule.pairs
 
 
@@ -109,6 +110,15 @@ def test_bits_depend_neither_on_the_run_nor_on_the_order(config: LayerConfig) ->
         assert torch.equal(compute(batch, weights, config)[0], sums)
     part = torch.randperm(257, device=CUDA)[:91]
     assert torch.equal(compute(take(batch, part), weights, config)[0], sums[part])
+
+
+@PATHS
+@pytest.mark.parametrize("steps", [2, 4])
+def test_steps_leave_the_same_bits(steps: int, config: LayerConfig) -> None:
+    weights = random_weights(SHAPES[0], CUDA)
+    for tokens in (17, 257):
+        batch = random_batch(SHAPES[0], tokens, CUDA, model_experts=64)
+        assert torch.equal(compute(batch, weights, config, steps)[0], compute(batch, weights, config)[0])
 
 
 def test_wide_tiles_of_all_sizes_round_alike() -> None:

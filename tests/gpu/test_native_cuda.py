@@ -26,6 +26,8 @@ LAYERS = 3
 MAX_TOKENS = 1024
 TOKENS = (1, 5, 8, 63, 64, 100, 255, 256, 257, 900, 1024)
 PLACES = ("pageable", "pinned", "device")
+ON_PEER = 3
+"""What the executor is told of memory of another GPU."""
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,18 @@ def test_large_batches_of_host_memory_in_parts_that_overlap(tmp_path: Path, hidd
             assert batch.scales is not None
             batch = replace(batch, hidden=dequantize_activations(batch.hidden, batch.scales).bfloat16(), scales=None)
         check(backend, 0, [batch], torch.bfloat16, place)
+
+
+@pytest.mark.parametrize("hidden", [FP8, torch.bfloat16])
+def test_sums_that_another_gpu_gets_step_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: torch.dtype
+) -> None:
+    """Bits alone: as if this GPU's memory were another one's."""
+    backend = loaded(tmp_path, SHAPE, 2, 16384)
+    monkeypatch.setattr("expertd.kernels.cutile.run.batch._reach", lambda *_: ON_PEER)
+    for tokens, layer in product((256, 4096, 5000, 16384), (0, 1)):
+        for reply in (torch.bfloat16, torch.float32):
+            check(backend, layer, [host_batch(tokens, hidden)], reply, "device")
 
 
 @pytest.mark.parametrize("pipeline", ["fast", "dequant"])

@@ -11,6 +11,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/driver.h"
@@ -121,7 +122,9 @@ void count_pairs(const Arguments& a) {
 }
 
 // sums[t, h] = sum over j of weights[t, j] * (value[t, h] * scale[t, h / 128] * up_gate[e] * up_gate_scales[e]
-//              + down[e] * down_scales[e]), where e = ids[t, j]; the upper half of its bits for BF16
+//              + down[e] * down_scales[e]), where e = ids[t, j]; the upper half of its bits for BF16. Of columns from
+//              the
+// first on, where `sums` begin.
 void experts(const Arguments& a) {
   Array ids = read<Array>(a[0]), hidden = read<Array>(a[1]);
   auto chosen = reinterpret_cast<int32_t*>(host(ids.address));
@@ -130,11 +133,12 @@ void experts(const Arguments& a) {
   const float* layer[4];
   for (int i = 0; i < 4; i++) layer[i] = reinterpret_cast<float*>(host(read<uint64_t>(a[5], 8 * i)));
   bool wide = read<uint8_t>(a[6]) != 0;
+  int32_t first = read<int32_t>(a[7]), count = read<int32_t>(a[8]);
   for (int64_t t = 0; t < ids.rows; t++) {
     bool any = false;
     for (int64_t j = 0; j < ids.columns; j++) any |= chosen[t * ids.columns + j] >= 0;
     if (!any) continue;  // so that tests see that such rows are not read, nor written
-    for (int64_t h = 0; h < hidden.columns; h++) {
+    for (int64_t h = first; h < first + count; h++) {
       int64_t at = t * hidden.columns + h;
       float value = scales ? host(hidden.address)[at] : reinterpret_cast<uint16_t*>(host(hidden.address))[at];
       if (scales) value *= reinterpret_cast<float*>(host(scales))[t * (hidden.columns / 128) + h / 128];
@@ -147,9 +151,9 @@ void experts(const Arguments& a) {
       uint32_t bits;
       std::memcpy(&bits, &total, 4);
       if (wide) {
-        reinterpret_cast<uint32_t*>(host(sums))[at] = bits;
+        reinterpret_cast<uint32_t*>(host(sums))[at - first] = bits;
       } else {
-        reinterpret_cast<uint16_t*>(host(sums))[at] = static_cast<uint16_t>(bits >> 16);
+        reinterpret_cast<uint16_t*>(host(sums))[at - first] = static_cast<uint16_t>(bits >> 16);
       }
     }
   }
@@ -162,7 +166,7 @@ void run_kernel(int kernel, const Arguments& arguments) {
 
 std::vector<size_t> sizes_of(int kernel) {
   if (kernel == 1) return {sizeof(Array), 8, 4};
-  if (kernel == 2) return {sizeof(Array), sizeof(Array), 8, 8, 8, 32, 1};
+  if (kernel == 2) return {sizeof(Array), sizeof(Array), 8, 8, 8, 32, 1, 4, 4};
   return {4, 8};
 }
 
@@ -278,6 +282,19 @@ int cuMemcpyDtoDAsync(uint64_t to, uint64_t from, size_t bytes, void* stream) {
   for (uint64_t place : {to, from})
     if (!inside(device, place - kBias, bytes)) breaches.push_back(std::string(__func__) + " outside of device memory");
   push(stream, "across", [=] { std::memcpy(host(to), host(from), bytes); });
+  return 0;
+}
+int cuMemcpy2DAsync(const expertd::cuda::Copy2D* copy, void* stream) {
+  ENTER();
+  if (copy->from_type != expertd::cuda::kUnifiedMemory || copy->to_type != expertd::cuda::kUnifiedMemory)
+    breaches.push_back("cuMemcpy2DAsync between unknown kinds of memory");
+  for (auto [place, pitch] : {std::pair(copy->from, copy->from_pitch), std::pair(copy->to, copy->to_pitch)})
+    if (!inside(device, place - kBias, (copy->height - 1) * pitch + copy->width))
+      breaches.push_back("cuMemcpy2DAsync outside of device memory");
+  push(stream, "columns", [its = *copy] {
+    for (size_t row = 0; row < its.height; row++)
+      std::memcpy(host(its.to + row * its.to_pitch), host(its.from + row * its.from_pitch), its.width);
+  });
   return 0;
 }
 int cuStreamCreateWithPriority(void** stream, unsigned flags, int) {
@@ -510,8 +527,10 @@ void fake_unshare(uint64_t memory) {
 }
 void* fake_device_bytes(uint64_t memory) { return host(memory); }
 // A captured graph: a kernel without interest, one that counts pairs, one that computes. `odd`: a node's type, -1 none.
+// Of several steps only the first counts pairs, and each computes its share of the columns.
 void* fake_graph(uint64_t ids, uint64_t weights, uint64_t hidden, uint64_t scales, uint64_t pairs, uint64_t sums,
-                 const uint64_t* layer, int tokens, int width, int columns, int num_experts, int wide, int odd) {
+                 const uint64_t* layer, int tokens, int width, int columns, int num_experts, int wide, int odd,
+                 int step, int steps) {
   auto graph = new Graph;
   auto bytes = [](const auto& value) {
     auto begin = reinterpret_cast<const std::byte*>(&value);
@@ -521,12 +540,14 @@ void* fake_graph(uint64_t ids, uint64_t weights, uint64_t hidden, uint64_t scale
   uint64_t four[4];
   std::copy_n(layer, 4, four);
   graph->nodes.push_back({0, 0, false, {bytes(int32_t{7}), bytes(uint64_t{42})}, {}});
-  graph->nodes.push_back({0, 1, true, {bytes(chosen), bytes(pairs), bytes(num_experts)}, {}});
+  if (step == 0) graph->nodes.push_back({0, 1, true, {bytes(chosen), bytes(pairs), bytes(num_experts)}, {}});
+  const int32_t share = columns / steps, first = step * share;
+  sums += uint64_t{static_cast<uint32_t>(first)} * (wide ? 4 : 2);
   graph->nodes.push_back({0,
                           2,
                           false,
                           {bytes(chosen), bytes(rows), bytes(weights), bytes(scales), bytes(sums), bytes(four),
-                           bytes(static_cast<uint8_t>(wide))},
+                           bytes(static_cast<uint8_t>(wide)), bytes(first), bytes(share)},
                           {}});
   if (odd >= 0) graph->nodes.push_back({odd, 0, false, {}, {}});
   for (Node& node : graph->nodes) point(node);

@@ -29,7 +29,7 @@ HIDDEN, EXPERTS, WIDTH = 512, 4, 4
 CLASSES = (1, 8, 64, 256, 512)
 INWARD, COMPUTE, OUTWARD, EXPRESS = STREAMS = range(4)
 FP8, BF16, FP32 = 1, 2, 3
-PAGEABLE, PINNED, ON_DEVICE = 0, 1, 2
+PAGEABLE, PINNED, ON_DEVICE, ON_PEER = range(4)
 MS = 1_000_000
 OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
 LOST = "the device failed: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
@@ -156,13 +156,14 @@ class Bench:
         fake.called()
         fake.serving(1)
 
-    def add(self, tokens: int, hidden: int, reply: int, odd: int = -1, layer: int = 0) -> None:
+    def add(self, tokens: int, hidden: int, reply: int, odd: int = -1, layer: int = 0, steps: int = 1) -> None:
         at = self.rig.executor.places(bay=0, tokens=tokens, hidden_dtype=hidden, reply_dtype=reply)
         places = [ctypes.c_uint64(at[name]) for name in ("ids", "weights", "hidden", "scales", "pairs", "sums")]
         weights = (ctypes.c_uint64 * 4)(*self.layers[layer].addresses)
-        graph = self.fake.graph(*places, weights, tokens, WIDTH, HIDDEN, EXPERTS, int(reply == FP32), odd)
+        sizes = (tokens, WIDTH, HIDDEN, EXPERTS, int(reply == FP32))
+        graphs = [self.fake.graph(*places, weights, *sizes, odd, step, steps) for step in range(steps)]
         ranges = [(address, 4 * EXPERTS) for address in self.layers[0].addresses]
-        self.rig.executor.add_graph(tokens, hidden, reply, graph, ranges)
+        self.rig.executor.add_graphs(tokens, hidden, reply, graphs, ranges)
 
     def job(self, *requests: Request, layer: int = 0) -> Any:  # noqa: ANN401
         first, weights = requests[0], self.layers[layer].addresses
@@ -270,13 +271,13 @@ class Shared:
         self._taken: list[tuple[Request, np.ndarray, int]] = []
         self._places: list[int] = []
 
-    def put(self, request: Request, skip: int = 0) -> Request:
+    def put(self, request: Request, skip: int = 0, reach: int = ON_DEVICE) -> Request:
         """Move a request's rows to the device, `skip` bytes from where an allocation begins."""
         sums = request.sums[:-1]
         scales = request.scales[:0] if request.hidden_dtype == BF16 else request.scales
         places = [self._copy(memory, skip) for memory in (request.hidden, scales, sums)]
         request.rows = (places[0], places[1] if scales.size else 0, places[2])
-        request.reach = ON_DEVICE
+        request.reach = reach
         self._taken.append((request, sums, places[2]))
         return request
 
@@ -911,6 +912,101 @@ def test_requests_on_the_device_and_elsewhere_in_one_batch(
             job = bench.compute(*requests)
             shared.fetch()
             bench.check(job, *requests)
+
+
+@pytest.fixture
+def stepped(make: Callable[..., Bench], fake: Fake) -> Bench:
+    """A bench that computes the largest classes in four steps, too."""
+    bench = make(max_tokens=1024)
+    fake.serving(0)
+    for tokens in (256, 512):
+        for hidden, reply in ((FP8, BF16), (FP8, FP32), (BF16, BF16), (BF16, FP32)):
+            bench.add(tokens, hidden, reply, steps=4)
+    fake.forget_graphs()
+    fake.run()
+    fake.called()
+    fake.serving(1)
+    return bench
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 300, 512, 1024])
+@pytest.mark.parametrize("hidden_dtype", [FP8, BF16])
+@pytest.mark.parametrize("reply_dtype", [BF16, FP32])
+@pytest.mark.parametrize("skip", [0, 64])
+def test_a_request_on_another_device(
+    stepped: Bench, shared: Shared, tokens: int, hidden_dtype: int, reply_dtype: int, skip: int
+) -> None:
+    stepped.poison()
+    for turn in range(3):  # in both bays, which learn of other addresses
+        request = shared.put(Request(tokens, hidden_dtype, reply_dtype, seed=turn), skip, ON_PEER)
+        job = stepped.start(request, layer=turn)
+        moves = [move for stream in STREAMS for move in stepped.fake.queue(stream)]
+        # All sums but those of a part's last step are copied from the bay; nothing else is where the kernels reach it.
+        fits, parts = tokens != 300 and not skip, max(1, tokens // CLASSES[-1])
+        assert moves.count("graph") == parts * (4 if fits and tokens >= 256 else 1)
+        assert moves.count("columns") == (3 * parts if fits and tokens >= 256 else 0)
+        assert moves.count("across") == (0 if fits else (2 + (hidden_dtype == FP8)) * parts)
+        stepped.fake.run()
+        assert stepped.rig.poll(MS) is job
+        shared.fetch()
+        stepped.check(job, request, layer=turn)
+
+
+def test_steps_are_for_other_devices_alone(stepped: Bench, shared: Shared) -> None:
+    for requests in (
+        [shared.put(Request(512))],
+        [Request(512)],
+        [shared.put(Request(256), reach=ON_PEER), shared.put(Request(256, seed=1), reach=ON_PEER)],
+    ):
+        job = stepped.start(*requests)
+        assert not [move for stream in STREAMS for move in stepped.fake.queue(stream) if move == "columns"]
+        stepped.fake.run()
+        assert stepped.rig.poll(MS) is job
+        shared.fetch()
+        stepped.check(job, *requests)
+
+
+def test_columns_go_while_the_next_are_computed(stepped: Bench, fake: Fake, shared: Shared) -> None:
+    request = shared.put(Request(512), reach=ON_PEER)
+    job = stepped.start(request)
+    while fake.queue(COMPUTE).count("graph") == 4:
+        assert fake.step(INWARD) or fake.step(COMPUTE)
+    assert fake.queue(OUTWARD)[:2] == ["wait", "columns"]
+    assert not fake.step(OUTWARD), "not before they are computed"
+    assert fake.step(COMPUTE)
+    while fake.queue(OUTWARD).count("columns") == 3:
+        assert fake.step(OUTWARD)
+    assert fake.queue(COMPUTE).count("graph") == 3
+    assert not fake.step(OUTWARD), "the next ones are not computed"
+    assert stepped.rig.poll(0) is None
+    fake.run()
+    assert stepped.rig.poll(MS) is job
+    assert min(job.timings) > 0
+    shared.fetch()
+    stepped.check(job, request)
+
+
+@pytest.mark.parametrize("nth", range(1, 5))
+@pytest.mark.parametrize("name", ["cuMemcpy2DAsync", "cuEventRecord", "cuStreamWaitEvent", "cuGraphLaunch"])
+def test_a_call_for_a_step_that_fails(stepped: Bench, fake: Fake, shared: Shared, name: str, nth: int) -> None:
+    fake.fail(name.encode(), nth, OUT_OF_MEMORY)
+    failed = stepped.start(shared.put(Request(512), reach=ON_PEER))
+    struck = len([call for call in fake.called() if call.split()[0] == name]) >= nth
+    assert struck == ((name, nth) != ("cuMemcpy2DAsync", 4))
+    fake.run()
+    assert drained(stepped, 20 * MS) == [failed]
+    assert failed.error == ("the device failed: CUDA_ERROR_OUT_OF_MEMORY: out of memory" if struck else "")
+    fake.forget_failures()
+    after = shared.put(Request(512, seed=1), reach=ON_PEER)
+    job = stepped.compute(after)
+    shared.fetch()
+    stepped.check(job, after)
+
+
+def test_steps_that_do_not_share_the_columns_evenly(stepped: Bench, fake: Fake) -> None:
+    fake.serving(0)
+    with pytest.raises(stepped.extension.DeviceError, match="3 steps for 512 columns"):
+        stepped.add(512, FP8, BF16, steps=3)
 
 
 @pytest.mark.parametrize("nth", range(1, 13))

@@ -43,14 +43,14 @@ def sealed_memory(size: int = SEGMENT_BYTES, seals: int = fcntl.F_SEAL_SHRINK, f
     return descriptor
 
 
-async def registration_of(server: Server) -> pb.RegisterSharedMemoryResponse:
+async def registration_of(server: Server, gpu: str = "") -> pb.RegisterSharedMemoryResponse:
     async with open_channel(server) as channel:
         method: Any = channel.unary_unary(
             f"/{codec.SERVICE}/RegisterSharedMemory",
             pb.RegisterSharedMemoryRequest.SerializeToString,
             pb.RegisterSharedMemoryResponse.FromString,
         )
-        answer: pb.RegisterSharedMemoryResponse = await method(pb.RegisterSharedMemoryRequest())
+        answer: pb.RegisterSharedMemoryResponse = await method(pb.RegisterSharedMemoryRequest(gpu=gpu))
         return answer
 
 
@@ -156,9 +156,9 @@ async def handing_over(
 
 
 @contextlib.asynccontextmanager
-async def accepted(server: Server, gpu: int | None = None, gpu_bytes: int = 0) -> AsyncIterator[Caller]:
-    """A lane, and GPU memory of so many bytes beside it if there is a descriptor of it."""
-    registration = await registration_of(server)
+async def accepted(server: Server, gpu: int | None = None, gpu_bytes: int = 0, uuid: str = "") -> AsyncIterator[Caller]:
+    """A lane, and memory of the GPU `uuid`, so many bytes of it, beside it if there is a descriptor."""
+    registration = await registration_of(server, uuid)
     connection = await connect(registration)
     lane = ClientLane(SEGMENT_BYTES, ENTRIES, 0)
     ticket = registration.ticket + (b"" if gpu is None else gpu_bytes.to_bytes(8, "little"))

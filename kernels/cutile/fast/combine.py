@@ -11,7 +11,7 @@ from expertd.kernels.cutile.base.launch import Launch, take_turn
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
 COLUMNS = 4096
-"""Elements of a row that a block sums, in batches that fill the device."""
+"""Elements of a row that a block sums at most, in batches that fill the device."""
 SMALL_COLUMNS = 512
 EAGER_TOKENS = 128
 """Up to this many tokens all choices are read at once; beyond it, choices without a pair are skipped with a branch."""
@@ -55,6 +55,6 @@ def combine(rows: Tensor, pair_rows: Tensor, weights: Tensor, out: Tensor) -> La
     """
     tokens, width = out.shape
     padded_top_k = 1 << (pair_rows.shape[1] - 1).bit_length()
-    columns, eager = (SMALL_COLUMNS, 1) if tokens <= EAGER_TOKENS else (COLUMNS, 0)
+    columns, eager = (SMALL_COLUMNS, 1) if tokens <= EAGER_TOKENS else (min(COLUMNS, 1 << (width - 1).bit_length()), 0)
     grid = (tokens, ct.cdiv(width, columns))
     return Launch(combine_kernel, grid, (rows, pair_rows, weights, out, padded_top_k, width, columns, eager))

@@ -92,6 +92,22 @@ def layer_launches(
     `batch.hidden` is FP8 with scales; T is at most what the workspace was allocated for. `processors` is the device's
     number of multiprocessors.
     """
+    return [launch for step in layer_steps(batch, weights, sums, workspace, config, processors, 1) for launch in step]
+
+
+def layer_steps(
+    batch: TokenBatch,
+    weights: LayerWeights,
+    sums: Tensor,
+    workspace: Workspace,
+    config: LayerConfig,
+    processors: int,
+    steps: int,
+) -> list[list[Launch]]:
+    """The same kernels in `steps`, each of which leaves as many columns of `sums`, with the same bits.
+
+    Nothing is computed twice: the second product and the sums alone are cut, by columns; H / `steps` is whole blocks.
+    """
     if batch.scales is None:
         raise ValueError("the fast pipeline takes FP8 hidden states with scales")
     tokens, top_k = batch.expert_ids.shape
@@ -114,6 +130,14 @@ def layer_launches(
             return fp8_gemm_few_rows(a, scales, b, b_scales, schedule, out, config.tile_rows, gemm, grid)
         return fp8_gemm(a, scales, b, b_scales, schedule, out[0], config.tile_rows, gemm, grid)
 
+    def last(columns: slice) -> list[Launch]:
+        blocks_there = slice(columns.start // BLOCK, columns.stop // BLOCK)
+        out, down, down_scales = workspace.outputs[:, columns], weights.down[:, columns], weights.down_scales
+        return [
+            product(inner, inner_scales, down, down_scales[:, blocks_there], out.unsqueeze(0), config.gemm2),
+            combine(out, schedule.pair_rows, batch.weights, sums[:, columns]),
+        ]
+
     launches = [count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []
     launches += [
         place_pairs(batch.expert_ids, schedule, config.tile_rows),
@@ -135,11 +159,9 @@ def layer_launches(
                 products, schedule, inner, inner_scales, config.tile_rows, swiglu_blocks, weights.swiglu_limit
             ),
         ]
-    launches += [
-        product(inner, inner_scales, weights.down, weights.down_scales, workspace.outputs.unsqueeze(0), config.gemm2),
-        combine(workspace.outputs, schedule.pair_rows, batch.weights, sums),
-    ]
-    return launches
+    share = sums.shape[1] // steps
+    head, *rest = (last(slice(begin, begin + share)) for begin in range(0, steps * share, share))
+    return [[*launches, *head], *rest]
 
 
 def _scales(memory: Tensor, rows: Tensor, quantum: int, gemm: GemmConfig) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from expertd.kernels.cutile.pipeline.arithmetic import Layer
+from expertd.kernels.cutile.pipeline.arithmetic import STEP_TOKENS, Layer
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
 from expertd.kernels.numerics.quantize import FP8
@@ -33,7 +34,7 @@ class Graphs:
         # Others run one after another, so that they have their temporaries in the same memory: the largest go first.
         self._express, self._other = ((layer, torch.cuda.graph_pool_handle()) for layer in (express, compute))
         # The executor has copies; these hold the memory.
-        self._captured: dict[tuple[int, torch.dtype, torch.dtype], torch.cuda.CUDAGraph] = {}
+        self._captured: dict[tuple[int, torch.dtype, torch.dtype], list[torch.cuda.CUDAGraph]] = {}
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -47,7 +48,7 @@ class Graphs:
             self.capture(weights, tokens, hidden, reply)
 
     def capture(self, weights: LayerWeights, tokens: int, hidden: torch.dtype, reply: torch.dtype) -> None:
-        """Capture the graph of a size class, unless that was done before, with any layer's weights.
+        """Capture the graphs of a size class, unless that was done before, with any layer's weights.
 
         Waits for all batches that are under way: the kernels' memory is theirs.
         """
@@ -58,32 +59,43 @@ class Graphs:
         torch.cuda.synchronize(self._device)
         kind = (tokens, CODES[hidden], CODES[reply])
         with torch.cuda.stream(torch.cuda.Stream(self._device)), torch.inference_mode():
-            graph = self._capture(weights, _Places(self._executor.places(0, *kind), self._device), *key)
+            ways = self._capture(weights, _Places(self._executor.places(0, *kind), self._device), *key)
         tensors = (weights.up_gate, weights.up_gate_scales, weights.down, weights.down_scales)
         ranges = [(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors]
-        self._executor.add_graph(*kind, graph=graph.raw_cuda_graph(), layer=ranges)
-        self._captured[key] = graph
+        for graphs in ways:
+            self._executor.add_graphs(*kind, graphs=[graph.raw_cuda_graph() for graph in graphs], layer=ranges)
+        self._captured[key] = [graph for graphs in ways for graph in graphs]
 
     def _capture(
         self, weights: LayerWeights, places: _Places, tokens: int, hidden: torch.dtype, reply: torch.dtype
-    ) -> torch.cuda.CUDAGraph:
+    ) -> list[list[torch.cuda.CUDAGraph]]:
+        """The graph of the class and, of the largest ones, those of its steps."""
         batch = places.batch(tokens, self._executor.max_top_k, weights.down.shape[1], hidden)
         sums = places.tensor("sums", tuple(batch.hidden.shape), reply)
         pairs = places.tensor("pairs", (weights.num_experts,), torch.int32)
         batch.expert_ids.fill_(-1)
         layer, pool = self._way(tokens)
-        layer.compute(weights, batch, sums, pairs)  # compiles: that cannot happen in a capture
+        ways: list[Sequence[Callable[[], None]]] = [[partial(layer.compute, weights, batch, sums, pairs)]]
+        if tokens >= STEP_TOKENS and len(steps := layer.steps(weights, batch, sums, pairs)) > 1:
+            ways.append(steps)
+        for way in ways:
+            for work in way:
+                work()  # compiles: that cannot happen in a capture
         torch.cuda.current_stream(self._device).synchronize()
         torch.cuda.empty_cache()  # what that took, the capture takes from the graphs' memory
-        # `torch.cuda.graph` would collect garbage each time.
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        layer.compute(weights, batch, sums, pairs)
-        graph.capture_end()
-        return graph
+        return [[_captured(work, pool) for work in way] for way in ways]
 
     def _way(self, tokens: int) -> tuple[Layer, Any]:
         return self._express if tokens <= self._executor.express_rows else self._other
+
+
+def _captured(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:  # noqa: ANN401
+    # `torch.cuda.graph` would collect garbage each time.
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    work()
+    graph.capture_end()
+    return graph
 
 
 class _Places:

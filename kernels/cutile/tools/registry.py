@@ -11,9 +11,10 @@ from expertd.kernels.cutile.base.launch import Gpu, Launch
 from expertd.kernels.cutile.base.shape import SHAPE_CLASSES, ExpertShape
 from expertd.kernels.cutile.dequant.layer import DequantConfig, DequantPipeline, default_config
 from expertd.kernels.cutile.dequant.token_sort import sort_rows
-from expertd.kernels.cutile.fast.layer import Workspace, layer_launches
+from expertd.kernels.cutile.fast.layer import Workspace, layer_steps
 from expertd.kernels.cutile.fast.tiles import LayerConfig
 from expertd.kernels.cutile.fast.tiles import default_config as default_layer_config
+from expertd.kernels.cutile.pipeline.arithmetic import STEP_TOKENS, STEPS
 from expertd.kernels.cutile.pipeline.table import Table
 from expertd.kernels.cutile.routing.quantize import quantize_activations
 from expertd.kernels.cutile.routing.top_k import route
@@ -38,6 +39,8 @@ def shipped_launches(arch: str, table: Table, shape: ExpertShape = V3) -> Iterat
             invariant = default_layer_config(arch, tokens, batch_invariant=True)
             for choice in {fast or default_layer_config(arch, tokens), invariant}:
                 yield from fast_launches(shape, tokens, choice, META, gpu)
+                if tokens >= STEP_TOKENS:
+                    yield from fast_launches(shape, tokens, choice, META, gpu, steps=STEPS)[-2:]
             yield from coordinator_launches(MoeConfig(), tokens, META)
 
 
@@ -67,13 +70,15 @@ def fast_launches(
     device: torch.device,
     gpu: Gpu,
     swiglu_limit: float | None = None,
+    steps: int = 1,
 ) -> list[Launch]:
     """The fast pipeline."""
     weights = random_weights(shape, device, swiglu_limit=swiglu_limit)
     batch = random_batch(shape, tokens, device)
     workspace = Workspace.allocate(tokens, batch.expert_ids.shape[1], weights, config.tile_rows, device)
     sums = torch.empty(batch.hidden.shape, dtype=torch.float32, device=device)
-    return layer_launches(batch, weights, sums, workspace, config, gpu.processors)
+    cut = layer_steps(batch, weights, sums, workspace, config, gpu.processors, steps)
+    return [launch for step in cut for launch in step]
 
 
 def coordinator_launches(model: MoeConfig, tokens: int, device: torch.device) -> list[Launch]:

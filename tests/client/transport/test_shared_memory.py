@@ -139,9 +139,9 @@ async def test_a_server_without_room_is_asked_again_later(small_model: Path) -> 
     asked = []
 
     class Asking(GrpcTransport):
-        async def register_shared_memory(self, timeout: float) -> Registration:
+        async def register_shared_memory(self, timeout: float, gpu: str = "") -> Registration:
             asked.append(now)
-            return await super().register_shared_memory(timeout)
+            return await super().register_shared_memory(timeout, gpu)
 
     options = {"shared_memory_bytes": 128 << 10}
     async with running_server(small_model, ALL, **options) as server, contextlib.AsyncExitStack() as stack:
@@ -170,8 +170,8 @@ async def test_lanes_of_another_version_are_not_spoken(small_model: Path, caplog
     caplog.set_level(logging.INFO, "expertd.client")
 
     class Newer(GrpcTransport):
-        async def register_shared_memory(self, timeout: float) -> Registration:
-            registration = await super().register_shared_memory(timeout)
+        async def register_shared_memory(self, timeout: float, gpu: str = "") -> Registration:
+            registration = await super().register_shared_memory(timeout, gpu)
             registration.lane_version = LANE_VERSION + 1
             return registration
 

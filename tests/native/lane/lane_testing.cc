@@ -8,8 +8,8 @@
 #include <thread>
 
 #include "base/control_groups.h"
-#include "echo_server.h"
 #include "base/spin.h"
+#include "echo_server.h"
 
 namespace py = pybind11;
 
@@ -63,6 +63,11 @@ PYBIND11_MODULE(lane_testing, module) {
       .def("begin_until", &Spin::begin_until)
       .def("end", &Spin::end)
       .def("learn", &Spin::learn);
+  py::class_<WorkSpin>(module, "WorkSpin")
+      .def(py::init<SpinHost&, int64_t>(), py::keep_alive<1, 2>())
+      .def("goes_on", &WorkSpin::goes_on)
+      .def("goes_on_until", &WorkSpin::goes_on_until)
+      .def("found", &WorkSpin::found);
   py::class_<ControlGroups>(module, "ControlGroups")
       .def(py::init([](const std::string& mounted, const std::string& self) { return ControlGroups(mounted, self); }))
       .def("quota", &ControlGroups::quota)

@@ -51,6 +51,32 @@ def test_at_most_a_quarter_of_the_cpus_spin(native: ModuleType, cpus: float, thr
     assert machine.spinning == 0
 
 
+def test_waits_for_long_batches_do_not_keep_a_thread_from_spinning_between_them(native: ModuleType) -> None:
+    machine = native.Machine()
+    spin = native.WorkSpin(machine, MAX_NS)
+    batch, gap, now = 2500 * US, 400 * US, 5 * S
+    for number in range(10):
+        assert not spin.goes_on(now, True), "a batch takes longer than is spun for"
+        now += batch
+        spin.found(now)
+        assert spin.goes_on(now, False) == (number > 0), "the next call has come soon every time"
+        assert machine.spinning == (number > 0)
+        now += gap
+        assert spin.goes_on(now - 1, False) == (number > 0)
+        spin.found(now)
+        assert machine.spinning == 0
+
+
+def test_what_is_due_is_waited_for_although_its_kind_is_not_spun_for(native: ModuleType) -> None:
+    machine = native.Machine()
+    spin = native.WorkSpin(machine, MAX_NS)
+    assert not spin.goes_on(5 * S, True)
+    assert spin.goes_on_until(5 * S, 5 * S + 100 * US)
+    assert spin.goes_on(5 * S + 99 * US, True)
+    assert not spin.goes_on(5 * S + 100 * US, True)
+    assert machine.spinning == 0
+
+
 def preempted(spin: Any, machine: Any, now: int) -> None:  # noqa: ANN401
     turn = spin.begin(now)
     assert turn.until

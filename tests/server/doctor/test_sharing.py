@@ -53,7 +53,8 @@ def test_a_named_pipe_counts_as_long_as_somebody_reads_it(tmp_path: Path) -> Non
 
 
 def test_gpus_that_do_not_reach_each_other_are_named() -> None:
-    assert sharing.check_reach(1, lambda *_: False).level == "ok"
+    alone = sharing.check_reach(1, lambda *_: False)
+    assert (alone.level, "share memory with it where NVLink or PCIe" in alone.text) == ("ok", True)
     assert sharing.check_reach(8, lambda *_: True).text == "each of the 8 GPUs reaches the memory of all others"
     finding = sharing.check_reach(3, lambda gpu, other: {gpu, other} == {0, 1})
     assert finding.level == "warn"

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -81,6 +82,29 @@ async def test_partials_are_those_of_grpc_bit_for_bit(server: Server, monkeypatc
         assert "the call's tensors end at byte 65792; the GPU memory has 65536" in refused.error.message
         request.gpu_offset -= 256
         assert (await caller.ask(request)).error.code == OK
+
+
+async def test_the_engine_learns_whose_memory_it_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_gpu.install(monkeypatch, server)
+    seen: list[bool] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+            return getattr(engine, name)
+
+        def add_lane(self, *given: Any, of_peer: bool, **named: Any) -> int:  # noqa: ANN401
+            seen.append(of_peer)
+            return engine.add_lane(*given, of_peer=of_peer, **named)
+
+    engine = door(server, LocalDoor)._engine
+    monkeypatch.setattr(door(server, LocalDoor), "_engine", Watched())
+    expected = await over_grpc(server)
+    for uuid in ("", stand_in_gpu.UUID, "GPU-other"):
+        gpu = gpu_memory()
+        async with accepted(server, gpu, GPU_BYTES, uuid) as caller:
+            answer = await caller.ask(placed(request_for(server, BATCH), caller, gpu, 0, 0))
+            assert (answer.error.code, os.pread(gpu, 4096, PARTIALS)) == (OK, expected.partials)
+    assert seen == [False, False, True]
 
 
 async def test_a_closed_connection_gives_the_memory_back_on_the_device_thread(

@@ -70,3 +70,9 @@ def test_the_peer_of_a_socket_pair_is_this_process() -> None:
     one, other = socket.socketpair()
     with one, other:
         check_peer(one)
+
+
+def test_a_caller_says_whose_memory_it_hands_over() -> None:
+    tickets = Tickets("@name", "GPU-own")
+    for gpu, of_peer in (("", False), ("GPU-own", False), ("GPU-other", True)):
+        assert tickets.redeem(tickets.issue("unix:", gpu=gpu).ticket).of_peer == of_peer

@@ -54,6 +54,22 @@ def test_many_tokens_are_counted_first() -> None:
     ]
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_steps_leave_the_columns_one_after_another(steps: int) -> None:
+    config = default_config(H200.arch, 4096)
+    whole = fast_launches(V3, 4096, config, META, H200)
+    cut = fast_launches(V3, 4096, config, META, H200, steps=steps)
+    assert [launch.name for launch in cut] == [launch.name for launch in whole[:-2]] + steps * ["fp8_gemm", "combine"]
+    share = V3.hidden_size // steps
+    for step, (product, sums) in enumerate(zip(cut[-2 * steps :: 2], cut[-2 * steps + 1 :: 2], strict=True)):
+        _, _, down, down_scales, *_, out = product.args[:7]
+        assert down.shape == (32, share, 2048)
+        assert down_scales.shape == (32, share // 128, 16)
+        rows, *_, into = sums.args[:4]
+        assert [tensor.storage_offset() for tensor in (out, rows, into)] == 3 * [step * share]
+        assert (out.shape[1], rows.shape[1], into.shape) == (share, share, (4096, share))
+
+
 def test_grids_of_products_fit_the_device() -> None:
     for tokens in (1, 64, 1024, 16384):
         config = default_config(H200.arch, tokens)
