@@ -11,10 +11,11 @@ from torch import Tensor
 from expertd import _native
 from expertd.kernels.numerics.tokens import FORMATS, place, vector
 from expertd.proto.codec import DTYPE_CODES, ExecuteCall
+from expertd.proto.lane.layout import tokens_within
 
 NO_SCALES = (0, 0)
 MOST_TOKENS = 1 << 31
-"""Of one request: servers have a bound of their own."""
+"""Of one message: servers have a bound of their own."""
 QUANTISED = FORMATS[torch.bfloat16]
 """Of hidden states that come with scales: any format, since they are only copied."""
 
@@ -82,12 +83,20 @@ class OneOwner:
         self._owner: tuple[object, _native.Owner] | None = None
 
     def begin(
-        self, call: ExecuteCall, lanes: Sequence[_native.ClientLane], reply_room: int, *, checked: bool
+        self,
+        call: ExecuteCall,
+        lanes: Sequence[_native.ClientLane],
+        reply_room: int,
+        *,
+        checked: bool,
+        chunk_bytes: int | None = None,
     ) -> _native.StraightCall | None:
-        """See `begin`, for tensors as they travel. Without `lanes` the call is one message."""
-        made_of = lanes, call.model_fingerprint, call.placement_epoch
+        """See `begin`, for tensors as they travel: in one request, or in several of at most `chunk_bytes` each way."""
+        sizes = chunk_bytes, call.hidden.shape[1], call.hidden.dtype, call.reply_dtype
+        made_of = lanes, call.model_fingerprint, call.placement_epoch, sizes
         if self._owner is None or self._owner[0] != made_of:
-            self._owner = made_of, _native.Owner(0, *made_of, MOST_TOKENS, reply_room, checked)
+            chunk_tokens = MOST_TOKENS if chunk_bytes is None else tokens_within(chunk_bytes, *sizes[1:])
+            self._owner = made_of, _native.Owner(0, *made_of[:3], chunk_tokens, reply_room, checked)
         traceparents = [call.traceparent] if call.traceparent else []
         terms = Terms(call.layer, call.hidden.dtype, call.reply_dtype, call.request_id, call.timeout, traceparents)
         ids, weights = call.expert_ids.contiguous(), call.weights.contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -17,10 +18,11 @@ from expertd.kernels.memory.gpu import stream_of
 from expertd.kernels.memory.results import empty
 from expertd.kernels.numerics.quantize import FP8
 from expertd.kernels.numerics.tokens import FORMATS, count_pairs, place
-from expertd.proto.base.errors import ExpertdError, Unavailable
+from expertd.proto.base.errors import ExpertdError, ServerFault, Unavailable
 from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo, StageTimings
 
 CHUNK_BYTES = 64 << 20
+"""Of one request's sums: while a server has some, others are written, or their sums are added."""
 FIRST_BYTES = 16 << 20
 """See `SegmentPool`."""
 HOST = torch.device("cpu")
@@ -115,7 +117,8 @@ class SharedMemoryTransport:
         if not segments:
             return None
         lanes = [segment.lane for segment in segments]
-        begun = self._server.begin(call, lanes, segments[0].reply_room, checked=self._checked)
+        room, chunk = segments[0].reply_room, self._chunk_bytes
+        begun = self._server.begin(call, lanes, room, checked=self._checked, chunk_bytes=chunk)
         if begun is None:
             return None
         partials = empty(call.hidden.shape, torch.float32 if call.reply_dtype == FP8 else call.reply_dtype)
@@ -123,13 +126,16 @@ class SharedMemoryTransport:
         reports = begun.finish(call.timeout, FORMATS[partials.dtype], to)
         if reports is not None:
             self.heard = time.monotonic()
-            stages = StageTimings(*reports[0][4])
+            stages = max((StageTimings(*report[4]) for report in reports), key=lambda stages: stages.total)
             return ExecuteResult(call.request_id, partials, count_pairs(call.expert_ids), stages)
-        part, width = begun.parts()[0], partials.shape[1]
-        outcome = outcome_of(self.address, part, width, call.reply_dtype, call.timeout, checked=self._checked)
-        if isinstance(outcome, ExpertdError):
-            raise outcome
-        return outcome
+        sizes = partials.shape[1], call.reply_dtype, call.timeout
+        outcomes = [outcome_of(self.address, part, *sizes, checked=self._checked) for part in begun.parts()]
+        for outcome in outcomes:
+            if isinstance(outcome, ExpertdError):
+                raise outcome
+        if len(outcomes) > 1 and None not in outcomes:
+            raise ServerFault(f"{self.address}: a part's answer is not what was asked for")
+        return None if None in outcomes else cast(ExecuteResult, outcomes[0])
 
     async def until_not_serving(self) -> Unavailable:
         return await self.grpc.until_not_serving()
