@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -9,9 +10,10 @@ from typing import cast
 
 import torch
 
+from expertd import _native
 from expertd.client.transport.answer import answer, outcome_of
 from expertd.client.transport.grpc_streams import GrpcTransport
-from expertd.client.transport.native_call import OneOwner
+from expertd.client.transport.native_call import LONG_ELEMENTS, OneOwner, answered
 from expertd.client.transport.segment import Segment, Slot, layout_of
 from expertd.client.transport.segment_pool import SegmentPool
 from expertd.kernels.memory.gpu import stream_of
@@ -91,6 +93,14 @@ class SharedMemoryTransport:
         return shard
 
     async def execute(self, call: ExecuteCall) -> ExecuteResult:
+        # Of long ones the sums stay where they come, and other threads copy.
+        short = not call.hidden.is_cuda and call.hidden.numel() <= LONG_ELEMENTS
+        begun = self._begin(call, looped=True) if short else None
+        result = None if begun is None else await self._collect(call, begun)
+        return await self._execute_in_slot(call) if result is None else result
+
+    async def _execute_in_slot(self, call: ExecuteCall) -> ExecuteResult:
+        """In more memory if need be, on the GPU where the tensors are."""
         stream = stream_of(call.hidden)
         slot = await self._take(call, stream)
         if slot is None:
@@ -113,17 +123,43 @@ class SharedMemoryTransport:
         For any thread, while the event loop runs on another or this one. None when there is no room in the memory that
         is shared by now: `execute` shares more. Raises like `execute`. Partials of FP8 replies come in FP32.
         """
+        begun = self._begin(call, looped=False)
+        return None if begun is None else self._finish(call, begun, call.timeout)
+
+    def _begin(self, call: ExecuteCall, *, looped: bool) -> _native.StraightCall | None:
+        """Send a call whose tensors are in host memory, in the memory that is shared by now."""
         segments = self.segments
         if not segments:
             return None
-        lanes = [segment.lane for segment in segments]
-        room, chunk = segments[0].reply_room, self._chunk_bytes
-        begun = self._server.begin(call, lanes, room, checked=self._checked, chunk_bytes=chunk)
-        if begun is None:
-            return None
+        lanes, room = [segment.lane for segment in segments], segments[0].reply_room
+        return self._server.begin(
+            call, lanes, room, checked=self._checked, chunk_bytes=self._chunk_bytes, looped=looped
+        )
+
+    async def _collect(self, call: ExecuteCall, begun: _native.StraightCall) -> ExecuteResult | None:
+        """What `_finish` says, once the event loop of the lanes has waited for it."""
+        segments = self.segments
+        try:
+            with answered(begun, segments) as done:
+                try:
+                    async with asyncio.timeout(call.timeout):
+                        await done
+                except TimeoutError:
+                    begun.collect()
+            return self._finish(call, begun, 0.0)
+        except Unavailable:
+            for segment in segments:
+                if segment.ended:
+                    raise segment.end_error() from None
+            raise
+        finally:
+            begun.drop()
+
+    def _finish(self, call: ExecuteCall, begun: _native.StraightCall, timeout: float | None) -> ExecuteResult | None:
+        """The result of what was begun, waited for at most so many seconds. Raises its error; None without room."""
         partials = empty(call.hidden.shape, torch.float32 if call.reply_dtype == FP8 else call.reply_dtype)
         to = place(partials, partials.dtype, partials.shape)
-        reports = begun.finish(call.timeout, FORMATS[partials.dtype], to)
+        reports = begun.finish(timeout, FORMATS[partials.dtype], to)
         if reports is not None:
             self.heard = time.monotonic()
             stages = max((StageTimings(*report[4]) for report in reports), key=lambda stages: stages.total)

@@ -214,7 +214,7 @@ async def test_a_call_that_is_given_up_is_taken_off_the_servers_queue_and_its_sl
         await until(lambda: server.engine.queued_tokens == 8)
         given_up.cancel()
         await until(lambda: server.engine.queued_tokens == 0)
-        await until(lambda: len(segment._waiting) == 1)
+        await until(lambda: len(segment._watched) == 1)
         gate.open()
         del given_up
         assert (await computing).partials.isfinite().all()
@@ -279,7 +279,7 @@ async def test_a_slot_is_the_callers_while_the_partials_are_in_use(small_model: 
     async with running_server(small_model, ALL) as server:
         transport = await shared_transport(GrpcTransport(str(server.address)))
         segment = segments_of(transport)[0]
-        first = await transport.execute(call_for(server, random_batch(8, 256, 16, 4)))
+        first = await transport._execute_in_slot(call_for(server, random_batch(8, 256, 16, 4)))
         kept, copy = first.partials[3:], first.partials[3:].clone()
         del first
         for seed in range(20):
