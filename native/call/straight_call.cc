@@ -18,8 +18,6 @@
 namespace expertd {
 namespace {
 
-// So many bytes of rows that have all of their sums are added, or the last.
-constexpr size_t kSumBytes = 16 << 20;
 constexpr uint64_t kRequestRoom = 512;  // of a slot: a request without tensors, whose fingerprint is 64 bytes
 
 // Where a token's hidden state goes.
@@ -301,7 +299,7 @@ Wait StraightCall::finish(int64_t deadline_ns, Format format, WritableRows out) 
     for (size_t i = taken_; i < order_.size(); ++i) {
       end = std::min(end, static_cast<size_t>(tokens_of(parts_[order_[i]]).front()));
     }
-    if (end > summed_ && (end - summed_) * routed_.width * size_of(format) >= kSumBytes) sum(end, format, out);
+    if (end > summed_ && (end - summed_) * routed_.width * size_of(format) >= PIECE_BYTES) sum(end, format, out);
   }
   if (!failed_) sum(routed_.tokens, format, out);
   return Wait::kDone;
