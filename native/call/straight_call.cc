@@ -224,11 +224,14 @@ bool StraightCall::write_and_post(bool looped, const Allocate& allocate) {
   std::iota(order_.begin(), order_.end(), 0);
   const auto end_of = [this](size_t index) { return static_cast<size_t>(tokens_of(parts_[index]).back()) + 1; };
   std::stable_sort(order_.begin(), order_.end(), [&](size_t one, size_t other) { return end_of(one) < end_of(other); });
+  // A core copies several times what it quantises.
+  const bool copied = routed_.scales.data || terms_.hidden != Dtype::kFloat8E4M3FN;
+  const size_t work = copied ? hidden_bytes / 4 : routed_.width * size_of(routed_.format);
   size_t written = 0;
   std::atomic<bool> finite{true};
   for (const size_t index : order_) {
     const size_t end = end_of(index);
-    spread(end - written, routed_.width * size_of(routed_.format), [&](size_t from, size_t to) noexcept {
+    spread(end - written, work, [&](size_t from, size_t to) noexcept {
       for (size_t token = written + from; token < written + to; ++token)
         if (!write(token)) finite.store(false, std::memory_order_relaxed);
     });
