@@ -13,6 +13,7 @@
 #include "request/layout.h"
 #include "tokens/finite.h"
 #include "tokens/quantize.h"
+#include "tokens/stream.h"
 #include "tokens/sum.h"
 
 namespace expertd {
@@ -196,22 +197,22 @@ bool StraightCall::write_and_post(bool looped, const Allocate& allocate) {
 
   const size_t hidden_bytes = routed_.width * size_of(terms_.hidden);
   const size_t scales_bytes = routed_.width / QUANTIZATION_BLOCK * sizeof(float);
+  const bool copied = routed_.scales.data || terms_.hidden != Dtype::kFloat8E4M3FN;
+  const bool past_caches = copied && routed_.tokens * hidden_bytes >= STREAMED_BYTES;
   // Whether it is finite, as far as it is not quantised already.
   const auto write = [&](size_t token) {
     const std::span<const Target> mine(&targets[begins[token]], begins[token + 1] - begins[token]);
     if (mine.empty()) return true;
     const Rows row{routed_.hidden[token], 0};
-    if (terms_.hidden != Dtype::kFloat8E4M3FN) {
-      for (const Target& target : mine) std::memcpy(target.hidden, row.data, hidden_bytes);
-      return all_finite(row.data, routed_.format, routed_.width);
+    if (copied) {
+      for (const Target& target : mine) {
+        past_caches ? stream(target.hidden, row.data, hidden_bytes)
+                    : static_cast<void>(std::memcpy(target.hidden, row.data, hidden_bytes));
+        if (routed_.scales.data) std::memcpy(target.scales, routed_.scales[token], scales_bytes);
+      }
+      return routed_.scales.data || all_finite(row.data, routed_.format, routed_.width);
     }
-    bool finite = true;
-    if (routed_.scales.data) {
-      std::memcpy(mine[0].hidden, row.data, hidden_bytes);
-      std::memcpy(mine[0].scales, routed_.scales[token], scales_bytes);
-    } else {
-      finite = quantize(row, routed_.format, 1, routed_.width, {mine[0].hidden, 0}, {mine[0].scales, 0});
-    }
+    const bool finite = quantize(row, routed_.format, 1, routed_.width, {mine[0].hidden, 0}, {mine[0].scales, 0});
     for (const Target& target : mine.subspan(1)) {
       std::memcpy(target.hidden, mine[0].hidden, hidden_bytes);
       std::memcpy(target.scales, mine[0].scales, scales_bytes);
@@ -225,7 +226,6 @@ bool StraightCall::write_and_post(bool looped, const Allocate& allocate) {
   const auto end_of = [this](size_t index) { return static_cast<size_t>(tokens_of(parts_[index]).back()) + 1; };
   std::stable_sort(order_.begin(), order_.end(), [&](size_t one, size_t other) { return end_of(one) < end_of(other); });
   // A core copies several times what it quantises.
-  const bool copied = routed_.scales.data || terms_.hidden != Dtype::kFloat8E4M3FN;
   const size_t work = copied ? hidden_bytes / 4 : routed_.width * size_of(routed_.format);
   size_t written = 0;
   std::atomic<bool> finite{true};
@@ -234,6 +234,7 @@ bool StraightCall::write_and_post(bool looped, const Allocate& allocate) {
     spread(end - written, work, [&](size_t from, size_t to) noexcept {
       for (size_t token = written + from; token < written + to; ++token)
         if (!write(token)) finite.store(false, std::memory_order_relaxed);
+      if (past_caches) end_streams();
     });
     if (!finite.load(std::memory_order_relaxed)) return false;
     written = std::max(written, end);

@@ -68,6 +68,9 @@ def convert_mxfp4(
     not zero. `ValueError` unless rows and columns are multiples of 128.
     """
 
+def copy(source: int, size: int, out: int, /) -> None:
+    """Copy `size` bytes between addresses; the places do not overlap."""
+
 def gather(source: Place, rows: int, row_bytes: int, indices: int, count: int, out: Place, /) -> None:
     """out[i] = source[indices[i]] for [count] int64 indices; `IndexError` unless all are from 0 to `rows` - 1."""
 

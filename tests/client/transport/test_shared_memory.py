@@ -195,8 +195,6 @@ async def test_a_request_that_is_too_long_for_its_slot_goes_over_grpc(small_mode
         long = call_for(server, random_batch(8, 256, 16, 4), traceparent="0" * 600)
         assert torch.equal((await transport.execute(long)).partials, expected.partials)
         assert grpc.sent == [8]
-        assert free_bytes(segments_of(transport)[0]) < segments_of(transport)[0].size
-        del expected
         await until(lambda: free_bytes(segments_of(transport)[0]) == segments_of(transport)[0].size)
         await transport.close()
 
