@@ -20,6 +20,7 @@ from expertd.client.transport.security import ClientSecurity
 from expertd.client.transport.segment_pool import FIRST_PAUSE
 from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.kernels.numerics.backend import Underway
+from expertd.kernels.numerics.tokens import count_pairs
 from expertd.proto.base.errors import DeadlineExceeded, InvalidBatch, Unavailable
 from expertd.proto.codec import ExecuteCall, ExecuteResult, Registration
 from expertd.proto.lane.layout import LANE_VERSION
@@ -255,6 +256,19 @@ async def shared_transport(grpc: GrpcTransport) -> SharedMemoryTransport:
     await transport.get_shard(5.0)
     assert HOST in transport.shared_devices
     return transport
+
+
+async def test_a_call_in_several_requests_fits_where_it_went_in_one(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server:
+        transport = SharedMemoryTransport(GrpcTransport(str(server.address)), 16 << 20, 1 << 17, first_bytes=1 << 16)
+        await transport.get_shard(5.0)
+        large = call_for(server, random_batch(600, 256, 16, 4))
+        expected = (await transport._execute_in_slot(large)).partials.clone()
+        result = await asyncio.to_thread(transport.call, large)
+        assert result is not None
+        assert torch.allclose(result.partials.float(), expected.float(), rtol=1e-2, atol=1e-4)
+        assert result.receipt == count_pairs(large.expert_ids)
+        await transport.close()
 
 
 async def test_a_slot_is_the_servers_until_it_has_answered_even_when_nobody_waits(small_model: Path) -> None:
