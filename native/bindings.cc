@@ -14,6 +14,7 @@
 #endif
 #include "bindings/place.h"
 #include "bindings/unlocked.h"
+#include "tokens/copy.h"
 #include "tokens/gather.h"
 #include "tokens/mxfp4.h"
 #include "tokens/quantize.h"
@@ -79,6 +80,10 @@ void gather_at(const Place& source, std::size_t count, std::size_t row_bytes, Ad
            [&] { gather(rows(source), count, row_bytes, values<std::int64_t>(indices, wanted), writable(out)); });
 }
 
+void copy_at(Address from, std::size_t bytes, Address to) {
+  unlocked(bytes, [&] { copy(at<const std::byte>(from), bytes, at<std::byte>(to)); });
+}
+
 py::tuple split_at(Address ids, Address weights, std::size_t tokens, std::size_t top_k, Address owner,
                    std::size_t experts, std::size_t shares, const std::array<Address, 3>& out) {
   std::vector<std::int32_t> orphans;
@@ -135,6 +140,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("crc32c", &checksum, py::arg("data"), py::arg("value") = 0);
   module.def("quantize", &quantize_at);
   module.def("convert_mxfp4", &convert_mxfp4_at);
+  module.def("copy", &copy_at);
   module.def("gather", &gather_at);
   module.def("split", &split_at);
   module.def("count_pairs", &count_pairs_at);

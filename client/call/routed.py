@@ -18,12 +18,11 @@ from expertd.client.call.failover import LayerCall
 from expertd.client.call.result import Effort, MoeResult, combine_all, experts_of, report
 from expertd.client.call.straight import Outcome, Part, StraightCall, at_once, begin
 from expertd.client.fleet.groups import name_experts
+from expertd.client.transport.native_call import LONG_ELEMENTS
 from expertd.kernels.memory.results import empty
 from expertd.proto.base.errors import DeadlineExceeded
 
 log = logging.getLogger(__name__)
-LONG_ELEMENTS = 1 << 20
-"""Of hidden states that an event loop has another thread write and sum: half a millisecond."""
 
 
 class RoutedCall:

@@ -13,7 +13,7 @@ from expertd.client.telemetry.metrics import CoordinatorMetrics
 from expertd.client.transport import grpc_streams, shared_memory
 from expertd.client.transport.security import ClientSecurity
 from expertd.proto.codec import HIDDEN_DTYPES, REPLY_DTYPES
-from expertd.proto.lane.layout import rows_bytes
+from expertd.proto.lane.layout import tokens_within
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -113,5 +113,4 @@ class CoordinatorConfig:
 
     def chunk_tokens(self, hidden_size: int, chunk_bytes: int) -> int:
         """Tokens of a chunk: as many as keep both the request and the reply within the bytes, at least one."""
-        widest = max(rows_bytes(dtype, 1, hidden_size) for dtype in (self.hidden_dtype, self.reply_dtype))
-        return max(1, chunk_bytes // widest)
+        return tokens_within(chunk_bytes, hidden_size, self.hidden_dtype, self.reply_dtype)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from expertd import _native
+from expertd.client.transport.segment import Segment
 from expertd.kernels.numerics.tokens import FORMATS, place, vector
 from expertd.proto.codec import DTYPE_CODES, ExecuteCall
+from expertd.proto.lane.layout import tokens_within
 
+LONG_ELEMENTS = 1 << 20
+"""Of hidden states that an event loop has other threads write: half a millisecond."""
 NO_SCALES = (0, 0)
 MOST_TOKENS = 1 << 31
-"""Of one request: servers have a bound of their own."""
+"""Of one message: servers have a bound of their own."""
 QUANTISED = FORMATS[torch.bfloat16]
 """Of hidden states that come with scales: any format, since they are only copied."""
 
@@ -75,6 +81,27 @@ def begin(
     )
 
 
+@contextlib.contextmanager
+def answered(call: _native.StraightCall, segments: Iterable[Segment]) -> Iterator[asyncio.Future[None]]:
+    """A future that is done when a looped call is, on the event loop of its `segments`."""
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def look() -> None:
+        if call.collect() and not done.done():
+            done.set_result(None)
+
+    of = {segment.lane: segment for segment in segments}
+    slots = [(of[lane], slot) for lane, slot in call.slots()]
+    for segment, slot in slots:
+        segment.watch(slot, look)
+    look()
+    try:
+        yield done
+    finally:
+        for segment, slot in slots:
+            segment.unwatch(slot)
+
+
 class OneOwner:
     """Sends whole calls to one server, which is described anew when it has changed."""
 
@@ -82,13 +109,22 @@ class OneOwner:
         self._owner: tuple[object, _native.Owner] | None = None
 
     def begin(
-        self, call: ExecuteCall, lanes: Sequence[_native.ClientLane], reply_room: int, *, checked: bool
+        self,
+        call: ExecuteCall,
+        lanes: Sequence[_native.ClientLane],
+        reply_room: int,
+        *,
+        checked: bool,
+        chunk_bytes: int | None = None,
+        looped: bool = False,
     ) -> _native.StraightCall | None:
-        """See `begin`, for tensors as they travel. Without `lanes` the call is one message."""
-        made_of = lanes, call.model_fingerprint, call.placement_epoch
+        """See `begin`, for tensors as they travel: in one request, or in several of at most `chunk_bytes` each way."""
+        sizes = chunk_bytes, call.hidden.shape[1], call.hidden.dtype, call.reply_dtype
+        made_of = lanes, call.model_fingerprint, call.placement_epoch, sizes
         if self._owner is None or self._owner[0] != made_of:
-            self._owner = made_of, _native.Owner(0, *made_of, MOST_TOKENS, reply_room, checked)
+            chunk_tokens = MOST_TOKENS if chunk_bytes is None else tokens_within(chunk_bytes, *sizes[1:])
+            self._owner = made_of, _native.Owner(0, *made_of[:3], chunk_tokens, reply_room, checked)
         traceparents = [call.traceparent] if call.traceparent else []
         terms = Terms(call.layer, call.hidden.dtype, call.reply_dtype, call.request_id, call.timeout, traceparents)
         ids, weights = call.expert_ids.contiguous(), call.weights.contiguous()
-        return begin([self._owner[1]], call.hidden, ids, weights, terms, scales=call.scales)
+        return begin([self._owner[1]], call.hidden, ids, weights, terms, scales=call.scales, looped=looped)

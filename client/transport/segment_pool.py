@@ -104,7 +104,8 @@ class SegmentPool:
     async def _grow(self, needed: int, beside: int = 0) -> bool:
         """Share at least `needed` more bytes, and `beside` GPU memory so many, if the bound and the server let us."""
         shared = sum(segment.size for segment in self.segments)
-        size = min(max(needed, shared or self._first_bytes), self._max_bytes - shared)
+        # Somewhat more: in several requests a call takes a slot for each.
+        size = min(max(needed + needed // 64, shared or self._first_bytes), self._max_bytes - shared)
         if not self._may_grow or size < needed or self._clock() < self._not_before:
             return False
         try:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import cast
 
 import torch
 
+from expertd import _native
 from expertd.client.transport.answer import answer, outcome_of
 from expertd.client.transport.grpc_streams import GrpcTransport
-from expertd.client.transport.native_call import OneOwner
+from expertd.client.transport.native_call import LONG_ELEMENTS, OneOwner, answered
 from expertd.client.transport.segment import Segment, Slot, layout_of
 from expertd.client.transport.segment_pool import SegmentPool
 from expertd.kernels.memory.gpu import stream_of
 from expertd.kernels.memory.results import empty
 from expertd.kernels.numerics.quantize import FP8
 from expertd.kernels.numerics.tokens import FORMATS, count_pairs, place
-from expertd.proto.base.errors import ExpertdError, Unavailable
+from expertd.proto.base.errors import ExpertdError, ServerFault, Unavailable
 from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo, StageTimings
 
 CHUNK_BYTES = 64 << 20
+"""Of one request's sums: while a server has some, others are written, or their sums are added."""
 FIRST_BYTES = 16 << 20
 """See `SegmentPool`."""
 HOST = torch.device("cpu")
@@ -89,6 +93,14 @@ class SharedMemoryTransport:
         return shard
 
     async def execute(self, call: ExecuteCall) -> ExecuteResult:
+        # Of long ones the sums stay where they come, and other threads copy.
+        short = not call.hidden.is_cuda and call.hidden.numel() <= LONG_ELEMENTS
+        begun = self._begin(call, looped=True) if short else None
+        result = None if begun is None else await self._collect(call, begun)
+        return await self._execute_in_slot(call) if result is None else result
+
+    async def _execute_in_slot(self, call: ExecuteCall) -> ExecuteResult:
+        """In more memory if need be, on the GPU where the tensors are."""
         stream = stream_of(call.hidden)
         slot = await self._take(call, stream)
         if slot is None:
@@ -111,25 +123,55 @@ class SharedMemoryTransport:
         For any thread, while the event loop runs on another or this one. None when there is no room in the memory that
         is shared by now: `execute` shares more. Raises like `execute`. Partials of FP8 replies come in FP32.
         """
+        begun = self._begin(call, looped=False)
+        return None if begun is None else self._finish(call, begun, call.timeout)
+
+    def _begin(self, call: ExecuteCall, *, looped: bool) -> _native.StraightCall | None:
+        """Send a call whose tensors are in host memory, in the memory that is shared by now."""
         segments = self.segments
         if not segments:
             return None
-        lanes = [segment.lane for segment in segments]
-        begun = self._server.begin(call, lanes, segments[0].reply_room, checked=self._checked)
-        if begun is None:
-            return None
+        lanes, room = [segment.lane for segment in segments], segments[0].reply_room
+        return self._server.begin(
+            call, lanes, room, checked=self._checked, chunk_bytes=self._chunk_bytes, looped=looped
+        )
+
+    async def _collect(self, call: ExecuteCall, begun: _native.StraightCall) -> ExecuteResult | None:
+        """What `_finish` says, once the event loop of the lanes has waited for it."""
+        segments = self.segments
+        try:
+            with answered(begun, segments) as done:
+                try:
+                    async with asyncio.timeout(call.timeout):
+                        await done
+                except TimeoutError:
+                    begun.collect()
+            return self._finish(call, begun, 0.0)
+        except Unavailable:
+            for segment in segments:
+                if segment.ended:
+                    raise segment.end_error() from None
+            raise
+        finally:
+            begun.drop()
+
+    def _finish(self, call: ExecuteCall, begun: _native.StraightCall, timeout: float | None) -> ExecuteResult | None:
+        """The result of what was begun, waited for at most so many seconds. Raises its error; None without room."""
         partials = empty(call.hidden.shape, torch.float32 if call.reply_dtype == FP8 else call.reply_dtype)
         to = place(partials, partials.dtype, partials.shape)
-        reports = begun.finish(call.timeout, FORMATS[partials.dtype], to)
+        reports = begun.finish(timeout, FORMATS[partials.dtype], to)
         if reports is not None:
             self.heard = time.monotonic()
-            stages = StageTimings(*reports[0][4])
+            stages = max((StageTimings(*report[4]) for report in reports), key=lambda stages: stages.total)
             return ExecuteResult(call.request_id, partials, count_pairs(call.expert_ids), stages)
-        part, width = begun.parts()[0], partials.shape[1]
-        outcome = outcome_of(self.address, part, width, call.reply_dtype, call.timeout, checked=self._checked)
-        if isinstance(outcome, ExpertdError):
-            raise outcome
-        return outcome
+        sizes = partials.shape[1], call.reply_dtype, call.timeout
+        outcomes = [outcome_of(self.address, part, *sizes, checked=self._checked) for part in begun.parts()]
+        for outcome in outcomes:
+            if isinstance(outcome, ExpertdError):
+                raise outcome
+        if len(outcomes) > 1 and None not in outcomes:
+            raise ServerFault(f"{self.address}: a part's answer is not what was asked for")
+        return None if None in outcomes else cast(ExecuteResult, outcomes[0])
 
     async def until_not_serving(self) -> Unavailable:
         return await self.grpc.until_not_serving()

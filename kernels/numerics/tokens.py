@@ -49,6 +49,12 @@ def quantize_into(hidden: Tensor, out: Tensor, scales: Tensor) -> bool:
     )
 
 
+def copy(source: Tensor, out: Tensor) -> None:
+    """Copy [n] uint8 to [n] uint8."""
+    size = source.numel()
+    native.copy(vector(source, torch.uint8, size), size, vector(out, torch.uint8, size))
+
+
 def gather(values: Tensor, rows: Tensor) -> Tensor:
     """`values[rows]`: of [T, n], the [m] int64 `rows`, at least one."""
     count, width = values.shape

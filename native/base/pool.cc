@@ -39,10 +39,13 @@ void Pool::limit_spin(std::int64_t ns) noexcept {
 void Pool::share(Job& job, std::size_t wanted) {
   const std::size_t others = std::min({job.pieces - 1, size_ - 1, wanted});
   std::unique_lock lock(lock_);
+  start_threads(others);
   jobs_.push_back(&job);
   waiting_.fetch_add(1, std::memory_order_relaxed);
-  start_threads(others);
+  lock.unlock();
+  // Without the lock: waking takes long, and threads that look for work would sleep for the lock meanwhile.
   for (std::size_t woken = awake(); woken < others; ++woken) posted_.notify_one();
+  lock.lock();
   while (job.next < job.pieces) work_on(job, lock);
   if (job.unfinished.load(std::memory_order_acquire) == 0) return;
   lock.unlock();
@@ -58,13 +61,11 @@ void Pool::post(std::function<void()> task) {
   {
     const std::lock_guard lock(lock_);
     if (start_threads(size_)) {
-      tasks_.push_back(std::move(task));
+      tasks_.push_back(std::exchange(task, nullptr));
       waiting_.fetch_add(1, std::memory_order_relaxed);
-      posted_.notify_one();
-      return;
     }
   }
-  task();
+  task ? task() : posted_.notify_one();
 }
 
 // Whether there is any.

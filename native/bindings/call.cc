@@ -37,7 +37,7 @@ std::vector<int32_t> narrow(const int64_t* ids, size_t count) {
 struct Begun {
   std::vector<std::shared_ptr<Owner>> owners;
   std::vector<py::bytes> messages, answers;  // whose memory the call uses
-  std::unique_ptr<StraightCall> call;
+  std::shared_ptr<StraightCall> call;        // dropped while a thread finishes it, it lasts as long as that
 
   StraightCall& live() const {
     if (!call) throw std::runtime_error("the call was dropped");
@@ -153,17 +153,12 @@ py::list report(const StraightCall& call) {
 }
 
 std::optional<py::list> finish_call(Begun& begun, std::optional<double> timeout, int format, const Place& out) {
-  bool summed = false;
-  const Wait how = wait_with_signals(timeout, [&](int64_t deadline) {
-    StraightCall& call = begun.live();
-    const Wait waited = call.wait(deadline);
-    if (waited == Wait::kDone) {
-      summed = call.sum(static_cast<Format>(format), writable(out));
-    }
-    return waited;
-  });
+  begun.live();
+  const std::shared_ptr<StraightCall> call = begun.call;
+  const Wait how = wait_with_signals(
+      timeout, [&](int64_t deadline) { return call->finish(deadline, static_cast<Format>(format), writable(out)); });
   if (how == Wait::kForked) throw std::runtime_error("the call is its parent process's");
-  return summed ? std::optional(report(begun.live())) : std::nullopt;
+  return how == Wait::kDone && call->summed() ? std::optional(report(*call)) : std::nullopt;
 }
 
 }  // namespace

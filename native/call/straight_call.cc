@@ -13,6 +13,7 @@
 #include "request/layout.h"
 #include "tokens/finite.h"
 #include "tokens/quantize.h"
+#include "tokens/stream.h"
 #include "tokens/sum.h"
 
 namespace expertd {
@@ -101,26 +102,31 @@ bool StraightCall::plan() {
     const auto owner = std::find_if(owners_.begin(), owners_.end(),
                                     [number = number](const Owner* one) { return one->number == number; });
     if (owner == owners_.end()) return false;
-    const size_t pieces = (rows + (*owner)->chunk_tokens - 1) / (*owner)->chunk_tokens;
-    for (size_t piece = 0; piece < pieces; ++piece) {
-      const size_t count = rows / pieces + (piece < rows % pieces);
-      parts_.push_back(
-          {.owner = *owner, .request_id = terms_.request_id + parts_.size(), .first = first, .rows = count});
-      first += count;
-    }
+    cut(**owner, first, rows);
+    first += rows;
   }
   return orphans.empty();
 }
 
+// Requests of an owner for `rows` of the plan.
+void StraightCall::cut(const Owner& owner, size_t first, size_t rows) {
+  const size_t pieces = (rows + owner.chunk_tokens - 1) / owner.chunk_tokens;
+  for (size_t piece = 0; piece < pieces; ++piece) {
+    const size_t count = rows / pieces + (piece < rows % pieces);
+    parts_.push_back({.owner = &owner, .request_id = terms_.request_id + parts_.size(), .first = first, .rows = count});
+    first += count;
+  }
+}
+
 bool StraightCall::plan_whole() {
-  if (owners_.size() != 1 || routed_.tokens > owners_[0]->chunk_tokens) return false;
+  if (owners_.size() != 1) return false;
   tokens_ = std::make_unique_for_overwrite<int64_t[]>(routed_.tokens);
   std::iota(tokens_.get(), tokens_.get() + routed_.tokens, 0);
   ids_ = std::make_unique_for_overwrite<int32_t[]>(routed_.ids.size());
   weights_ = std::make_unique_for_overwrite<float[]>(routed_.ids.size());
   std::copy(routed_.ids.begin(), routed_.ids.end(), ids_.get());
   std::copy(routed_.weights.begin(), routed_.weights.end(), weights_.get());
-  parts_.push_back({.owner = owners_[0], .request_id = terms_.request_id, .first = 0, .rows = routed_.tokens});
+  cut(*owners_[0], 0, routed_.tokens);
   return true;
 }
 
@@ -191,22 +197,22 @@ bool StraightCall::write_and_post(bool looped, const Allocate& allocate) {
 
   const size_t hidden_bytes = routed_.width * size_of(terms_.hidden);
   const size_t scales_bytes = routed_.width / QUANTIZATION_BLOCK * sizeof(float);
+  const bool copied = routed_.scales.data || terms_.hidden != Dtype::kFloat8E4M3FN;
+  const bool past_caches = copied && routed_.tokens * hidden_bytes >= STREAMED_BYTES;
   // Whether it is finite, as far as it is not quantised already.
   const auto write = [&](size_t token) {
     const std::span<const Target> mine(&targets[begins[token]], begins[token + 1] - begins[token]);
     if (mine.empty()) return true;
     const Rows row{routed_.hidden[token], 0};
-    if (terms_.hidden != Dtype::kFloat8E4M3FN) {
-      for (const Target& target : mine) std::memcpy(target.hidden, row.data, hidden_bytes);
-      return all_finite(row.data, routed_.format, routed_.width);
+    if (copied) {
+      for (const Target& target : mine) {
+        past_caches ? stream(target.hidden, row.data, hidden_bytes)
+                    : static_cast<void>(std::memcpy(target.hidden, row.data, hidden_bytes));
+        if (routed_.scales.data) std::memcpy(target.scales, routed_.scales[token], scales_bytes);
+      }
+      return routed_.scales.data || all_finite(row.data, routed_.format, routed_.width);
     }
-    bool finite = true;
-    if (routed_.scales.data) {
-      std::memcpy(mine[0].hidden, row.data, hidden_bytes);
-      std::memcpy(mine[0].scales, routed_.scales[token], scales_bytes);
-    } else {
-      finite = quantize(row, routed_.format, 1, routed_.width, {mine[0].hidden, 0}, {mine[0].scales, 0});
-    }
+    const bool finite = quantize(row, routed_.format, 1, routed_.width, {mine[0].hidden, 0}, {mine[0].scales, 0});
     for (const Target& target : mine.subspan(1)) {
       std::memcpy(target.hidden, mine[0].hidden, hidden_bytes);
       std::memcpy(target.scales, mine[0].scales, scales_bytes);
@@ -215,21 +221,24 @@ bool StraightCall::write_and_post(bool looped, const Allocate& allocate) {
   };
 
   // A part is posted as soon as its last token is written, so that servers begin while others' tokens are.
-  std::vector<CallPart*> order;
-  for (CallPart& part : parts_) order.push_back(&part);
-  const auto end_of = [this](const CallPart* part) { return static_cast<size_t>(tokens_of(*part).back()) + 1; };
-  std::stable_sort(order.begin(), order.end(), [&](auto* one, auto* other) { return end_of(one) < end_of(other); });
+  order_.resize(parts_.size());
+  std::iota(order_.begin(), order_.end(), 0);
+  const auto end_of = [this](size_t index) { return static_cast<size_t>(tokens_of(parts_[index]).back()) + 1; };
+  std::stable_sort(order_.begin(), order_.end(), [&](size_t one, size_t other) { return end_of(one) < end_of(other); });
+  // A core copies several times what it quantises.
+  const size_t work = copied ? hidden_bytes / 4 : routed_.width * size_of(routed_.format);
   size_t written = 0;
   std::atomic<bool> finite{true};
-  for (CallPart* part : order) {
-    const size_t end = end_of(part);
-    spread(end - written, routed_.width * size_of(routed_.format), [&](size_t from, size_t to) noexcept {
+  for (const size_t index : order_) {
+    const size_t end = end_of(index);
+    spread(end - written, work, [&](size_t from, size_t to) noexcept {
       for (size_t token = written + from; token < written + to; ++token)
         if (!write(token)) finite.store(false, std::memory_order_relaxed);
+      if (past_caches) end_streams();
     });
     if (!finite.load(std::memory_order_relaxed)) return false;
     written = std::max(written, end);
-    post(*part, looped);
+    post(parts_[index], looped);
   }
   return true;
 }
@@ -280,22 +289,38 @@ void StraightCall::post(CallPart& part, bool looped) const {
   if (posted != Post::kPosted) part.state = posted == Post::kFull ? PartState::kFull : PartState::kEnded;
 }
 
-Wait StraightCall::wait(int64_t deadline_ns) {
-  for (size_t index = 0; index < parts_.size(); ++index) {
-    CallPart& part = parts_[index];
-    if (part.state != PartState::kPosted || end_if_lost(index)) continue;
-    if (!part.lane) {
-      if (!wait_for_message(index, deadline_ns)) return Wait::kExpired;
-      continue;
+Wait StraightCall::finish(int64_t deadline_ns, Format format, WritableRows out) {
+  while (taken_ < order_.size()) {
+    CallPart& part = parts_[order_[taken_]];
+    if (part.state == PartState::kPosted) {
+      const Wait how = wait_for(order_[taken_], deadline_ns);
+      if (how != Wait::kDone) return how;
     }
-    const Wait how = part.lane->wait(part.slot, deadline_ns);
-    if (how == Wait::kDone) {
-      fetch(part);
-    } else if (how == Wait::kEnded) {
-      part.state = PartState::kEnded;
-    } else {
-      return how;
+    take(part);
+    ++taken_;
+    if (failed_ || taken_ == order_.size()) continue;
+    size_t end = routed_.tokens;
+    for (size_t i = taken_; i < order_.size(); ++i) {
+      end = std::min(end, static_cast<size_t>(tokens_of(parts_[order_[i]]).front()));
     }
+    if (end > summed_ && (end - summed_) * routed_.width * size_of(format) >= PIECE_BYTES) sum(end, format, out);
+  }
+  if (!failed_) sum(routed_.tokens, format, out);
+  return Wait::kDone;
+}
+
+// Until it is done, or lost.
+Wait StraightCall::wait_for(size_t index, int64_t deadline_ns) {
+  CallPart& part = parts_[index];
+  if (end_if_lost(index)) return Wait::kDone;
+  if (!part.lane) return wait_for_message(index, deadline_ns) ? Wait::kDone : Wait::kExpired;
+  const Wait how = part.lane->wait(part.slot, deadline_ns);
+  if (how == Wait::kDone) {
+    fetch(part);
+  } else if (how == Wait::kEnded) {
+    part.state = PartState::kEnded;
+  } else {
+    return how;
   }
   return Wait::kDone;
 }
@@ -410,25 +435,32 @@ bool StraightCall::sums_are_right(const CallPart& part) const {
   return part.response.checksum == reply_checksum(part.request_id, part.sums, sums_bytes(part));
 }
 
-bool StraightCall::sum(Format format, WritableRows out) {
-  for (CallPart& part : parts_) {
-    if (part.state == PartState::kAnswered && !sums_are_right(part)) part.state = PartState::kRefused;
-  }
+void StraightCall::take(CallPart& part) {
+  if (part.state == PartState::kAnswered && !sums_are_right(part)) part.state = PartState::kRefused;
+  failed_ |= part.state != PartState::kAnswered;
+}
+
+// Adds what all parts have for tokens from `summed_` to `end`.
+void StraightCall::sum(size_t end, Format format, WritableRows out) {
+  const Format stored = *format_of(terms_.reply);
   std::vector<Part> sums;
   for (const CallPart& part : parts_) {
-    if (part.state != PartState::kAnswered) return false;
-    const Format stored = *format_of(terms_.reply);
-    Part& added = sums.emplace_back(Part{{part.sums, static_cast<ptrdiff_t>(routed_.width * size_of(stored))},
-                                         stored,
-                                         part.rows,
-                                         tokens_of(part).data(),
-                                         nullptr});
+    const auto tokens = tokens_of(part);
+    const auto at = [&](size_t token) {
+      return static_cast<size_t>(std::lower_bound(tokens.begin(), tokens.end(), static_cast<int64_t>(token)) -
+                                 tokens.begin());
+    };
+    const size_t first = at(summed_), count = at(end) - first;
+    const ptrdiff_t values = static_cast<ptrdiff_t>(values_bytes(terms_.reply, 1, routed_.width));
+    Part& added = sums.emplace_back(
+        Part{{part.sums + first * static_cast<size_t>(values), values}, stored, count, tokens.data() + first, nullptr});
     if (stored != Format::float8) continue;
-    added.scales = {part.sums + values_bytes(terms_.reply, part.rows, routed_.width),
-                    static_cast<ptrdiff_t>(scales_bytes(terms_.reply, 1, routed_.width))};
+    const ptrdiff_t scales = static_cast<ptrdiff_t>(scales_bytes(terms_.reply, 1, routed_.width));
+    added.scales = {
+        part.sums + values_bytes(terms_.reply, part.rows, routed_.width) + first * static_cast<size_t>(scales), scales};
   }
-  expertd::sum(sums, routed_.tokens, routed_.width, format, out);
-  return true;
+  expertd::sum(sums, end - summed_, routed_.width, format, {out[summed_], out.stride}, static_cast<int64_t>(summed_));
+  summed_ = end;
 }
 
 }  // namespace expertd

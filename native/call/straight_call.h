@@ -103,8 +103,12 @@ class StraightCall {
   StraightCall(const StraightCall&) = delete;
   StraightCall& operator=(const StraightCall&) = delete;
 
-  // Until all parts are done: kDone, or lost, which counts as done; as `ClientLane::wait`.
-  Wait wait(int64_t deadline_ns);
+  // Until all parts are done: kDone, or lost, which counts as done; as `ClientLane::wait`. Meanwhile adds to out
+  // [tokens, width] the sums of all parts, in their order: of many rows those that have all of theirs, while others are
+  // computed. To be called again, with the same `out`, unless it says kDone; then `summed` says whether out is
+  // complete: it is unless a part was not answered. What was altered on its way is found here.
+  Wait finish(int64_t deadline_ns, Format format, WritableRows out);
+  bool summed() const { return !failed_; }
   // Takes what is there, without waiting: whether that is all.
   bool collect();
   // Do not wait for that server any longer: what it has not answered counts as ended. Any thread, while others wait.
@@ -112,10 +116,6 @@ class StraightCall {
   // What came back for the message of a part, whose memory is valid until the call is dropped; with nothing, no answer
   // comes any more. Any thread, while others wait.
   void answer(size_t index, std::string_view response);
-  // out [tokens, width]: the sums of all parts, in their order. False, and nothing is written, unless all are answered;
-  // what was altered on its way is found here.
-  bool sum(Format format, WritableRows out);
-
   // Ascending servers; of one server, ascending tokens.
   const std::vector<CallPart>& parts() const { return parts_; }
   std::span<const int64_t> tokens_of(const CallPart& part) const { return {&tokens_[part.first], part.rows}; }
@@ -132,6 +132,7 @@ class StraightCall {
       : owners_(std::move(owners)), routed_(routed), terms_(terms) {}
   bool plan();
   bool plan_whole();
+  void cut(const Owner& owner, size_t first, size_t rows);
   bool take_room();
   bool take_room(CallPart& part) const;
   Envelope::Places open(CallPart& part, const Allocate& allocate) const;
@@ -139,7 +140,10 @@ class StraightCall {
   Shape shape_of(const CallPart& part) const;
   Message request(const CallPart& part) const;
   void post(CallPart& part, bool looped) const;
+  Wait wait_for(size_t index, int64_t deadline_ns);
   bool wait_for_message(size_t index, int64_t deadline_ns);
+  void take(CallPart& part);
+  void sum(size_t end, Format format, WritableRows out);
   bool collect_message(size_t index);
   void fetch(CallPart& part) const;
   void accept(CallPart& part) const;
@@ -159,6 +163,10 @@ class StraightCall {
   std::mutex answering_;
   std::condition_variable answered_;
   std::vector<std::optional<std::pair<std::string_view, int64_t>>> answers_;  // [parts]: to messages, and when
+  std::vector<size_t> order_;                                                 // of parts: as they are posted
+  size_t taken_ = 0;                                                          // of `order_`: whose sums may be added
+  size_t summed_ = 0;                                                         // tokens whose sums are added
+  bool failed_ = false;                                                       // whether a part taken was not answered
 };
 
 }  // namespace expertd

@@ -33,8 +33,8 @@ Bay::Bay(const Driver& driver, const Streams& streams, size_t inward, size_t out
       device_out_(make_device_memory(driver, outward)),
       arrived_(make_event(driver)),
       computed_(make_event(driver)),
-      in_{.inward = true, .memory = host_in()},
-      out_{.inward = false, .memory = host_out()} {
+      in_{.inward = true, .memory = host_in(), .there = device_in_.get()},
+      out_{.inward = false, .memory = host_out(), .there = device_out_.get()} {
   for (Event& event : marks_) event = make_event(driver);
   words()[0] = 0;
 }
@@ -47,9 +47,8 @@ bool Bay::fits(const Batch& batch, const Layout& layout, const Cut& cut) {
   return std::all_of(std::begin(places), std::end(places), [](auto at) { return place_of(at) % kAlignment == 0; });
 }
 
-Addresses Bay::addresses(const Layout& layout, size_t part, const std::array<DevicePointer, 4>& layer) const {
-  const DevicePointer in = device_in_.get() + part * layout.inward_bytes();
-  const DevicePointer out = device_out_.get() + part * layout.outward_bytes();
+Addresses Bay::addresses_in(DevicePointer in, DevicePointer out, const Layout& layout,
+                            const std::array<DevicePointer, 4>& layer) {
   return {in + layout.ids(),
           in + layout.weights(),
           in + layout.hidden(),
@@ -64,8 +63,9 @@ Addresses Bay::addresses(const Layout& layout, size_t part, const std::array<Dev
 
 void Bay::stage(const Batch& batch, const Layout& layout, const Cut& cut, const std::array<DevicePointer, 4>& layer,
                 bool timed, size_t piece_bytes, Copier* copier) {
+  const bool express = cut.parts == 1 && batch.tokens < kSmallTokens && layout.tokens <= streams_.express_rows;
   layout_ = layout, layer_ = layer, copier_ = copier;
-  resident_ = fits(batch, layout, cut) ? batch.jobs.front().get() : nullptr;
+  own_ = own_rows(batch, cut, express);
   ticket_++;  // now: what an earlier launch left may not be taken for the end of this one
   words()[1] = 0;
   part_ = sent_ = fetched_ = 0;
@@ -73,13 +73,19 @@ void Bay::stage(const Batch& batch, const Layout& layout, const Cut& cut, const 
   parts_.clear(), fetches_.clear(), in_.reset(), out_.reset();
   for (const auto& job : batch.jobs) {
     const size_t tokens = job->tokens();
-    in_.staged += 8 * tokens * layout.shape.max_top_k;
-    if (is_on_device(job->reach)) continue;
-    in_.staged += tokens * layout.scales_row();
     const size_t hidden = tokens * layout.hidden_row(), sums = tokens * layout.sums_row();
-    if (reach_of(job->reach, hidden) == Reach::kPageable) in_.staged += hidden;
-    if (reach_of(job->sums_reach(), sums) == Reach::kPageable) out_.staged += sums;
+    const bool stages_hidden = reach_of(job->reach, hidden) == Reach::kPageable;
+    const bool stages_sums = reach_of(job->sums_reach(), sums) == Reach::kPageable;
+    in_.staged += 8 * tokens * layout.shape.max_top_k;
+    if (!is_on_device(job->reach)) in_.staged += tokens * layout.scales_row();
+    if (stages_hidden) in_.staged += hidden;
+    if (stages_sums) out_.staged += sums;
+    in_.direct |= !stages_hidden && !own_.hidden;
+    out_.direct |= !stages_sums && !own_.sums;
   }
+  const size_t padding = express ? layout.tokens - batch.tokens : 0;
+  in_.mapped = express && !in_.direct && padding * layout.hidden_row() <= kPaddingBytes;
+  out_.mapped = express && !out_.direct && padding * layout.sums_row() <= kPaddingBytes;
   for (Way* way : {&in_, &out_})
     way->limit = way->staged <= kInPlaceBytes ? ~size_t{0} : std::clamp(way->staged / kPieces, piece_bytes, kPinStep);
   for (uint32_t first = 0; first < batch.tokens; first += cut.tokens) {
@@ -92,23 +98,41 @@ void Bay::stage(const Batch& batch, const Layout& layout, const Cut& cut, const 
   for (Piece& piece : in_.pieces) copy(piece, in_);
 }
 
+// Kernels read and write rows of padding, too, but for those of a lone request that fills its class.
+Bay::Own Bay::own_rows(const Batch& batch, const Cut& cut, bool express) const {
+  const Job& job = *batch.jobs.front();
+  const auto& [hidden, scales] = std::pair(job.request.hidden.data(), job.request.scales.data());
+  if (fits(batch, layout_, cut)) return {place_of(hidden), place_of(scales), place_of(job.sums)};
+  if (batch.jobs.size() != 1 || batch.tokens != uint64_t{cut.parts} * layout_.tokens) return {};
+  const auto place = [](const void* memory) { return place_of(memory) % kSegmentAlignment ? 0 : place_of(memory); };
+  const auto reached = [&](Reach reach, size_t bytes) {
+    return express && streams_.reaches_registered && reach_of(reach, bytes) == Reach::kPinned;
+  };
+  Own own;
+  if (reached(job.reach, batch.tokens * layout_.hidden_row())) own.hidden = place(hidden);
+  if (reached(job.sums_reach(), batch.tokens * layout_.sums_row())) own.sums = place(job.sums);
+  return own;
+}
+
 void Bay::plan(const Batch& batch, size_t index) {
   Part& part = parts_[index];
   const size_t in = index * layout_.inward_bytes(), out = index * layout_.outward_bytes();
   in_.pieces.emplace_back(in, 0, layout_.scales(), Reach::kPageable);
   plan_routing(batch, part, host_in() + in, &in_.pieces.back().copies);
   out_.pieces.emplace_back(out + layout_.pairs(), 0, layout_.pairs_bytes(), Reach::kPageable);
-  if (!resident_) {
-    if (layout_.scales_row()) {
-      plan_rows(batch, part, layout_.scales_row(), [&](const Job& job, size_t skip, size_t at, size_t bytes) {
-        const Reach reach = is_on_device(job.reach) ? job.reach : Reach::kPageable;
-        in_.add(in + layout_.scales() + at, place_of(job.request.scales.data()) + skip, bytes, reach);
-      });
-    }
+  if (layout_.scales_row() && !own_.scales) {
+    plan_rows(batch, part, layout_.scales_row(), [&](const Job& job, size_t skip, size_t at, size_t bytes) {
+      const Reach reach = is_on_device(job.reach) ? job.reach : Reach::kPageable;
+      in_.add(in + layout_.scales() + at, place_of(job.request.scales.data()) + skip, bytes, reach);
+    });
+  }
+  if (!own_.hidden) {
     plan_rows(batch, part, layout_.hidden_row(), [&](const Job& job, size_t skip, size_t at, size_t bytes) {
       const Reach reach = reach_of(job.reach, job.request.hidden.size());
       in_.add(in + layout_.hidden() + at, place_of(job.request.hidden.data()) + skip, bytes, reach);
     });
+  }
+  if (!own_.sums) {
     plan_rows(batch, part, layout_.sums_row(), [&](const Job& job, size_t skip, size_t at, size_t bytes) {
       const Reach reach = reach_of(job.sums_reach(), job.tokens() * layout_.sums_row());
       out_.add(out + layout_.sums() + at, place_of(job.sums) + skip, bytes, reach);
@@ -216,18 +240,14 @@ void Bay::compute(size_t part, Steps& steps) {
   if (timed_) mark(arrived, in_stream());
   if (!small()) wait(compute_stream(), arrived);
   if (!small() && first) mark(marks_[2], compute_stream());
-  Addresses at = addresses(layout_, part, layer_);
-  if (resident_) {
-    const size_t row = part * layout_.tokens;
-    at[static_cast<size_t>(Name::kHidden)] = place_of(resident_->request.hidden.data()) + row * layout_.hidden_row();
-    at[static_cast<size_t>(Name::kScales)] = place_of(resident_->request.scales.data()) + row * layout_.scales_row();
-    for (size_t step = 0; step + 1 < steps.size(); step++) {
-      launch(steps[step], at);
-      mark(computed_, compute_stream());
-      wait(out_stream(), computed_);
-      move_columns(part, step, steps.size());
-    }
-    at[static_cast<size_t>(Name::kSums)] = place_of(resident_->sums) + row * layout_.sums_row();
+  const Addresses at = addresses_of(part);
+  Addresses staged = at;
+  staged[static_cast<size_t>(Name::kSums)] = out_.there + part * layout_.outward_bytes() + layout_.sums();
+  for (size_t step = 0; step + 1 < steps.size(); step++) {
+    launch(steps[step], staged);
+    mark(computed_, compute_stream());
+    wait(out_stream(), computed_);
+    move_columns(part, step, steps.size());
   }
   launch(steps.back(), at);
   if (timed_) mark(computed, compute_stream());
@@ -240,6 +260,16 @@ void Bay::compute(size_t part, Steps& steps) {
 void Bay::launch(Graph& graph, const Addresses& at) {
   graph.bind(at);
   graph.launch(compute_stream().get());
+}
+
+Addresses Bay::addresses_of(size_t part) const {
+  Addresses at = addresses_in(in_.at() + part * layout_.inward_bytes(), out_.at() + part * layout_.outward_bytes(),
+                              layout_, layer_);
+  const size_t row = part * layout_.tokens;
+  if (own_.hidden) at[static_cast<size_t>(Name::kHidden)] = own_.hidden + row * layout_.hidden_row();
+  if (own_.scales) at[static_cast<size_t>(Name::kScales)] = own_.scales + row * layout_.scales_row();
+  if (own_.sums) at[static_cast<size_t>(Name::kSums)] = own_.sums + row * layout_.sums_row();
+  return at;
 }
 
 void Bay::mark(const Event& event, const Stream& stream) {
@@ -258,12 +288,14 @@ void Bay::move_in(Piece& piece) {
   const DevicePointer to = device_in_.get() + piece.offset;
   void* const stream = in_stream().get();
   piece.moved = true;
+  if (in_.mapped) return;
   if (is_on_device(piece.reach)) return driver_.check(driver_.cuMemcpyDtoDAsync(to, piece.place, piece.bytes, stream));
   const void* from = piece.reach == Reach::kPageable ? host_in() + piece.offset : reinterpret_cast<void*>(piece.place);
   driver_.check(driver_.cuMemcpyHtoDAsync(to, from, piece.bytes, stream));
 }
 
 void Bay::move_out(Piece& piece) {
+  if (out_.mapped) return;
   const DevicePointer from = device_out_.get() + piece.offset;
   void* const stream = out_stream().get();
   if (is_on_device(piece.reach))
@@ -279,7 +311,7 @@ void Bay::move_columns(size_t part, size_t step, size_t steps) {
   Copy2D copy{};
   copy.from_type = copy.to_type = kUnifiedMemory;
   copy.from = device_out_.get() + part * layout_.outward_bytes() + layout_.sums() + step * width;
-  copy.to = place_of(resident_->sums) + part * layout_.tokens * row + step * width;
+  copy.to = own_.sums + part * layout_.tokens * row + step * width;
   copy.from_pitch = copy.to_pitch = row;
   copy.width = width, copy.height = parts_[part].tokens;
   driver_.check(driver_.cuMemcpy2DAsync(&copy, out_stream().get()));

@@ -22,13 +22,17 @@ inline constexpr size_t kDirectBytes = 64 << 10;
 // No copy of the device crosses a multiple of this in a request's memory, which is pinned step by step at multiples of
 // it; nor is more staged at once.
 inline constexpr size_t kPinStep = 2 << 20;
+// Where kernels work on the host's memory, rows of padding may cost them so many bytes of the bus.
+inline constexpr size_t kPaddingBytes = 1 << 20;
 
 // Batches compute one after another, in memory that they share, while others are copied in and out. Those of few rows
 // need not wait for those of many: they compute beside them, in memory of their own, and have the processors that
-// become free.
+// become free. Nor need they wait for the engines that copy, which take one copy after the other: their kernels work on
+// the host's memory.
 struct Streams {
-  Streams(const Driver& driver, uint32_t express_rows)
+  Streams(const Driver& driver, uint32_t express_rows, bool reaches_registered)
       : express_rows(express_rows),
+        reaches_registered(reaches_registered),
         inward(make_stream(driver)),
         compute(make_stream(driver)),
         outward(make_stream(driver)),
@@ -39,6 +43,7 @@ struct Streams {
   bool idle(const Driver& driver) const;
 
   const uint32_t express_rows;
+  const bool reaches_registered;  // whether kernels find requests' pinned memory at the host's addresses
   Stream inward, compute, outward, express;
 };
 
@@ -66,8 +71,8 @@ class Bay {
   // Room for `inward` and `outward` bytes.
   Bay(const Driver& driver, const Streams& streams, size_t inward, size_t outward);
 
-  // The addresses on the device of the `part`th part of a batch, with those of a layer's four weights.
-  Addresses addresses(const Layout& layout, size_t part, const std::array<DevicePointer, 4>& layer) const;
+  // The addresses on the device of the first part of a batch, without a layer's.
+  Addresses addresses(const Layout& layout) const { return addresses_in(in_.there, out_.there, layout, {}); }
 
   // Takes a batch and begins to stage it. With `timed`, its stages are recorded although it is small. Copies are of
   // `piece_bytes` or more.
@@ -89,7 +94,7 @@ class Bay {
   // Whether copies between host memory are under way.
   bool copying();
   // Whether results come bit by bit, and not with the end alone.
-  bool piecewise() const { return fetches_.size() > 1; }
+  bool piecewise() const { return fetches_.size() > 1 && !out_.mapped; }
   // After the end: the counts of pairs, over all parts.
   std::vector<uint32_t> pairs() const;
   // The stages of a batch that ended, if they were recorded: whether they were.
@@ -113,13 +118,23 @@ class Bay {
   // The pieces of a batch in one direction.
   struct Way {
     const bool inward;
-    uint8_t* const memory;  // pinned
-    size_t staged = 0;      // bytes
-    size_t limit = 0;       // of bytes that one copy of the device stages
+    uint8_t* const memory;      // pinned
+    const DevicePointer there;  // as much on the device
+    size_t staged = 0;          // bytes
+    size_t limit = 0;           // of bytes that one copy of the device stages
+    bool direct = false;        // whether the device copies from or to memory of requests
+    bool mapped = false;        // whether kernels work on what is pinned: the device copies nothing
     std::deque<Piece> pieces = {};
 
-    void reset() { pieces.clear(), staged = 0; }
+    void reset() { pieces.clear(), staged = 0, direct = mapped = false; }
+    // Where kernels work.
+    DevicePointer at() const { return mapped ? reinterpret_cast<DevicePointer>(memory) : there; }
     void add(size_t offset, uint64_t place, size_t bytes, Reach reach);
+  };
+
+  // Addresses of the only request's rows, where kernels work on them; 0: they are in the bay's memory.
+  struct Own {
+    DevicePointer hidden = 0, scales = 0, sums = 0;
   };
 
   bool small() const { return parts_.size() == 1 && parts_[0].tokens < kSmallTokens; }
@@ -134,6 +149,10 @@ class Bay {
   void mark(const Event& event, const Stream& stream);
   void wait(const Stream& stream, const Event& event);
 
+  static Addresses addresses_in(DevicePointer in, DevicePointer out, const Layout& layout,
+                                const std::array<DevicePointer, 4>& layer);
+  Addresses addresses_of(size_t part) const;
+  Own own_rows(const Batch& batch, const Cut& cut, bool express) const;
   void plan(const Batch& batch, size_t part);
   template <typename Add>
   void plan_rows(const Batch& batch, const Part& part, size_t row, const Add& add) const;
@@ -156,8 +175,8 @@ class Bay {
 
   Layout layout_;
   std::array<DevicePointer, 4> layer_{};
-  const Job* resident_ = nullptr;  // the only one, computed where it lies
-  uint32_t ticket_ = 0;            // what the end word will be
+  Own own_;
+  uint32_t ticket_ = 0;  // what the end word will be
   bool timed_ = false;
   std::array<bool, 3> marked_{};
   Copier* copier_ = nullptr;

@@ -74,4 +74,10 @@ Context::Context(const Driver& driver, int ordinal) : driver_(driver) {
   }
 }
 
+bool Context::reaches_registered() const {
+  int reaches = 0;
+  driver_.check(driver_.cuDeviceGetAttribute(&reaches, kHostAddressesOfRegistered, device_));
+  return reaches != 0;
+}
+
 }  // namespace expertd::cuda

@@ -40,12 +40,15 @@ struct Copy2D {  // CUDA_MEMCPY2D_v2
 inline constexpr int kUnifiedMemory = 4;  // of any device, or the host
 
 inline constexpr int kCudaSuccess = 0, kCudaInvalidValue = 1, kCudaNotReady = 600;
+// Of a device: whether its kernels find memory that was pinned after its allocation at the host's addresses.
+inline constexpr int kHostAddressesOfRegistered = 91;
 
 // Names and arguments, as cuda.h has them at `kDriverVersion`.
 inline constexpr int kDriverVersion = 12040;
 #define EXPERTD_DRIVER_CALLS(CALL)                                                               \
   CALL(cuInit, (unsigned flags))                                                                 \
   CALL(cuDeviceGet, (int* device, int ordinal))                                                  \
+  CALL(cuDeviceGetAttribute, (int* value, int attribute, int device))                            \
   CALL(cuDevicePrimaryCtxRetain, (void** context, int device))                                   \
   CALL(cuDevicePrimaryCtxRelease, (int device))                                                  \
   CALL(cuCtxSetCurrent, (void* context))                                                         \
@@ -156,6 +159,9 @@ class Context {
   // Makes it the calling thread's.
   void enter() const { driver_.check(driver_.cuCtxSetCurrent(context_)); }
   void* get() const { return context_; }
+  // Whether kernels reach memory that was pinned after its allocation, at the host's addresses. What is allocated
+  // pinned they always do.
+  bool reaches_registered() const;
 
  private:
   const Driver& driver_;

@@ -29,7 +29,7 @@ CudaExecutor::CudaExecutor(const Driver& driver, Options options, std::shared_pt
       options_(std::move(options)),
       copier_(std::move(copier)),
       context_(driver, options_.device),
-      streams_(driver, options_.express_rows),
+      streams_(driver, options_.express_rows, context_.reaches_registered()),
       busy_(options_.depth, false) {
   size_t inward = 0, outward = 0;
   for (uint32_t tokens = 1; tokens <= options_.max_tokens; tokens++) {

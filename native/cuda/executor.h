@@ -48,7 +48,7 @@ class CudaExecutor final : public Executor {
   Cut cut(uint32_t tokens, bool on_host) const;
   Layout layout(uint32_t tokens, Dtype hidden_dtype, Dtype reply_dtype) const;
   // Where a bay has the first part of a batch.
-  Addresses addresses(size_t bay, const Layout& layout) const { return bays_[bay].addresses(layout, 0, {}); }
+  Addresses addresses(size_t bay, const Layout& layout) const { return bays_[bay].addresses(layout); }
   // Takes the graphs captured for a size class in the first bay, with the weights of any layer: one, or steps for
   // requests in another device's memory. Throws `DeviceError`.
   void add_graphs(const Layout& layout, const std::vector<void*>& graphs, const std::array<Range, 4>& layer);

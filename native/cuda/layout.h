@@ -10,6 +10,8 @@ namespace expertd::cuda {
 
 // Of all that kernels are given; the tensor memory accelerator asks for 16, allocations have as much.
 inline constexpr size_t kAlignment = 256;
+// The same in segments, as the contract has it.
+inline constexpr size_t kSegmentAlignment = 64;
 
 constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 

@@ -38,7 +38,8 @@ EXPERTD_INLINE void store(std::byte* to, std::size_t index, Value value) noexcep
 // that threads do not clear the same one for memory that is used for the first time.
 constexpr std::size_t PIECE_BYTES = 256 << 10, AWAKE_PIECE_BYTES = 64 << 10, MOST_PIECE_BYTES = 8 << 20;
 
-// Calls `work(first, end)` for runs of rows that together are all `rows`, on the pool where they are large.
+// Calls `work(first, end)` for runs of rows that together are all `rows`, on the pool where they are large. `row_bytes`
+// are those of what is quantised; of what is done faster, fewer: to wake a thread that has little to do costs more.
 template <typename Work>
 void spread(std::size_t rows, std::size_t row_bytes, const Work& work) {
   // Few rows, mostly: the pool is not looked at.

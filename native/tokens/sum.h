@@ -22,6 +22,8 @@ struct Part {
 
 // out [rows, width] of `format`, which is bfloat16 or float32: to each row its parts added in FP32 to 0, in the order
 // of `parts`, then rounded once. Throws std::out_of_range, before it writes, unless a part's rows ascend below `rows`.
-void sum(std::span<const Part> parts, std::size_t rows, std::size_t width, Format format, WritableRows out);
+// The first row of `out` is that of number `first` in `parts`.
+void sum(std::span<const Part> parts, std::size_t rows, std::size_t width, Format format, WritableRows out,
+         std::int64_t first = 0);
 
 }  // namespace expertd

@@ -81,6 +81,11 @@ def rows_bytes(dtype: torch.dtype, tokens: int, width: int) -> int:
     return tokens * width * dtype.itemsize + scales_bytes(dtype, tokens, width)
 
 
+def tokens_within(most_bytes: int, width: int, *dtypes: torch.dtype) -> int:
+    """How many tokens have at most so many bytes in each dtype; at least one."""
+    return max(1, most_bytes // max(rows_bytes(dtype, 1, width) for dtype in dtypes))
+
+
 def reply_room(experts: int) -> int:
     """Bytes that a slot leaves for the reply of a server, for a model of so many experts."""
     return aligned(1024 + 8 * experts)

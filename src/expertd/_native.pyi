@@ -68,6 +68,9 @@ def convert_mxfp4(
     not zero. `ValueError` unless rows and columns are multiples of 128.
     """
 
+def copy(source: int, size: int, out: int, /) -> None:
+    """Copy `size` bytes between addresses; the places do not overlap."""
+
 def gather(source: Place, rows: int, row_bytes: int, indices: int, count: int, out: Place, /) -> None:
     """out[i] = source[indices[i]] for [count] int64 indices; `IndexError` unless all are from 0 to `rows` - 1."""
 
@@ -611,7 +614,7 @@ class StraightCall:
     def finish(self, timeout: float | None, stored: Format, out: Place) -> list[PartReport] | None:
         """Wait for at most so many seconds until all parts are done, or lost; write the sums to `out` [tokens, width].
 
-        None, and nothing is written, unless all are answered as they were sent.
+        Sums of many tokens are written while others are computed. None unless all are answered as they were sent.
         """
 
     def collect(self) -> bool:
@@ -621,7 +624,7 @@ class StraightCall:
         """Wait no longer for that server. Any thread; on one that waits it works within 100 ms."""
 
     def drop(self) -> None:
-        """Cancel what is not done. Nothing else may be called after it."""
+        """Cancel what is not done, after a `finish` that another thread is in. Nothing else may be called after it."""
 
     def slots(self) -> list[tuple[ClientLane, int]]:
         """Of the parts that are not done: for looped calls, what their lanes' `poll` names."""

@@ -89,10 +89,11 @@ std::shared_ptr<Request> request_of(const Part& part, const Admitted& like) {
 
 struct Rig {
   Rig(const std::string& library, int device, size_t depth, std::array<uint32_t, 3> shape,
-      std::vector<uint32_t> classes, uint32_t time_every, uint32_t max_tokens, uint32_t overlap, size_t piece)
+      std::vector<uint32_t> classes, uint32_t time_every, uint32_t max_tokens, uint32_t overlap, size_t piece,
+      uint32_t express)
       : driver(Driver::load(library.c_str())), copier(std::make_shared<HeldCopier>()) {
-    CudaExecutor::Options options{device,     depth, {shape[0], shape[1], shape[2]}, classes, max_tokens, overlap,
-                                  time_every, piece};
+    CudaExecutor::Options options{
+        device, depth, {shape[0], shape[1], shape[2]}, classes, max_tokens, overlap, time_every, piece, express};
     if (!max_tokens) options.max_tokens = classes.back();
     python = std::make_unique<PyExecutor>(driver, options, copier);
   }
@@ -199,10 +200,10 @@ PYBIND11_MODULE(cuda_extension, module) {
       .def("turn", [](EngineRig& rig, uint64_t now) { return rig.engine->turn(now); });
   py::class_<Rig>(module, "Rig")
       .def(py::init<const std::string&, int, size_t, std::array<uint32_t, 3>, std::vector<uint32_t>, uint32_t, uint32_t,
-                    uint32_t, size_t>(),
+                    uint32_t, size_t, uint32_t>(),
            py::arg("library"), py::arg("device"), py::arg("depth"), py::arg("shape"), py::arg("classes"),
            py::arg("time_every") = 1, py::arg("max_tokens") = 0, py::arg("overlap_tokens") = 4096,
-           py::arg("piece_bytes") = 1 << 20)
+           py::arg("piece_bytes") = 1 << 20, py::arg("express_rows") = 256)
       .def_property_readonly(
           "executor", [](Rig& rig) { return rig.python.get(); }, py::return_value_policy::reference_internal)
       .def("close", [](Rig& rig) { rig.python.reset(); })

@@ -31,4 +31,5 @@ static_assert(offsetof(Ours, kernel) == offsetof(Theirs, kern));
 static_assert(offsetof(Ours, context) == offsetof(Theirs, ctx));
 static_assert(expertd::cuda::kCudaNotReady == CUDA_ERROR_NOT_READY &&
               expertd::cuda::kCudaInvalidValue == CUDA_ERROR_INVALID_VALUE);
+static_assert(expertd::cuda::kHostAddressesOfRegistered == CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM);
 static_assert(expertd::cuda::kDriverVersion <= CUDA_VERSION);

@@ -64,7 +64,7 @@ std::vector<Graph*> made;  // by the test
 std::vector<std::string> calls, breaches;
 std::vector<Failure> failures;
 int sticky = 0, contexts = 0, next_stream = 0;
-bool serving = false;
+bool serving = false, reaches_registered = true;
 float clock_ms = 0;
 thread_local bool entered = false;
 
@@ -97,6 +97,22 @@ void check_copy(const char* name, uint64_t on_device, const void* on_host, size_
 
 uint8_t* host(uint64_t address) { return reinterpret_cast<uint8_t*>(address - kBias); }
 
+// Where kernels find memory of the device, or of the host's what is pinned, perhaps in several pieces.
+uint8_t* reached(uint64_t address, size_t bytes) {
+  if (address >= kBias) return host(address);
+  const uint64_t end = address + bytes;
+  for (uint64_t at = address; at < end;) {
+    auto after = pinned.upper_bound(at);
+    const auto piece = after == pinned.begin() ? after : std::prev(after);
+    if (piece == pinned.end() || at < piece->first || piece->first + piece->second <= at) {
+      breaches.push_back("a kernel works on memory of the host that is not pinned");
+      break;
+    }
+    at = piece->first + piece->second;
+  }
+  return reinterpret_cast<uint8_t*>(address);
+}
+
 template <typename Value>
 Value read(const std::vector<std::byte>& bytes, size_t offset = 0) {
   Value value;
@@ -114,34 +130,38 @@ struct Array {
 // pairs[e] = how often e is in ids
 void count_pairs(const Arguments& a) {
   Array ids = read<Array>(a[0]);
-  auto chosen = reinterpret_cast<int32_t*>(host(ids.address));
-  auto pairs = reinterpret_cast<uint32_t*>(host(read<uint64_t>(a[1])));
-  std::fill_n(pairs, read<int32_t>(a[2]), 0u);
+  const int32_t num_experts = read<int32_t>(a[2]);
+  auto chosen = reinterpret_cast<int32_t*>(reached(ids.address, 4 * ids.rows * ids.columns));
+  auto pairs = reinterpret_cast<uint32_t*>(reached(read<uint64_t>(a[1]), 4 * num_experts));
+  std::fill_n(pairs, num_experts, 0u);
   for (int64_t i = 0; i < ids.rows * ids.columns; i++)
     if (chosen[i] >= 0) pairs[chosen[i]]++;
 }
 
 // sums[t, h] = sum over j of weights[t, j] * (value[t, h] * scale[t, h / 128] * up_gate[e] * up_gate_scales[e]
 //              + down[e] * down_scales[e]), where e = ids[t, j]; the upper half of its bits for BF16. Of columns from
-//              the
-// first on, where `sums` begin.
+// the first on, where `sums` begin.
 void experts(const Arguments& a) {
   Array ids = read<Array>(a[0]), hidden = read<Array>(a[1]);
-  auto chosen = reinterpret_cast<int32_t*>(host(ids.address));
-  auto routing = reinterpret_cast<float*>(host(read<uint64_t>(a[2])));
-  uint64_t scales = read<uint64_t>(a[3]), sums = read<uint64_t>(a[4]);
+  const size_t choices = ids.rows * ids.columns, values = hidden.rows * hidden.columns;
+  auto chosen = reinterpret_cast<int32_t*>(reached(ids.address, 4 * choices));
+  auto routing = reinterpret_cast<float*>(reached(read<uint64_t>(a[2]), 4 * choices));
+  const bool wide = read<uint8_t>(a[6]) != 0;
+  const uint64_t scales_at = read<uint64_t>(a[3]);
+  const uint8_t* const rows = reached(hidden.address, scales_at ? values : 2 * values);
+  const auto scales = scales_at ? reinterpret_cast<float*>(reached(scales_at, values / 32)) : nullptr;
   const float* layer[4];
   for (int i = 0; i < 4; i++) layer[i] = reinterpret_cast<float*>(host(read<uint64_t>(a[5], 8 * i)));
-  bool wide = read<uint8_t>(a[6]) != 0;
-  int32_t first = read<int32_t>(a[7]), count = read<int32_t>(a[8]);
+  const int32_t first = read<int32_t>(a[7]), count = read<int32_t>(a[8]);
+  uint8_t* const sums = reached(read<uint64_t>(a[4]), (wide ? 4 : 2) * (values - first));
   for (int64_t t = 0; t < ids.rows; t++) {
     bool any = false;
     for (int64_t j = 0; j < ids.columns; j++) any |= chosen[t * ids.columns + j] >= 0;
     if (!any) continue;  // so that tests see that such rows are not read, nor written
     for (int64_t h = first; h < first + count; h++) {
       int64_t at = t * hidden.columns + h;
-      float value = scales ? host(hidden.address)[at] : reinterpret_cast<uint16_t*>(host(hidden.address))[at];
-      if (scales) value *= reinterpret_cast<float*>(host(scales))[t * (hidden.columns / 128) + h / 128];
+      float value = scales ? rows[at] : reinterpret_cast<const uint16_t*>(rows)[at];
+      if (scales) value *= scales[t * (hidden.columns / 128) + h / 128];
       float total = 0;
       for (int64_t j = 0; j < ids.columns; j++) {
         int32_t e = chosen[t * ids.columns + j];
@@ -151,9 +171,9 @@ void experts(const Arguments& a) {
       uint32_t bits;
       std::memcpy(&bits, &total, 4);
       if (wide) {
-        reinterpret_cast<uint32_t*>(host(sums))[at - first] = bits;
+        reinterpret_cast<uint32_t*>(sums)[at - first] = bits;
       } else {
-        reinterpret_cast<uint16_t*>(host(sums))[at - first] = static_cast<uint16_t>(bits >> 16);
+        reinterpret_cast<uint16_t*>(sums)[at - first] = static_cast<uint16_t>(bits >> 16);
       }
     }
   }
@@ -213,6 +233,10 @@ extern "C" {
 int cuInit(unsigned) { return enter(__func__); }
 int cuDeviceGet(int* out, int ordinal) {
   *out = ordinal;
+  return enter(__func__);
+}
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == expertd::cuda::kHostAddressesOfRegistered && reaches_registered;
   return enter(__func__);
 }
 int cuDevicePrimaryCtxRetain(void** context, int) {
@@ -455,6 +479,7 @@ void fake_reset() {
   failures.clear();
   sticky = 0;
   serving = false;
+  reaches_registered = true;
   next_stream = 0;
   clock_ms = 0;
 }
@@ -463,6 +488,7 @@ void fake_drop() {
   for (Stream* stream : streams) stream->queue.clear();
 }
 void fake_serving(int yes) { serving = yes; }
+void fake_reaches_registered(int yes) { reaches_registered = yes; }
 void fake_fail(const char* name, int nth, int code) { failures.push_back({name, nth, code}); }
 void fake_forget_failures() { failures.clear(); }
 void fake_sticky(int code) { sticky = code; }

@@ -35,7 +35,8 @@ from tests.support.serving import Gate, count_of, running_server, until
 ALL = range(16)
 DEFAULT = CoordinatorConfig()
 FP8_REPLIES = CoordinatorConfig(reply_dtype=torch.float8_e4m3fn)
-SIZES = (1, 7, 300)
+SIZES = (1, 7, 1100)
+"""The last in parts whose sums are added while others are computed."""
 BY_MESSAGES: dict[str, Any] = {"shared_memory_bytes": 0}
 THE_LONG_WAY = BY_MESSAGES | {"hedge_quantile": 0.99}
 WAYS = pytest.mark.parametrize("way", [{}, BY_MESSAGES], ids=["lanes", "messages"])

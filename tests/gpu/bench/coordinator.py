@@ -26,11 +26,19 @@ from expertd.client.tools.bench.servers import LOCAL_EXPERTS, bench_model
 from expertd.client.tools.bench.timing import in_turn, in_turn_here
 from expertd.client.tools.cluster import LocalCluster
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
+from expertd.kernels.numerics.quantize import FP8
 from expertd.kernels.weights.files import cache_folder
 from expertd.proto.base.malloc import keep_freed_memory
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 7168, 2048
-WAYS = {"shared memory": CoordinatorConfig(), "grpc": CoordinatorConfig(shared_memory_bytes=0)}
+WAYS = {
+    "shared memory": CoordinatorConfig(),
+    "grpc": CoordinatorConfig(shared_memory_bytes=0),
+    "shared memory, FP8 back": CoordinatorConfig(reply_dtype=FP8),
+    "grpc, FP8 back": CoordinatorConfig(shared_memory_bytes=0, reply_dtype=FP8),
+    "shared memory, BF16 sent": CoordinatorConfig(hidden_dtype=torch.bfloat16),
+}
+USUAL = list(WAYS)[:2]
 CALL, ECHO = "call", "echo"
 
 
@@ -61,7 +69,7 @@ async def awaited(way: str, address: str, floors: Floors, tokens: int) -> None:
             last[:] = [await moe.execute(moe.layers[0], hidden, **choice)]
 
         calls = {CALL: call}
-        if way == "grpc":
+        if way.startswith("grpc"):
             exchange = floors.exchange(HIDDEN_SIZE, tokens)
             calls[ECHO] = lambda: floors.grpc.exchange(exchange)
         show(f"{way}, awaited", tokens, await in_turn(calls, floors.seconds), last[0])
@@ -99,6 +107,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", default="cutile")
     parser.add_argument("--seconds", type=float, default=1.5)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=USUAL, choices=WAYS)
     parser.add_argument("--tokens", type=int, nargs="+", default=(1, 64, 1024, 16384))
     uvloop.run(main(parser.parse_args()))

@@ -112,7 +112,7 @@ async def repeat(calls: Calls, one: Callable[[], object], seconds: float, gap: f
 
 async def transport_of(address: str, kind: str) -> tuple[GrpcTransport | SharedMemoryTransport, ShardInfo]:
     grpc = GrpcTransport(address)
-    transport = SharedMemoryTransport(grpc, 2 << 30, 1 << 30) if kind == "shm" else grpc
+    transport = SharedMemoryTransport(grpc, 2 << 30) if kind == "shm" else grpc
     return transport, await transport.get_shard(30.0)
 
 
@@ -164,13 +164,13 @@ async def together(address: str, workers: list[tuple[str, int, int]], seconds: f
 
 
 async def measure(
-    address: str, floor: GrpcFloor, seconds: float, largest: int, *, over_grpc: bool
+    address: str, floor: GrpcFloor, seconds: float, largest: int, *, over_grpc: bool, wanted_only: bool
 ) -> AsyncIterator[Row]:
     shm, shard = await transport_of(address, "shm")
     assert isinstance(shm, SharedMemoryTransport)
     grpc, _ = await transport_of(address, "grpc")
     width = int(shard.config["hidden_size"])  # type: ignore[arg-type]
-    for wanted in (True, False):
+    for wanted in (True,) if wanted_only else (True, False):
         note = "" if wanted else ", no experts"
         for tokens in (1, 64, largest):
             call = call_of(shard, tokens, wanted)
@@ -200,12 +200,12 @@ async def main(arguments: argparse.Namespace) -> None:
     folder = write_demo_checkpoint(
         cache_folder() / "bench", bench_model(arguments.hidden_size, arguments.intermediate_size)
     )
-    options = ["--backend", arguments.backend, "--shared-memory-bytes", str(16 << 30), *arguments.options.split()]
-    options += ["--max-tokens-per-request", str(arguments.largest), "--max-batch-tokens", str(arguments.largest)]
+    serving = ["--backend", arguments.backend, "--shared-memory-bytes", str(16 << 30), *arguments.options.split()]
+    serving += ["--max-tokens-per-request", str(arguments.largest), "--max-batch-tokens", str(arguments.largest)]
     rows = []
     async with contextlib.AsyncExitStack() as stack:
         echo = await stack.enter_async_context(running_echo())
-        cluster = await stack.enter_async_context(LocalCluster(folder, [f"0-{LOCAL_EXPERTS - 1}"], options))
+        cluster = await stack.enter_async_context(LocalCluster(folder, [f"0-{LOCAL_EXPERTS - 1}"], serving))
         (address,) = cluster.addresses
         floor = GrpcFloor(echo.grpc, 1)
         stack.push_async_callback(floor.close)
@@ -221,12 +221,15 @@ async def main(arguments: argparse.Namespace) -> None:
 
         if not arguments.only_together:
             over_grpc = "grpc" in arguments.transports
-            async for row in measure(address, floor, arguments.seconds, arguments.largest, over_grpc=over_grpc):
+            options = {"over_grpc": over_grpc, "wanted_only": arguments.wanted_only}
+            async for row in measure(address, floor, arguments.seconds, arguments.largest, **options):
                 show(row)
         for kind in arguments.transports:
             for row in await together(address, [(kind, 4, 16)] * 4, arguments.seconds):
                 show(row)
             for row in await together(address, [(kind, 1, 1), (kind, arguments.largest, 1)], arguments.seconds):
+                show(row)
+            for row in await together(address, [(kind, 4096, 1)] * 4, arguments.seconds) if arguments.batches else ():
                 show(row)
     if cluster.exit_codes != [0]:
         print(cluster.exit_codes, cluster.servers[0].log.read_text()[-3000:])
@@ -250,6 +253,8 @@ if __name__ == "__main__":
         parser.add_argument("--intermediate-size", type=int, default=2048)
         parser.add_argument("--options", default="", help="more of the server's")
         parser.add_argument("--transports", nargs="+", default=("shm", "grpc"))
+        parser.add_argument("--batches", action="store_true", help="four callers of 4096 tokens at once, too")
+        parser.add_argument("--wanted-only", action="store_true", help="no calls that want no expert")
         parser.add_argument("--only-together", action="store_true", help="many callers at once, and nothing else")
         torch.set_num_threads(1)
         uvloop.run(main(parser.parse_args()))
