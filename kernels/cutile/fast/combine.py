@@ -47,6 +47,41 @@ def combine_kernel(
     ct.scatter(out, (token, column), total.astype(out.dtype), mask=column < WIDTH, check_bounds=False)
 
 
+@ct.kernel
+def combine_present_kernel(
+    rows: ct.IndexedWithInt64[ct.Array],
+    pair_rows: ct.Array,
+    weights: ct.Array,
+    out: ct.IndexedWithInt64[ct.Array],
+    TOP_K: ConstInt,
+    WIDTH: ConstInt,
+    COLUMNS: ConstInt,
+) -> None:
+    take_turn()
+    token = ct.bid(0)
+    choices = ct.arange(TOP_K, dtype=ct.int32)
+    sources = ct.gather(pair_rows, (token, choices), padding_value=-1)
+    choice_weights = ct.gather(weights, (token, choices), mask=sources >= 0, padding_value=0.0)
+    present = (sources >= 0).astype(ct.int32)
+    place = ct.cumsum(present, axis=0) * present
+    column = ct.bid(1) * COLUMNS + ct.arange(COLUMNS, dtype=ct.int32)
+    total = ct.zeros((COLUMNS,), dtype=ct.float32)
+    for nth in range(ct.sum(present)):
+        chosen = place == nth + 1
+        source = ct.sum(ct.where(chosen, sources, 0))
+        weight = ct.sum(ct.where(chosen, choice_weights, 0.0))
+        row = ct.gather(rows, (source, column), mask=column < WIDTH, check_bounds=False)
+        total = total + row.astype(ct.float32) * weight
+    ct.scatter(out, (token, column), total.astype(out.dtype), mask=column < WIDTH, check_bounds=False)
+
+
+def combine_present(rows: Tensor, pair_rows: Tensor, weights: Tensor, out: Tensor, columns: int) -> Launch:
+    tokens, width = out.shape
+    padded_top_k = 1 << (pair_rows.shape[1] - 1).bit_length()
+    grid = (tokens, ct.cdiv(width, columns))
+    return Launch(combine_present_kernel, grid, (rows, pair_rows, weights, out, padded_top_k, width, columns))
+
+
 def combine(rows: Tensor, pair_rows: Tensor, weights: Tensor, out: Tensor) -> Launch:
     """Write `sum over j of weights[t, j] * rows[pair_rows[t, j]]` to `out[t]`, pairs with row -1 left out.
 

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch
 from expertd.kernels.cutile.base.shape import MAX_ELEMENTS, max_row_tiles
-from expertd.kernels.cutile.fast.combine import combine
+from expertd.kernels.cutile.fast.combine import combine, combine_present
 from expertd.kernels.cutile.fast.count_pairs import TOKENS, count_pairs
 from expertd.kernels.cutile.fast.fp8_gemm import fp8_gemm
 from expertd.kernels.cutile.fast.fp8_gemm_few_rows import fp8_gemm_few_rows
 from expertd.kernels.cutile.fast.gather_rows import gather_rows
 from expertd.kernels.cutile.fast.gemm1_few_rows import gemm1_few_rows
-from expertd.kernels.cutile.fast.place_pairs import Schedule, place_pairs
+from expertd.kernels.cutile.fast.gemm1_wide import gemm1_wide
+from expertd.kernels.cutile.fast.gemm2_wide import gemm2_wide
+from expertd.kernels.cutile.fast.place_pairs import Schedule, place_pairs, place_quick
 from expertd.kernels.cutile.fast.swiglu_quantize import swiglu_quantize
 from expertd.kernels.cutile.fast.tiles import GemmConfig, LayerConfig
 from expertd.kernels.model.config import BLOCK
@@ -95,34 +97,51 @@ def layer_launches(
     if batch.scales is None:
         raise ValueError("the fast pipeline takes FP8 hidden states with scales")
     tokens, top_k = batch.expert_ids.shape
+    if config.single:
+        from expertd.kernels.cutile.single.layer import single_launches
+
+        launches = single_launches(batch, weights, sums, workspace, config)
+        return overlapping(launches) if config.overlaps else launches
     tiles = max_row_tiles(tokens, top_k, weights.num_experts, config.tile_rows)
     schedule = _first_tokens(workspace.schedule, tokens, top_k, tiles)
     rows, inner = workspace.rows, workspace.inner
     gemm1 = config.gemm1 if rows.shape[1] // BLOCK % config.gemm1.splits == 0 else replace(config.gemm1, splits=1)
-    fused = gemm1.few_rows and gemm1.splits == 1
-    quantum = gemm1.tile_columns if fused else BLOCK
+    fused = gemm1.wide or (gemm1.few_rows and gemm1.splits == 1)
+    quantum = gemm1.tile_columns if fused and not gemm1.wide else BLOCK
     row_scales = _scales(workspace.row_scales, rows, BLOCK, gemm1)
     inner_scales = _scales(workspace.inner_scales, inner, quantum, config.gemm2)
 
     def blocks(gemm: GemmConfig, columns: int) -> int:
-        needed = tiles * (columns // gemm.tile_columns) * gemm.splits
+        needed = tiles * (columns // (gemm.tile_columns * (2 if gemm.wide else 1))) * gemm.splits
         return min(needed, processors * gemm.occupancy) if gemm.persistent else needed
 
     def product(a: Tensor, scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, gemm: GemmConfig) -> Launch:
         grid = blocks(gemm, out.shape[2])
         if gemm.few_rows:
             return fp8_gemm_few_rows(a, scales, b, b_scales, schedule, out, config.tile_rows, gemm, grid)
+        if gemm.wide and out.shape[2] % (2 * BLOCK) == 0:
+            return gemm2_wide(a, scales, b, b_scales, schedule, out[0], config.tile_rows, gemm, grid)
         return fp8_gemm(a, scales, b, b_scales, schedule, out[0], config.tile_rows, gemm, grid)
 
     launches = [count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []
     launches += [
-        place_pairs(batch.expert_ids, schedule, config.tile_rows),
+        place_quick(
+            batch.expert_ids,
+            schedule,
+            config.tile_rows,
+            weights.up_gate.view(torch.int32).view(weights.num_experts, -1, 2048),
+            config.warms,
+        )
+        if config.quick
+        else place_pairs(batch.expert_ids, schedule, config.tile_rows),
         gather_rows(batch.hidden, batch.scales, schedule.pair_rows, rows, row_scales),
     ]
     up_gate, up_gate_scales = weights.up_gate, weights.up_gate_scales
     if fused:
         first = (up_gate, up_gate_scales, schedule, inner, inner_scales, config.tile_rows, gemm1)
-        launches.append(gemm1_few_rows(rows, row_scales, *first, blocks(gemm1, inner.shape[1]), weights.swiglu_limit))
+        grid = blocks(gemm1, inner.shape[1] * (2 if gemm1.wide else 1))
+        kernel = gemm1_wide if gemm1.wide else gemm1_few_rows
+        launches.append(kernel(rows, row_scales, *first, grid, weights.swiglu_limit))
     else:
         swiglu_blocks = min(tiles * config.tile_rows, processors * SWIGLU_OCCUPANCY)
         products = workspace.up_gate.unsqueeze(0)
@@ -137,9 +156,16 @@ def layer_launches(
         ]
     launches += [
         product(inner, inner_scales, weights.down, weights.down_scales, workspace.outputs.unsqueeze(0), config.gemm2),
-        combine(workspace.outputs, schedule.pair_rows, batch.weights, sums),
+        combine_present(workspace.outputs, schedule.pair_rows, batch.weights, sums, config.present)
+        if config.present
+        else combine(workspace.outputs, schedule.pair_rows, batch.weights, sums),
     ]
-    return launches
+    return overlapping(launches) if config.overlaps else launches
+
+
+def overlapping(launches: list[Launch]) -> list[Launch]:
+    """All but the first start while the one before them ends."""
+    return [launches[0], *(replace(launch, overlaps=True) for launch in launches[1:])]
 
 
 def _scales(memory: Tensor, rows: Tensor, quantum: int, gemm: GemmConfig) -> Tensor:

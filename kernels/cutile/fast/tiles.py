@@ -27,6 +27,8 @@ class GemmConfig:
     """Whether the rows' scales come through shared memory, which spares registers, or straight to registers."""
     group: int = 8
     """Row tiles walked before the next column tile, so that one expert's weights stay in L2."""
+    wide: bool = False
+    """Whether tiles of 64 rows take twice 128 columns: in the first product of up and of gate, with SwiGLU."""
     persistent: bool = True
     """As many blocks as the device runs at once, each taking tile after tile, or one block for each tile."""
 
@@ -39,6 +41,15 @@ class LayerConfig:
     """(token, expert) pairs of a tile; every expert's rows are padded to a multiple of it."""
     gemm1: GemmConfig
     gemm2: GemmConfig
+    overlaps: bool = False
+    """Whether each kernel's blocks start while the kernel before it ends, and wait for its memory."""
+    single: bool = False
+    """Whether a batch of one token goes without sorting: its products find its experts by themselves."""
+    quick: bool = False
+    warms: int = 0
+    """Blocks that read the first expert's weights into L2 while pairs are placed."""
+    present: int = 0
+    """Columns of a block that adds up the pairs that are here."""
 
     @property
     def few_rows(self) -> bool:
