@@ -16,9 +16,12 @@ from expertd.kernels.cutile.fast.fp8_gemm import fp8_gemm
 from expertd.kernels.cutile.fast.fp8_gemm_few_rows import fp8_gemm_few_rows
 from expertd.kernels.cutile.fast.gather_rows import gather_rows
 from expertd.kernels.cutile.fast.gemm1_few_rows import gemm1_few_rows
+from expertd.kernels.cutile.fast.gemm1_one_token import ROWS, gemm1_one_token
 from expertd.kernels.cutile.fast.gemm1_wide import gemm1_wide
+from expertd.kernels.cutile.fast.gemm2_one_token import gemm2_one_token
 from expertd.kernels.cutile.fast.gemm2_wide import gemm2_wide
 from expertd.kernels.cutile.fast.place_pairs import Schedule, place_pairs, place_quick
+from expertd.kernels.cutile.fast.swiglu_one_token import swiglu_one_token
 from expertd.kernels.cutile.fast.swiglu_quantize import swiglu_quantize
 from expertd.kernels.cutile.fast.tiles import GemmConfig, LayerConfig
 from expertd.kernels.model.config import BLOCK
@@ -97,15 +100,13 @@ def layer_launches(
     if batch.scales is None:
         raise ValueError("the fast pipeline takes FP8 hidden states with scales")
     tokens, top_k = batch.expert_ids.shape
-    if config.single:
-        from expertd.kernels.cutile.single.layer import single_launches
-
-        launches = single_launches(batch, weights, sums, workspace, config)
+    if config.single and tokens == 1 and ROWS * top_k <= len(workspace.rows):
+        launches = _one_token_launches(batch, weights, sums, workspace, config)
         return overlapping(launches) if config.overlaps else launches
     tiles = max_row_tiles(tokens, top_k, weights.num_experts, config.tile_rows)
     schedule = _first_tokens(workspace.schedule, tokens, top_k, tiles)
     rows, inner = workspace.rows, workspace.inner
-    gemm1 = config.gemm1 if rows.shape[1] // BLOCK % config.gemm1.splits == 0 else replace(config.gemm1, splits=1)
+    gemm1 = _split(config.gemm1, rows.shape[1])
     fused = gemm1.wide or (gemm1.few_rows and gemm1.splits == 1)
     quantum = gemm1.tile_columns if fused and not gemm1.wide else BLOCK
     row_scales = _scales(workspace.row_scales, rows, BLOCK, gemm1)
@@ -166,6 +167,29 @@ def layer_launches(
 def overlapping(launches: list[Launch]) -> list[Launch]:
     """All but the first start while the one before them ends."""
     return [launches[0], *(replace(launch, overlaps=True) for launch in launches[1:])]
+
+
+def _one_token_launches(
+    batch: TokenBatch, weights: LayerWeights, sums: Tensor, workspace: Workspace, config: LayerConfig
+) -> list[Launch]:
+    """The kernels for a token that is not sorted: products that go through its choices by themselves."""
+    ids, inner_size = batch.expert_ids, weights.down.shape[2]
+    gemm1 = _split(config.gemm1, batch.hidden.shape[1])
+    shape = (gemm1.splits, ids.shape[1], 2 * inner_size)
+    products = workspace.partial_up_gate[: math.prod(shape)].view(shape)
+    inner = workspace.inner.view(-1)[: ROWS * ids.shape[1] * inner_size].view(-1, inner_size)
+    inner_scales = workspace.inner_scales[: ids.shape[1] * inner_size // BLOCK].view(ids.shape[1], -1)
+    up_gate, down = (weights.up_gate, weights.up_gate_scales), (weights.down, weights.down_scales)
+    return [
+        gemm1_one_token(batch.hidden, batch.scales, ids, *up_gate, products, gemm1),
+        swiglu_one_token(products, ids, inner, inner_scales, workspace.schedule.pairs, weights.swiglu_limit),
+        gemm2_one_token(inner, inner_scales, ids, batch.weights, *down, sums, config.gemm2),
+    ]
+
+
+def _split(gemm: GemmConfig, width: int) -> GemmConfig:
+    """`gemm`, in one part where `width` columns are not as many equal ones."""
+    return gemm if width // BLOCK % gemm.splits == 0 else replace(gemm, splits=1)
 
 
 def _scales(memory: Tensor, rows: Tensor, quantum: int, gemm: GemmConfig) -> Tensor:

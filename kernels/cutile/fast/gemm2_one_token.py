@@ -9,14 +9,14 @@ from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch, hinted, take_turn
 from expertd.kernels.cutile.fast.tiles import GemmConfig
-from expertd.kernels.cutile.single.first_product import ROWS
+from expertd.kernels.cutile.fast.gemm1_one_token import ROWS
 from expertd.kernels.model.config import BLOCK
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
 
 
 @ct.kernel
-def second_product_kernel(
+def gemm2_one_token_kernel(
     inner: ct.Array,
     inner_scales: ct.Array,
     expert_ids: ct.Array,
@@ -64,7 +64,7 @@ def second_product_kernel(
     ct.store(out, (0, j), token.astype(out.dtype), allow_tma=False, check_bounds=False)
 
 
-def second_product(
+def gemm2_one_token(
     inner: Tensor,
     inner_scales: Tensor,
     expert_ids: Tensor,
@@ -84,4 +84,4 @@ def second_product(
     sizes = (top_k, len(weights), config.tile_columns, steps, config.latency, ROWS, BLOCK)
     arrays = (inner, inner_scales, expert_ids, choice_weights, weights, weight_scales, out)
     grid = (out.shape[1] // config.tile_columns,)
-    return Launch(hinted(second_product_kernel, config.num_worker_warps, config.occupancy), grid, (*arrays, *sizes))
+    return Launch(hinted(gemm2_one_token_kernel, config.num_worker_warps, config.occupancy), grid, (*arrays, *sizes))

@@ -17,7 +17,7 @@ ROWS = 8
 
 
 @ct.kernel
-def first_product_kernel(
+def gemm1_one_token_kernel(
     hidden: ct.Array,
     scales: ct.Array,
     expert_ids: ct.Array,
@@ -68,7 +68,7 @@ def first_product_kernel(
             ct.store(out, (split, choice, j), token, allow_tma=False, check_bounds=False)
 
 
-def first_product(
+def gemm1_one_token(
     hidden: Tensor, scales: Tensor, expert_ids: Tensor, weights: Tensor, weight_scales: Tensor, out: Tensor, config: GemmConfig
 ) -> Launch:
     """Write `hidden @ weights[expert_ids[0, j]].T` of a token's local experts to `out[:, j]`, in parts to be added up.
@@ -80,4 +80,4 @@ def first_product(
     grid = (out.shape[2] // config.tile_columns * len(out),)
     sizes = (top_k, len(weights), config.tile_columns, steps, len(out), config.latency, ROWS, BLOCK)
     arrays = (hidden, scales, expert_ids, weights, weight_scales, out)
-    return Launch(hinted(first_product_kernel, config.num_worker_warps, config.occupancy), grid, (*arrays, *sizes))
+    return Launch(hinted(gemm1_one_token_kernel, config.num_worker_warps, config.occupancy), grid, (*arrays, *sizes))

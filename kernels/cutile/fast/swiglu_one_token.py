@@ -10,7 +10,7 @@ from torch import Tensor
 from expertd.kernels.cutile.base.launch import Launch, take_turn
 from expertd.kernels.cutile.base.limit import bounded, limit_constant
 from expertd.kernels.cutile.fast.swiglu_quantize import MINUS_LOG2_E
-from expertd.kernels.cutile.single.first_product import ROWS
+from expertd.kernels.cutile.fast.gemm1_one_token import ROWS
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.quantize import FP8_MAX, LEAST_AMAX
 
@@ -19,7 +19,7 @@ ConstFloat = Annotated[float, ct.ConstantAnnotation()]
 
 
 @ct.kernel
-def activation_kernel(
+def swiglu_one_token_kernel(
     up_gate: ct.Array,
     expert_ids: ct.Array,
     out: ct.Array,
@@ -64,7 +64,7 @@ def activation_kernel(
         ct.scatter(pairs, expert.reshape((EXPERTS,)), counted)
 
 
-def activation(
+def swiglu_one_token(
     up_gate: Tensor, expert_ids: Tensor, out: Tensor, out_scales: Tensor, pairs: Tensor, limit: float | None = None
 ) -> Launch:
     """Write silu(gate) * up of each choice to `out`, quantised in 1x128 blocks, and `pairs` [E] int32.
@@ -77,4 +77,4 @@ def activation(
     padded = tuple(1 << (n - 1).bit_length() for n in (top_k, len(pairs)))
     floats = (MINUS_LOG2_E, FP8_MAX, LEAST_AMAX, limit_constant(limit))
     arrays = (up_gate, expert_ids, out, out_scales, pairs)
-    return Launch(activation_kernel, (top_k, parts), (*arrays, splits, *padded, parts, ROWS, BLOCK, *floats))
+    return Launch(swiglu_one_token_kernel, (top_k, parts), (*arrays, splits, *padded, parts, ROWS, BLOCK, *floats))
