@@ -7,12 +7,14 @@ from typing import Annotated
 import cuda.tile as ct
 from torch import Tensor
 
-from expertd.kernels.cutile.base.launch import Launch, take_turn
+from expertd.kernels.cutile.base.launch import Launch, hinted, take_turn
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
 COLUMNS = 4096
 """Elements of a row that a block sums, in batches that fill the device."""
 SMALL_COLUMNS = 512
+OCCUPANCY = 8
+"""Blocks of `COLUMNS` that a multiprocessor runs at once: with the compiler's own choice, five, 5% slower."""
 EAGER_TOKENS = 128
 """Up to this many tokens all choices are read at once; beyond it, choices without a pair are skipped with a branch."""
 
@@ -47,41 +49,6 @@ def combine_kernel(
     ct.scatter(out, (token, column), total.astype(out.dtype), mask=column < WIDTH, check_bounds=False)
 
 
-@ct.kernel
-def combine_present_kernel(
-    rows: ct.IndexedWithInt64[ct.Array],
-    pair_rows: ct.Array,
-    weights: ct.Array,
-    out: ct.IndexedWithInt64[ct.Array],
-    TOP_K: ConstInt,
-    WIDTH: ConstInt,
-    COLUMNS: ConstInt,
-) -> None:
-    take_turn()
-    token = ct.bid(0)
-    choices = ct.arange(TOP_K, dtype=ct.int32)
-    sources = ct.gather(pair_rows, (token, choices), padding_value=-1)
-    choice_weights = ct.gather(weights, (token, choices), mask=sources >= 0, padding_value=0.0)
-    present = (sources >= 0).astype(ct.int32)
-    place = ct.cumsum(present, axis=0) * present
-    column = ct.bid(1) * COLUMNS + ct.arange(COLUMNS, dtype=ct.int32)
-    total = ct.zeros((COLUMNS,), dtype=ct.float32)
-    for nth in range(ct.sum(present)):
-        chosen = place == nth + 1
-        source = ct.sum(ct.where(chosen, sources, 0))
-        weight = ct.sum(ct.where(chosen, choice_weights, 0.0))
-        row = ct.gather(rows, (source, column), mask=column < WIDTH, check_bounds=False)
-        total = total + row.astype(ct.float32) * weight
-    ct.scatter(out, (token, column), total.astype(out.dtype), mask=column < WIDTH, check_bounds=False)
-
-
-def combine_present(rows: Tensor, pair_rows: Tensor, weights: Tensor, out: Tensor, columns: int) -> Launch:
-    tokens, width = out.shape
-    padded_top_k = 1 << (pair_rows.shape[1] - 1).bit_length()
-    grid = (tokens, ct.cdiv(width, columns))
-    return Launch(combine_present_kernel, grid, (rows, pair_rows, weights, out, padded_top_k, width, columns))
-
-
 def combine(rows: Tensor, pair_rows: Tensor, weights: Tensor, out: Tensor) -> Launch:
     """Write `sum over j of weights[t, j] * rows[pair_rows[t, j]]` to `out[t]`, pairs with row -1 left out.
 
@@ -92,4 +59,5 @@ def combine(rows: Tensor, pair_rows: Tensor, weights: Tensor, out: Tensor) -> La
     padded_top_k = 1 << (pair_rows.shape[1] - 1).bit_length()
     columns, eager = (SMALL_COLUMNS, 1) if tokens <= EAGER_TOKENS else (COLUMNS, 0)
     grid = (tokens, ct.cdiv(width, columns))
-    return Launch(combine_kernel, grid, (rows, pair_rows, weights, out, padded_top_k, width, columns, eager))
+    kernel = combine_kernel if eager else hinted(combine_kernel, occupancy=OCCUPANCY)
+    return Launch(kernel, grid, (rows, pair_rows, weights, out, padded_top_k, width, columns, eager))

@@ -69,7 +69,13 @@ def gemm1_one_token_kernel(
 
 
 def gemm1_one_token(
-    hidden: Tensor, scales: Tensor, expert_ids: Tensor, weights: Tensor, weight_scales: Tensor, out: Tensor, config: GemmConfig
+    hidden: Tensor,
+    scales: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    weight_scales: Tensor,
+    out: Tensor,
+    config: GemmConfig,
 ) -> Launch:
     """Write `hidden @ weights[expert_ids[0, j]].T` of a token's local experts to `out[:, j]`, in parts to be added up.
 

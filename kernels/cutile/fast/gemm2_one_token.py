@@ -8,8 +8,8 @@ import cuda.tile as ct
 from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch, hinted, take_turn
-from expertd.kernels.cutile.fast.tiles import GemmConfig
 from expertd.kernels.cutile.fast.gemm1_one_token import ROWS
+from expertd.kernels.cutile.fast.tiles import GemmConfig
 from expertd.kernels.model.config import BLOCK
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
@@ -41,7 +41,9 @@ def gemm2_one_token_kernel(
             zeros = ct.zeros((TILE_COLUMNS, ROWS), dtype=ct.float32)
             acc = ct.zeros((TILE_COLUMNS, ROWS), dtype=ct.float32)
             for k in range(STEPS):
-                scale = ct.load(inner_scales, (choice, k), (1, 1), allow_tma=False, latency=1, check_bounds=False).item()
+                scale = ct.load(
+                    inner_scales, (choice, k), (1, 1), allow_tma=False, latency=1, check_bounds=False
+                ).item()
                 block_scale = ct.load(
                     weight_scales,
                     (expert, j * TILE_COLUMNS // BLOCK, k),
@@ -50,9 +52,7 @@ def gemm2_one_token_kernel(
                     latency=1,
                     check_bounds=False,
                 ).item()
-                x = ct.load(
-                    inner, (k, choice), (BLOCK, ROWS), order=(1, 0), latency=LATENCY, check_bounds=False
-                )
+                x = ct.load(inner, (k, choice), (BLOCK, ROWS), order=(1, 0), latency=LATENCY, check_bounds=False)
                 w = ct.load(
                     weights, (expert, j, k), (1, TILE_COLUMNS, BLOCK), latency=LATENCY, check_bounds=False
                 ).reshape((TILE_COLUMNS, BLOCK))

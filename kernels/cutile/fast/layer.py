@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch
 from expertd.kernels.cutile.base.shape import MAX_ELEMENTS, max_row_tiles
-from expertd.kernels.cutile.fast.combine import combine, combine_present
+from expertd.kernels.cutile.fast.combine import combine
 from expertd.kernels.cutile.fast.count_pairs import TOKENS, count_pairs
 from expertd.kernels.cutile.fast.fp8_gemm import fp8_gemm
 from expertd.kernels.cutile.fast.fp8_gemm_few_rows import fp8_gemm_few_rows
@@ -19,8 +19,7 @@ from expertd.kernels.cutile.fast.gemm1_few_rows import gemm1_few_rows
 from expertd.kernels.cutile.fast.gemm1_one_token import ROWS, gemm1_one_token
 from expertd.kernels.cutile.fast.gemm1_wide import gemm1_wide
 from expertd.kernels.cutile.fast.gemm2_one_token import gemm2_one_token
-from expertd.kernels.cutile.fast.gemm2_wide import gemm2_wide
-from expertd.kernels.cutile.fast.place_pairs import Schedule, place_pairs, place_quick
+from expertd.kernels.cutile.fast.place_pairs import Schedule, place_pairs
 from expertd.kernels.cutile.fast.swiglu_one_token import swiglu_one_token
 from expertd.kernels.cutile.fast.swiglu_quantize import swiglu_quantize
 from expertd.kernels.cutile.fast.tiles import GemmConfig, LayerConfig
@@ -43,7 +42,7 @@ class Workspace:
     up_gate: Tensor
     """[R, 2I] bfloat16: rows of the first product, where SwiGLU is a kernel of its own."""
     partial_up_gate: Tensor
-    """[SPLIT_BYTES / 4] float32: the first product in parts of K, for the fewest rows."""
+    """[SPLIT_BYTES / 4] float32: the first product in parts of K, for one token."""
     inner: Tensor
     """[R, I] float8_e4m3fn: what the first product leaves for the second."""
     inner_scales: Tensor
@@ -102,94 +101,72 @@ def layer_launches(
     tokens, top_k = batch.expert_ids.shape
     if config.single and tokens == 1 and ROWS * top_k <= len(workspace.rows):
         launches = _one_token_launches(batch, weights, sums, workspace, config)
-        return overlapping(launches) if config.overlaps else launches
-    tiles = max_row_tiles(tokens, top_k, weights.num_experts, config.tile_rows)
-    schedule = _first_tokens(workspace.schedule, tokens, top_k, tiles)
-    rows, inner = workspace.rows, workspace.inner
-    gemm1 = _split(config.gemm1, rows.shape[1])
-    fused = gemm1.wide or (gemm1.few_rows and gemm1.splits == 1)
-    quantum = gemm1.tile_columns if fused and not gemm1.wide else BLOCK
-    row_scales = _scales(workspace.row_scales, rows, BLOCK, gemm1)
-    inner_scales = _scales(workspace.inner_scales, inner, quantum, config.gemm2)
-
-    def blocks(gemm: GemmConfig, columns: int) -> int:
-        needed = tiles * (columns // (gemm.tile_columns * (2 if gemm.wide else 1))) * gemm.splits
-        return min(needed, processors * gemm.occupancy) if gemm.persistent else needed
-
-    def product(a: Tensor, scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, gemm: GemmConfig) -> Launch:
-        grid = blocks(gemm, out.shape[2])
-        if gemm.few_rows:
-            return fp8_gemm_few_rows(a, scales, b, b_scales, schedule, out, config.tile_rows, gemm, grid)
-        if gemm.wide and out.shape[2] % (2 * BLOCK) == 0:
-            return gemm2_wide(a, scales, b, b_scales, schedule, out[0], config.tile_rows, gemm, grid)
-        return fp8_gemm(a, scales, b, b_scales, schedule, out[0], config.tile_rows, gemm, grid)
-
-    launches = [count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []
-    launches += [
-        place_quick(
-            batch.expert_ids,
-            schedule,
-            config.tile_rows,
-            weights.up_gate.view(torch.int32).view(weights.num_experts, -1, 2048),
-            config.warms,
-        )
-        if config.quick
-        else place_pairs(batch.expert_ids, schedule, config.tile_rows),
-        gather_rows(batch.hidden, batch.scales, schedule.pair_rows, rows, row_scales),
-    ]
-    up_gate, up_gate_scales = weights.up_gate, weights.up_gate_scales
-    if fused:
-        first = (up_gate, up_gate_scales, schedule, inner, inner_scales, config.tile_rows, gemm1)
-        grid = blocks(gemm1, inner.shape[1] * (2 if gemm1.wide else 1))
-        kernel = gemm1_wide if gemm1.wide else gemm1_few_rows
-        launches.append(kernel(rows, row_scales, *first, grid, weights.swiglu_limit))
     else:
-        swiglu_blocks = min(tiles * config.tile_rows, processors * SWIGLU_OCCUPANCY)
-        products = workspace.up_gate.unsqueeze(0)
-        if gemm1.splits > 1:
-            shape = (gemm1.splits, tiles * config.tile_rows, 2 * inner.shape[1])
-            products = workspace.partial_up_gate[: math.prod(shape)].view(shape)
-        launches += [
-            product(rows, row_scales, up_gate, up_gate_scales, products, gemm1),
-            swiglu_quantize(
-                products, schedule, inner, inner_scales, config.tile_rows, swiglu_blocks, weights.swiglu_limit
-            ),
-        ]
-    launches += [
-        product(inner, inner_scales, weights.down, weights.down_scales, workspace.outputs.unsqueeze(0), config.gemm2),
-        combine_present(workspace.outputs, schedule.pair_rows, batch.weights, sums, config.present)
-        if config.present
-        else combine(workspace.outputs, schedule.pair_rows, batch.weights, sums),
-    ]
-    return overlapping(launches) if config.overlaps else launches
-
-
-def overlapping(launches: list[Launch]) -> list[Launch]:
-    """All but the first start while the one before them ends."""
-    return [launches[0], *(replace(launch, overlaps=True) for launch in launches[1:])]
+        launches = _sorted_launches(batch, weights, sums, workspace, config, processors)
+    return [launches[0], *(replace(launch, overlaps=config.overlaps) for launch in launches[1:])]
 
 
 def _one_token_launches(
     batch: TokenBatch, weights: LayerWeights, sums: Tensor, workspace: Workspace, config: LayerConfig
 ) -> list[Launch]:
-    """The kernels for a token that is not sorted: products that go through its choices by themselves."""
-    ids, inner_size = batch.expert_ids, weights.down.shape[2]
-    gemm1 = _split(config.gemm1, batch.hidden.shape[1])
-    shape = (gemm1.splits, ids.shape[1], 2 * inner_size)
+    """Kernels that go through the token's choices by themselves, so that nothing is sorted."""
+    ids, width = batch.expert_ids, weights.down.shape[2]
+    top_k, steps = ids.shape[1], batch.hidden.shape[1] // BLOCK
+    shape = (config.gemm1.splits if steps % config.gemm1.splits == 0 else 1, top_k, 2 * width)
     products = workspace.partial_up_gate[: math.prod(shape)].view(shape)
-    inner = workspace.inner.view(-1)[: ROWS * ids.shape[1] * inner_size].view(-1, inner_size)
-    inner_scales = workspace.inner_scales[: ids.shape[1] * inner_size // BLOCK].view(ids.shape[1], -1)
+    inner = workspace.inner.view(-1)[: ROWS * top_k * width].view(-1, width)
+    inner_scales = workspace.inner_scales[: top_k * width // BLOCK].view(top_k, -1)
     up_gate, down = (weights.up_gate, weights.up_gate_scales), (weights.down, weights.down_scales)
     return [
-        gemm1_one_token(batch.hidden, batch.scales, ids, *up_gate, products, gemm1),
+        gemm1_one_token(batch.hidden, batch.scales, ids, *up_gate, products, config.gemm1),
         swiglu_one_token(products, ids, inner, inner_scales, workspace.schedule.pairs, weights.swiglu_limit),
         gemm2_one_token(inner, inner_scales, ids, batch.weights, *down, sums, config.gemm2),
     ]
 
 
-def _split(gemm: GemmConfig, width: int) -> GemmConfig:
-    """`gemm`, in one part where `width` columns are not as many equal ones."""
-    return gemm if width // BLOCK % gemm.splits == 0 else replace(gemm, splits=1)
+def _sorted_launches(
+    batch: TokenBatch, weights: LayerWeights, sums: Tensor, workspace: Workspace, config: LayerConfig, processors: int
+) -> list[Launch]:
+    """Kernels that sort (token, expert) pairs by expert, and compute in tiles of rows."""
+    tokens, top_k = batch.expert_ids.shape
+    tiles = max_row_tiles(tokens, top_k, weights.num_experts, config.tile_rows)
+    schedule = _first_tokens(workspace.schedule, tokens, top_k, tiles)
+    rows, inner = workspace.rows, workspace.inner
+    gemm1 = config.gemm1
+    quantum = gemm1.tile_columns if gemm1.few_rows else BLOCK
+    row_scales = _scales(workspace.row_scales, rows, BLOCK, gemm1)
+    inner_scales = _scales(workspace.inner_scales, inner, quantum, config.gemm2)
+
+    def blocks(gemm: GemmConfig, columns: int) -> int:
+        needed = tiles * (columns // gemm.tile_columns)
+        return min(needed, processors * gemm.occupancy) if gemm.persistent else needed
+
+    def product(a: Tensor, scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, gemm: GemmConfig) -> Launch:
+        kernel = fp8_gemm_few_rows if gemm.few_rows else fp8_gemm
+        return kernel(a, scales, b, b_scales, schedule, out, config.tile_rows, gemm, blocks(gemm, out.shape[1]))
+
+    launches = [count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []
+    launches += [
+        place_pairs(batch.expert_ids, schedule, config.tile_rows),
+        gather_rows(batch.hidden, batch.scales, schedule.pair_rows, rows, row_scales),
+    ]
+    up_gate, up_gate_scales = weights.up_gate, weights.up_gate_scales
+    if gemm1.few_rows or gemm1.wide:
+        kernel = gemm1_few_rows if gemm1.few_rows else gemm1_wide
+        first = (up_gate, up_gate_scales, schedule, inner, inner_scales, config.tile_rows, gemm1)
+        launches.append(kernel(rows, row_scales, *first, blocks(gemm1, inner.shape[1]), weights.swiglu_limit))
+    else:
+        swiglu_blocks = min(tiles * config.tile_rows, processors * SWIGLU_OCCUPANCY)
+        products = (workspace.up_gate, schedule, inner, inner_scales)
+        launches += [
+            product(rows, row_scales, up_gate, up_gate_scales, workspace.up_gate, gemm1),
+            swiglu_quantize(*products, config.tile_rows, swiglu_blocks, weights.swiglu_limit),
+        ]
+    launches += [
+        product(inner, inner_scales, weights.down, weights.down_scales, workspace.outputs, config.gemm2),
+        combine(workspace.outputs, schedule.pair_rows, batch.weights, sums),
+    ]
+    return launches
 
 
 def _scales(memory: Tensor, rows: Tensor, quantum: int, gemm: GemmConfig) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch, take_turn
 from expertd.kernels.cutile.base.limit import bounded, limit_constant
-from expertd.kernels.cutile.fast.swiglu_quantize import MINUS_LOG2_E
 from expertd.kernels.cutile.fast.gemm1_one_token import ROWS
+from expertd.kernels.cutile.fast.swiglu_quantize import MINUS_LOG2_E
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.quantize import FP8_MAX, LEAST_AMAX
 
