@@ -96,8 +96,6 @@ def layer_launches(
     `batch.hidden` is FP8 with scales; T is at most what the workspace was allocated for. `processors` is the device's
     number of multiprocessors.
     """
-    if batch.scales is None:
-        raise ValueError("the fast pipeline takes FP8 hidden states with scales")
     tokens, top_k = batch.expert_ids.shape
     if config.single and tokens == 1 and ROWS * top_k <= len(workspace.rows):
         launches = _one_token_launches(batch, weights, sums, workspace, config)
@@ -118,7 +116,7 @@ def _one_token_launches(
     inner_scales = workspace.inner_scales[: top_k * width // BLOCK].view(top_k, -1)
     up_gate, down = (weights.up_gate, weights.up_gate_scales), (weights.down, weights.down_scales)
     return [
-        gemm1_one_token(batch.hidden, batch.scales, ids, *up_gate, products, config.gemm1),
+        gemm1_one_token(batch.hidden, _scales_of(batch), ids, *up_gate, products, config.gemm1),
         swiglu_one_token(products, ids, inner, inner_scales, workspace.schedule.pairs, weights.swiglu_limit),
         gemm2_one_token(inner, inner_scales, ids, batch.weights, *down, sums, config.gemm2),
     ]
@@ -148,7 +146,7 @@ def _sorted_launches(
     launches = [count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []
     launches += [
         place_pairs(batch.expert_ids, schedule, config.tile_rows),
-        gather_rows(batch.hidden, batch.scales, schedule.pair_rows, rows, row_scales),
+        gather_rows(batch.hidden, _scales_of(batch), schedule.pair_rows, rows, row_scales),
     ]
     up_gate, up_gate_scales = weights.up_gate, weights.up_gate_scales
     if gemm1.few_rows or gemm1.wide:
@@ -167,6 +165,12 @@ def _sorted_launches(
         combine(workspace.outputs, schedule.pair_rows, batch.weights, sums),
     ]
     return launches
+
+
+def _scales_of(batch: TokenBatch) -> Tensor:
+    if batch.scales is None:
+        raise ValueError("the fast pipeline takes FP8 hidden states with scales")
+    return batch.scales
 
 
 def _scales(memory: Tensor, rows: Tensor, quantum: int, gemm: GemmConfig) -> Tensor:
