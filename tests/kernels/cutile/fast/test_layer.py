@@ -13,7 +13,7 @@ from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.cutile.tools.registry import META, V3, fast_launches
 
 H200 = Gpu("sm_90", processors=132)
-ACTIVATIONS = ("swiglu_quantize", "swiglu_one_token", "gemm1_few_rows")
+ACTIVATIONS = ("swiglu_quantize", "swiglu_one_token", "gemm1_few_rows", "gemm1_wide")
 
 
 def launched(tokens: int, shape: ExpertShape = V3) -> list[Launch]:
@@ -47,7 +47,7 @@ def test_one_token_with_more_choices_than_there_is_room_for_is_sorted() -> None:
     assert launches[0].name == "place_pairs"
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 4096])
+@pytest.mark.parametrize("tokens", [1, 64, 1024, 4096])
 def test_the_bound_of_the_weights_is_that_of_the_activation(tokens: int) -> None:
     for limit, constant in ((None, math.inf), (10.0, 10.0)):
         launches = fast_launches(V3, tokens, default_config(H200.arch, tokens), META, H200, limit)
@@ -70,6 +70,10 @@ def test_many_tokens_are_counted_first() -> None:
         "fp8_gemm",
         "combine",
     ]
+
+
+def test_a_thousand_tokens_have_their_activation_in_the_first_product() -> None:
+    assert names(1024) == ["count_pairs", "place_pairs", "gather_rows", "gemm1_wide", "fp8_gemm", "combine"]
 
 
 def test_grids_of_products_fit_the_device() -> None:

@@ -23,7 +23,7 @@ from tests.support.serving import forked_processes
 V4_PRO = ExpertShape(48, 7168, 3072)
 """DeepSeek-V4-Pro's with 48 local experts."""
 MIXTRAL = ExpertShape(8, 4096, 14336)
-ACTIVATIONS = ("silu_and_mul", "swiglu_quantize", "swiglu_one_token", "gemm1_few_rows")
+ACTIVATIONS = ("silu_and_mul", "swiglu_quantize", "swiglu_one_token", "gemm1_few_rows", "gemm1_wide")
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of one of the H200's multiprocessors, and what it takes of that for itself with every block."""
 
@@ -134,7 +134,7 @@ def test_bounded_activations_compile(arch: str, tokens: int) -> None:
         compile_kernel(launch.kernel, launch.args, arch)
 
 
-@pytest.mark.parametrize(("tokens", "shape"), [(1, V3), (64, V3), (64, V4_PRO)])
+@pytest.mark.parametrize(("tokens", "shape"), [(1, V3), (64, V3), (64, V4_PRO), (1024, V3)])
 def test_a_bound_costs_no_registers_to_speak_of(tokens: int, shape: ExpertShape) -> None:
     pairs = zip(*(activations("sm_90", tokens, limit, shape) for limit in (None, 10.0)), strict=True)
     for free, bound in pairs:
