@@ -10,7 +10,7 @@ from expertd.kernels.cutile.base.launch import Gpu
 from expertd.kernels.cutile.base.shape import ExpertShape
 from expertd.kernels.cutile.dequant.layer import DequantPipeline, default_config
 from expertd.kernels.cutile.fast.layer import Workspace, layer_launches
-from expertd.kernels.cutile.fast.tiles import FEW, FEW_8, PAIRED, SPLIT_8, WIDE, LayerConfig
+from expertd.kernels.cutile.fast.tiles import BOTH, FEW, FEW_8, PAIRED, SINGLE, WIDE, LayerConfig
 from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.cutile.tools.registry import coordinator_launches
 from expertd.kernels.model.config import MoeConfig
@@ -34,9 +34,10 @@ def main() -> None:
             for launch in coordinator_launches(model, tokens, CUDA):
                 launch()
     fast = (
-        (1, SPLIT_8),
+        (1, SINGLE),
         (9, FEW_8),
         (67, LayerConfig(16, FEW, FEW)),
+        (140, LayerConfig(64, BOTH, PAIRED, overlaps=True)),
         (150, LayerConfig(64, PAIRED, PAIRED)),
         (200, LayerConfig(128, WIDE, WIDE)),
     )

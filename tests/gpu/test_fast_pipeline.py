@@ -8,7 +8,7 @@ from torch import Tensor
 
 from expertd.kernels.cutile.base.shape import ExpertShape
 from expertd.kernels.cutile.fast.layer import Workspace, layer_steps
-from expertd.kernels.cutile.fast.tiles import DEEP, FEW, FEW_8, PAIRED, SPLIT_8, WIDE, LayerConfig
+from expertd.kernels.cutile.fast.tiles import BOTH, DEEP, FEW, FEW_8, PAIRED, SINGLE, WIDE, LayerConfig
 from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
 from expertd.kernels.oracle.reference import reference_partials, relative_error
@@ -22,12 +22,13 @@ PROCESSORS = 132
 SHAPES = [ExpertShape(32, 2048, 512), ExpertShape(8, 2176, 640), ExpertShape(64, 256, 128)]
 LONG = ExpertShape(4, 256, 14336)
 CONFIGS = {
-    "8 rows, split": SPLIT_8,
+    "one token": SINGLE,
     "8 rows": FEW_8,
     "16 rows": LayerConfig(16, FEW, FEW),
     "few rows then wide": LayerConfig(64, replace(FEW, occupancy=1, latency=2), DEEP),
     "64 rows": LayerConfig(64, DEEP, DEEP),
     "64 rows, paired": LayerConfig(64, PAIRED, PAIRED),
+    "64 rows, up and gate": LayerConfig(64, BOTH, PAIRED, overlaps=True),
     "128 rows": LayerConfig(128, WIDE, WIDE),
 }
 PATHS = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -126,10 +127,25 @@ def test_wide_tiles_of_all_sizes_round_alike() -> None:
     weights = random_weights(shape, CUDA)
     batch = random_batch(shape, 257, CUDA, model_experts=64)
     sums = compute(batch, weights, CONFIGS["128 rows"])[0]
-    for name in ("64 rows", "64 rows, paired"):
+    for name in ("64 rows", "64 rows, paired", "64 rows, up and gate"):
         assert torch.equal(compute(batch, weights, CONFIGS[name])[0], sums)
         single = compute(take(batch, torch.tensor([5], device=CUDA)), weights, CONFIGS[name])[0]
         assert torch.equal(single[0], sums[5])
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_one_token_goes_to_any_of_its_experts(shape: ExpertShape, slots: int) -> None:
+    """To none, to some, to one twice; ids that are nobody's here count as none."""
+    weights = random_weights(shape, CUDA)
+    batch = random_batch(shape, 1, CUDA, top_k=slots)
+    for ids in ([-1] * 8, [3, -1, 1, 7, 0, 99, 2, 6], [5] * 8, [*range(8)]):
+        chosen = torch.tensor([ids[:slots]], dtype=torch.int32, device=CUDA)
+        here = torch.where(chosen < shape.num_experts, chosen, -1)
+        sums, pairs = compute(replace(batch, expert_ids=chosen), weights, CONFIGS["one token"])
+        assert relative_error(sums, reference_partials(replace(batch, expert_ids=here), weights)) < BOUND
+        counts = here[here >= 0].bincount(minlength=shape.num_experts)
+        assert torch.equal(pairs, counts.to(torch.int32))
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])

@@ -46,9 +46,12 @@ class Gpu:
 
 
 def take_turn() -> None:
-    """In a kernel, before it touches memory that others write: wait for the kernel before, let the next one start."""
-    ct.grid_dependency_control_wait()
+    """In a kernel, before it touches memory that others write: let the next one start, wait for the kernel before.
+
+    The next one waits, too, so that several in a row may be there: each ends only after the one before it.
+    """
     ct.grid_dependency_control_launch_dependents()
+    ct.grid_dependency_control_wait()
 
 
 @cache

@@ -7,12 +7,14 @@ from typing import Annotated
 import cuda.tile as ct
 from torch import Tensor
 
-from expertd.kernels.cutile.base.launch import Launch, take_turn
+from expertd.kernels.cutile.base.launch import Launch, hinted, take_turn
 
 ConstInt = Annotated[int, ct.ConstantAnnotation()]
 COLUMNS = 4096
 """Elements of a row that a block sums at most, in batches that fill the device."""
 SMALL_COLUMNS = 512
+OCCUPANCY = 8
+"""Blocks of `COLUMNS` that a multiprocessor runs at once: with the compiler's own choice, five, 5% slower."""
 EAGER_TOKENS = 128
 """Up to this many tokens all choices are read at once; beyond it, choices without a pair are skipped with a branch."""
 
@@ -57,4 +59,5 @@ def combine(rows: Tensor, pair_rows: Tensor, weights: Tensor, out: Tensor) -> La
     padded_top_k = 1 << (pair_rows.shape[1] - 1).bit_length()
     columns, eager = (SMALL_COLUMNS, 1) if tokens <= EAGER_TOKENS else (min(COLUMNS, 1 << (width - 1).bit_length()), 0)
     grid = (tokens, ct.cdiv(width, columns))
-    return Launch(combine_kernel, grid, (rows, pair_rows, weights, out, padded_top_k, width, columns, eager))
+    kernel = combine_kernel if eager else hinted(combine_kernel, occupancy=OCCUPANCY)
+    return Launch(kernel, grid, (rows, pair_rows, weights, out, padded_top_k, width, columns, eager))

@@ -29,21 +29,18 @@ def fp8_gemm_few_rows_kernel(
     COLUMN_TILES: ConstInt,
     STEPS: ConstInt,
     STEP: ConstInt,
-    SPLITS: ConstInt,
     LATENCY: ConstInt,
     BLOCK: ConstInt,
 ) -> None:
     take_turn()
-    for tile in range(ct.bid(0), ct.load(num_tiles, (0,), (1,)).item() * COLUMN_TILES * SPLITS, ct.num_blocks(0)):
-        split = tile % SPLITS
-        i = tile // SPLITS // COLUMN_TILES
-        j = tile // SPLITS % COLUMN_TILES
+    for tile in range(ct.bid(0), ct.load(num_tiles, (0,), (1,)).item() * COLUMN_TILES, ct.num_blocks(0)):
+        i = tile // COLUMN_TILES
+        j = tile % COLUMN_TILES
         expert = ct.load(tile_experts, (i,), (1,)).item()
         if expert >= 0:
             zeros = ct.zeros((TILE_COLUMNS, TILE_ROWS), dtype=ct.float32)
             acc = ct.zeros((TILE_COLUMNS, TILE_ROWS), dtype=ct.float32)
-            for step in range(STEPS // SPLITS):
-                k = split * (STEPS // SPLITS) + step
+            for k in range(STEPS):
                 scale = ct.load(row_scales, (k, i), (1, TILE_ROWS), allow_tma=False, latency=1, check_bounds=False)
                 block_scale = ct.load(
                     weight_scales,
@@ -58,8 +55,7 @@ def fp8_gemm_few_rows_kernel(
                     weights, (expert, j, k), (1, TILE_COLUMNS, STEP), latency=LATENCY, check_bounds=False
                 ).reshape((TILE_COLUMNS, STEP))
                 acc += ct.mma(w, x, zeros, use_fast_acc=True) * (scale * block_scale)
-            rows_first = ct.transpose(acc.astype(out.dtype)).reshape((1, TILE_ROWS, TILE_COLUMNS))
-            ct.store(out, (split, i, j), rows_first, check_bounds=False)
+            ct.store(out, (i, j), ct.transpose(acc.astype(out.dtype)), check_bounds=False)
 
 
 def fp8_gemm_few_rows(
@@ -73,14 +69,14 @@ def fp8_gemm_few_rows(
     config: GemmConfig,
     blocks: int,
 ) -> Launch:
-    """`fp8_gemm` for tiles of 8 to 64 rows, K split into as many equal parts as `out` [splits, R, N] has products.
+    """`fp8_gemm` for tiles of 8 to 64 rows.
 
-    The products of the parts are to be added up; `out` is float32 or bfloat16. The other tensors are those of
-    `fp8_gemm`, but `row_scales` is [I/q, R] float32, one scale for each 1 x q block of `rows`; q divides 128.
+    The tensors are those of `fp8_gemm`, but `row_scales` is [I/q, R] float32, one scale for each 1 x q block of `rows`;
+    q divides 128.
     """
     steps = row_scales.shape[0]
-    splits, _, columns = out.shape
-    shape = (tile_rows, config.tile_columns, columns // config.tile_columns, steps, rows.shape[1] // steps, splits)
+    column_tiles = out.shape[1] // config.tile_columns
+    shape = (tile_rows, config.tile_columns, column_tiles, steps, rows.shape[1] // steps)
     sizes = (*shape, config.latency, BLOCK)
     arrays = (rows, row_scales, weights, weight_scales, schedule.tile_experts, schedule.num_tiles, out)
     kernel = hinted(fp8_gemm_few_rows_kernel, config.num_worker_warps, config.occupancy)

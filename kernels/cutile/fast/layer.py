@@ -16,7 +16,11 @@ from expertd.kernels.cutile.fast.fp8_gemm import fp8_gemm
 from expertd.kernels.cutile.fast.fp8_gemm_few_rows import fp8_gemm_few_rows
 from expertd.kernels.cutile.fast.gather_rows import gather_rows
 from expertd.kernels.cutile.fast.gemm1_few_rows import gemm1_few_rows
+from expertd.kernels.cutile.fast.gemm1_one_token import ROWS, gemm1_one_token
+from expertd.kernels.cutile.fast.gemm1_wide import gemm1_wide
+from expertd.kernels.cutile.fast.gemm2_one_token import gemm2_one_token
 from expertd.kernels.cutile.fast.place_pairs import Schedule, place_pairs
+from expertd.kernels.cutile.fast.swiglu_one_token import swiglu_one_token
 from expertd.kernels.cutile.fast.swiglu_quantize import swiglu_quantize
 from expertd.kernels.cutile.fast.tiles import GemmConfig, LayerConfig
 from expertd.kernels.model.config import BLOCK
@@ -38,7 +42,7 @@ class Workspace:
     up_gate: Tensor
     """[R, 2I] bfloat16: rows of the first product, where SwiGLU is a kernel of its own."""
     partial_up_gate: Tensor
-    """[SPLIT_BYTES / 4] float32: the first product in parts of K, for the fewest rows."""
+    """[SPLIT_BYTES / 4] float32: the first product in parts of K, for one token."""
     inner: Tensor
     """[R, I] float8_e4m3fn: what the first product leaves for the second."""
     inner_scales: Tensor
@@ -108,60 +112,93 @@ def layer_steps(
 
     Nothing is computed twice: the second product and the sums alone are cut, by columns; H / `steps` is whole blocks.
     """
-    if batch.scales is None:
-        raise ValueError("the fast pipeline takes FP8 hidden states with scales")
+    tokens, top_k = batch.expert_ids.shape
+    if steps == 1 and config.single and tokens == 1 and ROWS * top_k <= len(workspace.rows):
+        cut = [_one_token_launches(batch, weights, sums, workspace, config)]
+    else:
+        cut = _sorted_launches(batch, weights, sums, workspace, config, processors, steps)
+    return [[first, *(replace(launch, overlaps=config.overlaps) for launch in others)] for first, *others in cut]
+
+
+def _one_token_launches(
+    batch: TokenBatch, weights: LayerWeights, sums: Tensor, workspace: Workspace, config: LayerConfig
+) -> list[Launch]:
+    """Kernels that go through the token's choices by themselves, so that nothing is sorted."""
+    ids, width = batch.expert_ids, weights.down.shape[2]
+    top_k, steps = ids.shape[1], batch.hidden.shape[1] // BLOCK
+    shape = (config.gemm1.splits if steps % config.gemm1.splits == 0 else 1, top_k, 2 * width)
+    products = workspace.partial_up_gate[: math.prod(shape)].view(shape)
+    inner = workspace.inner.view(-1)[: ROWS * top_k * width].view(-1, width)
+    inner_scales = workspace.inner_scales[: top_k * width // BLOCK].view(top_k, -1)
+    up_gate, down = (weights.up_gate, weights.up_gate_scales), (weights.down, weights.down_scales)
+    return [
+        gemm1_one_token(batch.hidden, _scales_of(batch), ids, *up_gate, products, config.gemm1),
+        swiglu_one_token(products, ids, inner, inner_scales, workspace.schedule.pairs, weights.swiglu_limit),
+        gemm2_one_token(inner, inner_scales, ids, batch.weights, *down, sums, config.gemm2),
+    ]
+
+
+def _sorted_launches(
+    batch: TokenBatch,
+    weights: LayerWeights,
+    sums: Tensor,
+    workspace: Workspace,
+    config: LayerConfig,
+    processors: int,
+    steps: int,
+) -> list[list[Launch]]:
+    """Kernels that sort (token, expert) pairs by expert, and compute in tiles of rows."""
     tokens, top_k = batch.expert_ids.shape
     tiles = max_row_tiles(tokens, top_k, weights.num_experts, config.tile_rows)
     schedule = _first_tokens(workspace.schedule, tokens, top_k, tiles)
     rows, inner = workspace.rows, workspace.inner
-    gemm1 = config.gemm1 if rows.shape[1] // BLOCK % config.gemm1.splits == 0 else replace(config.gemm1, splits=1)
-    fused = gemm1.few_rows and gemm1.splits == 1
-    quantum = gemm1.tile_columns if fused else BLOCK
+    gemm1 = config.gemm1
+    quantum = gemm1.tile_columns if gemm1.few_rows else BLOCK
     row_scales = _scales(workspace.row_scales, rows, BLOCK, gemm1)
     inner_scales = _scales(workspace.inner_scales, inner, quantum, config.gemm2)
 
     def blocks(gemm: GemmConfig, columns: int) -> int:
-        needed = tiles * (columns // gemm.tile_columns) * gemm.splits
+        needed = tiles * (columns // gemm.tile_columns)
         return min(needed, processors * gemm.occupancy) if gemm.persistent else needed
 
     def product(a: Tensor, scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, gemm: GemmConfig) -> Launch:
-        grid = blocks(gemm, out.shape[2])
-        if gemm.few_rows:
-            return fp8_gemm_few_rows(a, scales, b, b_scales, schedule, out, config.tile_rows, gemm, grid)
-        return fp8_gemm(a, scales, b, b_scales, schedule, out[0], config.tile_rows, gemm, grid)
+        kernel = fp8_gemm_few_rows if gemm.few_rows else fp8_gemm
+        return kernel(a, scales, b, b_scales, schedule, out, config.tile_rows, gemm, blocks(gemm, out.shape[1]))
 
     def last(columns: slice) -> list[Launch]:
         blocks_there = slice(columns.start // BLOCK, columns.stop // BLOCK)
         out, down, down_scales = workspace.outputs[:, columns], weights.down[:, columns], weights.down_scales
         return [
-            product(inner, inner_scales, down, down_scales[:, blocks_there], out.unsqueeze(0), config.gemm2),
+            product(inner, inner_scales, down, down_scales[:, blocks_there], out, config.gemm2),
             combine(out, schedule.pair_rows, batch.weights, sums[:, columns]),
         ]
 
     launches = [count_pairs(batch.expert_ids, schedule.counts)] if tokens > TOKENS else []
     launches += [
         place_pairs(batch.expert_ids, schedule, config.tile_rows),
-        gather_rows(batch.hidden, batch.scales, schedule.pair_rows, rows, row_scales),
+        gather_rows(batch.hidden, _scales_of(batch), schedule.pair_rows, rows, row_scales),
     ]
     up_gate, up_gate_scales = weights.up_gate, weights.up_gate_scales
-    if fused:
+    if gemm1.few_rows or gemm1.wide:
+        kernel = gemm1_few_rows if gemm1.few_rows else gemm1_wide
         first = (up_gate, up_gate_scales, schedule, inner, inner_scales, config.tile_rows, gemm1)
-        launches.append(gemm1_few_rows(rows, row_scales, *first, blocks(gemm1, inner.shape[1]), weights.swiglu_limit))
+        launches.append(kernel(rows, row_scales, *first, blocks(gemm1, inner.shape[1]), weights.swiglu_limit))
     else:
         swiglu_blocks = min(tiles * config.tile_rows, processors * SWIGLU_OCCUPANCY)
-        products = workspace.up_gate.unsqueeze(0)
-        if gemm1.splits > 1:
-            shape = (gemm1.splits, tiles * config.tile_rows, 2 * inner.shape[1])
-            products = workspace.partial_up_gate[: math.prod(shape)].view(shape)
+        products = (workspace.up_gate, schedule, inner, inner_scales)
         launches += [
-            product(rows, row_scales, up_gate, up_gate_scales, products, gemm1),
-            swiglu_quantize(
-                products, schedule, inner, inner_scales, config.tile_rows, swiglu_blocks, weights.swiglu_limit
-            ),
+            product(rows, row_scales, up_gate, up_gate_scales, workspace.up_gate, gemm1),
+            swiglu_quantize(*products, config.tile_rows, swiglu_blocks, weights.swiglu_limit),
         ]
     share = sums.shape[1] // steps
     head, *rest = (last(slice(begin, begin + share)) for begin in range(0, steps * share, share))
     return [[*launches, *head], *rest]
+
+
+def _scales_of(batch: TokenBatch) -> Tensor:
+    if batch.scales is None:
+        raise ValueError("the fast pipeline takes FP8 hidden states with scales")
+    return batch.scales
 
 
 def _scales(memory: Tensor, rows: Tensor, quantum: int, gemm: GemmConfig) -> Tensor:

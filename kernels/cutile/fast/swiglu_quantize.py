@@ -21,13 +21,12 @@ COLUMN_BLOCKS = 8
 """Most quantisation blocks of a row that a block of threads takes at once."""
 
 
-@ct.kernel
+@ct.kernel(occupancy=8)
 def swiglu_quantize_kernel(
     up_gate: ct.Array,
     num_tiles: ct.Array,
     out: ct.Array,
     out_scales: ct.Array,
-    SPLITS: ConstInt,
     TILE_ROWS: ConstInt,
     ROWS: ConstInt,
     BLOCKS: ConstInt,
@@ -43,15 +42,9 @@ def swiglu_quantize_kernel(
     for tile in range(ct.bid(0), total, ct.num_blocks(0)):
         i = tile // PARTS
         j = tile % PARTS
-        up = ct.zeros((ROWS, BLOCKS * BLOCK), dtype=ct.float32)
-        gate = ct.zeros((ROWS, BLOCKS * BLOCK), dtype=ct.float32)
-        for split in ct.static_iter(range(SPLITS)):
-            part = ct.load(up_gate, (split, i, j), (1, ROWS, BLOCKS * BLOCK), allow_tma=False, check_bounds=False)
-            up = up + part.reshape((ROWS, BLOCKS * BLOCK)).astype(ct.float32)
-            part = ct.load(
-                up_gate, (split, i, j + PARTS), (1, ROWS, BLOCKS * BLOCK), allow_tma=False, check_bounds=False
-            )
-            gate = gate + part.reshape((ROWS, BLOCKS * BLOCK)).astype(ct.float32)
+        up = ct.load(up_gate, (i, j), (ROWS, BLOCKS * BLOCK), allow_tma=False, check_bounds=False).astype(ct.float32)
+        gate = ct.load(up_gate, (i, j + PARTS), (ROWS, BLOCKS * BLOCK), allow_tma=False, check_bounds=False)
+        gate = gate.astype(ct.float32)
         up, gate = bounded(up, gate, LIMIT)
         gate = ct.truediv(
             gate, 1.0 + ct.exp2(gate * MINUS_LOG2_E), rounding_mode=ct.RoundingMode.APPROX, flush_to_zero=True
@@ -75,13 +68,13 @@ def swiglu_quantize(
 ) -> Launch:
     """Write silu(gate) * up of every row tile in use to `out`, quantised in 1x128 blocks.
 
-    `up_gate` [splits, R, 2I] bfloat16 or float32, up then gate, parts of a sum; `out` [R, I] float8_e4m3fn with
+    `up_gate` [R, 2I] bfloat16, up then gate; `out` [R, I] float8_e4m3fn with
     `out_scales` [I/128, R] float32. `blocks` is the size of the grid; `tile_rows` is a multiple of `ROWS`.
     With a `limit` up and gate are bounded as `expertd.kernels.numerics.swiglu` says.
     """
     quantized_blocks = out.shape[1] // BLOCK
     at_once = min(COLUMN_BLOCKS, quantized_blocks & -quantized_blocks)
-    sizes = (len(up_gate), tile_rows, ROWS, at_once, quantized_blocks // at_once, BLOCK)
+    sizes = (tile_rows, ROWS, at_once, quantized_blocks // at_once, BLOCK)
     arrays = (up_gate, schedule.num_tiles, out, out_scales)
     floats = (MINUS_LOG2_E, FP8_MAX, LEAST_AMAX, limit_constant(limit))
     return Launch(swiglu_quantize_kernel, (blocks,), (*arrays, *sizes, *floats))

@@ -22,9 +22,11 @@ class GemmConfig:
     num_worker_warps: int = 8
     occupancy: int = 1
     splits: int = 1
-    """Parts of K that blocks of their own compute, where there are too few tiles; few rows and first product only."""
+    """Parts of K that blocks of their own compute, where there are too few tiles; one token and first product only."""
     scales_in_shared: bool = False
     """Whether the rows' scales come through shared memory, which spares registers, or straight to registers."""
+    wide: bool = False
+    """Whether a tile of 64 rows takes 128 columns of up and the same of gate, with SwiGLU; first product only."""
     group: int = 8
     """Row tiles walked before the next column tile, so that one expert's weights stay in L2."""
     persistent: bool = True
@@ -39,6 +41,10 @@ class LayerConfig:
     """(token, expert) pairs of a tile; every expert's rows are padded to a multiple of it."""
     gemm1: GemmConfig
     gemm2: GemmConfig
+    single: bool = False
+    """Whether one token is not sorted: its products go through its choices by themselves, three kernels in all."""
+    overlaps: bool = False
+    """Whether a kernel's blocks start while the kernel before it ends, and wait for it there."""
 
     @property
     def few_rows(self) -> bool:
@@ -57,14 +63,16 @@ PAIRED = GemmConfig(num_worker_warps=4, occupancy=2, scales_in_shared=True)
 """For tiles of 64 rows: a multiprocessor runs two blocks, so that one computes while the other stores its tile."""
 DEEP = GemmConfig(scales_in_shared=True)
 """For few tiles of 64 rows, each of which is waited for: six blocks of K on their way at once."""
+BOTH = GemmConfig(wide=True, latency=3, scales_in_shared=True)
+"""For one or two tiles of 64 rows an expert, whose time is that of reading weights: up and gate share the rows."""
 FEW = GemmConfig(few_rows=True, latency=8, unroll=1, occupancy=2)
-SPLIT_8 = LayerConfig(8, replace(FEW_8.gemm1, splits=4), FEW_8.gemm2)
+SINGLE = LayerConfig(8, replace(FEW_8.gemm1, splits=4), FEW_8.gemm2, single=True, overlaps=True)
 DEFAULTS = {
-    1: SPLIT_8,
+    1: SINGLE,
     8: FEW_8,
     64: LayerConfig(8, FEW_8.gemm1, FEW),
     256: LayerConfig(16, FEW, FEW),
-    1024: LayerConfig(64, PAIRED, PAIRED),
+    1024: LayerConfig(64, BOTH, PAIRED, overlaps=True),
     2048: LayerConfig(64, PAIRED, PAIRED),
     4096: LayerConfig(64, PAIRED, PAIRED),
     8192: LayerConfig(128, WIDE, WIDE),
@@ -102,6 +110,7 @@ def candidates(arch: str, num_tokens: int) -> list[LayerConfig]:
         for rows, gemm in ((64, DEEP), (64, PAIRED), (128, WIDE))
         for group in (4, 8, 16)
     ]
+    wide.append(LayerConfig(64, BOTH, PAIRED, overlaps=True))
     default = default_config(arch, num_tokens)
     tried = few + wide[:3] if num_tokens <= 256 else wide
     return [default, *(config for config in tried if config != default)]

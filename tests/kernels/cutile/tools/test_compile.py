@@ -23,6 +23,7 @@ from tests.support.serving import forked_processes
 V4_PRO = ExpertShape(48, 7168, 3072)
 """DeepSeek-V4-Pro's with 48 local experts."""
 MIXTRAL = ExpertShape(8, 4096, 14336)
+ACTIVATIONS = ("silu_and_mul", "swiglu_quantize", "swiglu_one_token", "gemm1_few_rows", "gemm1_wide")
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of one of the H200's multiprocessors, and what it takes of that for itself with every block."""
 
@@ -122,7 +123,7 @@ def activations(arch: str, tokens: int, swiglu_limit: float | None, shape: Exper
     launches = dequant_launches(shape, tokens, dequant, META, gpu, swiglu_limit=swiglu_limit)
     if has_fp8(arch):
         launches += fast_launches(shape, tokens, default_config(arch, tokens), META, gpu, swiglu_limit)
-    return [launch for launch in launches if launch.name in ("silu_and_mul", "swiglu_quantize", "gemm1_few_rows")]
+    return [launch for launch in launches if launch.name in ACTIVATIONS]
 
 
 @pytest.mark.parametrize(("arch", "tokens"), [("sm_80", 1), ("sm_89", 1), ("sm_90", 1), ("sm_100", 64), ("sm_120", 64)])
@@ -133,7 +134,7 @@ def test_bounded_activations_compile(arch: str, tokens: int) -> None:
         compile_kernel(launch.kernel, launch.args, arch)
 
 
-@pytest.mark.parametrize(("tokens", "shape"), [(1, V3), (64, V3), (64, V4_PRO)])
+@pytest.mark.parametrize(("tokens", "shape"), [(1, V3), (64, V3), (64, V4_PRO), (1024, V3)])
 def test_a_bound_costs_no_registers_to_speak_of(tokens: int, shape: ExpertShape) -> None:
     pairs = zip(*(activations("sm_90", tokens, limit, shape) for limit in (None, 10.0)), strict=True)
     for free, bound in pairs:
