@@ -13,7 +13,7 @@ demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared wit
 # Processes that share the tests, in two rounds: what bounds times with nothing but compilers beside it, then all else,
 # much of which waits. tests/support/parts.py has what belongs together.
 WORKERS ?= 3
-SHARED := $(BIN)/pytest -rs --dist loadgroup --no-loadscope-reorder
+SHARED := $(BIN)/pytest -rs --no-loadscope-reorder
 test: check  ## everything that CI runs; there also image-test, where it is root on Debian
 	first=$$($(BIN)/python -m tests.support.parts) || exit; \
 	$(SHARED) --numprocesses 2 $$first; status=$$?; \

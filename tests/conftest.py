@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Some tests fork; expertd says the same.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -16,7 +17,11 @@ import torch
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from tests.support.families import CONFIGS, SMALL, FamilyFolders, write_family
 from tests.support.markers import fence_stands, fenced
-from tests.support.parts import give_way, share, table
+from tests.support.parts import by_parts, give_way, in_order, table
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
 
 # Threads that wait for each other by spinning take the processor from the servers under test.
 torch.set_num_threads(1)
@@ -36,11 +41,14 @@ def pytest_configure() -> None:
         faulthandler.enable(CRASH)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadScopeScheduling":
+    return by_parts(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Before pytest-xdist's, which reads the marks."""
     if hasattr(config, "workerinput"):
-        share(items)
+        in_order(items)
 
 
 @pytest.hookimpl(tryfirst=True)

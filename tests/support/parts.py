@@ -13,8 +13,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parents[2]
 TIMED = (
@@ -59,12 +64,22 @@ def part_of(file: str) -> str:
     return next((name for name, places in PARTS.items() if _is_in(file, places)), file)
 
 
-def share(items: list[pytest.Item]) -> None:
-    """Sort tests by parts, and tell pytest-xdist of these."""
+def in_order(items: list[pytest.Item]) -> None:
+    """Sort tests by parts."""
     order = [*PARTS, *PATIENT]
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(part_of(_file(item))))
     items.sort(key=lambda item: order.index(part) if (part := part_of(_file(item))) in order else len(order))
+
+
+def by_parts(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """What hands parts out, in their order."""
+    # Only here: one process does without pytest-xdist.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByParts(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return part_of(nodeid.partition("::")[0])
+
+    return ByParts(config, log)
 
 
 def give_way(item: pytest.Item, usual: int) -> None:
