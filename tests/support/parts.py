@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,7 +91,7 @@ def give_way(item: pytest.Item, usual: int) -> None:
 
 def table(reports: Iterable[pytest.TestReport]) -> Iterator[str]:
     """A line for each part, or room of what is in none: its seconds and tests, and what runs it alone."""
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     tests: Counter[str] = Counter()
     for report in reports:
         file = report.nodeid.partition("::")[0]
@@ -99,7 +99,7 @@ def table(reports: Iterable[pytest.TestReport]) -> Iterator[str]:
         where = " ".join(PARTS[part]) if part in PARTS else file if part in PATIENT else "/".join(Path(file).parts[:2])
         seconds[where] += report.duration
         tests[where] += report.when == "call"
-    for where, spent in seconds.most_common():
+    for where, spent in sorted(seconds.items(), key=lambda one: -one[1]):
         yield f"{spent:6.0f} s {tests[where]:5} tests: pytest {where}"
 
 
