@@ -75,11 +75,9 @@ def by_parts(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
     # Only here: one process does without pytest-xdist.
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByParts(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return part_of(nodeid.partition("::")[0])
-
-    return ByParts(config, log)
+    scheduling = LoadScopeScheduling(config, log)
+    scheduling._split_scope = lambda nodeid: part_of(nodeid.partition("::")[0])
+    return scheduling
 
 
 def give_way(item: pytest.Item, usual: int) -> None:
