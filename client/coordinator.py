@@ -87,7 +87,7 @@ class Coordinator:
             await membership.close()
             raise
         security = config.security or ClientSecurity()
-        config.metrics.follow(membership, security.certificate_ends)
+        config.metrics.follow(membership.holdings, security.certificate_ends)
         self._caller, self._loop = Caller(membership, config), asyncio.get_running_loop()
         return self
 
@@ -105,7 +105,7 @@ class Coordinator:
                 await calls.close()
         finally:
             if caller is not None:
-                self.config.metrics.part(caller.membership)
+                self.config.metrics.part(caller.membership.holdings)
                 await caller.membership.close()
 
     async def __aenter__(self) -> Self:
@@ -121,12 +121,12 @@ class Coordinator:
     @property
     def model(self) -> MoeConfig:
         """The model that the servers hold."""
-        return self._connected().membership.ownership.config
+        return self._connected().membership.holdings.ownership.config
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers that can be called."""
-        return self._connected().membership.ownership.layers
+        return self._connected().membership.holdings.ownership.layers
 
     @property
     def backends(self) -> frozenset[str]:
@@ -295,7 +295,7 @@ class Coordinator:
         caller = self._connected()
         if self._stream_calls is not None:
             self._stream_calls.check()
-        caller.membership.ownership.check_layer(as_layer(layer))
+        caller.membership.holdings.ownership.check_layer(as_layer(layer))
         tokens = as_tokens("hidden", hidden, self.model.hidden_size)
         ids, weights = self._route(layer, tokens, logits, topk_ids, topk_weights)
         return RoutedCall(caller, layer, tokens, ids, weights, hidden.shape)

@@ -16,8 +16,9 @@ from expertd.client.call.budget import RetryBudget
 from expertd.client.call.choice import Owners, candidates, choose
 from expertd.client.call.hedging import Lateness
 from expertd.client.config.coordinator import CoordinatorConfig
+from expertd.client.fleet.holdings import Known
 from expertd.client.fleet.member import Member
-from expertd.client.fleet.membership import Known, Membership
+from expertd.client.fleet.membership import Membership
 from expertd.client.fleet.ownership import Ownership
 from expertd.client.transport.segment import Segment
 from expertd.proto.codec import ShardInfo
@@ -75,7 +76,7 @@ class Caller:
         that is on no server.
         """
         members, ownership = self._known(fingerprint)
-        if layer not in ownership.owned and not self.membership.is_called(fingerprint):
+        if layer not in ownership.owned and not self.membership.holdings.is_called(fingerprint):
             raise Superseded(fingerprint)
         ownership.check_layer(layer)
         place = fingerprint, layer
@@ -109,10 +110,10 @@ class Caller:
 
     def _present(self, places: dict[Place, V]) -> dict[Place, V]:
         """Without weights that have gone."""
-        return {place: value for place, value in places.items() if self.membership.known_of(place[0])}
+        return {place: value for place, value in places.items() if self.membership.holdings.known_of(place[0])}
 
     def _known(self, fingerprint: str) -> Known:
-        known = self.membership.known_of(fingerprint)
+        known = self.membership.holdings.known_of(fingerprint)
         if known is None:
             raise Superseded(fingerprint)
         return known
@@ -150,7 +151,7 @@ class Caller:
             known = {
                 (number, weights): one
                 for (number, weights), one in self._servers.items()
-                if number in self.membership.members and self.membership.known_of(weights)
+                if number in self.membership.members and self.membership.holdings.known_of(weights)
             }
             self._servers = known | {(member.number, fingerprint): server}
         return server

@@ -97,7 +97,7 @@ class LayerCall:
             try:
                 parts = self._parts(work, chosen)
             except Unavailable as nobody:
-                if not self._membership.is_called(self._fingerprint):
+                if not self._membership.holdings.is_called(self._fingerprint):
                     raise Superseded(self._fingerprint) from None
                 patience = min(self._config.owner_timeout, self._deadline - time.monotonic())
                 if await self._membership.wait_for_change(patience):

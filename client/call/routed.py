@@ -33,7 +33,7 @@ class RoutedCall:
     ) -> None:
         """[T, H] hidden states and [T, k] ids and weights, which are not checked yet; the output has `shape`."""
         self._caller = caller
-        self._fingerprint = caller.membership.draw()
+        self._fingerprint = caller.membership.holdings.draw()
         self._layer = layer
         self._tokens = tokens
         self._ids = ids
@@ -76,12 +76,12 @@ class RoutedCall:
             except Superseded:
                 if time.monotonic() >= self._deadline:
                     raise DeadlineExceeded("the weights were replaced, and call_timeout has passed") from None
-                self._fingerprint, outcomes = self._caller.membership.draw(), None
+                self._fingerprint, outcomes = self._caller.membership.holdings.draw(), None
 
     async def _finish(self, outcomes: Sequence[tuple[Part, Outcome]] | None) -> MoeResult:
         caller, config, tokens = self._caller, self._caller.config, self._tokens
         if outcomes is None:
-            check_choice(self._ids, self._weights, caller.membership.ownership.config)
+            check_choice(self._ids, self._weights, caller.membership.holdings.ownership.config)
         ids, weights = self._ids.to(torch.int32), self._weights.float()
         call = LayerCall(
             caller, self._fingerprint, self._layer, Activations(tokens, config.hidden_dtype), self._deadline

@@ -264,7 +264,7 @@ def begin(
         and caller.lateness is None
         and ids.dtype in (torch.int32, torch.int64)
         and ids.shape == weights.shape
-        and top_k <= caller.membership.ownership.config.num_experts_per_tok
+        and top_k <= caller.membership.holdings.ownership.config.num_experts_per_tok
     )
     timeout = min(config.attempt_timeout, deadline - time.monotonic())
     try:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from expertd.client.call.caller import Caller
 from expertd.client.call.choice import NOBODY
+from expertd.client.fleet.holdings import Known
 from expertd.client.fleet.member import Member
-from expertd.client.fleet.membership import Known
 from expertd.client.stream.arguments import checked
 from expertd.client.stream.lane import StreamLane
 from expertd.client.stream.launch import enqueue
@@ -63,7 +63,8 @@ class StreamCalls:
     @property
     def is_stale(self) -> bool:
         """Whether calls go to servers that are not, or no longer, those to ask."""
-        return self._made_of != self._state(self._caller.membership.known) or any(lane.ended for lane in self._lanes)
+        known = self._caller.membership.holdings.known
+        return self._made_of != self._state(known) or any(lane.ended for lane in self._lanes)
 
     @property
     def on_gpu(self) -> frozenset[str]:
@@ -76,7 +77,7 @@ class StreamCalls:
         On the coordinator's event loop, while the device does no such calls. Raises `UnknownExpert`, `NotPermitted`
         where a server shares no memory, and like `connect`.
         """
-        known = self._caller.membership.known
+        known = self._caller.membership.holdings.known
         made_of = self._state(known)
         terms = self._terms_of(known)
         chosen = torch.stack([self._chosen(known, layer) for layer in terms.layers])

@@ -67,7 +67,9 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
 def clone(tmp_path: Path) -> Path:
     """A copy of the repository, with this environment in its .venv."""
     folder = tmp_path / "expertd"
-    ignored = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "node_modules", "build", "dist")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "node_modules", "build", "dist"
+    )
     shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored)
     (folder / ".venv").symlink_to(sys.prefix)
     return folder

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -34,11 +35,13 @@ def run(*extra: str, **others: object) -> int:
 
 
 def children(pid: int) -> set[int]:
-    return {
-        int(stat.parent.name)
-        for stat in Path("/proc").glob("[0-9]*/stat")
-        if stat.exists() and int(stat.read_text().rpartition(")")[2].split()[1]) == pid
-    }
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        # Others of the machine end meanwhile.
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.add(int(stat.parent.name))
+    return found
 
 
 def is_running(pid: int) -> bool:

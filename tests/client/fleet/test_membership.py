@@ -43,7 +43,7 @@ async def test_discovery_goes_on_after_a_server_that_could_not_be_reached_for_as
             assert errors(registry) == 0
             (tmp_path / "servers").write_text(f"{first.address}\n{second.address}\n")
             await until(lambda: errors(registry) == 1)
-            await until(lambda: len(moe._connected().membership.known[0]) == 2)
+            await until(lambda: len(moe._connected().membership.holdings.known[0]) == 2)
             await stop(first)
             assert relative_error(await call(moe), expected(small_model)) < 1e-5
             assert computed_tokens(second) > 0

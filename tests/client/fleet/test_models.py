@@ -35,7 +35,7 @@ def next_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fingerprint_of(moe: Coordinator) -> str:
-    return moe._connected().membership.ownership.model_fingerprint
+    return moe._connected().membership.holdings.ownership.model_fingerprint
 
 
 async def test_the_model_of_which_every_expert_has_an_owner_is_called(small_model: Path, next_model: Path) -> None:
@@ -167,7 +167,7 @@ async def test_who_is_slower_than_needed_joins_later(small_model: Path) -> None:
     async with running_server(small_model, ALL) as first:
         port = free_port()
         async with Coordinator([str(first.address), f"127.0.0.1:{port}"], QUICK) as moe:
-            assert len(moe._connected().membership.known[0]) == 1
+            assert len(moe._connected().membership.holdings.known[0]) == 1
             async with running_server(small_model, ALL, listen=Address("127.0.0.1", port)):
-                await until(lambda: len(moe._connected().membership.known[0]) == 2)
+                await until(lambda: len(moe._connected().membership.holdings.known[0]) == 2)
                 assert relative_error(await call(moe), expected(small_model)) < 1e-5
