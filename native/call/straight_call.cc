@@ -298,7 +298,7 @@ Wait StraightCall::finish(int64_t deadline_ns, Format format, WritableRows out) 
     }
     take(part);
     ++taken_;
-    if (failed_ || taken_ == order_.size()) continue;
+    if (failed_ || taken_ == order_.size() || is_over(parts_[order_[taken_]])) continue;
     size_t end = routed_.tokens;
     for (size_t i = taken_; i < order_.size(); ++i) {
       end = std::min(end, static_cast<size_t>(tokens_of(parts_[order_[i]]).front()));
@@ -307,6 +307,11 @@ Wait StraightCall::finish(int64_t deadline_ns, Format format, WritableRows out) 
   }
   if (!failed_) sum(routed_.tokens, format, out);
   return Wait::kDone;
+}
+
+// Whether nothing has to be waited for: then sums are added in one go, which is faster than in pieces.
+bool StraightCall::is_over(const CallPart& part) {
+  return part.state != PartState::kPosted || (part.lane && part.lane->done(part.slot));
 }
 
 // Until it is done, or lost.

@@ -140,6 +140,7 @@ class StraightCall {
   Shape shape_of(const CallPart& part) const;
   Message request(const CallPart& part) const;
   void post(CallPart& part, bool looped) const;
+  static bool is_over(const CallPart& part);
   Wait wait_for(size_t index, int64_t deadline_ns);
   bool wait_for_message(size_t index, int64_t deadline_ns);
   void take(CallPart& part);
