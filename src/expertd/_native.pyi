@@ -820,8 +820,8 @@ class CudaExecutor:
     ) -> None:
         """Copy the graphs captured for a class in bay 0, given where and how long the layer's weights were.
 
-        More than one are steps, each of which leaves the next of as many equal shares of the sums' columns: for a request
-        that fills the class and is in another device's memory, whose sums are copied there step by step.
+        More than one are steps, each of which leaves the next of as many equal shares of the sums' columns: for a
+        request that fills the class and is in another device's memory, whose sums are copied there step by step.
         """
 
     def start(
@@ -836,7 +836,7 @@ class CudaExecutor:
         """Start a batch with the weights at these addresses; `keep` is kept until it is over.
 
         A request: addresses of hidden states, scales (0: none), int32 ids, FP32 weights and of the sums; tokens; where
-        the first two and the last are: in pageable memory (0), in pinned memory (1), on the device (2) or on another (3).
+        the first two and the last are: in pageable memory (0), pinned memory (1), on the device (2) or on another (3).
         """
 
     def wait(self, batch: CudaBatch) -> None:

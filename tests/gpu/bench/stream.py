@@ -28,10 +28,12 @@ from expertd.kernels.weights.files import cache_folder
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 7168, 2048
 
 
-def enqueue_each(moe: SyncCoordinator, layers: int, out: Tensor, *tensors: Tensor) -> Callable[[], None]:
+def enqueue_each(
+    moe: SyncCoordinator, layers: int, out: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor
+) -> Callable[[], None]:
     def call() -> None:
         for _ in range(layers):
-            moe.on_stream(moe.layers[0], *tensors, out)
+            moe.on_stream(moe.layers[0], hidden, ids, weights, out)
 
     return call
 
