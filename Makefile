@@ -11,11 +11,11 @@ demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared wit
 	$(BIN)/expertd demo
 
 # Processes that share the tests, in two rounds: what bounds times with nothing but compilers beside it, then all else,
-# much of which waits. tests/support/parts.py has what belongs together.
+# much of which waits. tests/parts.py has what belongs together.
 WORKERS ?= 3
 SHARED := $(BIN)/pytest -rs --no-loadscope-reorder
 test: check  ## everything that CI runs; there also image-test, where it is root on Debian
-	first=$$($(BIN)/python -m tests.support.parts) || exit; \
+	first=$$($(BIN)/python -m tests.parts) || exit; \
 	$(SHARED) --numprocesses 2 $$first; status=$$?; \
 	$(SHARED) --numprocesses $(WORKERS) $$(printf -- '--ignore=%s ' $$first) && exit $$status
 

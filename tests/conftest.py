@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
+from tests.parts import by_parts, give_way, in_order, table
 from tests.support.families import CONFIGS, SMALL, FamilyFolders, write_family
 from tests.support.markers import fence_stands, fenced
-from tests.support.parts import by_parts, give_way, in_order, table
 
 if TYPE_CHECKING:
     from xdist.remote import Producer

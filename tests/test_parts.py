@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.parts import PARTS, PATIENT, ROOT, TIMED, by_parts, in_order, part_of, table
+from tests.parts import PARTS, PATIENT, ROOT, TIMED, by_parts, in_order, part_of, table
 
 
 def test_what_is_named_exists_and_is_named_once() -> None:

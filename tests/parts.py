@@ -1,6 +1,6 @@
 """The suite's parts: what runs beside what in `make test`, and in which order.
 
-    python -m tests.support.parts
+    python -m tests.parts
 
 names the files and folders of the first round. A part is one process's, one test after another; a file that is in none
 of `PARTS` is a part by itself.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from xdist.remote import Producer
     from xdist.scheduler import LoadScopeScheduling
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TIMED = (
     "tests/chaos",
     "tests/client/call/test_resilience.py",
