@@ -78,6 +78,13 @@ class Bay {
   bool begun() const { return begun_; }
   // Enqueues what can be; whether that was everything, up to the end word. Throws `DeviceError`.
   bool feed(Graph& graph);
+  // Adds rows `first` to `end` of what is kept of a batch here and in other `bays`, this one among them, and moves them
+  // to where the `whole` batch wants them: from then on it ends, and is fetched, like any. Throws `DeviceError`.
+  void add(const Batch& whole, uint32_t first, uint32_t end, const std::vector<const Bay*>& bays, Graph& graph,
+           size_t piece_bytes, Copier* copier);
+  // Seconds of adding and copying out, if they can be told.
+  bool read_added(double* seconds) const;
+
   // Whether the device has written the end word.
   bool ended() const { return read(0) == ticket_; }
   // Begins to copy what the device has written to where it belongs.
@@ -130,9 +137,11 @@ class Bay {
   void mark(const Event& event, const Stream& stream);
   void wait(const Stream& stream, const Event& event);
 
+  // Says how much of it one copy of the device stages.
+  static void limit(Way& way, size_t piece_bytes);
   void plan(const Batch& batch, size_t part);
   template <typename Add>
-  void plan_rows(const Batch& batch, const Part& part, size_t row, const Add& add) const;
+  static void plan_rows(const Batch& batch, uint32_t first, uint32_t end, size_t row, const Add& add);
   void plan_routing(const Batch& batch, const Part& part, uint8_t* to, std::vector<Copy>* copies) const;
   void copy(Piece& piece, const Way& way);
   void move_in(Piece& piece);
@@ -148,6 +157,8 @@ class Bay {
   std::array<Event, 6> marks_;
   Event arrived_, computed_;  // between streams, of the other parts
 
+  // Where the device has what goes out.
+  DevicePointer outward_ = 0;
   Layout layout_;
   std::array<DevicePointer, 4> layer_{};
   const Job* resident_ = nullptr;  // the only one, computed where it lies

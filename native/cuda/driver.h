@@ -22,7 +22,7 @@ struct KernelNodeParams {  // CUDA_KERNEL_NODE_PARAMS_v2
   void* context;
 };
 
-inline constexpr int kCudaSuccess = 0, kCudaInvalidValue = 1, kCudaNotReady = 600;
+inline constexpr int kCudaSuccess = 0, kCudaInvalidValue = 1, kCudaNotReady = 600, kCudaPeerAccessEnabled = 704;
 
 // Names and arguments, as cuda.h has them at `kDriverVersion`.
 inline constexpr int kDriverVersion = 12040;
@@ -31,6 +31,8 @@ inline constexpr int kDriverVersion = 12040;
   CALL(cuDeviceGet, (int* device, int ordinal))                                                  \
   CALL(cuDevicePrimaryCtxRetain, (void** context, int device))                                   \
   CALL(cuDevicePrimaryCtxRelease, (int device))                                                  \
+  CALL(cuDeviceCanAccessPeer, (int* can, int device, int peer))                                  \
+  CALL(cuCtxEnablePeerAccess, (void* peer, unsigned flags))                                      \
   CALL(cuCtxSetCurrent, (void* context))                                                         \
   CALL(cuGetErrorName, (int code, const char** name))                                            \
   CALL(cuGetErrorString, (int code, const char** text))                                          \
@@ -138,6 +140,7 @@ class Context {
   // Makes it the calling thread's.
   void enter() const { driver_.check(driver_.cuCtxSetCurrent(context_)); }
   void* get() const { return context_; }
+  int device() const { return device_; }
 
  private:
   const Driver& driver_;
