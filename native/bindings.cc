@@ -26,6 +26,7 @@ namespace py = pybind11;
 namespace expertd {
 
 void bind_batch(py::module_& module);
+void bind_node(py::module_& module);
 void bind_engine(py::module_& module);
 void bind_inbox(py::module_& module);
 void bind_failpoints(py::module_& module);
@@ -153,6 +154,7 @@ PYBIND11_MODULE(_native, module) {
   bind_engine(module);
   bind_inbox(module);
   bind_batch(module);
+  bind_node(module);
   cuda::bind_cuda(module);
 #endif
 }

@@ -25,7 +25,7 @@ class GetShardRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetShardResponse(_message.Message):
-    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version", "locality", "expert_digests", "has_manifest", "instruction_set", "checkpoint_weight_dtypes", "metrics_address", "layer_experts", "admin_address", "next_generation", "update")
+    __slots__ = ("model_fingerprint", "placement_epoch", "config", "layers", "experts", "weight_dtype", "hidden_dtypes", "reply_dtypes", "limits", "backend", "device", "backend_reason", "version", "locality", "expert_digests", "has_manifest", "instruction_set", "checkpoint_weight_dtypes", "metrics_address", "layer_experts", "admin_address", "next_generation", "update", "devices")
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class GetShardResponse(_message.Message):
     ADMIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NEXT_GENERATION_FIELD_NUMBER: _ClassVar[int]
     UPDATE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     model_fingerprint: str
     placement_epoch: int
     config: ModelConfig
@@ -72,7 +73,18 @@ class GetShardResponse(_message.Message):
     admin_address: str
     next_generation: Generation
     update: UpdateProgress
-    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ..., instruction_set: _Optional[str] = ..., checkpoint_weight_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., metrics_address: _Optional[str] = ..., layer_experts: _Optional[_Iterable[_Union[ExpertList, _Mapping]]] = ..., admin_address: _Optional[str] = ..., next_generation: _Optional[_Union[Generation, _Mapping]] = ..., update: _Optional[_Union[UpdateProgress, _Mapping]] = ...) -> None: ...
+    devices: _containers.RepeatedCompositeFieldContainer[Device]
+    def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ..., instruction_set: _Optional[str] = ..., checkpoint_weight_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., metrics_address: _Optional[str] = ..., layer_experts: _Optional[_Iterable[_Union[ExpertList, _Mapping]]] = ..., admin_address: _Optional[str] = ..., next_generation: _Optional[_Union[Generation, _Mapping]] = ..., update: _Optional[_Union[UpdateProgress, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ...) -> None: ...
+
+class Device(_message.Message):
+    __slots__ = ("number", "name", "lost")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    name: str
+    lost: bool
+    def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., lost: _Optional[bool] = ...) -> None: ...
 
 class Generation(_message.Message):
     __slots__ = ("model_fingerprint", "expert_digests", "has_manifest", "checkpoint_weight_dtypes", "share")

@@ -8,11 +8,11 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from expertd._native import Engine, Executor, Failpoints
+from expertd._native import Engine, Failpoints
 from expertd.kernels.numerics.backend import Backend, DeviceMemory
 from expertd.proto.base.tasks import Tasks
 from expertd.proto.codec import ShardInfo
@@ -30,6 +30,7 @@ from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.generations import Generations
 from expertd.server.scheduling.gpu_watch import GpuWatch
 from expertd.server.scheduling.loading import load_layers
+from expertd.server.scheduling.node import Node
 from expertd.server.scheduling.shadow import ShadowCheck
 from expertd.server.scheduling.shard import Shard
 from expertd.server.scheduling.watchdog import Watchdog
@@ -55,11 +56,10 @@ class Server:
     security: ServerSecurity
     failpoints: Failpoints | None
     holdings: Holdings
-    backend: Backend
-    device: DeviceOwner
+    node: Node
     engine: Engine
     watchdog: Watchdog
-    gpu_watch: GpuWatch | None
+    gpu_watches: tuple[GpuWatch, ...]
     shadow: ShadowCheck | None
     journal: Journal
     executor: EngineExecutor
@@ -78,6 +78,16 @@ class Server:
     """Between the end of health and the end of connections, for callers that watch the one to leave the other."""
     ready: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+
+    @property
+    def backend(self) -> Backend:
+        """Of the first device."""
+        return self.node.devices[0].backend
+
+    @property
+    def device(self) -> DeviceOwner:
+        """The threads that call the first device's backend."""
+        return self.node.devices[0].owner
 
     @property
     def info(self) -> ShardInfo:
@@ -119,19 +129,20 @@ class Server:
         serving = self.holdings.generations.serving
         log.info("model %s", serving.ledger)
         stored = await load_layers(
-            serving.checkpoint, serving.ledger, serving.shard, self.backend, self.device, self.metrics, self.failpoints
+            serving.checkpoint, serving.ledger, serving.shard, self.node, self.metrics, self.failpoints
         )
         self.holdings.generations = Generations(dataclasses.replace(serving, stored=stored))
         admin = self.admin.address if self.admin is not None else None
-        self.executor.info = as_loaded(self.info, self.holdings.generations, self.metrics_address, admin)
-        memory = await self.device.call(self.backend.memory)
-        if memory is not None:
+        self.executor.info = as_loaded(self.info, self.holdings.generations, self.node, self.metrics_address, admin)
+        memory = await self.node.memory()
+        if memory:
             self.metrics.export(self.metrics.device_busy, self.metrics.device_memory)
             self._tell_memory(memory)
             self.tasks.keep(self._watch_memory, "watching the GPU's memory")
         for door in self.doors:
             await door.until_listening()
-        self.engine.use(await self._native_executor() or self.device.batches)
+        self.engine.placement = self.shard.placement(self.config.max_tokens_per_request, self.node.parts)
+        self.engine.use(await self.node.begin(self.failpoints))
         self.engine.start()
         self.pages.watch("engine", self.engine.await_turn)
         self.engine.open()
@@ -141,18 +152,9 @@ class Server:
         self.set_serving(True)
         through = f"{self.security}, {self.config.front_ends} front ends" if self.config.front_ends else self.security
         log.info("serving on %s (%s), metrics on http://%s/metrics", self.address, through, self.metrics_address)
-        if self.gpu_watch is not None:
-            self.tasks.keep(self.gpu_watch.run, "watching the GPU's health")
+        for gpu_watch in self.gpu_watches:
+            self.tasks.keep(gpu_watch.run, "watching the GPU's health")
         self.ready.set()
-
-    async def _native_executor(self) -> Executor | None:
-        """What computes without Python's threads, if the backend has it; the engine is told where the weights are."""
-        executor = self.backend.native_executor()
-        if executor is None:
-            return None
-        addresses = self.backend.layer_addresses()
-        self.engine.placement = self.shard.placement(self.config.max_tokens_per_request, addresses)
-        return await self.device.call(executor.take)
 
     async def shutdown(self) -> None:
         """Turn unhealthy, say GOAWAY, answer what is in flight, stop."""
@@ -173,7 +175,7 @@ class Server:
         if not await asyncio.to_thread(self.engine.stop):
             log.error("the engine hangs: it is left behind with all that it uses")
         self.journal.read()
-        await asyncio.to_thread(self.device.stop)
+        await asyncio.to_thread(self.node.stop)
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.stop)
         for generation in self.holdings.generations.all:
@@ -185,7 +187,7 @@ class Server:
         self.set_serving(False)
         self.entrance.bind()
         self.pages.start()
-        self.device.start()
+        self.node.start()
         self.executor.start()
         if self.shadow is not None:
             self.shadow.start()
@@ -205,15 +207,14 @@ class Server:
             working.cancel()
 
     async def _watch_memory(self) -> None:
-        """On the device thread, which alone calls the backend."""
-        await asyncio.sleep(MEMORY_SECONDS)
-        while (memory := await self.device.call(self.backend.memory)) is not None:
-            self._tell_memory(memory)
+        while True:
             await asyncio.sleep(MEMORY_SECONDS)
+            self._tell_memory(await self.node.memory())
 
-    def _tell_memory(self, memory: DeviceMemory) -> None:
-        for kind, size in dataclasses.asdict(memory).items():
-            self.metrics.device_memory.labels(kind).set(size)
+    def _tell_memory(self, memory: Mapping[int, DeviceMemory]) -> None:
+        for device, its in memory.items():
+            for kind, size in dataclasses.asdict(its).items():
+                self.metrics.device_memory.labels(device, kind).set(size)
 
     def _install_signal_handlers(self) -> None:
         loop = asyncio.get_running_loop()

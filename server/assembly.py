@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import grpc.aio
+import torch
 from grpc_reflection.v1alpha import reflection
 from rich.console import Console
 
 from expertd._native import Engine, limit_spin
-from expertd.kernels.memory.gpu import current_gpu, gpu_uuid
-from expertd.kernels.model.config import MoeConfig
-from expertd.kernels.numerics.backend import Backend
+from expertd.kernels.memory.gpu import gpu_uuid
+from expertd.kernels.model.ranges import describe_experts
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.ledger import Ledger
 from expertd.proto import codec
@@ -43,10 +45,11 @@ from expertd.server.rpc.limits import SmallMessages, server_options
 from expertd.server.rpc.security import ServerSecurity
 from expertd.server.rpc.tickets import Tickets
 from expertd.server.rpc.verifier import Verifier
-from expertd.server.scheduling.backends import choose_backend
-from expertd.server.scheduling.device import DeviceOwner
+from expertd.server.scheduling import devices, gpu_watch
+from expertd.server.scheduling.backends import Choose, choose_backend, choose_devices, read_loads
 from expertd.server.scheduling.generations import Generation, Generations
 from expertd.server.scheduling.gpu_watch import GpuWatch
+from expertd.server.scheduling.node import Device, Node
 from expertd.server.scheduling.shadow import ShadowCheck
 from expertd.server.scheduling.shard import WEIGHT_DTYPES, Shard, owned_layers
 from expertd.server.scheduling.watchdog import Watchdog
@@ -59,20 +62,23 @@ from expertd.server.telemetry.rpc_counter import RpcCounter
 from expertd.server.telemetry.status import Status, build_of, placement_of
 from expertd.server.telemetry.tracing import RequestTracer
 
+log = logging.getLogger(__name__)
 SERVICES = (codec.SERVICE, HEALTH, reflection.SERVICE_NAME)
 
 
-def gpu_health_of(backend: Backend) -> GpuHealth | None:
-    """Of the GPU that computes; a server without one says nothing of any."""
-    return GpuHealth.open(load_nvml(), gpu_uuid(current_gpu())) if backend.name == "cutile" else None
+def gpu_health_of(device: Device) -> GpuHealth | None:
+    """Of a GPU that computes; a server without one says nothing of any."""
+    if device.backend.name != "cutile":
+        return None
+    return GpuHealth.open(load_nvml(), gpu_uuid(torch.device("cuda", device.number)))
 
 
 def assemble(
     config: ServerConfig,
     metrics: Metrics,
     tracer: RequestTracer | None = None,
-    choose: Callable[[ServerConfig, MoeConfig], tuple[Backend, str]] = choose_backend,
-    open_gpu: Callable[[Backend], GpuHealth | None] = gpu_health_of,
+    choose: Choose = choose_backend,
+    open_gpu: Callable[[Device], GpuHealth | None] = gpu_health_of,
 ) -> Server:
     """A server, ready to `run`. Opens the checkpoint; raises `InvalidOption`, `InvalidConfig` or `CheckpointError`."""
     ready_file = ReadyFile(config.ready_file)
@@ -88,10 +94,13 @@ def assemble(
         experts=owned_layers(checkpoint.config, config),
         weight_dtype=WEIGHT_DTYPES[config.weights],
     )
-    backend, reason = choose(config, checkpoint.config)
+    backends, reason = choose_devices(config, checkpoint.config, choose)
+    most = max(map(len, shard.experts.values()))
+    node = Node(backends, most, config.device_experts, read_loads(config.device_loads, checkpoint.config))
+    backend = node.devices[0].backend
     generations = Generations(Generation(shard, checkpoint, ledger))
-    info = describe(config, generations.serving, backend, reason)
-    device, health = DeviceOwner(backend), Health()
+    info = describe(config, generations.serving, node, reason)
+    health = Health()
     loads = ExpertLoads(checkpoint.config.moe_layers, checkpoint.config.n_routed_experts)
     loads.owned = shard.experts
     tally = make_tally(loads)
@@ -120,9 +129,20 @@ def assemble(
         health.set_serving(serving)
         ready_file.tell(serving)
 
-    watchdog = Watchdog(backend, device, engine, config.device_timeout, abandon, set_serving)
-    gpu = open_gpu(backend)
-    gpu_watch = None if gpu is None else GpuWatch(gpu, metrics, watchdog.condemn)
+    def lose(device: Device, reason: str, hangs: bool) -> None:
+        log.error("device %d is lost (%s): its experts are left to others", device.number, reason)
+        holdings.lose(device, reason, hangs=hangs)
+        log.warning("epoch %d: owning %s", holdings.epoch, describe_experts(executor.info.experts))
+
+    watchdog = Watchdog(node, engine, config.device_timeout, abandon, set_serving, lose)
+    gpu_watches = {
+        device.number: GpuWatch(device.number, gpu, metrics, partial(watchdog.condemn_device, device))
+        for device in node.devices
+        if (gpu := open_gpu(device)) is not None
+    }
+    if gpu_watches:
+        gpu_watch.export(metrics, gpu_watches)
+    devices.export(metrics, node, tally)
     journal = Journal(metrics, tally, loads, tracer)
     rate = config.shadow_check_rate
     shadow = (
@@ -133,9 +153,10 @@ def assemble(
     verifier = Verifier(generations, executor, config.max_tokens_per_request)
     execution = ExecuteHandlers(executor, info.max_queued_bytes, security.identities)
 
-    cuda = Cuda(current_gpu()) if backend.name == "cutile" else None
+    cuda = Cuda(torch.device("cuda", node.devices[0].number)) if backend.name == "cutile" else None
     socket_name = handover_socket(config.shared_memory_bytes, config.unix_socket)
-    tickets = Tickets(socket_name, gpu_uuid(cuda.device) if cuda else "")
+    # Callers' GPU memory is mapped for one device.
+    tickets = Tickets(socket_name, gpu_uuid(cuda.device) if cuda and len(node.devices) == 1 else "")
     handlers = ExpertShardHandlers(execution, executor, verifier, tickets)
 
     def make_grpc_server() -> grpc.aio.Server:
@@ -157,15 +178,14 @@ def assemble(
         return port
 
     def tell(generations: Generations) -> None:
-        addresses = backend.layer_addresses() if backend.native_executor() else None
-        engine.placement = generations.placement(config.max_tokens_per_request, addresses)
+        engine.placement = generations.placement(config.max_tokens_per_request, node.parts)
         verifier.generations, loads.owned = generations, generations.serving.shard.experts
-        executor.info = owning(executor.info, generations)
+        executor.info = owning(executor.info, generations, node)
         metrics.placement.info(placement_of(executor.info))
 
-    holdings = Holdings(generations, backend, device, engine, metrics, tell)
+    holdings = Holdings(generations, node, engine, metrics, tell)
     executor.update = lambda: holdings.progress
-    local = _local_door(config, metrics, socket_name, tickets, engine, Gpu(device, cuda))
+    local = _local_door(config, metrics, socket_name, tickets, engine, Gpu(node, cuda))
     front_ends = _front_ends(config, metrics, info, executor)
     entrance = GrpcDoor(config.listen, execution, make_grpc_server, add_port)
     admin = _admin_door(config, holdings, metrics)
@@ -176,11 +196,10 @@ def assemble(
         security=security,
         failpoints=failpoints,
         holdings=holdings,
-        backend=backend,
-        device=device,
+        node=node,
         engine=engine,
         watchdog=watchdog,
-        gpu_watch=gpu_watch,
+        gpu_watches=tuple(gpu_watches.values()),
         shadow=shadow,
         journal=journal,
         executor=executor,
@@ -191,7 +210,7 @@ def assemble(
         entrance=entrance,
         admin=admin,
         doors=doors,
-        pages=_pages(config, metrics, executor, engine, journal, entrance, gpu_watch),
+        pages=_pages(config, metrics, executor, engine, journal, entrance, node, gpu_watches),
         tasks=metrics.new_tasks(),
     )
 
@@ -230,7 +249,8 @@ def _pages(
     engine: Engine,
     journal: Journal,
     entrance: GrpcDoor,
-    gpu_watch: GpuWatch | None,
+    node: Node,
+    gpu_watches: Mapping[int, GpuWatch],
 ) -> Pages:
     """Export what the server is and does."""
     info = executor.info
@@ -250,6 +270,6 @@ def _pages(
         journal=journal,
         queued_tokens=lambda: engine.queued_tokens,
         closed_because=lambda: engine.closed_because,
-        gpu=lambda: None if gpu_watch is None else str(gpu_watch.reading),
+        devices=lambda: devices.devices_of(node, {number: str(watch.reading) for number, watch in gpu_watches.items()}),
     )
     return Pages(config.metrics, status, metrics)

@@ -23,7 +23,10 @@ log = logging.getLogger(__name__)
 VARIABLE = "EXPERTD_FAILPOINTS"
 FOREVER = 1e9
 LASTING = {"delay": 0.05, "drop": FOREVER, "stuck_device": FOREVER, "slow_loading": 1.0}
-AT_ONCE = ("reset", "corrupt_request", "corrupt_reply", "wrong_receipt", "crash_before", "crash_after", "device_error")
+AT_ONCE = (
+    *("reset", "corrupt_request", "corrupt_reply", "wrong_receipt", "crash_before", "crash_after"),
+    *("device_error", "lost_device"),
+)
 SECONDS = LASTING | dict.fromkeys((*AT_ONCE, "stale_epoch"), 0.0)
 """The kinds, and how long those last that take time, unless told otherwise."""
 

@@ -15,13 +15,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from expertd.client.placement.assignment import InvalidPlan
 from expertd.client.placement.packing import Floats
+from expertd.kernels.model.loads import loads_of
 
 Heat: TypeAlias = "Counter[tuple[int, int]]"
 """Pairs by layer and expert."""
 SERIES = "expertd_expert_pairs_total"
 PLACEMENT = "expertd_placement_info"
 TIMEOUT = 10.0
-JSON_EXAMPLE = '{"3": [812, 40]}'
 
 
 def read_heat(sources: Sequence[str]) -> tuple[tuple[int, ...], Floats]:
@@ -107,21 +107,11 @@ def _from_prometheus(source: str, text: str) -> tuple[Heat, int, str]:
 
 
 def _from_json(source: str, text: str) -> Heat:
-    fields = parse_json(source, text)
-    if not (isinstance(fields, dict) and fields and all(key.isdecimal() for key in fields)):
-        raise InvalidPlan(f"{source} must hold a JSON object from layers to lists, such as {JSON_EXAMPLE}")
-    numeric = all(
-        isinstance(row, list) and row and all(type(pairs) in (int, float) for pairs in row) for row in fields.values()
-    )
-    if (
-        not numeric
-        or len({len(row) for row in fields.values()}) != 1
-        or len({int(key) for key in fields}) < len(fields)
-    ):
-        raise InvalidPlan(
-            f"{source} must hold one list of numbers for each layer, all with one number for every expert"
-        )
+    try:
+        loads = loads_of(source, text)
+    except ValueError as error:
+        raise InvalidPlan(str(error)) from None
     heat: Heat = Counter()
-    for layer, row in fields.items():
-        heat.update({(int(layer), expert): pairs for expert, pairs in enumerate(row)})
+    for layer, row in loads.items():
+        heat.update({(layer, expert): pairs for expert, pairs in enumerate(row)})
     return heat

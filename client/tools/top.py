@@ -159,7 +159,7 @@ def render(seen: Sequence[Seen], now: float, width: int = 200, fleet: Sequence[S
     )
     wrong, states = faults(whole_fleet)
     mixed = [Text(f"fleet: {fault}", "bold red") for fault in wrong] + [Text(f"fleet: {state}") for state in states]
-    return Group(total, table, *mixed, *_problems(seen), *_errors(seen))
+    return Group(total, table, *mixed, *_lost(seen), *_problems(seen), *_errors(seen))
 
 
 async def _watch(arguments: argparse.Namespace, console: Console) -> None:
@@ -251,6 +251,17 @@ def _row(address: str, status: dict[str, Any], busiest: float) -> list[Renderabl
         f"{sum(balance) / len(balance):.0%}" if balance else "-",
         Text(_short(refused), "red" if refused else "dim"),
         _age(status["uptime"]),
+    ]
+
+
+def _lost(seen: Sequence[Seen]) -> list[Text]:
+    """Devices that compute nothing any more; servers older than these say nothing of devices."""
+    return [
+        Text(f"{one.address}: device {device['number']} of {len(devices)} is lost: {device['lost']}", "bold red")
+        for one in seen
+        for devices in [(one.status or {}).get("devices", [])]
+        for device in devices
+        if device["lost"]
     ]
 
 

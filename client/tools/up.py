@@ -1,4 +1,4 @@
-"""`expertd up`: a whole model served from this machine, by as many servers as it has GPUs, until Ctrl-C."""
+"""`expertd up`: a whole model served from this machine, by one server for all of its GPUs, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ LOOK_SECONDS = 1.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="folder of the checkpoint")
     parser.add_argument(
-        "--servers", type=int, metavar="N", help="server processes (default: one for each GPU; without any, one)"
+        "--servers",
+        type=int,
+        metavar="N",
+        help="server processes, which share the GPUs (default: one, with all of them)",
     )
     parser.add_argument(
         "--port", type=int, default=50051, help="of the first server, others follow; 0: free ones (default: 50051)"
@@ -40,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         experts = MoeConfig.from_json(arguments.model / "config.json").n_routed_experts
         gpus = torch.cuda.device_count()
-        servers = (gpus or 1) if arguments.servers is None else arguments.servers
+        servers = 1 if arguments.servers is None else arguments.servers
         if not 1 <= servers <= experts:
             raise ValueError(f"--servers is {servers}; it must be from 1 to the model's {experts} experts")
         if not 0 <= arguments.port <= 65536 - servers:
@@ -69,12 +72,23 @@ def run(arguments: argparse.Namespace) -> int:
 def _cluster(model: Path, experts: int, servers: int, gpus: int, port: int, options: Sequence[str]) -> LocalCluster:
     def each(index: int) -> Each:
         listen = ("--listen", f"127.0.0.1:{port + index}") if port else ()
-        return Each(listen, {"CUDA_VISIBLE_DEVICES": str(index % gpus)} if gpus else {})
+        own = gpus_of(index, servers, gpus)
+        devices = ("--devices", "all") if len(own) > 1 else ()
+        return Each((*listen, *devices), {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own))} if own else {})
 
     shards = [format_ranges(shard_of(experts, index + 1, servers)) for index in range(servers)]
     # They start at once, before they can see each other. What is given wins: it comes later.
     threads = ("--threads", str(max(1, usable_cpus() // servers)))
     return LocalCluster(model, shards, [*threads, *options], start_timeout=math.inf, each=each)
+
+
+def gpus_of(index: int, servers: int, gpus: int) -> range | tuple[int, ...]:
+    """A server's among all: as many as each other one's, or one that others have too where there are too few."""
+    if not gpus:
+        return ()
+    each = max(1, gpus // servers)
+    first = index * each % gpus
+    return range(first, first + each)
 
 
 async def _serve(cluster: LocalCluster, console: Console) -> int:

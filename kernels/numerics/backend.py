@@ -183,6 +183,9 @@ class Backend(Protocol):
     def warm_up(self) -> None:
         """Do after the last `load_layer` what would make the first batches slow, such as compiling."""
 
+    def prepare_adding(self, devices: int) -> None:
+        """After `warm_up`: this is one of several devices, which may add up on themselves what each has of a batch."""
+
     def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> Underway:
         """Start computing several requests, of one dtype and one top_k, as one batch."""
 

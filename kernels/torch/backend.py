@@ -56,6 +56,9 @@ class TorchBackend:
     def warm_up(self) -> None:
         """Nothing to do."""
 
+    def prepare_adding(self, devices: int) -> None:
+        """Nothing to do: sums are in host memory."""
+
     def memory(self) -> None:
         """A CPU has none of its own."""
 

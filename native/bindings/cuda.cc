@@ -11,6 +11,7 @@
 #include "base/clock.h"
 #include "bindings/owned.h"
 #include "bindings/unlocked.h"
+#include "cuda/adding.h"
 
 namespace py = pybind11;
 
@@ -226,8 +227,27 @@ void bind_cuda(py::module_& module) {
           py::arg("layer"), py::arg("hidden_dtype"), py::arg("reply_dtype"), py::arg("top_k"), py::arg("requests"),
           py::arg("keep"))
       .def("wait", [](PyExecutor& e, PyRun& run) { e.wait(run); })
+      .def(
+          "add_adder",
+          [](PyExecutor& e, uint8_t dtype, uintptr_t graph, std::pair<DevicePointer, size_t> result,
+             const std::vector<std::pair<DevicePointer, size_t>>& parts) {
+            if (parts.size() < 2 || parts.size() > kMostParts) throw py::value_error("2 to 8 devices are added up");
+            std::vector<Range> ranges;
+            for (const auto& [address, bytes] : parts) ranges.push_back({address, bytes});
+            e.drain();
+            e.executor().add_adder(parts.size(), static_cast<Dtype>(dtype), reinterpret_cast<void*>(graph),
+                                   {result.first, result.second}, ranges);
+          },
+          py::arg("dtype"), py::kw_only(), py::arg("graph"), py::arg("result"), py::arg("parts"))
       .def("take", [](PyExecutor& executor) -> std::shared_ptr<Executor> { return executor.take(); })
       .def("drain", &PyExecutor::drain);
+
+  module.def(
+      "peer_adder",
+      [](const std::vector<std::shared_ptr<Executor>>& devices) -> std::shared_ptr<Adder> {
+        return PeerAdder::make(devices);
+      },
+      py::arg("devices"));
 }
 
 }  // namespace expertd::cuda

@@ -87,11 +87,11 @@ void bind_engine(py::module_& module) {
 
   py::class_<OwnedLayer>(module, "OwnedLayer")
       .def(py::init([](uint32_t layer, std::vector<uint32_t> experts, std::string experts_text, uint64_t key,
-                       std::array<uint64_t, 4> weights) {
-             return OwnedLayer{layer, std::move(experts), std::move(experts_text), key, weights};
+                       std::array<uint64_t, 4> weights, std::vector<OwnedLayer> devices) {
+             return OwnedLayer{layer, std::move(experts), std::move(experts_text), key, weights, std::move(devices)};
            }),
            py::arg("layer"), py::arg("experts"), py::kw_only(), py::arg("experts_text"), py::arg("key"),
-           py::arg("weights") = std::array<uint64_t, 4>());
+           py::arg("weights") = std::array<uint64_t, 4>(), py::arg("devices") = std::vector<OwnedLayer>());
 
   py::class_<Placement, std::shared_ptr<Placement>>(module, "Placement")
       .def(py::init([](std::string fingerprint, uint64_t epoch, std::vector<OwnedLayer> layers, std::string layers_text,

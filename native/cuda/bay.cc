@@ -41,7 +41,7 @@ Bay::Bay(const Driver& driver, const Streams& streams, size_t inward, size_t out
 
 bool Bay::fits(const Batch& batch, const Layout& layout, const Cut& cut) {
   const Job& job = *batch.jobs.front();
-  if (batch.jobs.size() != 1 || !is_on_device(job.reach)) return false;
+  if (batch.jobs.size() != 1 || !is_on_device(job.reach) || batch.keeps_sums) return false;
   if (batch.tokens != uint64_t{cut.parts} * layout.tokens) return false;
   const void* const places[] = {job.request.hidden.data(), job.request.scales.data(), job.sums};
   return std::all_of(std::begin(places), std::end(places), [](auto at) { return place_of(at) % kAlignment == 0; });
@@ -66,6 +66,7 @@ void Bay::stage(const Batch& batch, const Layout& layout, const Cut& cut, const 
   const bool express = cut.parts == 1 && batch.tokens < kSmallTokens && layout.tokens <= streams_.express_rows;
   layout_ = layout, layer_ = layer, copier_ = copier;
   own_ = own_rows(batch, cut, express);
+  outward_ = device_out_.get();
   ticket_++;  // now: what an earlier launch left may not be taken for the end of this one
   words()[1] = 0;
   part_ = sent_ = fetched_ = 0;
@@ -75,7 +76,7 @@ void Bay::stage(const Batch& batch, const Layout& layout, const Cut& cut, const 
     const size_t tokens = job->tokens();
     const size_t hidden = tokens * layout.hidden_row(), sums = tokens * layout.sums_row();
     const bool stages_hidden = reach_of(job->reach, hidden) == Reach::kPageable;
-    const bool stages_sums = reach_of(job->sums_reach(), sums) == Reach::kPageable;
+    const bool stages_sums = !batch.keeps_sums && reach_of(job->sums_reach(), sums) == Reach::kPageable;
     in_.staged += 8 * tokens * layout.shape.max_top_k;
     if (!is_on_device(job->reach)) in_.staged += tokens * layout.scales_row();
     if (stages_hidden) in_.staged += hidden;
@@ -86,8 +87,7 @@ void Bay::stage(const Batch& batch, const Layout& layout, const Cut& cut, const 
   const size_t padding = express ? layout.tokens - batch.tokens : 0;
   in_.mapped = express && !in_.direct && padding * layout.hidden_row() <= kPaddingBytes;
   out_.mapped = express && !out_.direct && padding * layout.sums_row() <= kPaddingBytes;
-  for (Way* way : {&in_, &out_})
-    way->limit = way->staged <= kInPlaceBytes ? ~size_t{0} : std::clamp(way->staged / kPieces, piece_bytes, kPinStep);
+  for (Way* way : {&in_, &out_}) limit(*way, piece_bytes);
   for (uint32_t first = 0; first < batch.tokens; first += cut.tokens) {
     parts_.push_back({first, std::min(cut.tokens, static_cast<uint32_t>(batch.tokens) - first)});
     plan(batch, parts_.size() - 1);
@@ -110,7 +110,7 @@ Bay::Own Bay::own_rows(const Batch& batch, const Cut& cut, bool express) const {
   };
   Own own;
   if (reached(job.reach, batch.tokens * layout_.hidden_row())) own.hidden = place(hidden);
-  if (reached(job.sums_reach(), batch.tokens * layout_.sums_row())) own.sums = place(job.sums);
+  if (!batch.keeps_sums && reached(job.sums_reach(), batch.tokens * layout_.sums_row())) own.sums = place(job.sums);
   return own;
 }
 
@@ -121,36 +121,38 @@ void Bay::plan(const Batch& batch, size_t index) {
   plan_routing(batch, part, host_in() + in, &in_.pieces.back().copies);
   out_.pieces.emplace_back(out + layout_.pairs(), 0, layout_.pairs_bytes(), Reach::kPageable);
   if (layout_.scales_row() && !own_.scales) {
-    plan_rows(batch, part, layout_.scales_row(), [&](const Job& job, size_t skip, size_t at, size_t bytes) {
-      const Reach reach = is_on_device(job.reach) ? job.reach : Reach::kPageable;
-      in_.add(in + layout_.scales() + at, place_of(job.request.scales.data()) + skip, bytes, reach);
-    });
+    plan_rows(batch, part.first, part.first + part.tokens, layout_.scales_row(),
+              [&](const Job& job, size_t skip, size_t at, size_t bytes) {
+                const Reach reach = is_on_device(job.reach) ? job.reach : Reach::kPageable;
+                in_.add(in + layout_.scales() + at, place_of(job.request.scales.data()) + skip, bytes, reach);
+              });
   }
   if (!own_.hidden) {
-    plan_rows(batch, part, layout_.hidden_row(), [&](const Job& job, size_t skip, size_t at, size_t bytes) {
-      const Reach reach = reach_of(job.reach, job.request.hidden.size());
-      in_.add(in + layout_.hidden() + at, place_of(job.request.hidden.data()) + skip, bytes, reach);
-    });
+    plan_rows(batch, part.first, part.first + part.tokens, layout_.hidden_row(),
+              [&](const Job& job, size_t skip, size_t at, size_t bytes) {
+                const Reach reach = reach_of(job.reach, job.request.hidden.size());
+                in_.add(in + layout_.hidden() + at, place_of(job.request.hidden.data()) + skip, bytes, reach);
+              });
   }
-  if (!own_.sums) {
-    plan_rows(batch, part, layout_.sums_row(), [&](const Job& job, size_t skip, size_t at, size_t bytes) {
-      const Reach reach = reach_of(job.sums_reach(), job.tokens() * layout_.sums_row());
-      out_.add(out + layout_.sums() + at, place_of(job.sums) + skip, bytes, reach);
-    });
+  if (!own_.sums && !batch.keeps_sums) {
+    plan_rows(batch, part.first, part.first + part.tokens, layout_.sums_row(),
+              [&](const Job& job, size_t skip, size_t at, size_t bytes) {
+                const Reach reach = reach_of(job.sums_reach(), job.tokens() * layout_.sums_row());
+                out_.add(out + layout_.sums() + at, place_of(job.sums) + skip, bytes, reach);
+              });
   }
   part.inward_end = in_.pieces.size();
   part.outward_end = out_.pieces.size();
 }
 
-// Calls `add(job, bytes to skip in its memory, bytes to skip in the part's, bytes)` for each request's rows of the
-// part.
+// Calls `add(job, bytes to skip in its memory, bytes to skip in that of the rows, bytes)` for each request that has any
+// of the rows `from` to `until`.
 template <typename Add>
-void Bay::plan_rows(const Batch& batch, const Part& part, size_t row, const Add& add) const {
+void Bay::plan_rows(const Batch& batch, uint32_t from, uint32_t until, size_t row, const Add& add) {
   uint32_t first = 0;
   for (const auto& job : batch.jobs) {
-    const uint32_t begin = std::max(first, part.first);
-    const uint32_t end = std::min(first + job->tokens(), part.first + part.tokens);
-    if (begin < end) add(*job, (begin - first) * row, (begin - part.first) * row, (end - begin) * row);
+    const uint32_t begin = std::max(first, from), end = std::min(first + job->tokens(), until);
+    if (begin < end) add(*job, (begin - first) * row, (begin - from) * row, (end - begin) * row);
     first += job->tokens();
   }
 }
@@ -158,14 +160,15 @@ void Bay::plan_rows(const Batch& batch, const Part& part, size_t row, const Add&
 // `to`: of the part, in pinned memory.
 void Bay::plan_routing(const Batch& batch, const Part& part, uint8_t* to, std::vector<Copy>* copies) const {
   const size_t top_k = batch.first().top_k, wide = 4 * size_t{layout_.shape.max_top_k}, narrow = 4 * top_k;
-  plan_rows(batch, part, narrow, [&](const Job& job, size_t skip, size_t at, size_t bytes) {
-    const size_t row = narrow == wide ? 0 : narrow, padded_at = at / narrow * wide,
-                 padded_bytes = bytes / narrow * wide;
-    auto ids = reinterpret_cast<const char*>(job.request.local_ids.data());
-    copies->push_back({to + layout_.ids() + padded_at, ids + skip, padded_bytes, 0xFF, row, wide});  // -1
-    copies->push_back(
-        {to + layout_.weights() + padded_at, job.request.weights.data() + skip, padded_bytes, 0, row, wide});
-  });
+  plan_rows(batch, part.first, part.first + part.tokens, narrow,
+            [&](const Job& job, size_t skip, size_t at, size_t bytes) {
+              const size_t row = narrow == wide ? 0 : narrow, padded_at = at / narrow * wide,
+                           padded_bytes = bytes / narrow * wide;
+              auto ids = reinterpret_cast<const char*>(job.request.local_ids.data());
+              copies->push_back({to + layout_.ids() + padded_at, ids + skip, padded_bytes, 0xFF, row, wide});  // -1
+              copies->push_back(
+                  {to + layout_.weights() + padded_at, job.request.weights.data() + skip, padded_bytes, 0, row, wide});
+            });
   const size_t used = part.tokens * wide;
   if (used < layout_.routing_bytes())
     copies->push_back({to + layout_.ids() + used, nullptr, layout_.routing_bytes() - used, 0xFF});
@@ -177,7 +180,7 @@ void Bay::Way::add(size_t offset, uint64_t place, size_t bytes, Reach reach) {
   for (const size_t end = offset + bytes; offset < end;) {
     size_t taken = end - offset;
     if (reach == Reach::kPageable) {
-      if (pieces.back().reach != Reach::kPageable || offset - pieces.back().offset >= limit)
+      if (pieces.empty() || pieces.back().reach != Reach::kPageable || offset - pieces.back().offset >= limit)
         pieces.emplace_back(offset, 0, 0, Reach::kPageable);
       Piece& piece = pieces.back();
       taken = std::min(taken, limit - (offset - piece.offset));
@@ -272,6 +275,55 @@ Addresses Bay::addresses_of(size_t part) const {
   return at;
 }
 
+void Bay::add(const Batch& whole, uint32_t first, uint32_t end, const std::vector<const Bay*>& bays, Graph& graph,
+              size_t piece_bytes, Copier* copier) {
+  const size_t row = layout_.shape.hidden_size * size_of(whole.first().sums_dtype());
+  copier_ = copier;
+  // What came in is not needed any more, and has room for half of the rows at their widest.
+  outward_ = device_in_.get();
+  ticket_++;
+  words()[1] = 0;
+  sent_ = fetched_ = 0;
+  fetches_.clear(), out_.reset();
+  plan_rows(whole, first, end, row, [&](const Job& job, size_t, size_t, size_t bytes) {
+    if (reach_of(job.sums_reach(), bytes) == Reach::kPageable) out_.staged += bytes;
+  });
+  limit(out_, piece_bytes);
+  plan_rows(whole, first, end, row, [&](const Job& job, size_t skip, size_t at, size_t bytes) {
+    out_.add(at, place_of(job.sums) + skip, bytes, reach_of(job.sums_reach(), bytes));
+  });
+  for (Piece& piece : out_.pieces)
+    if (!piece.copies.empty()) fetches_.push_back(&piece);
+  mark(marks_[4], out_stream());
+  for (size_t part = 0; part < parts_.size(); part++) {
+    const uint32_t begin = std::max(first, parts_[part].first);
+    const uint32_t until = std::min(end, parts_[part].first + parts_[part].tokens);
+    if (begin >= until) continue;
+    Addresses at{};
+    at[static_cast<size_t>(Name::kAdded)] = outward_ + (begin - first) * row;
+    for (size_t i = 0; i < bays.size(); i++)
+      at[static_cast<size_t>(Name::kPart) + i] = bays[i]->device_out_.get() + part * layout_.outward_bytes() +
+                                                 layout_.sums() + (begin - parts_[part].first) * layout_.sums_row();
+    graph.resize(until - begin);
+    graph.bind(at);
+    graph.launch(out_stream().get());
+  }
+  for (Piece& piece : out_.pieces) move_out(piece);
+  mark(marks_[5], out_stream());
+  write(0, ticket_);
+}
+
+bool Bay::read_added(double* seconds) const {
+  float milliseconds = 0;
+  const int code = driver_.cuEventElapsedTime(&milliseconds, marks_[4].get(), marks_[5].get());
+  *seconds = milliseconds * 1e-3;
+  return code == kCudaSuccess;
+}
+
+void Bay::limit(Way& way, size_t piece_bytes) {
+  way.limit = way.staged <= kInPlaceBytes ? ~size_t{0} : std::clamp(way.staged / kPieces, piece_bytes, kPinStep);
+}
+
 void Bay::mark(const Event& event, const Stream& stream) {
   driver_.check(driver_.cuEventRecord(event.get(), stream.get()));
 }
@@ -296,7 +348,7 @@ void Bay::move_in(Piece& piece) {
 
 void Bay::move_out(Piece& piece) {
   if (out_.mapped) return;
-  const DevicePointer from = device_out_.get() + piece.offset;
+  const DevicePointer from = outward_ + piece.offset;
   void* const stream = out_stream().get();
   if (is_on_device(piece.reach))
     return driver_.check(driver_.cuMemcpyDtoDAsync(piece.place, from, piece.bytes, stream));

@@ -87,6 +87,13 @@ class Bay {
   // Enqueues what can be; whether that was everything, up to the end word. Several steps are for a batch that fits: the
   // sums of all but the last are copied to their place while the next step computes. Throws `DeviceError`.
   bool feed(Steps& steps);
+  // Adds rows `first` to `end` of what is kept of a batch here and in other `bays`, this one among them, and moves them
+  // to where the `whole` batch wants them: from then on it ends, and is fetched, like any. Throws `DeviceError`.
+  void add(const Batch& whole, uint32_t first, uint32_t end, const std::vector<const Bay*>& bays, Graph& graph,
+           size_t piece_bytes, Copier* copier);
+  // Seconds of adding and copying out, if they can be told.
+  bool read_added(double* seconds) const;
+
   // Whether the device has written the end word.
   bool ended() const { return read(0) == ticket_; }
   // Begins to copy what the device has written to where it belongs.
@@ -153,9 +160,11 @@ class Bay {
                                 const std::array<DevicePointer, 4>& layer);
   Addresses addresses_of(size_t part) const;
   Own own_rows(const Batch& batch, const Cut& cut, bool express) const;
+  // Says how much of it one copy of the device stages.
+  static void limit(Way& way, size_t piece_bytes);
   void plan(const Batch& batch, size_t part);
   template <typename Add>
-  void plan_rows(const Batch& batch, const Part& part, size_t row, const Add& add) const;
+  static void plan_rows(const Batch& batch, uint32_t first, uint32_t end, size_t row, const Add& add);
   void plan_routing(const Batch& batch, const Part& part, uint8_t* to, std::vector<Copy>* copies) const;
   void copy(Piece& piece, const Way& way);
   void move_in(Piece& piece);
@@ -173,6 +182,8 @@ class Bay {
   std::array<Event, 6> marks_;
   Event arrived_, computed_;  // between streams, of the other parts and steps
 
+  // Where the device has what goes out.
+  DevicePointer outward_ = 0;
   Layout layout_;
   std::array<DevicePointer, 4> layer_{};
   Own own_;

@@ -39,7 +39,7 @@ struct Copy2D {  // CUDA_MEMCPY2D_v2
 };
 inline constexpr int kUnifiedMemory = 4;  // of any device, or the host
 
-inline constexpr int kCudaSuccess = 0, kCudaInvalidValue = 1, kCudaNotReady = 600;
+inline constexpr int kCudaSuccess = 0, kCudaInvalidValue = 1, kCudaNotReady = 600, kCudaPeerAccessEnabled = 704;
 // Of a device: whether its kernels find memory that was pinned after its allocation at the host's addresses.
 inline constexpr int kHostAddressesOfRegistered = 91;
 
@@ -51,6 +51,8 @@ inline constexpr int kDriverVersion = 12040;
   CALL(cuDeviceGetAttribute, (int* value, int attribute, int device))                            \
   CALL(cuDevicePrimaryCtxRetain, (void** context, int device))                                   \
   CALL(cuDevicePrimaryCtxRelease, (int device))                                                  \
+  CALL(cuDeviceCanAccessPeer, (int* can, int device, int peer))                                  \
+  CALL(cuCtxEnablePeerAccess, (void* peer, unsigned flags))                                      \
   CALL(cuCtxSetCurrent, (void* context))                                                         \
   CALL(cuGetErrorName, (int code, const char** name))                                            \
   CALL(cuGetErrorString, (int code, const char** text))                                          \
@@ -162,6 +164,7 @@ class Context {
   // Whether kernels reach memory that was pinned after its allocation, at the host's addresses. What is allocated
   // pinned they always do.
   bool reaches_registered() const;
+  int device() const { return device_; }
 
  private:
   const Driver& driver_;

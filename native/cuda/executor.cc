@@ -47,8 +47,8 @@ CudaExecutor::CudaExecutor(const Driver& driver, Options options, std::shared_pt
 CudaExecutor::~CudaExecutor() {
   copier_->on_done(nullptr);
   driver_.cuCtxSetCurrent(context_.get());
-  for (Run& run : runs_)
-    if (bay_of(run).copying() || !streams_.idle(driver_)) bay_of(run).abandon();
+  for (size_t i = 0; i < bays_.size(); i++)
+    if (busy_[i] && (bays_[i].copying() || !streams_.idle(driver_))) bays_[i].abandon();
   if (!runs_.empty()) new std::list<Run>(std::move(runs_));  // with the requests' memory
 }
 
@@ -93,6 +93,22 @@ Entry* CudaExecutor::entry_for(const Batch& batch, const Layout& layout, const C
     if (Entry* entry = ledger_.find(key)) return entry;
   key.in_steps = false;
   return ledger_.find(key);
+}
+
+void CudaExecutor::add_adder(size_t parts, Dtype dtype, void* graph, Range result, const std::vector<Range>& captured) {
+  context_.enter();
+  Ranges ranges{};
+  ranges[static_cast<size_t>(Name::kAdded)] = result;
+  std::copy(captured.begin(), captured.end(), ranges.begin() + static_cast<size_t>(Name::kPart));
+  std::vector<Graph> graphs;
+  for (size_t bay = 0; bay < options_.depth; bay++) graphs.emplace_back(driver_, graph, ranges);
+  adders_.erase({parts, dtype});
+  adders_.emplace(std::pair{parts, dtype}, std::move(graphs));
+}
+
+Graph* CudaExecutor::adder(size_t parts, Dtype dtype, size_t bay) {
+  const auto found = adders_.find({parts, dtype});
+  return found == adders_.end() ? nullptr : &found->second[bay];
 }
 
 void CudaExecutor::start(std::unique_ptr<Batch> batch, uint64_t now_ns) {
@@ -166,7 +182,8 @@ bool CudaExecutor::advance(Run& run, uint64_t now_ns) {
   if (run.phase == Phase::kFailed) look_at_failed(run, now_ns);
   if (run.phase != Phase::kEnding || bay_of(run).copying()) return false;
   if (!run.batch->failure) run.batch->seconds.copy_out += seconds(run.ending_ns, now_ns);
-  busy_[run.bay] = false;
+  run.batch->bay = run.bay;
+  busy_[run.bay] = run.batch->keeps_sums && !run.batch->failure;
   finished_.push_back(std::move(run.batch));
   return true;
 }
@@ -196,6 +213,7 @@ void CudaExecutor::look(Run& run, uint64_t now_ns) {
     if (!lost_.empty()) return fail(run, lost_, true);
     if (now_ns < run.query_ns) return;
     run.query_ns = now_ns + kQueryNs;
+    driver_.cuCtxSetCurrent(context_.get());
     int code = bay.query();
     if (code == kCudaNotReady) return;
     if (code != kCudaSuccess) lost_ = driver_.describe(code);
@@ -210,6 +228,7 @@ void CudaExecutor::look_at_failed(Run& run, uint64_t now_ns) {
   if (!lost_.empty()) return fail(run, lost_, true);
   if (now_ns < run.query_ns) return;
   run.query_ns = now_ns + kQueryNs;
+  driver_.cuCtxSetCurrent(context_.get());
   int code = bay_of(run).query_failed();
   if (code == kCudaNotReady) return;
   if (code != kCudaSuccess) lost_ = driver_.describe(code);
@@ -220,6 +239,7 @@ void CudaExecutor::fetch(Run& run, uint64_t now_ns) {
   Entry& entry = *run.entry;
   Bay& bay = bay_of(run);
   DeviceSeconds measured;
+  driver_.cuCtxSetCurrent(context_.get());  // another device's, where there are several
   const bool timed = bay.read_seconds(&measured);
   if (timed) {
     entry.seconds = measured;

@@ -9,8 +9,9 @@ namespace expertd::cuda {
 namespace {
 
 constexpr int kKernelNode = 0, kCopyNode = 1, kFillNode = 2, kEmptyNode = 5;
-constexpr std::array<const char*, kNames> kNameTexts = {"ids",   "weights", "hidden",         "scales", "sums",
-                                                        "pairs", "up_gate", "up_gate_scales", "down",   "down_scales"};
+constexpr std::array<const char*, kNames> kNameTexts = {
+    "ids",    "weights", "hidden", "scales", "sums",   "pairs",  "up_gate", "up_gate_scales", "down",  "down_scales",
+    "result", "part 0",  "part 1", "part 2", "part 3", "part 4", "part 5",  "part 6",         "part 7"};
 
 uint64_t word_at(const std::vector<std::byte>& argument, size_t offset) {
   uint64_t word;
@@ -93,6 +94,14 @@ void Graph::read(void* node, const Ranges& captured) {
   for (auto& argument : kernel.arguments) kernel.pointers.push_back(argument.data());
   kernel.params.arguments = kernel.pointers.data();  // the graph's own may go with it
   kernels_.push_back(std::move(kernel));
+}
+
+void Graph::resize(unsigned blocks) {
+  for (Kernel& kernel : kernels_) {
+    if (kernel.params.grid_x == blocks) continue;
+    kernel.params.grid_x = blocks;
+    kernel.stale = true;
+  }
 }
 
 void Graph::bind(const Addresses& addresses) {

@@ -26,9 +26,11 @@ enum class Name : uint8_t {
   kUpGate,
   kUpGateScales,
   kDown,
-  kDownScales
+  kDownScales,
+  kAdded,  // of graphs that add: where the sums go, and the first of what devices have
+  kPart
 };
-inline constexpr size_t kNames = 10;
+inline constexpr size_t kMostParts = 8, kNames = 11 + kMostParts;
 
 struct Range {
   DevicePointer address = 0;
@@ -50,6 +52,8 @@ class Graph {
 
   // Sets the kernels whose named words are not what `addresses` says. The launches before are not affected.
   void bind(const Addresses& addresses);
+  // From now on its kernels have so many blocks in their first dimension.
+  void resize(unsigned blocks);
   void launch(void* stream) const { driver_.check(driver_.cuGraphLaunch(exec_.get(), stream)); }
   // Moves what the device needs of the graph there, so that the first launch is like the others.
   void upload(void* stream) const { driver_.check(driver_.cuGraphUpload(exec_.get(), stream)); }

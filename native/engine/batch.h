@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -29,12 +30,16 @@ struct Batch {
   bool alone = false;                  // small, and with nothing that could overlap it
   bool for_nothing = false;            // no job wants an expert: the sums are zeros, which need no device
   std::atomic<bool> has_room = false;  // whether all its jobs have been given room for their sums
+  bool keeps_sums = false;             // where the device has them, until it is told that nobody wants them any more
 
   // What became of it. The sums are in their places, unless it failed.
   std::vector<uint32_t> pairs;  // counted by the device, of each local expert
   DeviceSeconds seconds;
   std::optional<Refusal> failure;
   bool device_failed = false;  // the failure may be the device's, and not of this batch alone
+  std::string fault;           // of a device for which another one computed: nothing failed then
+  bool stranded = false;       // failed, and a device may use its memory for ever
+  size_t bay = 0;              // where the sums are that it keeps
 
   const Admitted& first() const { return jobs.front()->request; }
 };

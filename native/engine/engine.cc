@@ -33,6 +33,7 @@ Engine::~Engine() {
   if (executor_) executor_->on_done(nullptr);
   if (failpoints_) failpoints_->release_due(UINT64_MAX);
   // A waiting job keeps itself; what is left of them belongs to their inboxes alone.
+  for (auto& batch : stranded_) batch.release();
   for (Job* job : queue_.take_all()) const std::shared_ptr<Job> last = std::move(job->self);
 }
 

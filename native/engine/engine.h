@@ -123,6 +123,9 @@ class Engine : public Owned {
   void begin(uint64_t now);
   void start(std::unique_ptr<Batch> batch, uint64_t now);
   void finish(std::unique_ptr<Batch> batch, uint64_t now);
+  // Answers those of a batch whose memory may be used for ever, and keeps it.
+  void strand(std::unique_ptr<Batch> batch);
+  void tell_fault(std::string fault);
   // Completes an answer, and tells its caller: here, or on a thread of the pool.
   void complete(std::shared_ptr<Job> job);
   void answer(Job& job);
@@ -173,6 +176,7 @@ class Engine : public Owned {
   uint64_t looked_ns_ = 0;                       // for callers that left
   std::vector<Batch*> under_way_;                // until the executor gives them back
   std::deque<std::unique_ptr<Batch>> starting_;  // those of them whose jobs are being given room
+  std::vector<std::unique_ptr<Batch>> stranded_;
 };
 
 }  // namespace expertd

@@ -8,6 +8,7 @@ namespace expertd {
 
 void Job::put_reply(std::byte* place) {
   reply = place;
+  own_sums = request.rounds();
   if (request.rounds()) computed_.reset(new (std::nothrow) std::byte[request.computed_bytes()]);
   sums = request.rounds() ? computed_.get() : place;
 }

@@ -67,8 +67,9 @@ class Job {
   void put_reply(std::byte* place);
   // Rounds sums that are to be rounded; its memory is free then.
   void round();
-  Reach sums_reach() const { return request.rounds() ? Reach::kPageable : reach; }
+  Reach sums_reach() const { return own_sums ? Reach::kPageable : reach; }
 
+  bool own_sums = false;       // whether they are in memory of this process, wherever the reply is
   std::byte* sums = nullptr;   // [tokens, hidden size] of the request's `sums_dtype`
   std::byte* reply = nullptr;  // `reply_bytes` of the request
   std::string identity;        // who calls, as room and turns are shared

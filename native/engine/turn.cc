@@ -215,16 +215,12 @@ void Engine::start(std::unique_ptr<Batch> batch, uint64_t now) {
 
 void Engine::finish(std::unique_ptr<Batch> batch, uint64_t now) {
   std::erase(under_way_, batch.get());
+  if (batch->device_failed) tell_fault(batch->failure ? batch->failure->text : batch->fault);
+  if (batch->stranded) return strand(std::move(batch));
   if (!batch->failure && !batch->for_nothing) {
     admission_.computed(batch->tokens, seconds_between(batch->started_ns, now));
     batch->failure = miscounted(*batch);
     if (!batch->failure) tally_->computed(*batch);
-  } else if (batch->device_failed) {
-    {
-      const std::lock_guard lock(mutex_);
-      fault_ = batch->failure->text;
-    }
-    fault_bell_.ring();
   }
   const DeviceSeconds& device = batch->seconds;
   for (const auto& job : batch->jobs) {
@@ -243,6 +239,20 @@ void Engine::finish(std::unique_ptr<Batch> batch, uint64_t now) {
       if (!failpoints_ || !failpoints_->withhold(job, now)) complete(job);
     }
   }
+}
+
+void Engine::tell_fault(std::string fault) {
+  {
+    const std::lock_guard lock(mutex_);
+    fault_ = std::move(fault);
+  }
+  fault_bell_.ring();
+}
+
+void Engine::strand(std::unique_ptr<Batch> batch) {
+  for (const auto& job : batch->jobs)
+    if (!std::exchange(job->answered, true)) refuse(*job, *batch->failure, /*over=*/false);
+  stranded_.push_back(std::move(batch));
 }
 
 void Engine::complete(std::shared_ptr<Job> job) {

@@ -16,6 +16,12 @@ PlacementPtr make_placement(Placement placement) {
     for (size_t local = 0; local < owned.experts.size(); ++local) {
       owned.local_ids.at(owned.experts[local]) = static_cast<int32_t>(local);
     }
+    if (!owned.devices.empty()) owned.homes.assign(owned.experts.size(), {});
+    for (uint32_t device = 0; device < owned.devices.size(); ++device) {
+      const std::vector<uint32_t>& its = owned.devices[device].experts;
+      for (size_t local = 0; local < its.size(); ++local)
+        owned.homes.at(its[local]).push_back({device, static_cast<int32_t>(local)});
+    }
   }
   return std::make_shared<const Placement>(std::move(placement));
 }

@@ -10,6 +10,12 @@
 
 namespace expertd {
 
+// A device that has an expert, and the number by which it knows it.
+struct Home {
+  uint32_t device;
+  int32_t local;
+};
+
 // What a server owns of one layer.
 struct OwnedLayer {
   uint32_t layer = 0;                  // in the model
@@ -18,7 +24,10 @@ struct OwnedLayer {
   uint64_t key = 0;                    // what the executor knows its weights by
   // Where the device has them: up_gate, its scales, down, its scales. Zeros on a CPU.
   std::array<uint64_t, 4> weights = {};
-  std::vector<int32_t> local_ids = {};  // by global id; -1 for experts of other servers
+  // Where there are several devices, what each of them has: their `experts` are local ids of this layer, in any order.
+  std::vector<OwnedLayer> devices = {};
+  std::vector<int32_t> local_ids = {};        // by global id; -1 for experts of other servers
+  std::vector<std::vector<Home>> homes = {};  // by local id, where there are several devices: ascending
 };
 
 // What a server owns, and what a request is checked against: immutable, shared by the requests that were.
@@ -40,7 +49,8 @@ struct Placement {
 
 using PlacementPtr = std::shared_ptr<const Placement>;
 
-// Fills the tables of local ids. Experts are ascending and below `num_routed_experts`.
+// Fills the tables of local ids and homes. Experts are ascending and below `num_routed_experts`. Throws
+// std::out_of_range for a device's expert that the layer does not have.
 PlacementPtr make_placement(Placement placement);
 
 // What requests that name `fingerprint` are checked against: of a placement and the one beside it the one that has it,

@@ -39,7 +39,8 @@ struct Admitted {
   size_t reply_bytes() const { return sums_bytes(reply_dtype, tokens, placement->hidden_size); }
   // Of the sums that are computed, which those of an FP8 reply are made of.
   Dtype sums_dtype() const { return rounds() ? Dtype::kFloat32 : reply_dtype; }
-  size_t computed_bytes() const { return values_bytes(sums_dtype(), tokens, placement->hidden_size); }
+  size_t computed_bytes() const { return computed_bytes(sums_dtype()); }
+  size_t computed_bytes(Dtype dtype) const { return values_bytes(dtype, tokens, placement->hidden_size); }
   bool rounds() const { return reply_dtype == Dtype::kFloat8E4M3FN; }
 };
 

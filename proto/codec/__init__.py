@@ -26,6 +26,7 @@ from expertd.proto.codec.shard import (
     DIGEST_BYTES,
     ENVELOPE_BYTES,
     SERVICE,
+    DeviceInfo,
     GenerationInfo,
     Registration,
     RegistrationRequest,

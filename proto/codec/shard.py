@@ -49,6 +49,15 @@ class UpdateProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """One of the devices that compute for a server."""
+
+    number: int
+    name: str
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
     """What a server owns and accepts."""
 
@@ -85,6 +94,8 @@ class ShardInfo:
     """Other weights that are here as well."""
     update: UpdateProgress | None = None
     """Of a change that is under way."""
+    devices: tuple[DeviceInfo, ...] = ()
+    """What computes; empty when it is not told."""
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
@@ -155,6 +166,7 @@ def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
         instruction_set=shard.instruction_set,
         next_generation=None if shard.next is None else _encode_generation(shard.next),
         update=None if shard.update is None else pb.UpdateProgress(**asdict(shard.update)),
+        devices=[pb.Device(**asdict(device)) for device in shard.devices],
     )
 
 
@@ -194,6 +206,7 @@ def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
         checkpoint_dtypes=_dtypes(message.checkpoint_weight_dtypes),
         next=_decode_generation(message.next_generation) if message.HasField("next_generation") else None,
         update=_decode_progress(message.update) if message.HasField("update") else None,
+        devices=tuple(DeviceInfo(one.number, one.name, one.lost) for one in message.devices),
     )
 
 

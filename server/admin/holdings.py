@@ -11,15 +11,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from functools import partial
 
 from expertd._native import Engine
-from expertd.kernels.numerics.backend import Backend, UnsupportedShape
+from expertd.kernels.numerics.backend import UnsupportedShape
 from expertd.kernels.weights.checkpoint import CheckpointError
 from expertd.kernels.weights.experts import layer_bytes, load_layer
 from expertd.proto.base.errors import InvalidBatch, Overloaded, ServerFault, StalePlacement, Unavailable
 from expertd.proto.codec import UpdateProgress
-from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.generations import Generation, Generations
 from expertd.server.scheduling.loading import read_again
-from expertd.server.scheduling.selfcheck import SelfCheckFailed, self_check
+from expertd.server.scheduling.node import Device, Node
+from expertd.server.scheduling.selfcheck import SelfCheckFailed
+from expertd.server.scheduling.spread import even_room
 from expertd.server.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,7 @@ class Holdings:
     def __init__(
         self,
         generations: Generations,
-        backend: Backend,
-        device: DeviceOwner,
+        node: Node,
         engine: Engine,
         metrics: Metrics,
         tell: Callable[[Generations], None],
@@ -49,8 +49,7 @@ class Holdings:
         self.busy = False
         self.progress: UpdateProgress | None = None
         """Of what is made now."""
-        self._backend = backend
-        self._device = device
+        self._node = node
         self._engine = engine
         self._tell = tell
         self._tasks = metrics.new_tasks()
@@ -108,10 +107,11 @@ class Holdings:
                 loading = partial(load_layer, checkpoint, layer, added[layer], advance, source.ledger.settle, dtype)
                 weights = await asyncio.to_thread(loading)
                 key = made[layer] = next(self._keys)
-                base, kept = (source.shard.key(layer), _kept(experts, here[layer])) if layer in here else (None, {})
-                await asyncio.to_thread(self._backend.splice_layer, key, base, kept, weights)
-                sample = await asyncio.to_thread(read_again, checkpoint, layer, experts, dtype, added[layer])
-                await self._device.call(partial(self_check, self._backend, key, sample, serving=True))
+                base = source.shard.key(layer) if layer in here else None
+                await self._node.splice(key, layer, base, experts, added[layer], weights)
+                shares = self._node.shares(key, added[layer] or experts)
+                sample = await asyncio.to_thread(read_again, checkpoint, layer, shares, dtype)
+                await self._node.check(key, sample, serving=True)
             self.progress = UpdateProgress(read[0], total, ready, len(changed))
             yield self.progress
         await asyncio.to_thread(source.ledger.save)
@@ -119,11 +119,23 @@ class Holdings:
     async def switch(self, generations: Generations) -> float:
         """Answer with other ones from now on. When nobody uses what is not among them any more, it is freed, and the
         seconds until then are returned; whoever waits may leave before."""
-        former, self.generations = self.generations, generations.at(max(time.time_ns() // 1000, self.epoch + 1))
-        self._tell(self.generations)
+        former = self.generations
+        self._begin(generations)
         switched = time.monotonic()
         await asyncio.shield(self._tasks.start(self._retire(former), "freeing weights"))
         return time.monotonic() - switched
+
+    def lose(self, device: Device, reason: str, *, hangs: bool) -> None:
+        """Answer without a device from now on: experts that no other one has are not owned any more."""
+        self._node.lose(device, reason)
+        self._begin(self.generations)
+        self._node.forsake(device, hangs=hangs)
+
+    def _begin(self, generations: Generations) -> None:
+        # Devices may have been lost since somebody began to make these.
+        left = generations.only(self._node.computable)
+        self.generations = left.at(max(time.time_ns() // 1000, self.epoch + 1))
+        self._tell(self.generations)
 
     async def _retire(self, former: Generations) -> None:
         epoch = self.epoch
@@ -136,17 +148,17 @@ class Holdings:
             checkpoint.close()
 
     async def _drop(self, key: int) -> None:
-        await self._device.call(partial(self._backend.drop_layer, key))
+        await self._node.drop(key)
 
     async def _check_memory(self, changed: Owned) -> None:
-        memory = await self._device.call(self._backend.memory)
-        if memory is None:
+        memory = await self._node.memory()
+        if not memory:
             return
         shard = self.generations.serving.shard
-        most = max(map(len, shard.experts.values()), default=0)
         size = shard.config.expert_bytes * shard.weight_dtype.itemsize
-        needed = size * sum(max(most, len(experts)) for experts in changed.values() if experts)
-        left = memory.free + memory.reserved - memory.allocated
+        count, room = len(self._node.sound), self._node.room
+        needed = size * sum(max(room, even_room(len(experts), count)) for experts in changed.values() if experts)
+        left = min(one.free + one.reserved - one.allocated for one in memory.values())
         if needed > left:
             raise Overloaded(
                 f"{len(changed)} new layers take {needed} bytes beside the old ones and {left} are free; change the"
@@ -162,9 +174,3 @@ def _count_bytes(source: Generation, experts: Owned) -> int:
 
 def _without(experts: tuple[int, ...], here: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(expert for expert in experts if expert not in here)
-
-
-def _kept(experts: tuple[int, ...], here: tuple[int, ...]) -> dict[int, int]:
-    """For the positions in `experts` of those that are `here` the ones in it."""
-    places = {expert: place for place, expert in enumerate(here)}
-    return {place: places[expert] for place, expert in enumerate(experts) if expert in places}

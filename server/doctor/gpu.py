@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from expertd.kernels.memory.gpu import current_gpu, gpu_uuid
+from expertd.kernels.memory.gpu import gpu_uuid
 from expertd.server.doctor.finding import Finding, fail, ok, warn
 from expertd.server.hardware.gpu_health import GpuHealth
 from expertd.server.hardware.nvml import Nvml, load_nvml
@@ -17,6 +17,8 @@ from expertd.server.options.config import ServerConfig
 LEAST_DRIVER = 580
 """The first branch that runs what cuTile compiles."""
 SLOWDOWNS = ("hardware_slowdown", "thermal_software", "thermal_hardware", "power_brake")
+MOST_ADDED = 8
+"""GPUs whose sums are added up on them."""
 LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (9, 0)
 
 
@@ -55,9 +57,37 @@ def check_gpu(config: ServerConfig, find_driver: Callable[[], str | None] = driv
             f" and --gpus{consequence}",
         )
         return
-    yield _judge_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), config)
-    yield from check_health(gpu_uuid(current_gpu()), load_nvml())
+    devices = devices_of(config, torch.cuda.device_count())
+    if config.devices is not None:
+        yield check_devices(devices, torch.cuda.device_count(), torch.cuda.can_device_access_peer)
+    for device in devices:
+        capability = torch.cuda.get_device_capability(device)
+        yield _judge_gpu(torch.cuda.get_device_name(device), capability, config)
+        yield from check_health(gpu_uuid(torch.device("cuda", device)), load_nvml())
     yield check_compiler("sm_{}{}".format(*torch.cuda.get_device_capability()))
+
+
+def devices_of(config: ServerConfig, there: int) -> tuple[int, ...]:
+    """Those of the GPUs here that a server would use."""
+    if config.devices is None:
+        return (torch.cuda.current_device(),)
+    return tuple(device for device in config.devices or range(there) if device < there)
+
+
+def check_devices(devices: Sequence[int], there: int, reaches: Callable[[int, int], bool]) -> Finding:
+    """How `devices` that are one server add up what each has of a batch."""
+    if not devices:
+        return fail("devices", f"--devices names none of the {there} GPUs that torch sees")
+    apart = [(a, b) for a in devices for b in devices if a != b and not reaches(a, b)]
+    if apart:
+        return warn(
+            "devices",
+            f"GPU {apart[0][0]} does not reach the memory of GPU {apart[0][1]}: sums are added up on the host, which"
+            " takes many times as long for large batches; see `nvidia-smi topo -p2p rw`",
+        )
+    if len(devices) > MOST_ADDED:
+        return warn("devices", f"{len(devices)} GPUs: sums of more than {MOST_ADDED} are added up on the host")
+    return ok("devices", f"{len(devices)} GPUs, each of which reaches the memory of the others: they add up their sums")
 
 
 def _judge_gpu(name: str, capability: tuple[int, int], config: ServerConfig) -> Finding:
@@ -112,5 +142,7 @@ def check_compiler(arch: str) -> Finding:
 
 
 def gpu_memory(config: ServerConfig) -> int | None:
-    """Free bytes of the GPU; None where a server would use none."""
-    return torch.cuda.mem_get_info()[0] if config.backend != "torch" and torch.cuda.is_available() else None
+    """Free bytes of the GPUs, all together; None where a server would use none."""
+    if config.backend == "torch" or not torch.cuda.is_available():
+        return None
+    return sum(torch.cuda.mem_get_info(device)[0] for device in devices_of(config, torch.cuda.device_count()))

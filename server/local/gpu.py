@@ -12,10 +12,12 @@ import torch
 
 from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError
 from expertd.proto.base.errors import InvalidBatch, NotPermitted, ServerFault
-from expertd.server.scheduling.device import DeviceOwner
+from expertd.server.scheduling.node import Node
 
 Release: TypeAlias = Sequence[Callable[[], object]]
 """Gives memory back, step by step, after the last batch that uses it."""
+PORTABLE = 1
+"""cudaHostRegisterPortable: for all devices of this process."""
 PIN_STEP = 2 << 20
 """The native executor cuts its copies where registrations end: at multiples of it."""
 
@@ -28,7 +30,7 @@ class Cuda:
 
     def register(self, memory: memoryview) -> int:
         """Let the GPU copy from and to `memory` directly."""
-        return int(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0))
+        return int(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), PORTABLE))
 
     def unregister(self, memory: memoryview) -> None:
         """Undo `register` before the memory is unmapped."""
@@ -45,14 +47,16 @@ class Cuda:
 class Gpu:
     """Lets the device use memory, and gives it back. A server that computes on the CPU has no `cuda`."""
 
-    def __init__(self, device: DeviceOwner, cuda: Cuda | None) -> None:
-        self._device = device
+    def __init__(self, node: Node, cuda: Cuda | None) -> None:
+        self._node = node
         self.cuda = cuda
 
     def require(self) -> Cuda:
-        """For memory of a GPU. Raises `NotPermitted` where there is none."""
+        """For memory of the GPU. Raises `NotPermitted` where there is none, or more than one."""
         if self.cuda is None:
             raise NotPermitted("this server computes on no GPU; hand over the segment alone")
+        if len(self._node.devices) > 1:
+            raise NotPermitted("this server computes on several GPUs; hand over the segment alone")
         return self.cuda
 
     async def pin(self, memory: memoryview) -> Release | None:
@@ -62,7 +66,7 @@ class Gpu:
         release: list[Callable[[], object]] = [cuda.synchronize]
         # In steps: while CUDA pins a GiB, nothing is launched.
         for piece in pieces_of(memory):
-            code = await self._device.call(partial(cuda.register, piece))
+            code = await self._node.chores.call(partial(cuda.register, piece))
             if code != 0:
                 await self.release(release)
                 raise ServerFault(f"the segment's {len(memory)} bytes cannot be pinned: CUDA error {code}")
@@ -72,13 +76,13 @@ class Gpu:
     async def open(self, descriptor: int, size: int) -> GpuMemory:
         """Map a caller's memory of this GPU; its `close` gives it back. Raises `InvalidBatch`."""
         try:
-            return await self._device.call(partial(self.require().open, descriptor, size))
+            return await self._node.chores.call(partial(self.require().open, descriptor, size))
         except GpuMemoryError as error:
             raise InvalidBatch(f"the {size} bytes of GPU memory cannot be mapped: {error}") from None
 
     async def release(self, release: Release | None) -> None:
         for step in release or ():
-            await self._device.call(step)
+            await self._node.chores.call(step)
 
 
 def pieces_of(memory: memoryview) -> Iterator[memoryview]:

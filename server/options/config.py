@@ -44,6 +44,18 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+ALL_DEVICES: tuple[int, ...] = ()
+"""Of `ServerConfig.devices`: as many as there are."""
+
+
+def parse_devices(text: str) -> tuple[int, ...]:
+    """Read "all", "0-3" or "0,2"."""
+    return ALL_DEVICES if text == "all" else parse_ranges(text)
+
+
+MOST_DEVICES = 64
+
+
 def _told(summary: str, parse: Callable[[str], object] = str) -> dict[str, Any]:
     """Metadata of an option: what `--help` says of it, and how its text is read."""
     return {"help": summary, "parse": parse}
@@ -124,6 +136,30 @@ class ServerConfig:
         metadata=_told("processes that take the calls on --listen for the server; 0: it takes them itself", int),
     )
     backend: str = field(default="auto", metadata=_told("compute backend: auto, torch (CPU) or cutile (GPU)"))
+    devices: tuple[int, ...] | None = field(
+        default=None,
+        metadata=_told(
+            "devices over which the experts of each layer are spread, such as 0-3, or all; of the torch backend,"
+            " that many simulated ones (default: one)",
+            parse_devices,
+        ),
+    )
+    device_experts: int | None = field(
+        default=None,
+        metadata=_told(
+            "experts of a layer on each of several devices; more than their even share are copies of the busiest"
+            " (default: their even share)",
+            int,
+        ),
+    )
+    device_loads: Path | None = field(
+        default=None,
+        metadata=_told(
+            "JSON file of recorded loads, by which experts are spread over devices: an object from layers to lists with"
+            " a number for every expert of the model (default: all are alike)",
+            Path,
+        ),
+    )
     pipeline: Pipeline = field(
         default="auto",
         metadata=_told("arithmetic of the cutile backend: fast (FP8), dequant (FP16, more exact) or auto: the faster"),
@@ -192,6 +228,7 @@ class ServerConfig:
             raise InvalidOption(f"--pipeline is {self.pipeline!r}; choose from {', '.join(PIPELINES)}")
         if self.weights not in WEIGHTS:
             raise InvalidOption(f"--weights is {self.weights!r}; choose from {', '.join(WEIGHTS)}")
+        self._check_devices()
         if self.weights == "bf16" and self.pipeline == "fast":
             raise InvalidOption("--pipeline fast computes with FP8 weights; leave it out, or --weights bf16")
         if self.log_level not in ("debug", "info", "warning", "error"):
@@ -223,6 +260,18 @@ class ServerConfig:
         if not 0 <= self.shadow_check_rate <= 1:
             raise InvalidOption(f"--shadow-check-rate is {self.shadow_check_rate}; it must be from 0 to 1")
         self._check_security()
+
+    def _check_devices(self) -> None:
+        if self.devices is None:
+            for name in ("device_experts", "device_loads"):
+                if getattr(self, name) is not None:
+                    raise InvalidOption(f"{flag(name)} needs --devices with it")
+        elif len(self.devices) > MOST_DEVICES:
+            raise InvalidOption(f"--devices names {len(self.devices)} devices; a server has at most {MOST_DEVICES}")
+        if self.device_experts is not None and not 0 < self.device_experts <= len(self.experts):
+            raise InvalidOption(
+                f"--device-experts is {self.device_experts}; it must be from 1 to the {len(self.experts)} of the server"
+            )
 
     def _check_security(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -287,7 +336,14 @@ def metavar(option: dataclasses.Field[Any]) -> str:
         return "FOLDER"
     if name in ("bytes", "tokens", "us", "seconds", "rate"):
         return name.upper()
-    wanted = {Address.parse: "HOST:PORT", parse_ranges: "RANGES", Path: "FILE", float: "SECONDS", int: "N"}
+    wanted = {
+        Address.parse: "HOST:PORT",
+        parse_ranges: "RANGES",
+        parse_devices: "RANGES",
+        Path: "FILE",
+        float: "SECONDS",
+        int: "N",
+    }
     return wanted.get(option.metadata["parse"], name.upper())
 
 

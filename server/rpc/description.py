@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from expertd import __version__, _native
-from expertd.kernels.numerics.backend import Backend
 from expertd.proto import codec
-from expertd.proto.codec import DIGEST_BYTES, GenerationInfo, ShardInfo
+from expertd.proto.codec import DIGEST_BYTES, DeviceInfo, GenerationInfo, ShardInfo
 from expertd.server.options.config import Address, ServerConfig
 from expertd.server.scheduling.generations import Generation, Generations
+from expertd.server.scheduling.node import Node
 
 
-def describe(config: ServerConfig, serving: Generation, backend: Backend, backend_reason: str) -> ShardInfo:
+def describe(config: ServerConfig, serving: Generation, node: Node, backend_reason: str) -> ShardInfo:
     """The answer to `GetShard`, but for what is known of weights once they are loaded."""
     shard = serving.shard
     model = shard.config
@@ -27,27 +27,28 @@ def describe(config: ServerConfig, serving: Generation, backend: Backend, backen
         ),
         max_queued_tokens=config.max_queued_tokens,
         max_queued_bytes=config.max_queued_bytes,
-        backend=backend.name,
-        device=backend.device,
+        backend=node.devices[0].backend.name,
+        device=node.name,
         backend_reason=backend_reason,
         version=__version__,
         locality=config.locality,
         has_manifest=serving.ledger.manifest is not None,
         weight_dtype=shard.weight_dtype,
         instruction_set=_native.instruction_set(),
+        devices=_devices(node),
     )
 
 
 def as_loaded(
-    info: ShardInfo, generations: Generations, metrics_address: Address, admin_address: Address | None
+    info: ShardInfo, generations: Generations, node: Node, metrics_address: Address, admin_address: Address | None
 ) -> ShardInfo:
     """The answer to `GetShard`, now that all weights are loaded."""
     return dataclasses.replace(
-        owning(info, generations), metrics_address=str(metrics_address), admin_address=str(admin_address or "")
+        owning(info, generations, node), metrics_address=str(metrics_address), admin_address=str(admin_address or "")
     )
 
 
-def owning(info: ShardInfo, generations: Generations) -> ShardInfo:
+def owning(info: ShardInfo, generations: Generations, node: Node) -> ShardInfo:
     """The answer to `GetShard` of a server that answers with `generations`, all of which are loaded."""
     serving, following = generations.serving, generations.next
     return dataclasses.replace(
@@ -58,6 +59,7 @@ def owning(info: ShardInfo, generations: Generations) -> ShardInfo:
         has_manifest=serving.ledger.manifest is not None,
         checkpoint_dtypes=serving.stored,
         next=None if following is None else _next(following, generations.share),
+        devices=_devices(node),
     )
 
 
@@ -69,6 +71,10 @@ def _next(generation: Generation, share: float) -> GenerationInfo:
         checkpoint_dtypes=generation.stored,
         share=share,
     )
+
+
+def _devices(node: Node) -> tuple[DeviceInfo, ...]:
+    return tuple(DeviceInfo(one.number, one.backend.device, one.lost is not None) for one in node.devices)
 
 
 def _digests(generation: Generation) -> bytes:

@@ -26,7 +26,8 @@ class DeviceOwner:
     """Does chores and starts the engine's batches on its own thread; a second one waits for those batches, so that the
     next one can start meanwhile."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, suffix: str = "") -> None:
+        """`suffix`: of the threads' names, where there are several owners."""
         self.submit: Submit = backend.submit
         self.batches = CallbackExecutor(backend.depth)
         """Where the engine puts what the backend is to compute."""
@@ -34,7 +35,7 @@ class DeviceOwner:
         self._waits: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stopping = False
         self._threads = [
-            threading.Thread(target=run, name=name, daemon=True)
+            threading.Thread(target=run, name=name + suffix, daemon=True)
             for run, name in ((self._own, "device-owner"), (self._wait, "device-waiter"))
         ]
 

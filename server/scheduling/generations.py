@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from expertd._native import Placement
-from expertd.kernels.numerics.backend import LayerAddresses
 from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
 from expertd.kernels.weights.experts import ExpertMatrices, read_expert
 from expertd.kernels.weights.ledger import Ledger
-from expertd.server.scheduling.shard import Shard
+from expertd.server.scheduling.shard import Parts, Shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +53,11 @@ class Generations:
     def keys(self) -> set[int]:
         return set().union(*(one.keys for one in self.all))
 
+    def only(self, computable: Callable[[int], set[int]]) -> Generations:
+        """The same without experts that are not `computable`, those of a layer by its key."""
+        now = [replace(one, shard=one.shard.only(computable)) for one in self.all]
+        return Generations(now[0], now[1] if len(now) > 1 else None, self.share)
+
     def named(self, fingerprint: str) -> Generation | None:
         return next((one for one in self.all if one.fingerprint == fingerprint), None)
 
@@ -62,10 +66,10 @@ class Generations:
         now = [replace(one, shard=replace(one.shard, placement_epoch=epoch)) for one in self.all]
         return Generations(now[0], now[1] if len(now) > 1 else None, self.share)
 
-    def placement(self, max_tokens: int, addresses: Mapping[int, LayerAddresses] | None = None) -> Placement:
+    def placement(self, max_tokens: int, parts: Parts) -> Placement:
         """See `Shard.placement`."""
-        beside = None if self.next is None else self.next.shard.placement(max_tokens, addresses)
-        return self.serving.shard.placement(max_tokens, addresses, beside)
+        beside = None if self.next is None else self.next.shard.placement(max_tokens, parts)
+        return self.serving.shard.placement(max_tokens, parts, beside)
 
     def read(self, fingerprint: str, layer: int, expert: int) -> ExpertMatrices:
         """An expert of the generation with this fingerprint, from its files. Raises `CheckpointError`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 
 from expertd.server.hardware.gpu_health import GpuHealth, GpuLost, Reading
@@ -18,16 +18,18 @@ LOOK_SECONDS = 5.0
 
 
 class GpuWatch:
-    """Lives on the event loop; NVML is asked on threads of its own, which may hang with the driver."""
+    """Of one device. Lives on the event loop; NVML is asked on threads of its own, which may hang with the driver."""
 
-    def __init__(self, gpu: GpuHealth, metrics: Metrics, condemn: Callable[[str], None]) -> None:
-        """`condemn` makes the server unhealthy for a reason."""
+    def __init__(self, device: int, gpu: GpuHealth, metrics: Metrics, condemn: Callable[[str], None]) -> None:
+        """`condemn` has the device not used any more, for a reason."""
+        self._device = device
         self._gpu = gpu
         self._metrics = metrics
         self._condemn = condemn
         self.reading = gpu.read()
         self.look_seconds = LOOK_SECONDS
-        self._export()
+        for xid in FATAL:
+            metrics.gpu_xids.labels(device, xid)
 
     async def run(self) -> None:
         """Watch until the GPU is lost."""
@@ -40,7 +42,7 @@ class GpuWatch:
                 self._tell(xid)
 
     def _tell(self, xid: int) -> None:
-        self._metrics.gpu_xids.labels(xid).inc()
+        self._metrics.gpu_xids.labels(self._device, xid).inc()
         meaning = FATAL.get(xid)
         log.error("the GPU had Xid error %d (%s)", xid, meaning or "see NVIDIA's catalogue of Xid errors")
         if meaning is not None:
@@ -61,19 +63,23 @@ class GpuWatch:
         threading.Thread(target=look, name="gpu-health", daemon=True).start()
         return await asyncio.wrap_future(looked)
 
-    def _export(self) -> None:
-        """Series of what this GPU tells."""
-        metrics = self._metrics
-        for xid in FATAL:
-            metrics.gpu_xids.labels(xid)
-        metrics.gpu_temperature.set_function(
-            lambda: [((), (celsius,))] if (celsius := self.reading.temperature) is not None else []
+
+def export(metrics: Metrics, watches: Mapping[int, GpuWatch]) -> None:
+    """Series of what GPUs tell, by their devices' numbers."""
+
+    def each(kind: Callable[[Reading], Mapping[str, float]]) -> Iterator[tuple[tuple[int, str], tuple[float]]]:
+        return (((device, name), (n,)) for device, its in watches.items() for name, n in kind(its.reading).items())
+
+    metrics.gpu_temperature.set_function(
+        lambda: (
+            ((device,), (celsius,))
+            for device, its in watches.items()
+            if (celsius := its.reading.temperature) is not None
         )
-        metrics.gpu_throttled.set_function(
-            lambda: (((reason,), (int(holds),)) for reason, holds in self.reading.throttling.items())
-        )
-        metrics.gpu_ecc_errors.set_function(lambda: (((kind,), (n,)) for kind, n in self.reading.ecc_errors.items()))
-        metrics.gpu_links.set_function(lambda: (((state,), (n,)) for state, n in self.reading.links.items()))
-        metrics.gpu_link_errors.set_function(lambda: (((kind,), (n,)) for kind, n in self.reading.link_errors.items()))
-        metrics.export(metrics.gpu_xids, metrics.gpu_temperature, metrics.gpu_throttled)
-        metrics.export(metrics.gpu_ecc_errors, metrics.gpu_links, metrics.gpu_link_errors)
+    )
+    metrics.gpu_throttled.set_function(lambda: each(lambda reading: reading.throttling))
+    metrics.gpu_ecc_errors.set_function(lambda: each(lambda reading: reading.ecc_errors))
+    metrics.gpu_links.set_function(lambda: each(lambda reading: reading.links))
+    metrics.gpu_link_errors.set_function(lambda: each(lambda reading: reading.link_errors))
+    metrics.export(metrics.gpu_xids, metrics.gpu_temperature, metrics.gpu_throttled)
+    metrics.export(metrics.gpu_ecc_errors, metrics.gpu_links, metrics.gpu_link_errors)

@@ -16,13 +16,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from expertd._native import Failpoints
 from expertd.kernels.model.ranges import format_ranges
-from expertd.kernels.numerics.backend import Backend, LayerWeights
+from expertd.kernels.numerics.backend import LayerWeights
 from expertd.kernels.numerics.quantize import FP8
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import ExpertMatrices, layer_bytes, load_layer, read_expert, stored_dtypes
 from expertd.kernels.weights.ledger import Ledger
-from expertd.server.scheduling.device import DeviceOwner
-from expertd.server.scheduling.selfcheck import self_check
+from expertd.server.scheduling.node import Node
 from expertd.server.scheduling.shard import Shard
 from expertd.server.telemetry.metrics import Metrics, adding_seconds
 
@@ -37,15 +36,15 @@ CONVERTED = (
     "the checkpoint's weights are MXFP4 and are converted to FP8 in blocks of 128x128: what is not exact is told"
 )
 CHECKED_EXPERTS = 2
-"""Of each layer, in the self-check; reading one again takes about 0.1 s at DeepSeek-V3's sizes."""
+"""Of each layer, in the self-check, or one of each device if that is more; reading one again takes about 0.1 s at
+DeepSeek-V3's sizes."""
 
 
 async def load_layers(
     checkpoint: Checkpoint,
     ledger: Ledger,
     shard: Shard,
-    backend: Backend,
-    device: DeviceOwner,
+    node: Node,
     metrics: Metrics,
     failpoints: Failpoints | None = None,
 ) -> tuple[torch.dtype, ...]:
@@ -91,12 +90,13 @@ async def load_layers(
             if failpoints is not None and failpoints.strikes("slow_loading"):
                 await asyncio.sleep(failpoints.seconds("slow_loading"))
             with adding_seconds(metrics.startup.labels("load")):
+                held = node.assign(layer, shard.experts[layer])
                 _, sample = await asyncio.gather(
-                    device.call(partial(backend.load_layer, layer, weights)),
-                    asyncio.to_thread(read_again, checkpoint, layer, shard.experts[layer], shard.weight_dtype),
+                    node.load(layer, shard.experts[layer], weights),
+                    asyncio.to_thread(read_again, checkpoint, layer, held, shard.weight_dtype),
                 )
             with adding_seconds(metrics.startup.labels("self_check")):
-                error = await device.call(partial(self_check, backend, layer, sample))
+                error = await node.check(layer, sample)
             worst = max(worst, error)
             metrics.weights_bytes.inc(weights.num_bytes)
             metrics.layers_loaded.inc()
@@ -116,23 +116,18 @@ async def load_layers(
     )
     started = time.perf_counter()
     with adding_seconds(metrics.startup.labels("warm_up")), Console(stderr=True).status("warming up"):
-        await device.call(backend.warm_up)
+        await node.warm_up()
     log.info("warmed up in %.1f s", time.perf_counter() - started)
     return stored
 
 
 def read_again(
-    checkpoint: Checkpoint,
-    layer: int,
-    experts: Sequence[int],
-    dtype: torch.dtype,
-    among: Sequence[int] = (),
+    checkpoint: Checkpoint, layer: int, shares: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> dict[int, ExpertMatrices]:
-    """A few of a layer's `experts`, or of those `among` them, by their local ids: other ones every time, by the way
-    that loading does not take."""
-    candidates = among or experts
-    chosen = random.sample(candidates, min(CHECKED_EXPERTS, len(candidates)))
-    return {experts.index(expert): read_expert(checkpoint, layer, expert, dtype) for expert in chosen}
+    """A few experts of a layer, of each device's share: other ones every time, by the way that loading does not."""
+    count = max(1, CHECKED_EXPERTS // len(shares))
+    chosen = {expert for share in shares for expert in random.sample(share, min(count, len(share)))}
+    return {expert: read_expert(checkpoint, layer, expert, dtype) for expert in sorted(chosen)}
 
 
 def _progress_bar() -> Progress:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 
@@ -16,7 +17,8 @@ from expertd.server.options.config import InvalidOption, ServerConfig, Weights
 
 WEIGHT_DTYPES: dict[Weights, torch.dtype] = {"fp8": FP8, "bf16": torch.bfloat16}
 """By --weights."""
-NOWHERE: LayerAddresses = (0, 0, 0, 0)
+Parts: TypeAlias = Callable[[int], Sequence[tuple[tuple[int, ...], LayerAddresses]]]
+"""By a layer's key, what each device has of it, global ids, and where."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,25 @@ class Shard:
         """The fields of the model's `MoeConfig` that callers need."""
         return {name: value for name, value in self.config.fields.items() if name != "swiglu_limit"}
 
+    def only(self, computable: Callable[[int], set[int]]) -> Shard:
+        """The same without experts that are not `computable`, those of a layer by its key."""
+        left = {layer: computable(self.key(layer)) for layer in self.experts}
+        kept = {layer: tuple(e for e in experts if e in left[layer]) for layer, experts in self.experts.items()}
+        return replace(self, experts={layer: experts for layer, experts in kept.items() if experts})
+
     def placement(
         self,
         max_tokens: int,
-        addresses: Mapping[int, LayerAddresses] | None = None,
+        parts: Parts | None = None,
         beside: Placement | None = None,
     ) -> Placement:
-        """What requests, of at most `max_tokens` tokens, are checked against, and where the device has the layers;
-        `beside` is that of other weights."""
+        """What requests, of at most `max_tokens` tokens, are checked against, and which devices compute them, once that
+        is known; `beside` is that of other weights."""
         return Placement(
             model_fingerprint=self.model_fingerprint,
             epoch=self.placement_epoch,
             layers=[
-                OwnedLayer(
-                    layer,
-                    experts,
-                    experts_text=format_ranges(experts),
-                    key=self.key(layer),
-                    weights=addresses[self.key(layer)] if addresses else NOWHERE,
-                )
+                _owned(layer, experts, self.key(layer), () if parts is None else parts(self.key(layer)))
                 for layer, experts in self.experts.items()
             ],
             layers_text=format_ranges(self.layers),
@@ -73,6 +75,20 @@ class Shard:
             max_tokens=max_tokens,
             beside=beside,
         )
+
+
+def _owned(
+    layer: int, experts: tuple[int, ...], key: int, parts: Sequence[tuple[tuple[int, ...], LayerAddresses]]
+) -> OwnedLayer:
+    text = format_ranges(experts)
+    if len(parts) < 2:
+        return OwnedLayer(layer, experts, experts_text=text, key=key, weights=parts[0][1] if parts else (0, 0, 0, 0))
+    local = {expert: place for place, expert in enumerate(experts)}
+    devices = [
+        OwnedLayer(layer, [local[expert] for expert in its], experts_text="", key=key, weights=weights)
+        for its, weights in parts
+    ]
+    return OwnedLayer(layer, experts, experts_text=text, key=key, devices=devices)
 
 
 def owned_layers(model: MoeConfig, config: ServerConfig) -> dict[int, tuple[int, ...]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from expertd._native import Engine
-from expertd.kernels.numerics.backend import Backend
-from expertd.server.scheduling.device import DeviceOwner
+from expertd.server.scheduling.node import Device, Node
 
 log = logging.getLogger(__name__)
 LOOKS_PER_TIMEOUT = 4
@@ -23,21 +23,23 @@ class Watchdog:
 
     A device without one for `timeout` seconds: everyone who waits is answered with `Unavailable`, new requests are
     refused, health is NOT_SERVING; when it answers after all, the server serves again. One that answers with an error,
-    or not for as long again, is lost.
+    or not for as long again, is lost. Of several devices, those without a sign, or with an error, are lost at once, and
+    the others serve on.
     """
 
     def __init__(
         self,
-        backend: Backend,
-        device: DeviceOwner,
+        node: Node,
         engine: Engine,
         timeout: float,
         abandon: Callable[[str], None],
         set_serving: Callable[[bool], object],
+        lose: Callable[[Device, str, bool], None],
     ) -> None:
-        """`abandon` answers everyone who waits with `Unavailable`, for the given reason."""
-        self._backend = backend
-        self._device = device
+        """`abandon` answers everyone who waits with `Unavailable`, for the given reason; `lose` has the others serve on
+        without a device, for a reason, and is told whether it hangs."""
+        self._node = node
+        self._lose = lose
         self._engine = engine
         self._abandon = abandon
         self._timeout = timeout
@@ -62,6 +64,15 @@ class Watchdog:
         self._engine.close(f"{reason}; use another replica")
         self._set_serving(False)
 
+    def condemn_device(self, device: Device, reason: str) -> None:
+        """Use a device no more, or, where there is no other one, the server."""
+        if device.lost is not None:
+            return
+        if self._node.sound == (device,):
+            self.condemn(reason)
+        else:
+            self._lose(device, reason, False)
+
     def _suspect(self) -> None:
         """A batch failed: the device is asked at once. A fault of one batch alone changes nothing."""
         fault = self._engine.take_fault()
@@ -81,10 +92,23 @@ class Watchdog:
 
     async def _look(self) -> None:
         # Through the engine and both threads, behind the batches that are under way.
-        sign = self._device.pass_through(self._sign)
+        signs = {device: device.owner.pass_through(partial(self._sign, device)) for device in self._node.sound}
+        await asyncio.wait(signs.values(), timeout=self._timeout)
+        troubled = {device: sign for device, sign in signs.items() if not sign.done() or sign.exception()}
+        if len(troubled) == len(signs):
+            await self._look_at_all(next(iter(signs.values())))
+            return
+        for device, sign in troubled.items():
+            error = sign.exception() if sign.done() else None
+            silent = f"it has not answered for {self._timeout:g} s"
+            self._lose(device, silent if error is None else f"{type(error).__name__}: {error}", error is None)
+            sign.add_done_callback(asyncio.Future.exception)
+
+    async def _look_at_all(self, sign: asyncio.Future[None]) -> None:
+        """No device is well, of which this is one's sign."""
         try:
-            if await self._answers(sign):
-                return
+            if sign.done():
+                sign.result()
             reason = f"the device has not answered for {self._timeout:g} s"
             log.error("%s: refusing requests", reason)
             self._abandon(f"{reason}; use another replica")
@@ -104,9 +128,9 @@ class Watchdog:
         self._engine.open()
         self._set_serving(True)
 
-    def _sign(self) -> None:
+    def _sign(self, device: Device) -> None:
         self._engine.await_turn()
-        self._backend.synchronize()
+        self._node.check_sign(device)
 
     async def _answers(self, sign: asyncio.Future[None]) -> bool:
         """Whether `sign` arrives in time; raises what the device raised."""

@@ -157,7 +157,6 @@ class Journal:
         metrics.evictions.set_function(lambda: [((), (tally.evictions,))])
         metrics.tokens.set_function(lambda: [((), (tally.tokens,))])
         metrics.pairs.set_function(lambda: [((), (tally.pairs,))])
-        metrics.device_busy.set_function(lambda: [((), (tally.busy_seconds,))])
         metrics.in_flight.set_function(lambda: tally.in_flight)
         metrics.stages.set_function(
             lambda: (

@@ -188,33 +188,66 @@ class Metrics:
             CounterMetricFamily, "expertd_expert_pairs", "(token, expert) pairs computed.", ["layer", "expert"]
         )
         self.device_busy = Asked(
-            CounterMetricFamily, "expertd_device_busy_seconds", "Seconds in which the GPU computed batches."
+            CounterMetricFamily, "expertd_device_busy_seconds", "Seconds in which the GPU computed batches.", ["device"]
+        )
+        self.device_stages = Asked(
+            CounterMetricFamily,
+            "expertd_device_stage_seconds",
+            "Seconds that batches spent in each stage on each of several devices.",
+            ["device", "stage"],
+        )
+        self.device_failures = Asked(
+            CounterMetricFamily,
+            "expertd_device_failed_batches",
+            "Batches, or parts of them, that one of several devices failed to compute.",
+            ["device"],
+        )
+        self.device_lost = Asked(
+            GaugeMetricFamily,
+            "expertd_device_lost",
+            "1 once one of several devices is lost: what it alone had is not owned any more.",
+            ["device"],
+        )
+        self.device_adding = Asked(
+            CounterMetricFamily,
+            "expertd_device_adding_seconds",
+            "Seconds in which the sums of several devices were added up.",
         )
         self.device_memory = Gauge(
             "expertd_device_memory_bytes",
             "GPU memory: size, free, allocated to tensors, reserved by the process for tensors.",
-            ["kind"],
+            ["device", "kind"],
             registry=None,
         )
-        self.gpu_temperature = Asked(GaugeMetricFamily, "expertd_gpu_temperature_celsius", "Temperature of the GPU.")
+        self.gpu_temperature = Asked(
+            GaugeMetricFamily, "expertd_gpu_temperature_celsius", "Temperature of the GPU.", ["device"]
+        )
         self.gpu_throttled = Asked(
             GaugeMetricFamily,
             "expertd_gpu_throttled",
             "1 while clocks are lowered for this reason.",
-            ["reason"],
+            ["device", "reason"],
         )
         self.gpu_ecc_errors = Asked(
             CounterMetricFamily,
             "expertd_gpu_ecc_errors",
             "ECC errors of the GPU's memory since the driver was loaded.",
-            ["kind"],
+            ["device", "kind"],
         )
-        self.gpu_links = Asked(GaugeMetricFamily, "expertd_gpu_nvlinks", "NVLinks of the GPU, up or down.", ["state"])
+        self.gpu_links = Asked(
+            GaugeMetricFamily, "expertd_gpu_nvlinks", "NVLinks of the GPU, up or down.", ["device", "state"]
+        )
         self.gpu_link_errors = Asked(
-            CounterMetricFamily, "expertd_gpu_nvlink_errors", "Errors of all NVLinks of the GPU, by kind.", ["kind"]
+            CounterMetricFamily,
+            "expertd_gpu_nvlink_errors",
+            "Errors of all NVLinks of the GPU, by kind.",
+            ["device", "kind"],
         )
         self.gpu_xids = Counter(
-            "expertd_gpu_xid_errors", "Errors of the GPU that its driver reported, by number.", ["xid"], registry=None
+            "expertd_gpu_xid_errors",
+            "Errors of the GPU that its driver reported, by number.",
+            ["device", "xid"],
+            registry=None,
         )
         self.shadow_errors = Histogram(
             "expertd_shadow_relative_error",

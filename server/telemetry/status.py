@@ -31,8 +31,8 @@ class Status:
     journal: Journal
     queued_tokens: Callable[[], int]
     closed_because: Callable[[], str | None]
-    gpu: Callable[[], str | None] = lambda: None
-    """How the GPU is, if there is one that tells."""
+    devices: Callable[[], list[dict[str, Any]]] = list
+    """What computes, and how it is."""
     clock: Callable[[], float] = time.time
     started: float = dataclasses.field(default_factory=time.time)
 
@@ -47,7 +47,7 @@ class Status:
             "backend": info.backend,
             "backend_reason": info.backend_reason,
             "device": info.device,
-            "gpu": self.gpu(),
+            "devices": self.devices(),
             "model": str(self.config.model),
             "model_fingerprint": info.model_fingerprint,
             "routed_experts": info.routed_experts,

@@ -114,11 +114,13 @@ class OwnedLayer:
         experts_text: str,
         key: int,
         weights: tuple[int, int, int, int] = ...,
+        devices: Sequence[OwnedLayer] = ...,
     ) -> None:
         """`experts` are global ids, ascending; the text is what errors call them.
 
         `key` is what the backend knows the weights by; `weights` is where the device has them, for an executor that
-        computes on it.
+        computes on it. With several `devices`, what each has instead: its `experts` are places in these, in any order.
+        IndexError for one that is not.
         """
 
 class Placement:
@@ -644,6 +646,40 @@ class CallbackExecutor(Executor):
     def interrupt(self) -> None:
         """Let one `fetch` return without a batch, now or when it comes."""
 
+class Adder:
+    """Adds up what several devices have computed, where they have it."""
+
+def peer_adder(devices: Sequence[Executor]) -> Adder | None:
+    """One for executors of GPUs that all reach each other's memory, as they do from then on; else None. DeviceError."""
+
+class NodeExecutor(Executor):
+    """Several devices as one executor: a batch goes to those that have its experts, and what more than one computed is
+    added up in FP32, in their order, and rounded once.
+
+    Which of the devices with an expert computes a pair is decided by the bits of its routing weight. A batch that a
+    device failed to compute is computed by others, if they have all its experts.
+    """
+
+    def __init__(
+        self, devices: Sequence[Executor], failpoints: Failpoints | None = None, adder: Adder | None = None
+    ) -> None:
+        """Without an `adder`, sums are added up on the host."""
+
+    def lose(self, device: int, *, hangs: bool) -> None:
+        """Compute nothing on a device, by its place, any more; callers of what one has that `hangs` get UNAVAILABLE."""
+
+    def check(self, device: int) -> None:
+        """RuntimeError once a failpoint has killed it."""
+
+    @property
+    def adds_on_devices(self) -> bool:
+        """Whether it has an adder."""
+
+    @property
+    def adding_seconds(self) -> float: ...
+    def records(self) -> list[tuple[int, int, float, float, float]]:
+        """Of each device: batches, failures among them, and seconds of copying in, computing and copying out."""
+
 class Engine:
     """Takes requests, decides their order, has them computed and answers them, on a thread without Python's lock."""
 
@@ -841,6 +877,10 @@ class CudaExecutor:
 
     def wait(self, batch: CudaBatch) -> None:
         """Until a batch is over. Raises `DeviceError` if it failed."""
+
+    def add_adder(self, dtype: int, *, graph: int, result: tuple[int, int], parts: Sequence[tuple[int, int]]) -> None:
+        """Take a captured graph that adds `parts`, 2 to 8 of [rows, hidden size] FP32, into rows of `dtype`, a block in
+        the grid's first dimension for each row; each is where it was captured with, and its bytes."""
 
     def take(self) -> Executor:
         """For an engine, which alone uses it from then on; waits for what is under way."""

@@ -10,8 +10,10 @@
 #include <tuple>
 
 #include "bindings/cuda.h"
+#include "cuda/adding.h"
 #include "cuda/executor.h"
 #include "engine/engine.h"
+#include "engine/node.h"
 
 namespace py = pybind11;
 
@@ -123,15 +125,39 @@ void use(PlacementPtr placement, Admitted* request) {
   request->placement = std::move(placement);
 }
 
+// What several rigs have of one layer: for each, the local ids that it computes, and where it has their weights.
+using Devices = std::vector<std::pair<std::vector<uint32_t>, std::array<uint64_t, 4>>>;
+
+PlacementPtr spread_placement_of(uint32_t hidden_size, const Devices& devices) {
+  Placement placement = *placement_of(hidden_size, std::array<uint64_t, 4>{});
+  for (const auto& [experts, weights] : devices)
+    placement.layers.front().devices.push_back({.layer = 7, .experts = experts, .weights = weights});
+  return make_placement(std::move(placement));
+}
+
 // An engine that took a rig's executor.
 struct EngineRig {
-  EngineRig(Rig& rig, const std::array<uint64_t, 4>& weights, uint32_t hidden_size) {
-    placement = placement_of(hidden_size, weights);
+  EngineRig(Rig& rig, const std::array<uint64_t, 4>& weights, uint32_t hidden_size)
+      : EngineRig(placement_of(hidden_size, weights), rig.python->take()) {}
+  // Several rigs as one.
+  EngineRig(const std::vector<Rig*>& rigs, const Devices& devices, uint32_t hidden_size)
+      : EngineRig(spread_placement_of(hidden_size, devices), node_of(rigs)) {}
+  EngineRig(PlacementPtr owned, std::shared_ptr<NodeExecutor> executor)
+      : EngineRig(std::move(owned), std::shared_ptr<Executor>(executor)) {
+    node = std::move(executor);
+  }
+  EngineRig(PlacementPtr owned, std::shared_ptr<Executor> executor) : placement(std::move(owned)) {
     engine = std::make_unique<Engine>(placement, 512, Amount{10'000, 1 << 30},
                                       std::make_shared<Tally>(std::vector<uint32_t>{7}, kMaxExperts,
                                                               std::vector<double>{1.0}, std::vector<double>{1.0}));
-    engine->use(rig.python->take());
+    engine->use(std::move(executor));
     engine->open();
+  }
+  static std::shared_ptr<NodeExecutor> node_of(const std::vector<Rig*>& rigs) {
+    std::vector<std::shared_ptr<Executor>> executors;
+    for (Rig* rig : rigs) executors.push_back(rig->python->take());
+    auto adder = PeerAdder::make(executors);
+    return std::make_shared<NodeExecutor>(std::move(executors), nullptr, std::move(adder));
   }
   ~EngineRig() {
     const py::gil_scoped_release unlocked;
@@ -152,6 +178,7 @@ struct EngineRig {
   }
 
   PlacementPtr placement;
+  std::shared_ptr<NodeExecutor> node;  // null with one rig
   std::unique_ptr<Engine> engine;
 };
 
@@ -195,6 +222,10 @@ PYBIND11_MODULE(cuda_extension, module) {
       .def_property_readonly("error", [](const Request& request) { return request.text; });
   py::class_<EngineRig>(module, "EngineRig")
       .def(py::init<Rig&, const std::array<uint64_t, 4>&, uint32_t>())
+      .def(py::init<const std::vector<Rig*>&, const Devices&, uint32_t>())
+      .def_property_readonly("adds_on_devices", [](EngineRig& rig) { return rig.node->adds_on_devices(); })
+      .def("lose", [](EngineRig& rig, size_t device, bool hangs) { rig.node->lose(device, hangs); })
+      .def("take_fault", [](EngineRig& rig) { return rig.engine->take_fault(); })
       .def("submit", &EngineRig::submit)
       .def("start", [](EngineRig& rig) { rig.engine->start(); })
       .def("turn", [](EngineRig& rig, uint64_t now) { return rig.engine->turn(now); });

@@ -1,7 +1,8 @@
 // A driver that computes on the host, built to a library of libcuda's kind: what it does when is the test's decision.
 //
-// Device addresses are the host's plus a bias, so that nobody can use one by mistake. Work waits in streams until the
-// test steps it. Kernels are functions of this file. What would make a serving thread wait is written down as a breach.
+// Device addresses are the host's plus a bias, so that nobody can use one by mistake. There are several devices, each
+// with a context of its own. Work waits in streams until the test steps it. Kernels are functions of this file. What
+// would make a serving thread wait is written down as a breach.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -11,6 +12,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -32,13 +34,17 @@ struct Work {
   std::function<bool()> ready;
   std::function<void()> run;
 };
+struct Context {
+  int device;
+};
 struct Stream {
-  int index;
+  int index, device;
   std::deque<Work> queue;
 };
 using Arguments = std::vector<std::vector<std::byte>>;
 struct Node {
   int type = 0, kernel = 0;
+  unsigned grid = 1;
   bool by_handle = false;  // a CUkernel instead of a CUfunction
   Arguments arguments;
   std::vector<void*> pointers;
@@ -49,6 +55,7 @@ struct Graph {
 struct Exec {
   Graph* graph;
   std::map<const Node*, Arguments> arguments;
+  std::map<const Node*, unsigned> grids;
 };
 struct Failure {
   std::string name;
@@ -56,6 +63,11 @@ struct Failure {
 };
 
 std::map<uint64_t, size_t> device, pinned;  // begin, bytes
+std::map<uint64_t, int> owners;             // of device memory, by its begin
+std::set<std::pair<int, int>> peers;        // who reaches whose memory
+Context primary[8] = {{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}};
+int reachable = 1;
+bool zeros = false;  // whether rows without an expert are written, too
 std::set<Stream*> streams;
 std::set<Event*> events;
 std::set<Graph*> graphs;
@@ -63,10 +75,10 @@ std::set<Exec*> execs;
 std::vector<Graph*> made;  // by the test
 std::vector<std::string> calls, breaches;
 std::vector<Failure> failures;
-int sticky = 0, contexts = 0, next_stream = 0;
+int sticky = 0, sticky_device = -1, contexts = 0, next_stream = 0;
 bool serving = false, reaches_registered = true;
 float clock_ms = 0;
-thread_local bool entered = false;
+thread_local const Context* entered = nullptr;
 
 // The code that a call is to fail with.
 int enter(const char* name, bool waits = false) {
@@ -80,7 +92,7 @@ int enter(const char* name, bool waits = false) {
 #define ENTER(...)                                                        \
   if (int code = enter(__func__ __VA_OPT__(, ) __VA_ARGS__)) return code; \
   if (!entered) return kInvalidContext;                                   \
-  if (sticky) return sticky
+  if (sticky && (sticky_device < 0 || entered->device == sticky_device)) return sticky
 
 bool inside(const std::map<uint64_t, size_t>& memory, uint64_t address, size_t bytes) {
   auto after = memory.upper_bound(address);
@@ -155,7 +167,7 @@ void experts(const Arguments& a) {
   const int32_t first = read<int32_t>(a[7]), count = read<int32_t>(a[8]);
   uint8_t* const sums = reached(read<uint64_t>(a[4]), (wide ? 4 : 2) * (values - first));
   for (int64_t t = 0; t < ids.rows; t++) {
-    bool any = false;
+    bool any = zeros;
     for (int64_t j = 0; j < ids.columns; j++) any |= chosen[t * ids.columns + j] >= 0;
     if (!any) continue;  // so that tests see that such rows are not read, nor written
     for (int64_t h = first; h < first + count; h++) {
@@ -179,14 +191,50 @@ void experts(const Arguments& a) {
   }
 }
 
-void run_kernel(int kernel, const Arguments& arguments) {
+// The memory of another device that a kernel may not use.
+void check_reach(int from, uint64_t address) {
+  auto after = owners.upper_bound(address - kBias);
+  if (after == owners.begin()) return;
+  const int owner = std::prev(after)->second;
+  if (owner != from && !peers.count({from, owner})) breaches.push_back("a kernel on another device's memory");
+}
+
+// result[r] = parts[0][r] + parts[1][r] + ..., for as many rows as there are blocks
+void add_parts(const Arguments& a, unsigned rows, int on) {
+  Array result = read<Array>(a[0]);
+  auto count = read<int32_t>(a[9]);
+  const bool wide = read<uint8_t>(a[10]) != 0;
+  for (int64_t at = 0; at < int64_t{rows} * result.columns; at++) {
+    float total = 0;
+    for (int32_t i = 0; i < count; i++) {
+      const uint64_t part = read<Array>(a[1 + i]).address;
+      if (at == 0) check_reach(on, part);
+      total += reinterpret_cast<float*>(host(part))[at];
+    }
+    uint32_t bits;
+    std::memcpy(&bits, &total, 4);
+    if (wide) {
+      reinterpret_cast<uint32_t*>(host(result.address))[at] = bits;
+    } else {
+      reinterpret_cast<uint16_t*>(host(result.address))[at] = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+}
+
+void run_kernel(int kernel, const Arguments& arguments, unsigned grid, int on) {
   if (kernel == 1) count_pairs(arguments);
   if (kernel == 2) experts(arguments);
+  if (kernel == 3) add_parts(arguments, grid, on);
 }
 
 std::vector<size_t> sizes_of(int kernel) {
   if (kernel == 1) return {sizeof(Array), 8, 4};
   if (kernel == 2) return {sizeof(Array), sizeof(Array), 8, 8, 8, 32, 1, 4, 4};
+  if (kernel == 3) {
+    std::vector<size_t> sizes(9, sizeof(Array));
+    sizes.insert(sizes.end(), {4, 1});
+    return sizes;
+  }
   return {4, 8};
 }
 
@@ -210,6 +258,7 @@ bool step(Stream* stream) {
 void push(
     void* stream, std::string what, std::function<void()> run, std::function<bool()> ready = [] { return true; }) {
   auto to = static_cast<Stream*>(stream);
+  if (to->device != entered->device) breaches.push_back(what + " on another device's stream");
   calls.back() += " " + std::to_string(to->index);
   to->queue.push_back({std::move(what), std::move(ready), std::move(run)});
 }
@@ -239,10 +288,10 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
   *value = attribute == expertd::cuda::kHostAddressesOfRegistered && reaches_registered;
   return enter(__func__);
 }
-int cuDevicePrimaryCtxRetain(void** context, int) {
+int cuDevicePrimaryCtxRetain(void** context, int ordinal) {
   if (int code = enter(__func__, true)) return code;
   contexts++;
-  *context = &contexts;
+  *context = &primary[ordinal];
   return 0;
 }
 int cuDevicePrimaryCtxRelease(int) {
@@ -251,8 +300,16 @@ int cuDevicePrimaryCtxRelease(int) {
 }
 int cuCtxSetCurrent(void* context) {
   if (int code = enter(__func__)) return code;
-  entered = context == &contexts;
+  entered = static_cast<const Context*>(context);
   return 0;
+}
+int cuDeviceCanAccessPeer(int* can, int one, int other) {
+  *can = reachable && one != other;
+  return enter(__func__);
+}
+int cuCtxEnablePeerAccess(void* peer, unsigned) {
+  ENTER(true);
+  return peers.insert({entered->device, static_cast<Context*>(peer)->device}).second ? 0 : 704;
 }
 int cuGetErrorName(int code, const char** name) {
   *name = code == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : nullptr;
@@ -266,6 +323,7 @@ int cuMemAlloc(uint64_t* memory, size_t bytes) {
   ENTER(true);
   auto address = reinterpret_cast<uint64_t>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
   device[address] = bytes;
+  owners[address] = entered->device;
   *memory = address + kBias;
   return 0;
 }
@@ -273,6 +331,7 @@ int cuMemFree(uint64_t memory) {
   enter(__func__, true);
   if (!entered) return kInvalidContext;
   if (!device.erase(memory - kBias)) return kInvalidValue;
+  owners.erase(memory - kBias);
   std::free(host(memory));
   return 0;
 }
@@ -324,7 +383,7 @@ int cuMemcpy2DAsync(const expertd::cuda::Copy2D* copy, void* stream) {
 int cuStreamCreateWithPriority(void** stream, unsigned flags, int) {
   ENTER(true);
   if (flags != 1) breaches.push_back("a stream that waits for the default one");
-  *stream = *streams.insert(new Stream{next_stream++, {}}).first;
+  *stream = *streams.insert(new Stream{next_stream++, entered->device, {}}).first;
   return 0;
 }
 int cuStreamDestroy(void* stream) {
@@ -411,13 +470,14 @@ int cuGraphKernelNodeGetParams(void* node, KernelNodeParams* params) {
   *params = {};
   (its->by_handle ? params->kernel : params->func) = handle;
   params->arguments = its->pointers.data();
+  params->grid_x = its->grid;
   return 0;
 }
 int cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) {
   ENTER(true);
   auto its = static_cast<Graph*>(graph);
-  auto made = new Exec{its, {}};
-  for (Node& node : its->nodes) made->arguments[&node] = node.arguments;
+  auto made = new Exec{its, {}, {}};
+  for (Node& node : its->nodes) made->arguments[&node] = node.arguments, made->grids[&node] = node.grid;
   *exec = *execs.insert(made).first;
   return 0;
 }
@@ -429,6 +489,7 @@ int cuGraphExecDestroy(void* exec) {
 int cuGraphExecKernelNodeSetParams(void* exec, void* node, const KernelNodeParams* params) {
   ENTER();
   auto& arguments = static_cast<Exec*>(exec)->arguments[static_cast<Node*>(node)];
+  static_cast<Exec*>(exec)->grids[static_cast<Node*>(node)] = params->grid_x;
   for (size_t i = 0; i < arguments.size(); i++)
     std::memcpy(arguments[i].data(), params->arguments[i], arguments[i].size());
   return 0;
@@ -440,11 +501,11 @@ int cuGraphUpload(void*, void*) {
 int cuGraphLaunch(void* exec, void* stream) {
   ENTER();
   auto its = static_cast<Exec*>(exec);
-  std::vector<std::pair<int, Arguments>> kernels;
+  std::vector<std::tuple<int, Arguments, unsigned>> kernels;
   for (Node& node : its->graph->nodes)
-    if (node.type == 0) kernels.emplace_back(node.kernel, its->arguments[&node]);
-  push(stream, "graph", [kernels] {
-    for (auto& [kernel, arguments] : kernels) run_kernel(kernel, arguments);
+    if (node.type == 0) kernels.emplace_back(node.kernel, its->arguments[&node], its->grids[&node]);
+  push(stream, "graph", [kernels, on = static_cast<Stream*>(stream)->device] {
+    for (auto& [kernel, arguments, grid] : kernels) run_kernel(kernel, arguments, grid, on);
   });
   return 0;
 }
@@ -472,6 +533,8 @@ int cuGetProcAddress_v2(const char* symbol, void** function, int version, uint64
 
 // Forgets everything: what a test that failed has left too.
 void fake_reset() {
+  owners.clear(), peers.clear();
+  reachable = 1, zeros = false, sticky_device = -1;
   device.clear(), pinned.clear(), streams.clear(), events.clear(), graphs.clear(), execs.clear(), made.clear();
   contexts = 0;
   calls.clear();
@@ -492,6 +555,10 @@ void fake_reaches_registered(int yes) { reaches_registered = yes; }
 void fake_fail(const char* name, int nth, int code) { failures.push_back({name, nth, code}); }
 void fake_forget_failures() { failures.clear(); }
 void fake_sticky(int code) { sticky = code; }
+// Of that device's context alone.
+void fake_sticky_device(int index) { sticky_device = index; }
+void fake_reachable(int yes) { reachable = yes; }
+void fake_zeros(int yes) { zeros = yes; }
 // Does the next piece of work of a stream; whether there was one that is not waiting.
 int fake_step(int index) {
   for (Stream* stream : streams)
@@ -565,17 +632,34 @@ void* fake_graph(uint64_t ids, uint64_t weights, uint64_t hidden, uint64_t scale
   Array chosen{2, 0xdead, ids, tokens, width}, rows{2, 0xbeef, hidden, tokens, columns};
   uint64_t four[4];
   std::copy_n(layer, 4, four);
-  graph->nodes.push_back({0, 0, false, {bytes(int32_t{7}), bytes(uint64_t{42})}, {}});
-  if (step == 0) graph->nodes.push_back({0, 1, true, {bytes(chosen), bytes(pairs), bytes(num_experts)}, {}});
+  graph->nodes.push_back({0, 0, 1, false, {bytes(int32_t{7}), bytes(uint64_t{42})}, {}});
+  if (step == 0) graph->nodes.push_back({0, 1, 1, true, {bytes(chosen), bytes(pairs), bytes(num_experts)}, {}});
   const int32_t share = columns / steps, first = step * share;
   sums += uint64_t{static_cast<uint32_t>(first)} * (wide ? 4 : 2);
   graph->nodes.push_back({0,
                           2,
+                          1,
                           false,
                           {bytes(chosen), bytes(rows), bytes(weights), bytes(scales), bytes(sums), bytes(four),
                            bytes(static_cast<uint8_t>(wide)), bytes(first), bytes(share)},
                           {}});
-  if (odd >= 0) graph->nodes.push_back({odd, 0, false, {}, {}});
+  if (odd >= 0) graph->nodes.push_back({odd, 0, 1, false, {}, {}});
+  for (Node& node : graph->nodes) point(node);
+  made.push_back(graph);
+  return graph;
+}
+// A captured graph that adds up parts.
+void* fake_adder(uint64_t result, const uint64_t* parts, int count, int columns, int wide) {
+  auto graph = new Graph;
+  auto bytes = [](const auto& value) {
+    auto begin = reinterpret_cast<const std::byte*>(&value);
+    return std::vector<std::byte>(begin, begin + sizeof value);
+  };
+  Arguments arguments = {bytes(Array{2, 0xfeed, result, 1, columns})};
+  for (int i = 0; i < 8; i++) arguments.push_back(bytes(Array{2, 0xf00d, parts[i < count ? i : 0], 1, columns}));
+  arguments.push_back(bytes(int32_t{count}));
+  arguments.push_back(bytes(static_cast<uint8_t>(wide)));
+  graph->nodes.push_back({0, 3, 1, false, arguments, {}});
   for (Node& node : graph->nodes) point(node);
   made.push_back(graph);
   return graph;

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -21,16 +21,27 @@ import numpy as np
 import pytest
 
 from tests.support.native.build import ROOT, SANITIZED, build_cuda_extension, build_library
+from tests.support.native.fake_gpu import (
+    BF16,
+    CLASSES,
+    EXPERTS,
+    FP8,
+    FP32,
+    HIDDEN,
+    MS,
+    ON_DEVICE,
+    ON_PEER,
+    PINNED,
+    WIDTH,
+    Fake,
+    Layer,
+    Request,
+)
 
 sanitized = bool(os.environ.get("EXPERTD_SANITIZED"))
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-HIDDEN, EXPERTS, WIDTH = 512, 4, 4
-CLASSES = (1, 8, 64, 256, 512)
 INWARD, COMPUTE, OUTWARD, EXPRESS = STREAMS = range(4)
-FP8, BF16, FP32 = 1, 2, 3
-PAGEABLE, PINNED, ON_DEVICE, ON_PEER = range(4)
-MS = 1_000_000
 OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
 LOST = "the device failed: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
 
@@ -49,94 +60,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         folder / "libfake.so", [ROOT / "tests/native/fake_cuda.cc"], *options, "-fvisibility=default"
     )
     return Built(build_cuda_extension(folder, *options), library)
-
-
-class Fake:
-    """The fake driver, as tests command it."""
-
-    def __init__(self, library: Path) -> None:
-        self._calls = ctypes.CDLL(str(library))
-        for name in ("fake_waiting", "fake_calls", "fake_breaches"):
-            getattr(self._calls, name).restype = ctypes.c_char_p
-        for name in ("fake_graph", "fake_device_bytes"):
-            getattr(self._calls, name).restype = ctypes.c_void_p
-        for name in ("fake_device_floats", "fake_share"):
-            getattr(self._calls, name).restype = ctypes.c_uint64
-        self._calls.fake_reset()
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._calls, "fake_" + name)
-
-    def called(self) -> list[str]:
-        """The calls since the last question."""
-        return str(self.calls().decode()).splitlines()
-
-    def queue(self, stream: int) -> list[str]:
-        return str(self.waiting(stream).decode()).split()
-
-
-@dataclass
-class Request:
-    """One request, its memory, and the sums that the fake kernels should give it."""
-
-    tokens: int
-    hidden_dtype: int = FP8
-    reply_dtype: int = BF16
-    top_k: int = WIDTH
-    reach: int = PAGEABLE
-    seed: int = 0
-    rows: tuple[int, int, int] = field(init=False)
-    """Where hidden states and scales are, and where the sums go."""
-    hidden: np.ndarray = field(init=False)
-    sums: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        random = np.random.default_rng(self.seed + 1000 * self.tokens)
-        dtype = np.uint8 if self.hidden_dtype == FP8 else np.uint16
-        self.hidden = random.integers(0, 200, (self.tokens, HIDDEN), dtype=dtype)
-        self.scales = random.random((self.tokens, HIDDEN // 128), dtype=np.float32)
-        order = random.random((self.tokens, EXPERTS + 2)).argsort(1)[:, : self.top_k]
-        self.ids = np.where(order < EXPERTS, order, -1).astype(np.int32)
-        self.weights = random.random((self.tokens, self.top_k), dtype=np.float32)
-        # A row more than there are: who writes it, writes past the end.
-        kind = np.uint16 if self.reply_dtype == BF16 else np.uint32
-        self.sums = np.full((self.tokens + 1, HIDDEN), 0xABAB, dtype=kind)
-        scales = self.scales.ctypes.data if self.hidden_dtype == FP8 else 0
-        self.rows = (self.hidden.ctypes.data, scales, self.sums.ctypes.data)
-
-    @property
-    def part(self) -> tuple[int, int, int, int, int, int, int]:
-        hidden, scales, sums = self.rows
-        return (hidden, scales, self.ids.ctypes.data, self.weights.ctypes.data, sums, self.tokens, self.reach)
-
-    def expected(self, layer: Layer) -> np.ndarray:
-        values = self.hidden.astype(np.float32)
-        if self.hidden_dtype == FP8:
-            values *= self.scales.repeat(128, 1)
-        total = np.zeros_like(values)
-        up_gate, up_scales, down, down_scales = layer.values
-        for slot in range(self.top_k):
-            ids, weights = self.ids[:, slot, None], self.weights[:, slot, None]
-            term = weights * (values * up_gate[ids] * up_scales[ids] + down[ids] * down_scales[ids])
-            total = np.where(ids >= 0, total + term, total)
-        bits = total.view(np.uint32)
-        bits = (bits >> 16).astype(np.uint16) if self.reply_dtype == BF16 else bits
-        # The fake leaves rows without an expert as they are, whatever that is.
-        routed = (self.ids >= 0).any(axis=1, keepdims=True)
-        return np.where(routed, bits, self.sums[:-1])
-
-    def check(self, layer: Layer) -> None:
-        assert np.array_equal(self.sums[:-1], self.expected(layer))
-        assert (self.sums[-1] == 0xABAB).all()
-
-
-class Layer:
-    def __init__(self, fake: Fake, seed: int) -> None:
-        random = np.random.default_rng(seed)
-        self.values = [random.random(EXPERTS, dtype=np.float32) for _ in range(4)]
-        self.addresses = [
-            fake.device_floats(value.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), EXPERTS) for value in self.values
-        ]
 
 
 class Bench:
@@ -767,7 +690,7 @@ def test_a_late_batch_is_asked_about_every_10_ms(bench: Bench) -> None:
     bench.fake.called()
     for now in range(100, 150):
         assert bench.rig.poll(now * MS) is None
-    assert bench.fake.called() == ["cuStreamQuery"] * 5
+    assert bench.fake.called() == ["cuCtxSetCurrent", "cuStreamQuery"] * 5
     bench.fake.run()
     assert bench.rig.poll(150 * MS) is job
 
@@ -936,7 +859,7 @@ def test_pieces_move_as_soon_as_they_are_staged_and_arrive(make: Callable[..., B
             fetched += 1
     assert back is None
     assert (fetched, early) >= (4, 3)
-    assert set(fake.called()) == {"cuEventElapsedTime"}, "seen without the driver"
+    assert set(fake.called()) == {"cuCtxSetCurrent", "cuEventElapsedTime"}, "seen without the driver"
     assert bench.rig.poll(2 * MS) is job
     bench.check(job, request)
     bench.rig.on_done(None)
@@ -1363,6 +1286,7 @@ def test_with_sanitizers() -> None:
         "-p",
         "no:cacheprovider",
         str(Path(__file__)),
+        str(Path(__file__).with_name("test_node.py")),
     ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

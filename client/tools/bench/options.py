@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--intermediate-size", type=int, help="likewise (default: 2048; 256)")
     parser.add_argument("--backend", default="auto", help="of its own servers (default: auto)")
+    parser.add_argument("--devices", metavar="RANGES", help="of its own server, which has all of them (default: one)")
     parser.add_argument("--channels", type=int, default=config.channels, help="connections to a server")
     parser.add_argument("--chunk-bytes", type=int, default=config.chunk_bytes, help="largest gRPC message")
     parser.add_argument(
@@ -120,7 +121,7 @@ def _obstacles(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.no_experts and (arguments.callers or len(arguments.servers or ()) > 1):
         yield "--no-experts is for one caller and one server"
     if arguments.servers is not None:
-        for option in ("servers_of_its_own", "model", "hidden_size", "intermediate_size"):
+        for option in ("servers_of_its_own", "model", "hidden_size", "intermediate_size", "devices"):
             if getattr(arguments, option) is not None:
                 yield f"{_spelt(option)} is for servers of its own, not for --servers"
     if arguments.model is not None and (arguments.hidden_size or arguments.intermediate_size):
@@ -135,6 +136,8 @@ def _obstacles_of_sections(arguments: argparse.Namespace) -> Iterator[str]:
     servers = arguments.servers_of_its_own
     if servers is not None and servers < 2:
         yield f"--servers-of-its-own {servers}: there must be two at least, one is the default"
+    if servers is not None and arguments.devices is not None:
+        yield "--devices is of one server of its own, not for --servers-of-its-own"
     if servers is not None and "unix" in (arguments.transport or ()):
         yield "--transport unix is of one server of its own, not for --servers-of-its-own"
     for section in sections_of(arguments):

@@ -124,6 +124,8 @@ def _own_servers(arguments: argparse.Namespace, options: Sequence[str]) -> Local
         # These calls are not cut.
         largest = min(16384, max(arguments.tokens or TOKENS))
         options = [*options, "--max-tokens-per-request", str(max(4096, largest))]
+    if arguments.devices is not None:
+        options = [*options, "--devices", arguments.devices]
     # On the CPU one core is left to the coordinator.
     threads = max(1, ((os.cpu_count() or 2) - 1) // count)
     return LocalCluster(folder, shards, ["--backend", arguments.backend, "--threads", str(threads), *options])

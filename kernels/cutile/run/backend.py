@@ -23,6 +23,7 @@ from expertd.kernels.cutile.base.shape import (
 from expertd.kernels.cutile.dequant.halves import to_float16
 from expertd.kernels.cutile.pipeline.arithmetic import DequantLayer, FastLayer, Layer, Pipeline, choose_pipeline
 from expertd.kernels.cutile.pipeline.table import DEFAULT_CACHE, Machine, load_table
+from expertd.kernels.cutile.run.adding import capture_adders
 from expertd.kernels.cutile.run.batch import DeviceBatch, start_batch
 from expertd.kernels.cutile.run.cache import log_toolchain, warn_unless_kept
 from expertd.kernels.cutile.run.capture import Graphs
@@ -128,6 +129,9 @@ class CutileBackend:
         log_toolchain()
         warn_unless_kept()
         self._graphs.capture_all(next(iter(self._layers.values())))
+
+    def prepare_adding(self, devices: int) -> None:
+        capture_adders(self._executor, devices, self._shape.hidden_size, self._device)
 
     def submit(self, layer: int, requests: Sequence[TokenBatch], reply_dtype: torch.dtype) -> DeviceBatch:
         tokens, top_k = sum(request.num_tokens for request in requests), requests[0].expert_ids.shape[1]

@@ -19,6 +19,7 @@ from expertd.kernels.cutile.pipeline.table import Table
 from expertd.kernels.cutile.routing.quantize import quantize_activations
 from expertd.kernels.cutile.routing.top_k import route
 from expertd.kernels.cutile.routing.weigh import weigh
+from expertd.kernels.cutile.run.adding import add_parts
 from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.model.config import BLOCK, MoeConfig
 from expertd.kernels.numerics.quantize import FP8
@@ -42,6 +43,7 @@ def shipped_launches(arch: str, table: Table, shape: ExpertShape = V3) -> Iterat
                 if tokens >= STEP_TOKENS:
                     yield from fast_launches(shape, tokens, choice, META, gpu, steps=STEPS)[-2:]
             yield from coordinator_launches(MoeConfig(), tokens, META)
+    yield from adding_launches(shape.hidden_size, META)
 
 
 def dequant_launches(
@@ -87,6 +89,13 @@ def coordinator_launches(model: MoeConfig, tokens: int, device: torch.device) ->
     quantized = torch.empty(tokens, model.hidden_size, dtype=FP8, device=device)
     scales = torch.empty(tokens, model.hidden_size // BLOCK, device=device)
     return [*routing_launches(model, tokens, device), quantize_activations(hidden, quantized, scales)]
+
+
+def adding_launches(width: int, device: torch.device) -> list[Launch]:
+    """Of two, four and eight GPUs' sums."""
+    parts = [torch.empty(1, width, device=device) for _ in range(8)]
+    outs = [torch.empty(1, width, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32)]
+    return [add_parts(parts[:count], out) for count in (2, 4, 8) for out in outs]
 
 
 def routing_launches(model: MoeConfig, tokens: int, device: torch.device) -> list[Launch]:

@@ -144,6 +144,11 @@ def test_an_ipv4_address_stays_on_one_line(width: int) -> None:
     assert all(figure in output.getvalue() for figure in ("123k", "12.3ms", "123ms", "3%"))
 
 
+def test_a_lost_device_is_told() -> None:
+    devices = [{"number": 0, "lost": None}, {"number": 1, "lost": "it has not answered for 30 s"}]
+    assert "a:1: device 1 of 2 is lost: it has not answered for 30 s" in shown([Seen("a:1", status(devices=devices))])
+
+
 def test_servers_are_sorted_and_filtered() -> None:
     seen = [
         Seen("a:1", None, "gone"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.client.tools.up import snippet
+from expertd.client.tools.up import gpus_of, snippet
 from tests.support.process import said_until
 
 TORCH = ("--", "--backend", "torch", "--threads", "1")
@@ -25,6 +25,20 @@ def up(*arguments: str) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.terminate()
+
+
+@pytest.mark.parametrize(
+    ("servers", "gpus", "own"),
+    [
+        (1, 0, [[]]),
+        (1, 8, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        (2, 4, [[0, 1], [2, 3]]),
+        (3, 8, [[0, 1], [2, 3], [4, 5]]),
+        (3, 2, [[0], [1], [0]]),
+    ],
+)
+def test_servers_share_the_gpus(servers: int, gpus: int, own: list[list[int]]) -> None:
+    assert [list(gpus_of(index, servers, gpus)) for index in range(servers)] == own
 
 
 def test_a_model_is_served_until_ctrl_c_and_the_snippet_calls_it(small_model: Path) -> None:

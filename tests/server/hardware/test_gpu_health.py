@@ -14,13 +14,13 @@ import pynvml
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from expertd.kernels.numerics.backend import Backend
 from expertd.server.app import Server
 from expertd.server.doctor.gpu import check_health
 from expertd.server.hardware import nvml as constants
 from expertd.server.hardware.gpu_health import GpuHealth, GpuLost, Reading
 from expertd.server.hardware.nvml import load_nvml
 from expertd.server.hardware.xid import FATAL
+from expertd.server.scheduling.node import Device
 from tests.support.native.stand_in_nvml import UUID, StandInNvml
 from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server, until
 
@@ -155,7 +155,7 @@ async def test_a_server_without_a_gpu_says_nothing_of_one(small_model: Path, cap
     caplog.set_level(logging.INFO)
     async with running_server(small_model, ALL) as server:
         assert gpu_series(server) == []
-        assert server.pages.status.snapshot()["gpu"] is None
+        assert [device["health"] for device in server.pages.status.snapshot()["devices"]] == [None]
     assert "GPU" not in caplog.text
 
 
@@ -163,24 +163,27 @@ async def test_a_server_tells_its_gpus_health(small_model: Path) -> None:
     nvml = StandInNvml(lowered=pynvml.nvmlClocksEventReasonSwPowerCap)
     nvml.links[3] = 0
 
-    def open_gpu(_: Backend) -> GpuHealth:
+    def open_gpu(_: Device) -> GpuHealth:
         return opened(nvml)
 
     async with running_server(small_model, ALL, open_gpu=open_gpu) as server:
-        value = server.metrics.registry.get_sample_value
+
+        def value(name: str, **labels: str) -> float | None:
+            return server.metrics.registry.get_sample_value(name, {"device": "0", **labels})
+
         assert value("expertd_gpu_temperature_celsius") == 41
-        assert value("expertd_gpu_throttled", {"reason": "power_cap"}) == 1
-        assert value("expertd_gpu_throttled", {"reason": "power_brake"}) == 0
-        assert value("expertd_gpu_ecc_errors_total", {"kind": "corrected"}) == 7
-        assert [value("expertd_gpu_nvlinks", {"state": state}) for state in ("up", "down")] == [17, 1]
-        assert value("expertd_gpu_nvlink_errors_total", {"kind": "recovery"}) == 18
-        assert value("expertd_gpu_xid_errors_total", {"xid": "79"}) == 0
-        told = server.pages.status.snapshot()["gpu"]
+        assert value("expertd_gpu_throttled", reason="power_cap") == 1
+        assert value("expertd_gpu_throttled", reason="power_brake") == 0
+        assert value("expertd_gpu_ecc_errors_total", kind="corrected") == 7
+        assert [value("expertd_gpu_nvlinks", state=state) for state in ("up", "down")] == [17, 1]
+        assert value("expertd_gpu_nvlink_errors_total", kind="recovery") == 18
+        assert value("expertd_gpu_xid_errors_total", xid="79") == 0
+        told = server.pages.status.snapshot()["devices"][0]["health"]
         assert told.startswith("41 °C, clocks lowered by power cap, 7 corrected ECC errors, 17 NVLinks up, 1 NVLinks")
         # A program's own fault: told, no more.
         nvml.temperature = 55
         nvml.events.put(31)
-        await until(lambda: value("expertd_gpu_xid_errors_total", {"xid": "31"}) == 1)
+        await until(lambda: value("expertd_gpu_xid_errors_total", xid="31") == 1)
         await until(lambda: value("expertd_gpu_temperature_celsius") == 55)
         assert (await asyncio.to_thread(get, server, "/readyz"))[0] == 200
 
@@ -197,7 +200,7 @@ async def test_a_fatal_fault_makes_a_server_unhealthy_for_good(
 ) -> None:
     nvml = StandInNvml()
 
-    def open_gpu(_: Backend) -> GpuHealth:
+    def open_gpu(_: Device) -> GpuHealth:
         return opened(nvml)
 
     async with (

@@ -11,7 +11,7 @@ from expertd.proto.base.errors import ServerFault
 from expertd.server.local.door import LocalDoor
 from expertd.server.local.front_ends import FrontEnds
 from expertd.server.local.gpu import PIN_STEP, Gpu
-from expertd.server.scheduling.device import DeviceOwner
+from expertd.server.scheduling.node import Node
 from tests.support.local_caller import handing_over, sealed_memory
 from tests.support.native.stand_in_gpu import StandInCuda
 from tests.support.serving import door, execute_method, open_channel, random_batch, request_for, running_server
@@ -50,9 +50,9 @@ async def test_what_cannot_be_pinned_is_refused_from_callers_alone(small_model: 
 async def test_memory_is_pinned_in_steps_that_copies_are_cut_at_and_all_or_nothing() -> None:
     cuda = Limited(most=3)
     pinned = cuda.pinned
-    device = DeviceOwner(TorchBackend())
-    device.start()
-    gpu = Gpu(device, cuda)
+    node = Node({0: TorchBackend()}, most=1)
+    node.start()
+    gpu = Gpu(node, cuda)
     memory = memoryview(bytearray(5 * PIN_STEP))
     begin = address_of(memory)
     whole = memory[-begin % PIN_STEP + PIN_STEP - 4096 :][: PIN_STEP + 8192]
@@ -64,7 +64,7 @@ async def test_memory_is_pinned_in_steps_that_copies_are_cut_at_and_all_or_nothi
     with pytest.raises(ServerFault, match=f"the segment's {len(memory)} bytes cannot be pinned: CUDA error 2"):
         await gpu.pin(memory)
     assert not pinned
-    device.stop()
+    node.stop()
 
 
 def address_of(memory: memoryview) -> int:

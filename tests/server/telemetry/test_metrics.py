@@ -26,6 +26,7 @@ from expertd.kernels.numerics.backend import Backend, DeviceMemory
 from expertd.kernels.torch.backend import TorchBackend
 from expertd.proto import codec
 from expertd.server.hardware.gpu_health import GpuHealth
+from expertd.server.scheduling.node import Device
 from expertd.server.telemetry.journal import STAGE_BUCKETS, Journal, shown
 from expertd.server.telemetry.loads import HALF_LIFE, ExpertLoads
 from expertd.server.telemetry.metrics import FINE_BUCKETS, LATENCY_BUCKETS, STAGES, Metrics, adding_seconds, buckets
@@ -60,7 +61,7 @@ def on_device(*_: object) -> tuple[Backend, str]:
     return OnDevice(), "a test"
 
 
-def watched(_: Backend) -> GpuHealth | None:
+def watched(_: Device) -> GpuHealth | None:
     return GpuHealth.open(StandInNvml(), UUID)
 
 
@@ -103,7 +104,13 @@ async def test_every_series_is_documented_and_every_documented_one_exists(small_
     metrics.follow(NoFleet(), lambda: {"root_ca": 0.0})
     async with (
         running_server(
-            small_model, ALL, per_expert_metrics=True, choose=on_device, open_gpu=watched, admin_listen=ANY_PORT
+            small_model,
+            ALL,
+            per_expert_metrics=True,
+            choose=on_device,
+            open_gpu=watched,
+            admin_listen=ANY_PORT,
+            devices=(0, 1),
         ) as server,
         open_channel(server) as channel,
     ):
@@ -140,8 +147,10 @@ async def test_a_gpu_has_memory_and_busy_seconds_and_a_cpu_has_none(small_model:
         answer = await execute_method(channel)(request_for(server, random_batch(4, 256, 16, 4)))
         registry = server.metrics.registry
         for kind in DeviceMemory.__dataclass_fields__:
-            assert registry.get_sample_value("expertd_device_memory_bytes", {"kind": kind}) == getattr(MEMORY, kind)
-        busy = registry.get_sample_value("expertd_device_busy_seconds_total")
+            assert registry.get_sample_value("expertd_device_memory_bytes", {"device": "0", "kind": kind}) == getattr(
+                MEMORY, kind
+            )
+        busy = registry.get_sample_value("expertd_device_busy_seconds_total", {"device": "0"})
         assert busy == pytest.approx(answer.timings.compute_ns / 1e9, abs=1e-8)
 
 

@@ -11,6 +11,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 
 from expertd.proto.base.errors import OUTCOMES
 from expertd.server.hardware.gpu_health import GpuHealth
+from expertd.server.scheduling import gpu_watch
 from expertd.server.scheduling.gpu_watch import GpuWatch
 from expertd.server.telemetry.journal import Journal
 from expertd.server.telemetry.loads import ExpertLoads
@@ -44,11 +45,11 @@ def everything() -> Metrics:
     failed = buckets(LATENCY_BUCKETS, [1] * (len(LATENCY_BUCKETS) + 1), 1.0)
     metrics.failures.set_function(lambda: (((name,), failed) for name in OUTCOMES if name != "ok"))
     metrics.export(metrics.expert_pairs, metrics.device_busy, metrics.device_memory)
-    metrics.device_busy.set_function(lambda: [((), (0.5,))])
+    metrics.device_busy.set_function(lambda: [((0,), (0.5,))])
     metrics.export(metrics.shadow_errors, metrics.shadow_checks)
     health = GpuHealth.open(StandInNvml(), UUID)
     assert health is not None
-    GpuWatch(health, metrics, lambda _: None)
+    gpu_watch.export(metrics, {0: GpuWatch(0, health, metrics, lambda _: None)})
     return metrics
 
 

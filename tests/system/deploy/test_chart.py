@@ -357,6 +357,10 @@ def test_gpus_are_asked_for_and_the_grace_covers_the_drain() -> None:
     assert container(objects)["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert "--drain-seconds=100" in container(objects)["args"]
     assert objects["StatefulSet"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > 105
+    assert "--devices=all" not in container(objects)["args"]
+    four = container(render(CHART / "ci/insecure.yaml", "--set", "gpus=4"))
+    assert four["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert "--devices=all" in four["args"]
     on_cpus = container(render(CHART / "ci/planned.yaml"))
     assert "nvidia.com/gpu" not in on_cpus["resources"]["limits"]
     assert "--backend=torch" in on_cpus["args"]

@@ -26,6 +26,7 @@ from expertd.client.tools.cluster import LocalCluster, even_shards
 from expertd.client.transport.security import ClientSecurity
 from expertd.server.hardware.gpu_health import GpuHealth
 from expertd.server.hardware.xid import FATAL
+from expertd.server.scheduling import gpu_watch
 from expertd.server.scheduling.gpu_watch import GpuWatch
 from expertd.server.telemetry.metrics import TOKEN_BUCKETS, Metrics, buckets
 from tests.support.certificates import Authority
@@ -129,14 +130,14 @@ def _gpu() -> CollectorRegistry:
     metrics = Metrics(CollectorRegistry())
     metrics.export(metrics.device_busy, metrics.device_memory)
     for kind, gigabytes in {"size": 80, "free": 8, "allocated": 60, "reserved": 70}.items():
-        metrics.device_memory.labels(kind).set(gigabytes << 30)
+        metrics.device_memory.labels(0, kind).set(gigabytes << 30)
     counted = Histogram(TOKEN_BUCKETS)
     counted.observe(64)
     metrics.batch_tokens.set_function(lambda: [((), buckets(TOKEN_BUCKETS, *counted.read()))])
-    metrics.device_busy.set_function(lambda: [((), (0.5,))])
+    metrics.device_busy.set_function(lambda: [((0,), (0.5,))])
     health = GpuHealth.open(StandInNvml(), UUID)
     assert health is not None
-    GpuWatch(health, metrics, lambda _: None)
+    gpu_watch.export(metrics, {0: GpuWatch(0, health, metrics, lambda _: None)})
     return metrics.registry
 
 

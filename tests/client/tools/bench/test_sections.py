@@ -92,6 +92,8 @@ def test_a_fan_out_and_what_else_is_asked_for_over_the_same_servers(tmp_path: Pa
         (("--servers-of-its-own", "1"), "--servers-of-its-own 1: there must be two at least"),
         (("--servers-of-its-own", "2", "--servers", "a:1"), "--servers-of-its-own is for servers of its own, not"),
         (("--servers-of-its-own", "2", "--transport", "unix"), "--transport unix is of one server of its own"),
+        (("--servers-of-its-own", "2", "--devices", "0-1"), "--devices is of one server of its own, not"),
+        (("--servers", "a:1", "--devices", "0-1"), "--devices is for servers of its own, not for --servers"),
         (("--servers", "a:1", "--model", "/x"), "--model is for servers of its own, not for --servers"),
         (("--servers", "a:1", "--hidden-size", "256"), "--hidden-size is for servers of its own, not for --servers"),
         (("--model", "/x", "--intermediate-size", "128"), "are of a checkpoint that it writes, not for --model"),
