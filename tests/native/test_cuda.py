@@ -1286,7 +1286,7 @@ def test_with_sanitizers() -> None:
         "-p",
         "no:cacheprovider",
         str(Path(__file__)),
-        str(Path(__file__).with_name("test_node.py")),
+        str(Path(__file__).with_name("node") / "test_node.py"),
     ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
