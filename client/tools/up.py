@@ -1,4 +1,4 @@
-"""`expertd up`: a whole model served from this machine, by one server for all of its GPUs, until Ctrl-C."""
+"""`expertd up`: a whole model served from this machine, by as many servers as it has GPUs, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--servers",
         type=int,
         metavar="N",
-        help="server processes, which share the GPUs (default: one, with all of them)",
+        help="server processes, which share the GPUs (default: one for each GPU; without any, one)",
     )
     parser.add_argument(
         "--port", type=int, default=50051, help="of the first server, others follow; 0: free ones (default: 50051)"
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         experts = MoeConfig.from_json(arguments.model / "config.json").n_routed_experts
         gpus = torch.cuda.device_count()
-        servers = 1 if arguments.servers is None else arguments.servers
+        servers = (gpus or 1) if arguments.servers is None else arguments.servers
         if not 1 <= servers <= experts:
             raise ValueError(f"--servers is {servers}; it must be from 1 to the model's {experts} experts")
         if not 0 <= arguments.port <= 65536 - servers:

@@ -16,7 +16,7 @@ from expertd.kernels.cutile.base.shape import SHAPE_CLASSES, ExpertShape
 from expertd.kernels.cutile.dequant.layer import DequantConfig, DequantPipeline
 from expertd.kernels.cutile.dequant.layer import default_config as default_dequant_config
 from expertd.kernels.cutile.fast.layer import Workspace, layer_steps
-from expertd.kernels.cutile.fast.tiles import LayerConfig, default_config
+from expertd.kernels.cutile.fast.tiles import LayerConfig, default_config, gathering
 from expertd.kernels.cutile.pipeline.table import Table
 from expertd.kernels.cutile.routing.quantize import quantize_activations
 from expertd.kernels.model.config import BLOCK
@@ -96,8 +96,8 @@ class FastLayer:
     def _config(self, num_tokens: int) -> LayerConfig:
         known = self._table.get("fast", self._shape.key(num_tokens), LayerConfig)
         if known is None or (self._batch_invariant and known.few_rows):
-            return default_config(self._gpu.arch, num_tokens, self._batch_invariant)
-        return known
+            known = default_config(self._gpu.arch, num_tokens, self._batch_invariant)
+        return gathering(known)
 
 
 class DequantLayer:
