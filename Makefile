@@ -10,14 +10,8 @@ NATIVE_SOURCES := $(wildcard native/*.cc native/*/*.cc native/*/*.h)
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
 
-# Processes that share the tests, in two rounds: what bounds times with nothing but compilers beside it, then all else,
-# much of which waits. tests/parts.py has what belongs together.
-WORKERS ?= 3
-SHARED := $(BIN)/pytest -rs --no-loadscope-reorder
 test: check  ## everything that CI runs; there also image-test, where it is root on Debian
-	first=$$($(BIN)/python -m tests.parts) || exit; \
-	$(SHARED) --numprocesses 2 $$first; status=$$?; \
-	$(SHARED) --numprocesses $(WORKERS) $$(printf -- '--ignore=%s ' $$first) && exit $$status
+	$(BIN)/pytest -rs
 
 image-test: $(STAMP)  ## build the images, run them with compose and with network faults, as root on Debian: see docs/deployment.md
 	EXPERTD_IMAGE_TEST=1 $(BIN)/pytest -rs tests/system/containers
