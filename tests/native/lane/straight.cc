@@ -261,10 +261,11 @@ struct UnderWay {
 
 void check_sums(StraightCall& call, const Batch& batch) {
   std::vector<float> out(batch.tokens * kWidth, NAN);
+  const WritableRows rows{reinterpret_cast<std::byte*>(out.data()), kWidth * sizeof(float)};
+  require(call.finish(in_ms(20'000), Format::float32, rows) == Wait::kDone, "answers in time");
   const bool answered = std::all_of(call.parts().begin(), call.parts().end(),
                                     [](const CallPart& part) { return part.state == PartState::kAnswered; });
-  const WritableRows rows{reinterpret_cast<std::byte*>(out.data()), kWidth * sizeof(float)};
-  require(call.sum(Format::float32, rows) == answered, "sums exactly when all parts are answered");
+  require(call.summed() == answered, "sums exactly when all parts are answered");
   if (answered) require(out == batch.expected, "the sums of the pairs");
   for (const CallPart& part : call.parts()) {
     const bool refused = part.state == PartState::kRefused && !part.answer.empty();
@@ -327,11 +328,9 @@ int main(int, char** argv) {
         ++given_up;
         continue;
       }
-      if (random() % 2) {
-        require(call->wait(in_ms(20'000)) == Wait::kDone, "answers in time");
-      } else {
+      // Awaited by an event loop, or by the thread itself.
+      if (random() % 2)
         while (!call->collect()) std::this_thread::yield();
-      }
       check_sums(*call, next.batch);
       ++answered;
     }
