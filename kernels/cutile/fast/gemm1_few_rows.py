@@ -8,9 +8,9 @@ import cuda.tile as ct
 from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch, hinted, take_turn
-from expertd.kernels.cutile.base.limit import bounded, limit_constant
+from expertd.kernels.cutile.base.limit import limit_constant
 from expertd.kernels.cutile.fast.place_pairs import Schedule
-from expertd.kernels.cutile.fast.swiglu_quantize import MINUS_LOG2_E
+from expertd.kernels.cutile.fast.swiglu_quantize import MINUS_LOG2_E, scale_of, swiglu
 from expertd.kernels.cutile.fast.tiles import GemmConfig
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.quantize import FP8_MAX, LEAST_AMAX
@@ -72,16 +72,9 @@ def gemm1_few_rows_kernel(
                     weights, (expert, j, k), (1, TILE_COLUMNS, BLOCK), latency=LATENCY, check_bounds=False
                 ).reshape((TILE_COLUMNS, BLOCK))
                 up += ct.mma(w, x, zeros, use_fast_acc=True) * (scale * up_scale)
-            up, gate = bounded(up, gate, LIMIT)
-            gate = ct.truediv(
-                gate,
-                1.0 + ct.exp2(gate * MINUS_LOG2_E),
-                rounding_mode=ct.RoundingMode.APPROX,
-                flush_to_zero=True,
-            )
-            product = gate * up
-            out_scale = ct.maximum(ct.max(ct.abs(product), axis=0, keepdims=True), LEAST_AMAX) * (1.0 / FP8_MAX)
-            quantized = (product * (1.0 / out_scale)).astype(out.dtype)
+            inner = swiglu(up, gate, LIMIT, MINUS_LOG2_E)
+            out_scale = scale_of(inner, 0, FP8_MAX, LEAST_AMAX)
+            quantized = (inner * (1.0 / out_scale)).astype(out.dtype)
             ct.store(out, (i, j), ct.transpose(quantized), check_bounds=False)
             ct.store(out_scales, (j, i), out_scale, allow_tma=False, check_bounds=False)
 

@@ -8,10 +8,10 @@ import cuda.tile as ct
 from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch, hinted, take_turn
-from expertd.kernels.cutile.base.limit import bounded, limit_constant
+from expertd.kernels.cutile.base.limit import limit_constant
 from expertd.kernels.cutile.fast.fp8_gemm import tile_position
 from expertd.kernels.cutile.fast.place_pairs import Schedule
-from expertd.kernels.cutile.fast.swiglu_quantize import MINUS_LOG2_E
+from expertd.kernels.cutile.fast.swiglu_quantize import MINUS_LOG2_E, scale_of, swiglu
 from expertd.kernels.cutile.fast.tiles import GemmConfig
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.quantize import FP8_MAX, LEAST_AMAX
@@ -87,12 +87,8 @@ def gemm1_wide_kernel(
         # Rounded to what the two kernels leave between them, whose bits these are.
         up = up.astype(ct.bfloat16).astype(ct.float32)
         gate = gate.astype(ct.bfloat16).astype(ct.float32)
-        up, gate = bounded(up, gate, LIMIT)
-        gate = ct.truediv(
-            gate, 1.0 + ct.exp2(gate * MINUS_LOG2_E), rounding_mode=ct.RoundingMode.APPROX, flush_to_zero=True
-        )
-        inner = gate * up
-        out_scale = ct.maximum(ct.max(ct.abs(inner), axis=1, keepdims=True), LEAST_AMAX) * (1.0 / FP8_MAX)
+        inner = swiglu(up, gate, LIMIT, MINUS_LOG2_E)
+        out_scale = scale_of(inner, 1, FP8_MAX, LEAST_AMAX)
         quantized = (inner * (1.0 / out_scale)).astype(out.dtype)
         ct.store(out, (i, j), quantized, check_bounds=False)
         ct.store(out_scales, (j, i), ct.transpose(out_scale), allow_tma=False, check_bounds=False)

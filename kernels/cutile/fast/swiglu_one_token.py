@@ -8,9 +8,9 @@ import cuda.tile as ct
 from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch, take_turn
-from expertd.kernels.cutile.base.limit import bounded, limit_constant
+from expertd.kernels.cutile.base.limit import limit_constant
 from expertd.kernels.cutile.fast.gemm1_one_token import ROWS
-from expertd.kernels.cutile.fast.swiglu_quantize import MINUS_LOG2_E
+from expertd.kernels.cutile.fast.swiglu_quantize import MINUS_LOG2_E, scale_of, swiglu
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.quantize import FP8_MAX, LEAST_AMAX
 
@@ -47,12 +47,8 @@ def swiglu_one_token_kernel(
         up = up + part.reshape((1, BLOCK))
         part = ct.load(up_gate, (split, choice, j + PARTS), (1, 1, BLOCK), allow_tma=False, check_bounds=False)
         gate = gate + part.reshape((1, BLOCK))
-    up, gate = bounded(up, gate, LIMIT)
-    gate = ct.truediv(
-        gate, 1.0 + ct.exp2(gate * MINUS_LOG2_E), rounding_mode=ct.RoundingMode.APPROX, flush_to_zero=True
-    )
-    inner = gate * up
-    scale = ct.maximum(ct.max(ct.abs(inner), axis=1, keepdims=True), LEAST_AMAX) * (1.0 / FP8_MAX)
+    inner = swiglu(up, gate, LIMIT, MINUS_LOG2_E)
+    scale = scale_of(inner, 1, FP8_MAX, LEAST_AMAX)
     quantized = (inner * (1.0 / scale)).astype(out.dtype)
     ct.store(out, (choice * ROWS, j), quantized, allow_tma=False, check_bounds=False)
     ct.store(out_scales, (choice, j), scale, allow_tma=False, check_bounds=False)

@@ -21,6 +21,20 @@ COLUMN_BLOCKS = 8
 """Most quantisation blocks of a row that a block of threads takes at once."""
 
 
+def swiglu(up: ct.Tile, gate: ct.Tile, limit: float, minus_log2_e: float) -> ct.Tile:
+    """In kernels: silu(gate) * up of FP32 tiles, bounded by `limit`."""
+    up, gate = bounded(up, gate, limit)
+    gate = ct.truediv(
+        gate, 1.0 + ct.exp2(gate * minus_log2_e), rounding_mode=ct.RoundingMode.APPROX, flush_to_zero=True
+    )
+    return gate * up
+
+
+def scale_of(inner: ct.Tile, axis: int, fp8_max: float, least_amax: float) -> ct.Tile:
+    """In kernels: the scales of an FP32 tile whose blocks lie along `axis`."""
+    return ct.maximum(ct.max(ct.abs(inner), axis=axis, keepdims=True), least_amax) * (1.0 / fp8_max)
+
+
 @ct.kernel(occupancy=8)
 def swiglu_quantize_kernel(
     up_gate: ct.Array,
@@ -45,12 +59,8 @@ def swiglu_quantize_kernel(
         up = ct.load(up_gate, (i, j), (ROWS, BLOCKS * BLOCK), allow_tma=False, check_bounds=False).astype(ct.float32)
         gate = ct.load(up_gate, (i, j + PARTS), (ROWS, BLOCKS * BLOCK), allow_tma=False, check_bounds=False)
         gate = gate.astype(ct.float32)
-        up, gate = bounded(up, gate, LIMIT)
-        gate = ct.truediv(
-            gate, 1.0 + ct.exp2(gate * MINUS_LOG2_E), rounding_mode=ct.RoundingMode.APPROX, flush_to_zero=True
-        )
-        inner = (gate * up).reshape((ROWS, BLOCKS, BLOCK))
-        scale = ct.maximum(ct.max(ct.abs(inner), axis=2, keepdims=True), LEAST_AMAX) * (1.0 / FP8_MAX)
+        inner = swiglu(up, gate, LIMIT, MINUS_LOG2_E).reshape((ROWS, BLOCKS, BLOCK))
+        scale = scale_of(inner, 2, FP8_MAX, LEAST_AMAX)
         quantized = (inner * (1.0 / scale)).astype(out.dtype)
         ct.store(out, (i, j), quantized.reshape((ROWS, BLOCKS * BLOCK)), allow_tma=False, check_bounds=False)
         scale = ct.transpose(scale.reshape((ROWS, BLOCKS)))
