@@ -24,9 +24,8 @@ from expertd.client.call.result import Answer, ServerReport, by_server
 from expertd.client.fleet.member import Member
 from expertd.client.telemetry.tracing import AttemptSpans
 from expertd.client.transport.answer import outcome_of
-from expertd.client.transport.native_call import Terms
+from expertd.client.transport.native_call import Terms, Watch
 from expertd.client.transport.native_call import begin as begin_call
-from expertd.client.transport.segment import Segment
 from expertd.kernels.memory.results import empty
 from expertd.kernels.numerics.tokens import FORMATS, place
 from expertd.proto.base.errors import Cancelled, ExpertdError, ServerFault, Unavailable
@@ -64,10 +63,9 @@ class StraightCall:
         self._servers = {server.member.number: server for server in servers}
         self._timeout = self._left = timeout
         self._closed = False
-        self._watched: list[tuple[Segment, int]] = []
         parts = [(self._servers[number].member, tokens) for number, tokens in call.planned]
         self._tokens = parts
-        self._look: Callable[[], None] | None = None
+        self._watch: Watch | None = None
         self._messages = call.messages
         self._soon: Soon | None = None
         self._answers: list[asyncio.Future[bytes]] = []
@@ -97,8 +95,8 @@ class StraightCall:
         if self._closed:
             return
         self._closed = True
-        for segment, slot in self._watched:
-            segment.unwatch(slot)
+        if self._watch is not None:
+            self._watch.end()
         for member, give_up in self._giving_up:
             member.under_way.discard(give_up)
         if self._soon is not None and not all(answer.done() for answer in self._answers):
@@ -120,23 +118,9 @@ class StraightCall:
 
     async def answered(self) -> None:
         """Wait on the event loop, which is that of the lanes, at most as long as an attempt may take."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def look() -> None:
-            if self._call.collect() and not done.done():
-                done.set_result(None)
-
-        self._look = look
-        segments = {segment.lane: segment for server in self._servers.values() for segment in server.segments}
-        for lane, slot in self._call.slots():
-            segments[lane].watch(slot, look)
-            self._watched.append((segments[lane], slot))
-        look()
-        try:
-            async with asyncio.timeout(self._timeout):
-                await done
-        except TimeoutError:
-            self._call.collect()
+        segments = (segment for server in self._servers.values() for segment in server.segments)
+        self._watch = Watch(self._call, segments)
+        await self._watch.wait(self._timeout)
         self._left = 0.0
 
     def sums(self) -> tuple[Tensor, tuple[ServerReport, ...]] | None:
@@ -180,14 +164,14 @@ class StraightCall:
         if error is not None:
             self._errors[part] = error if isinstance(error, ExpertdError) else ServerFault(repr(error))
         self._call.answer(part, answer.result() if error is None else None)
-        if self._look is not None and not self._closed:
-            self._look()
+        if self._watch is not None and not self._closed:
+            self._watch.look()
 
     def _lose(self, member: Member) -> None:
         """By the event loop: `member` is silent."""
         self._call.lose(member.number)
-        if self._look is not None:
-            self._look()
+        if self._watch is not None:
+            self._watch.look()
 
     def _report(
         self, number: int, tokens: int, pairs: int, seconds: float, stages: tuple[float, float, float, float, float]

@@ -93,8 +93,7 @@ class StreamLane:
 
     @classmethod
     async def _share(cls, member: Member, transport: GrpcTransport, terms: Terms, *, on_gpu: bool) -> Self:
-        own = gpu_uuid(terms.device) if terms.device.type == "cuda" else ""
-        registration = await transport.register_shared_memory(REGISTRATION_SECONDS, own)
+        registration = await transport.register_shared_memory(REGISTRATION_SECONDS, gpu_uuid(terms.device))
         check_version(registration)
         if on_gpu and not registration.gpu:
             raise NotPermitted("the server computes on no GPU")

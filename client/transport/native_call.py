@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -81,24 +81,40 @@ def begin(
     )
 
 
-@contextlib.contextmanager
-def answered(call: _native.StraightCall, segments: Iterable[Segment]) -> Iterator[asyncio.Future[None]]:
-    """A future that is done when a looped call is, on the event loop of its `segments`."""
-    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+class Watch:
+    """Has the event loop, that of `segments`, look at a looped call whenever a lane has news of it, until it ends."""
 
-    def look() -> None:
-        if call.collect() and not done.done():
-            done.set_result(None)
+    def __init__(self, call: _native.StraightCall, segments: Iterable[Segment]) -> None:
+        self._call = call
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        of = {segment.lane: segment for segment in segments}
+        self._slots = [(of[lane], slot) for lane, slot in call.slots()]
+        for segment, slot in self._slots:
+            segment.watch(slot, self.look)
 
-    of = {segment.lane: segment for segment in segments}
-    slots = [(of[lane], slot) for lane, slot in call.slots()]
-    for segment, slot in slots:
-        segment.watch(slot, look)
-    look()
-    try:
-        yield done
-    finally:
-        for segment, slot in slots:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def look(self) -> None:
+        if self._call.collect() and not self._done.done():
+            self._done.set_result(None)
+
+    async def wait(self, timeout: float | None) -> None:
+        """Until the call is done, at most so many seconds."""
+        self.look()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._done
+        except TimeoutError:
+            self._call.collect()
+
+    def end(self) -> None:
+        for segment, slot in self._slots:
             segment.unwatch(slot)
 
 

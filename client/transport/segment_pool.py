@@ -110,7 +110,7 @@ class SegmentPool:
             return False
         try:
             async with asyncio.timeout(REGISTRATION_SECONDS):
-                registration = await self._grpc.register_shared_memory(REGISTRATION_SECONDS, self._gpu)
+                registration = await self._grpc.register_shared_memory(REGISTRATION_SECONDS, gpu_uuid(self._device))
                 segment = await self._open(registration, size, beside)
                 self.segments = (*self.segments, segment)
         except Overloaded as error:
@@ -136,16 +136,12 @@ class SegmentPool:
         if self._device.type == "cpu":
             return await share(size)
         if not registration.gpu:
-            raise NotPermitted(f"the server computes on no GPU; the tensors are on {self._gpu}")
+            raise NotPermitted(f"the server computes on no GPU; the tensors are on {gpu_uuid(self._device)}")
         memory, descriptor = GpuMemory.create(size, self._device)
         try:
             return await share(max(beside, size // SEGMENT_SHARE), gpu=(memory, descriptor))
         finally:
             os.close(descriptor)
-
-    @property
-    def _gpu(self) -> str:
-        return "" if self._device.type == "cpu" else gpu_uuid(self._device)
 
     def _tell(self, error: Exception) -> None:
         level = logging.INFO if isinstance(error, NotPermitted) else logging.WARNING

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from expertd import _native
 from expertd.client.transport.answer import answer, outcome_of
 from expertd.client.transport.grpc_streams import GrpcTransport
-from expertd.client.transport.native_call import LONG_ELEMENTS, OneOwner, answered
+from expertd.client.transport.native_call import LONG_ELEMENTS, OneOwner, Watch
 from expertd.client.transport.segment import Segment, Slot, layout_of
 from expertd.client.transport.segment_pool import SegmentPool
 from expertd.kernels.memory.gpu import stream_of
@@ -140,12 +139,8 @@ class SharedMemoryTransport:
         """What `_finish` says, once the event loop of the lanes has waited for it."""
         segments = self.segments
         try:
-            with answered(begun, segments) as done:
-                try:
-                    async with asyncio.timeout(call.timeout):
-                        await done
-                except TimeoutError:
-                    begun.collect()
+            with Watch(begun, segments) as watch:
+                await watch.wait(call.timeout)
             return self._finish(call, begun, 0.0)
         except Unavailable:
             for segment in segments:

@@ -85,11 +85,6 @@ class _Part:
         self.__cuda_array_interface__ = {"shape": (length,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
-def current_gpu() -> torch.device:
-    """The GPU that this thread uses, with its number."""
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def stream_of(tensor: Tensor) -> torch.cuda.Stream | None:
     """The stream on which this thread works with a tensor of a GPU; None for one in host memory."""
     return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
@@ -106,7 +101,9 @@ def wait_for(stream: torch.cuda.Stream, address: int) -> None:
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """The GPU's name among all, as `nvidia-smi -L` prints it."""
+    """The GPU's name among all, as `nvidia-smi -L` prints it; empty of a CPU."""
+    if device.type == "cpu":
+        return ""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 LayerAddresses: TypeAlias = tuple[int, int, int, int]
 """Where a device has a layer: up_gate, its scales, down, its scales."""
+NOWHERE: LayerAddresses = (0, 0, 0, 0)
 
 
 class UnsupportedShape(ValueError):
@@ -48,13 +49,17 @@ class LayerWeights:
         return self.down.dtype
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order of the fields."""
+        return (self.up_gate, self.up_gate_scales, self.down, self.down_scales)
+
+    @property
     def num_bytes(self) -> int:
-        tensors = (self.up_gate, self.up_gate_scales, self.down, self.down_scales)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     @property
     def addresses(self) -> LayerAddresses:
-        tensors = (self.up_gate, self.up_gate_scales, self.down, self.down_scales)
+        tensors = self.tensors
         return (tensors[0].data_ptr(), tensors[1].data_ptr(), tensors[2].data_ptr(), tensors[3].data_ptr())
 
 
@@ -195,8 +200,8 @@ class Backend(Protocol):
     def native_executor(self) -> CudaExecutor | None:
         """What an engine takes after `warm_up`, to compute in the place of `submit`; None: only `submit` does."""
 
-    def layer_addresses(self) -> Mapping[int, LayerAddresses]:
-        """Where the device has every layer, for the engine's requests; empty without a `native_executor`."""
+    def layer_addresses(self, layer: int) -> LayerAddresses:
+        """Where the device has a layer, for the engine's requests; `NOWHERE` without it or a `native_executor`."""
 
     def synchronize(self) -> None:
         """Wait until the device has done everything that it was asked for; raises what it met. Called by any thread."""

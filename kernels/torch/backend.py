@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from expertd.kernels.numerics.backend import (
+    NOWHERE,
     Computed,
     DeviceSeconds,
     LayerAddresses,
@@ -83,8 +84,8 @@ class TorchBackend:
     def native_executor(self) -> None:
         """There is none: `submit` computes."""
 
-    def layer_addresses(self) -> dict[int, LayerAddresses]:
-        return {}
+    def layer_addresses(self, layer: int) -> LayerAddresses:
+        return NOWHERE
 
     def synchronize(self) -> None:
         """Nothing to do: a batch is computed when `submit` returns."""

@@ -58,14 +58,15 @@ void Pool::share(Job& job, std::size_t wanted) {
 }
 
 void Pool::post(std::function<void()> task) {
-  {
-    const std::lock_guard lock(lock_);
-    if (start_threads(size_)) {
-      tasks_.push_back(std::exchange(task, nullptr));
-      waiting_.fetch_add(1, std::memory_order_relaxed);
-    }
+  std::unique_lock lock(lock_);
+  if (!start_threads(size_)) {
+    lock.unlock();
+    return task();
   }
-  task ? task() : posted_.notify_one();
+  tasks_.push_back(std::move(task));
+  waiting_.fetch_add(1, std::memory_order_relaxed);
+  lock.unlock();
+  posted_.notify_one();
 }
 
 // Whether there is any.

@@ -179,7 +179,7 @@ class Node:
     def parts(self, key: int) -> list[tuple[tuple[int, ...], LayerAddresses]]:
         """By device, the experts that it computes of a layer, and where it has them."""
         return [
-            (() if device.lost else its, device.backend.layer_addresses().get(key, (0, 0, 0, 0)))
+            (() if device.lost else its, device.backend.layer_addresses(key))
             for device, its in zip(self.devices, self.held[key], strict=True)
         ]
 
@@ -227,8 +227,7 @@ def part_of(weights: LayerWeights, chosen: Sequence[int]) -> LayerWeights:
     """The experts at these places, without copying them where they are a run."""
     run = bool(chosen) and list(chosen) == list(range(chosen[0], chosen[0] + len(chosen)))
     which = slice(chosen[0], chosen[0] + len(chosen)) if run else torch.tensor(chosen, dtype=torch.long)
-    tensors = (weights.up_gate, weights.up_gate_scales, weights.down, weights.down_scales)
-    return LayerWeights(*(_indexed(tensor, which) for tensor in tensors), swiglu_limit=weights.swiglu_limit)
+    return LayerWeights(*(_indexed(tensor, which) for tensor in weights.tensors), swiglu_limit=weights.swiglu_limit)
 
 
 def _indexed(tensor: torch.Tensor, which: slice | torch.Tensor) -> torch.Tensor:

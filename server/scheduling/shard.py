@@ -11,7 +11,7 @@ import torch
 from expertd._native import OwnedLayer, Placement
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.model.ranges import format_ranges
-from expertd.kernels.numerics.backend import LayerAddresses
+from expertd.kernels.numerics.backend import NOWHERE, LayerAddresses
 from expertd.kernels.numerics.quantize import FP8
 from expertd.server.options.config import InvalidOption, ServerConfig, Weights
 
@@ -82,7 +82,7 @@ def _owned(
 ) -> OwnedLayer:
     text = format_ranges(experts)
     if len(parts) < 2:
-        return OwnedLayer(layer, experts, experts_text=text, key=key, weights=parts[0][1] if parts else (0, 0, 0, 0))
+        return OwnedLayer(layer, experts, experts_text=text, key=key, weights=parts[0][1] if parts else NOWHERE)
     local = {expert: place for place, expert in enumerate(experts)}
     devices = [
         OwnedLayer(layer, [local[expert] for expert in its], experts_text="", key=key, weights=weights)

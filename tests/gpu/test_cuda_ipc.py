@@ -20,7 +20,7 @@ from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.segment import Slot
 from expertd.client.transport.shared_memory import HOST
-from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError, current_gpu
+from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError
 from expertd.proto.base.errors import InvalidBatch
 from tests.gpu.caller import GPU, MODEL, OPTIONS, connected, gpu_call, host_call
 from tests.support.markers import gpu_only
@@ -239,11 +239,11 @@ async def test_a_server_without_a_gpu_is_reached_through_host_memory(
 
 
 async def test_memory_is_one_for_all_that_map_it_and_exists_as_long_as_any() -> None:
-    made, descriptor = GpuMemory.create(5 << 20, current_gpu())
+    made, descriptor = GpuMemory.create(5 << 20, GPU)
     assert made.size == 6 << 20
-    mapped = GpuMemory.open(descriptor, made.size, current_gpu())
+    mapped = GpuMemory.open(descriptor, made.size, GPU)
     with pytest.raises(GpuMemoryError, match="cuMemMap"):
-        GpuMemory.open(descriptor, made.size + (2 << 20), current_gpu())
+        GpuMemory.open(descriptor, made.size + (2 << 20), GPU)
     os.close(descriptor)
     made.tensor(256, 4).copy_(torch.tensor([1, 2, 3, 4], dtype=torch.uint8))
     view = mapped.tensor(0, mapped.size)

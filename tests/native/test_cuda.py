@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.native.build import ROOT, SANITIZED, build_cuda_extension, build_library
+from tests.support.native.build import ROOT, SANITIZED, build_library
 from tests.support.native.fake_gpu import (
     BF16,
     CLASSES,
@@ -33,9 +32,11 @@ from tests.support.native.fake_gpu import (
     ON_PEER,
     PINNED,
     WIDTH,
+    Built,
     Fake,
     Layer,
     Request,
+    build_fake,
 )
 
 sanitized = bool(os.environ.get("EXPERTD_SANITIZED"))
@@ -46,20 +47,9 @@ OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
 LOST = "the device failed: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
 
 
-@dataclass(frozen=True)
-class Built:
-    extension: Any
-    library: Path
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    folder = tmp_path_factory.mktemp("native")
-    options = SANITIZED if sanitized else ("-O1",)
-    library = build_library(
-        folder / "libfake.so", [ROOT / "tests/native/fake_cuda.cc"], *options, "-fvisibility=default"
-    )
-    return Built(build_cuda_extension(folder, *options), library)
+    return build_fake(tmp_path_factory.mktemp("native"), *(SANITIZED if sanitized else ("-O1",)))
 
 
 class Bench:
@@ -88,13 +78,8 @@ class Bench:
         fake.serving(1)
 
     def add(self, tokens: int, hidden: int, reply: int, odd: int = -1, layer: int = 0, steps: int = 1) -> None:
-        at = self.rig.executor.places(bay=0, tokens=tokens, hidden_dtype=hidden, reply_dtype=reply)
-        places = [ctypes.c_uint64(at[name]) for name in ("ids", "weights", "hidden", "scales", "pairs", "sums")]
-        weights = (ctypes.c_uint64 * 4)(*self.layers[layer].addresses)
-        sizes = (tokens, WIDTH, HIDDEN, EXPERTS, int(reply == FP32))
-        graphs = [self.fake.graph(*places, weights, *sizes, odd, step, steps) for step in range(steps)]
-        ranges = [(address, 4 * EXPERTS) for address in self.layers[0].addresses]
-        self.rig.executor.add_graphs(tokens, hidden, reply, graphs, ranges)
+        captured, given = self.layers[0].addresses, self.layers[layer].addresses
+        self.fake.add_graphs(self.rig.executor, captured, tokens, hidden, reply, given=given, odd=odd, steps=steps)
 
     def job(self, *requests: Request, layer: int = 0) -> Any:  # noqa: ANN401
         first, weights = requests[0], self.layers[layer].addresses

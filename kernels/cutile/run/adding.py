@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from expertd.kernels.cutile.base.launch import Launch
-from expertd.kernels.cutile.run.capture import CODES
+from expertd.kernels.cutile.run.capture import CODES, captured
 
 if TYPE_CHECKING:
     from expertd._native import CudaExecutor
@@ -71,17 +71,10 @@ def capture_adders(executor: CudaExecutor, devices: int, width: int, device: tor
         for dtype in (torch.bfloat16, torch.float32):
             parts = [torch.zeros(1, width, device=device) for _ in range(count)]
             out = torch.empty(1, width, dtype=dtype, device=device)
-            graph = _captured(add_parts(parts, out), device)
+            launch = add_parts(parts, out)
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                launch()  # compiles: that cannot happen in a capture
+                torch.cuda.current_stream(device).synchronize()
+                graph = captured(launch)
             result, *ranges = ((one.data_ptr(), one.numel() * one.element_size()) for one in (out, *parts))
             executor.add_adder(CODES[dtype], graph=graph.raw_cuda_graph(), result=result, parts=ranges)
-
-
-def _captured(launch: Launch, device: torch.device) -> torch.cuda.CUDAGraph:
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        launch()  # compiles: that cannot happen in a capture
-        torch.cuda.current_stream(device).synchronize()
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        graph.capture_begin(capture_error_mode="thread_local")
-        launch()
-        graph.capture_end()
-    return graph

@@ -30,6 +30,7 @@ from expertd.kernels.cutile.run.capture import Graphs
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.backend import (
     FEW_TOKENS,
+    NOWHERE,
     DeviceMemory,
     LayerAddresses,
     LayerWeights,
@@ -108,7 +109,7 @@ class CutileBackend:
         taken = to_float16(weights, self._device) if plain else _on(weights, self._device)
         self._layers[layer] = taken
         # For a layer that is made when there is no other: that of no experts.
-        self._none = tuple(tensor.new_empty(0, *tensor.shape[1:]) for tensor in _tensors(taken))
+        self._none = tuple(tensor.new_empty(0, *tensor.shape[1:]) for tensor in taken.tensors)
 
     def splice_layer(self, layer: int, base: int | None, kept: Mapping[int, int], added: LayerWeights) -> None:
         room, wanted = self._shape.num_experts, len(kept) + added.num_experts
@@ -116,8 +117,8 @@ class CutileBackend:
             raise UnsupportedShape(f"{wanted} experts of a layer: the kernels of this server were made for {room}")
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
             new = to_float16(added, self._device) if added.dtype == torch.bfloat16 else added
-            old = self._none if base is None else _tensors(self._layers[base])
-            tensors = spliced(old, kept, _tensors(new), room)
+            old = self._none if base is None else self._layers[base].tensors
+            tensors = spliced(old, kept, new.tensors, room)
             torch.cuda.current_stream(self._device).synchronize()
         self._layers[layer] = LayerWeights(*tensors, swiglu_limit=added.swiglu_limit)
 
@@ -160,8 +161,8 @@ class CutileBackend:
     def native_executor(self) -> CudaExecutor:
         return self._executor
 
-    def layer_addresses(self) -> Mapping[int, LayerAddresses]:
-        return {layer: weights.addresses for layer, weights in self._layers.items()}
+    def layer_addresses(self, layer: int) -> LayerAddresses:
+        return self._layers[layer].addresses if layer in self._layers else NOWHERE
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
@@ -204,12 +205,8 @@ class CutileBackend:
 
 def _on(weights: LayerWeights, device: torch.device) -> LayerWeights:
     """A copy of theirs."""
-    tensors = (tensor.to(device, copy=True) for tensor in _tensors(weights))
+    tensors = (tensor.to(device, copy=True) for tensor in weights.tensors)
     return LayerWeights(*tensors, swiglu_limit=weights.swiglu_limit)
-
-
-def _tensors(weights: LayerWeights) -> tuple[Tensor, ...]:
-    return (weights.up_gate, weights.up_gate_scales, weights.down, weights.down_scales)
 
 
 def _shape_of(weights: LayerWeights) -> ExpertShape:

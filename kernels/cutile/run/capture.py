@@ -60,8 +60,7 @@ class Graphs:
         kind = (tokens, CODES[hidden], CODES[reply])
         with torch.cuda.stream(torch.cuda.Stream(self._device)), torch.inference_mode():
             ways = self._capture(weights, _Places(self._executor.places(0, *kind), self._device), *key)
-        tensors = (weights.up_gate, weights.up_gate_scales, weights.down, weights.down_scales)
-        ranges = [(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors]
+        ranges = [(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in weights.tensors]
         for graphs in ways:
             self._executor.add_graphs(*kind, graphs=[graph.raw_cuda_graph() for graph in graphs], layer=ranges)
         self._captured[key] = [graph for graphs in ways for graph in graphs]
@@ -83,13 +82,14 @@ class Graphs:
                 work()  # compiles: that cannot happen in a capture
         torch.cuda.current_stream(self._device).synchronize()
         torch.cuda.empty_cache()  # what that took, the capture takes from the graphs' memory
-        return [[_captured(work, pool) for work in way] for way in ways]
+        return [[captured(work, pool) for work in way] for way in ways]
 
     def _way(self, tokens: int) -> tuple[Layer, Any]:
         return self._express if tokens <= self._executor.express_rows else self._other
 
 
-def _captured(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:  # noqa: ANN401
+def captured(work: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:  # noqa: ANN401
+    """`work` on the current stream as a graph, whose temporaries are in the memory of `pool`, or of its own."""
     # `torch.cuda.graph` would collect garbage each time.
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")

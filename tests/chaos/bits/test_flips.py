@@ -206,5 +206,5 @@ def loaded(folder: Path) -> tuple[str, Any, bytes]:
         config = checkpoint.config
         (layer,) = config.moe_layers
         weights = load_layer(checkpoint, layer, range(config.n_routed_experts), lambda _: None, ledger.settle)
-        parts = (weights.up_gate, weights.up_gate_scales, weights.down, weights.down_scales)
-        return ledger.fingerprint, config, b"".join(codec.flat_bytes(part).numpy().tobytes() for part in parts)
+        content = b"".join(codec.flat_bytes(part).numpy().tobytes() for part in weights.tensors)
+        return ledger.fingerprint, config, content

@@ -6,15 +6,27 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.native.build import ROOT, SANITIZED, build_cuda_extension, build_library
-from tests.support.native.fake_gpu import BF16, CLASSES, EXPERTS, FP8, FP32, HIDDEN, MS, WIDTH, Fake, Layer, Request
+from tests.support.native.build import SANITIZED
+from tests.support.native.fake_gpu import (
+    BF16,
+    CLASSES,
+    EXPERTS,
+    FP8,
+    FP32,
+    HIDDEN,
+    MS,
+    WIDTH,
+    Built,
+    Fake,
+    Layer,
+    Request,
+    build_fake,
+)
 
 sanitized = bool(os.environ.get("EXPERTD_SANITIZED"))
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -22,20 +34,9 @@ HALVES = ((0, 1), (2, 3))
 ILLEGAL_ADDRESS = 700
 
 
-@dataclass(frozen=True)
-class Built:
-    extension: Any
-    library: Path
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    folder = tmp_path_factory.mktemp("native")
-    options = SANITIZED if sanitized else ("-O1",)
-    library = build_library(
-        folder / "libfake.so", [ROOT / "tests/native/fake_cuda.cc"], *options, "-fvisibility=default"
-    )
-    return Built(build_cuda_extension(folder, *options), library)
+    return build_fake(tmp_path_factory.mktemp("native"), *(SANITIZED if sanitized else ("-O1",)))
 
 
 class Node:
@@ -54,7 +55,7 @@ class Node:
         layers = [self.whole.only(self.fake, its) for its in held]
         for rig, layer in zip(self.rigs, layers, strict=True):
             for tokens, dtypes in itertools.product(CLASSES, itertools.product((FP8, BF16), (BF16, FP32))):
-                self._add(rig, layer, tokens, *dtypes)
+                self.fake.add_graphs(rig.executor, layer.addresses, tokens, *dtypes)
             for count, dtype in itertools.product(range(2, len(held) + 1), (BF16, FP32)):
                 self._add_adder(rig, count, dtype)
         self.fake.forget_graphs()
@@ -63,14 +64,6 @@ class Node:
         self.engine = built.extension.EngineRig(self.rigs, devices, HIDDEN)
         self.now = 1
         self.fake.serving(1)
-
-    def _add(self, rig: Any, layer: Layer, tokens: int, hidden: int, reply: int) -> None:  # noqa: ANN401
-        at = rig.executor.places(bay=0, tokens=tokens, hidden_dtype=hidden, reply_dtype=reply)
-        places = [ctypes.c_uint64(at[name]) for name in ("ids", "weights", "hidden", "scales", "pairs", "sums")]
-        weights = (ctypes.c_uint64 * 4)(*layer.addresses)
-        graph = self.fake.graph(*places, weights, tokens, WIDTH, HIDDEN, EXPERTS, int(reply == FP32), -1, 0, 1)
-        ranges = [(address, 4 * EXPERTS) for address in layer.addresses]
-        rig.executor.add_graphs(tokens, hidden, reply, [graph], ranges)
 
     def _add_adder(self, rig: Any, count: int, dtype: int) -> None:  # noqa: ANN401
         # Anywhere: it is told where they are.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tests.support.native.build import ROOT, build_cuda_extension, build_library
 
 HIDDEN, EXPERTS, WIDTH = 512, 4, 4
 CLASSES = (1, 8, 64, 256, 512)
@@ -40,6 +42,42 @@ class Fake:
 
     def queue(self, stream: int) -> list[str]:
         return str(self.waiting(stream).decode()).split()
+
+    def add_graphs(
+        self,
+        executor: Any,  # noqa: ANN401
+        layer: Sequence[int],
+        tokens: int,
+        hidden: int,
+        reply: int,
+        *,
+        given: Sequence[int] | None = None,
+        odd: int = -1,
+        steps: int = 1,
+    ) -> None:
+        """Give an executor what computes a class of sizes, as captured with a layer at these addresses; with an `odd`
+        node among them, or with kernels that are `given` other addresses than that."""
+        at = executor.places(bay=0, tokens=tokens, hidden_dtype=hidden, reply_dtype=reply)
+        places = [ctypes.c_uint64(at[name]) for name in ("ids", "weights", "hidden", "scales", "pairs", "sums")]
+        weights = (ctypes.c_uint64 * 4)(*(layer if given is None else given))
+        sizes = (tokens, WIDTH, HIDDEN, EXPERTS, int(reply == FP32))
+        graphs = [self.graph(*places, weights, *sizes, odd, step, steps) for step in range(steps)]
+        executor.add_graphs(tokens, hidden, reply, graphs, [(address, 4 * EXPERTS) for address in layer])
+
+
+@dataclass(frozen=True)
+class Built:
+    extension: Any
+    library: Path
+    """The fake driver."""
+
+
+def build_fake(folder: Path, *options: str) -> Built:
+    """The executor and the driver that it is to find, compiled with `options`."""
+    library = build_library(
+        folder / "libfake.so", [ROOT / "tests/native/fake_cuda.cc"], *options, "-fvisibility=default"
+    )
+    return Built(build_cuda_extension(folder, *options), library)
 
 
 @dataclass

@@ -123,6 +123,7 @@ def install(
     door(server, LocalDoor).gpu.cuda = cuda()
     server.handlers.tickets.gpu = UUID
     monkeypatch.setattr("expertd.client.transport.segment_pool.GpuMemory", memory)
-    monkeypatch.setattr("expertd.client.transport.segment_pool.gpu_uuid", lambda device: UUID)
+    uuid_of = {"cuda": UUID, "cpu": ""}
+    monkeypatch.setattr("expertd.client.transport.segment_pool.gpu_uuid", lambda device: uuid_of[device.type])
     monkeypatch.setattr("expertd.client.transport.shared_memory.stream_of", lambda tensor: stream)
     return stream
