@@ -92,15 +92,15 @@ class SharedMemoryTransport:
         return shard
 
     async def execute(self, call: ExecuteCall) -> ExecuteResult:
+        stream = stream_of(call.hidden)
         # Of long ones the sums stay where they come, and other threads copy.
-        short = not call.hidden.is_cuda and call.hidden.numel() <= LONG_ELEMENTS
+        short = stream is None and call.hidden.numel() <= LONG_ELEMENTS
         begun = self._begin(call, looped=True) if short else None
         result = None if begun is None else await self._collect(call, begun)
-        return await self._execute_in_slot(call) if result is None else result
+        return await self._execute_in_slot(call, stream) if result is None else result
 
-    async def _execute_in_slot(self, call: ExecuteCall) -> ExecuteResult:
-        """In more memory if need be, on the GPU where the tensors are."""
-        stream = stream_of(call.hidden)
+    async def _execute_in_slot(self, call: ExecuteCall, stream: torch.cuda.Stream | None) -> ExecuteResult:
+        """In more memory if need be, on the GPU where the tensors are, which are written on `stream`."""
         slot = await self._take(call, stream)
         if slot is None:
             return await self.grpc.execute(call)

@@ -263,7 +263,7 @@ async def test_a_call_in_several_requests_fits_where_it_went_in_one(small_model:
         transport = SharedMemoryTransport(GrpcTransport(str(server.address)), 16 << 20, 1 << 17, first_bytes=1 << 16)
         await transport.get_shard(5.0)
         large = call_for(server, random_batch(600, 256, 16, 4))
-        expected = (await transport._execute_in_slot(large)).partials.clone()
+        expected = (await transport._execute_in_slot(large, None)).partials.clone()
         result = await asyncio.to_thread(transport.call, large)
         assert result is not None
         assert torch.allclose(result.partials.float(), expected.float(), rtol=1e-2, atol=1e-4)
@@ -291,7 +291,7 @@ async def test_a_slot_is_the_callers_while_the_partials_are_in_use(small_model: 
     async with running_server(small_model, ALL) as server:
         transport = await shared_transport(GrpcTransport(str(server.address)))
         segment = segments_of(transport)[0]
-        first = await transport._execute_in_slot(call_for(server, random_batch(8, 256, 16, 4)))
+        first = await transport._execute_in_slot(call_for(server, random_batch(8, 256, 16, 4)), None)
         kept, copy = first.partials[3:], first.partials[3:].clone()
         del first
         for seed in range(20):
