@@ -25,33 +25,26 @@ from expertd.client.tools.cluster import LocalCluster
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.shared_memory import SharedMemoryTransport
-from expertd.kernels.numerics.quantize import quantize_activations
 from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.files import cache_folder
 from expertd.proto.base.errors import ExpertdError
 from expertd.proto.base.malloc import keep_freed_memory
 from expertd.proto.codec import ExecuteCall, ShardInfo
+from tests.gpu.bench.serving import STAGES, call_of
 
-STAGES = ("decode", "queue", "copy_in", "compute", "copy_out")
 BOUND = 2e-3
 """Of BF16 sums, each rounded once, that were added in another order."""
 TOP_K = 2
 
 
-def call_of(shard: ShardInfo, tokens: int) -> ExecuteCall:
-    """Every token for two of the server's experts, whichever."""
+def call_for_two(shard: ShardInfo, tokens: int) -> ExecuteCall:
+    """Every token for two of the server's experts, whichever, under any placement."""
     torch.manual_seed(tokens)
-    hidden, scales = quantize_activations(torch.randn(tokens, int(shard.config["hidden_size"])))  # type: ignore[arg-type]
-    return ExecuteCall(
-        request_id=1,
-        model_fingerprint=shard.model_fingerprint,
+    return replace(
+        call_of(shard, tokens, True),
         placement_epoch=None,
-        layer=shard.layers[0],
-        hidden=hidden,
-        scales=scales,
         expert_ids=torch.rand(tokens, LOCAL_EXPERTS).argsort(dim=1)[:, :TOP_K].int().contiguous(),
         weights=torch.rand(tokens, TOP_K) + 0.1,
-        reply_dtype=torch.bfloat16,
     )
 
 
@@ -81,7 +74,7 @@ async def timed(
     """By tokens, the sums and medians in us."""
     found = {}
     for tokens in sizes:
-        call = call_of(shard, tokens)
+        call = call_for_two(shard, tokens)
         sums = (await transport.execute(call)).partials.clone()
         for _ in range(10):
             await transport.execute(call)
@@ -101,7 +94,7 @@ async def killed(folder: Path, largest: int, seconds: float) -> bool:
     """Whether no call failed or was wrong while one GPU of two, with copies of all experts on the other, was lost."""
     both = ("--devices", "0-1", "--device-experts", str(LOCAL_EXPERTS))
     async with serving(folder, largest, *both, failpoints="lost_device=0.001,seed=5") as (transport, shard):
-        call = call_of(shard, 64)
+        call = call_for_two(shard, 64)
         expected = (await transport.execute(call)).partials.clone().float()
         failed = wrong = 0
         ends: list[float] = []
