@@ -2,17 +2,22 @@
 
 Balancedness of a layer is the mean heat of the servers over the largest: 1 is perfect, 1/2 means that the slowest
 server has twice the mean to do. A layer takes as long as its slowest server, so over several layers it is the sum of
-the means over the sum of the largest, each layer weighted alike. The copies of an expert share its heat equally.
+the means over the sum of the largest, each layer weighted alike. The copies of an expert share its heat equally. Where
+servers have several devices, the devices are compared: a server decides itself which of them has what.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from expertd.client.placement.packing import Booleans, Floats, Integers, bin_loads, pack_evenly, pack_once
+from expertd.kernels.model.spread import spread
+
+ROOMS = 5
+"""How many divisions of servers' slots between experts and copies among devices are tried."""
 
 
 class InvalidPlan(ValueError):
@@ -28,6 +33,8 @@ class Fleet:
     nodes: tuple[int, ...]
     """The node (or rack) of each server."""
     names: tuple[str, ...]
+    devices: int = 1
+    """Of each server, which have its slots in equal parts."""
 
     def __post_init__(self) -> None:
         if not self.slots or min(self.slots) < 1:
@@ -36,14 +43,27 @@ class Fleet:
             raise InvalidPlan("slots, nodes and names differ in length; give one of each for every server")
         if len(set(self.names)) < len(self.names):
             raise InvalidPlan("two servers have the same name; names must be distinct")
+        for slots in self.slots:
+            if self.devices < 1 or slots % self.devices:
+                raise InvalidPlan(
+                    f"devices is {self.devices}; it must divide the slots of every server, such as {slots}"
+                )
 
     @classmethod
-    def uniform(cls, servers: int, slots: int, nodes: int = 1) -> Fleet:
+    def uniform(cls, servers: int, slots: int, nodes: int = 1, devices: int = 1) -> Fleet:
         """`servers` alike, in order and in equal parts on `nodes` nodes."""
         if nodes < 1 or servers % nodes:
             raise InvalidPlan(f"nodes is {nodes}; it must divide the number of servers, {servers}")
         node = tuple(server * nodes // servers for server in range(servers))
-        return cls((slots,) * servers, node, tuple(f"server-{server}" for server in range(servers)))
+        return cls((slots,) * servers, node, tuple(f"server-{server}" for server in range(servers)), devices)
+
+    def with_less_room(self, experts: int) -> list[Fleet]:
+        """The same servers with room that has each of `experts` once at least, from the least to all that there is."""
+        least = next(room for room in range(1, experts + 1) if sum(min(slots, room) for slots in self.slots) >= experts)
+        rooms = np.linspace(least, max(self.slots), ROOMS).round().astype(int).tolist()
+        return [
+            replace(self, slots=tuple(min(slots, room) for slots in self.slots), devices=1) for room in sorted({*rooms})
+        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +104,23 @@ def server_heat(placements: Sequence[Placement], heat: Floats) -> Floats:
     return np.concatenate([one.server_heat(row[None]) for one, row in zip(placements, heat, strict=True)])
 
 
+def device_heat(placements: Sequence[Placement], heat: Floats, fleet: Fleet) -> Floats:
+    """[layers, servers x devices] float64, as `server_heat`, of all devices of each server in order, where
+    `expertd serve --device-loads` has the same heat."""
+    if fleet.devices == 1:
+        return server_heat(placements, heat)
+    shares = np.zeros((len(heat), len(fleet.slots), fleet.devices))
+    for layer, (placement, row) in enumerate(zip(placements, heat, strict=True)):
+        each = row / placement.copies()
+        for server, slots in enumerate(fleet.slots):
+            experts = placement.experts_of(server)
+            held = spread(experts, fleet.devices, slots // fleet.devices, row[list(experts)].tolist())
+            copies = np.bincount([expert for its in held for expert in its], minlength=len(row))
+            for device, its in enumerate(held):
+                shares[layer, server, device] = (each[list(its)] / copies[list(its)]).sum()
+    return shares.reshape(len(heat), -1)
+
+
 def place_by_layer(heat: Floats, fleet: Fleet, groups: int = 1) -> tuple[Placement, ...]:
     """A placement for each layer of `heat` [layers, experts], as `place` makes it of that layer alone."""
     _check(heat, fleet, groups)
@@ -96,8 +133,19 @@ def place(heat: Floats, fleet: Fleet, groups: int = 1) -> Placement:
     Experts form `groups` equal groups in order, as in group-limited routing. The groups stay together on nodes where
     the numbers allow: nodes divide the groups or are at least as many, and each node has room for its groups. Raises
     `InvalidPlan` for heat that is not finite numbers from 0 and for fleets with fewer slots than experts.
+
+    What its experts leave of a server's slots holds copies among its devices, if it has several. How many slots do that
+    is tried out, from as many as can be: all copies of an expert are in one server then, which is a node in EPLB's
+    words.
     """
     _check(heat, fleet, groups)
+    if fleet.devices == 1:
+        return _place(heat, fleet, groups)
+    tried = (_place(heat, room, groups) for room in fleet.with_less_room(heat.shape[1]))
+    return max(tried, key=lambda one: balancedness(device_heat([one] * len(heat), heat, fleet)))
+
+
+def _place(heat: Floats, fleet: Fleet, groups: int) -> Placement:
     slots = np.array(fleet.slots)
     held = _place_groups(heat.T, fleet, groups) if groups > 1 else None
     if held is not None:

@@ -25,9 +25,9 @@ from expertd.client.placement.assignment import (
     InvalidPlan,
     Placement,
     balancedness,
+    device_heat,
     place,
     place_by_layer,
-    server_heat,
 )
 from expertd.client.placement.heat import parse_json, read_heat
 from expertd.client.placement.packing import Floats
@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=int, default=32, help="experts that each of --servers can hold (default: 32)")
     parser.add_argument("--nodes", type=int, default=1, help="nodes or racks that --servers stand in (default: 1)")
     parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        help="devices of each server, which have its slots in equal parts, and are what is to be even (default: 1)",
+    )
+    parser.add_argument(
         "--groups", type=int, default=1, help="expert groups to keep together on nodes; DeepSeek-V3 has 8 (default: 1)"
     )
     parser.add_argument(
@@ -66,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one list for each server, as 'expertd serve --experts' takes it, in place of one for each layer",
     )
     parser.add_argument("--output", type=Path, help="file to write the plan to, as JSON")
+    parser.add_argument(
+        "--save-loads", type=Path, help="file to write what was read to, for --loads and 'expertd serve --device-loads'"
+    )
     parser.add_argument(
         "--simulate", action="store_true", help="route random tokens over fleets of 8 to 10,000 servers instead"
     )
@@ -95,8 +104,8 @@ def _is_bare(source: str) -> bool:
     return "://" in source and source.rstrip("/").count("/") == 2
 
 
-def read_fleet(file: Path) -> Fleet:
-    """A fleet from a JSON list of servers. Raises `InvalidPlan`."""
+def read_fleet(file: Path, devices: int = 1) -> Fleet:
+    """A fleet from a JSON list of servers, of as many devices each. Raises `InvalidPlan`."""
     try:
         text = file.read_text(errors="replace")
     except OSError as error:
@@ -113,23 +122,31 @@ def read_fleet(file: Path) -> Fleet:
         tuple(server["slots"] for server in fields),
         tuple(order[node] for node in nodes),
         tuple(server["name"] for server in fields),
+        devices,
     )
 
 
 def describe(placements: Sequence[Placement], fleet: Fleet, layers: Sequence[int], heat: Floats) -> dict[str, Any]:
     """What `--output` holds, for one placement for each layer of `heat` [layers, experts].
 
-    expected_load is a server's share of a mean server, averaged over layers.
+    expected_load is a server's share of a mean server, averaged over layers; expected_device_loads are shares of a
+    mean device, where servers have several.
     """
-    shares = server_heat(placements, heat)
+    shares = device_heat(placements, heat, fleet)
     busy = shares[shares.sum(axis=1) > 0]
-    relative = (busy / busy.mean(axis=1, keepdims=True)).mean(axis=0) if len(busy) else np.ones(len(fleet.slots))
+    relative = (busy / busy.mean(axis=1, keepdims=True)).mean(axis=0) if len(busy) else np.ones(shares.shape[1])
+    each = relative.reshape(-1, fleet.devices)
     return {
         "policy": placements[0].policy,
         "balancedness": balancedness(shares),
         "balancedness_by_layer": {layer: balancedness(row[None]) for layer, row in zip(layers, shares, strict=True)},
         "servers": [
-            {"name": name, **_experts_of(server, placements, layers), "expected_load": float(relative[server])}
+            {
+                "name": name,
+                **_experts_of(server, placements, layers),
+                "expected_load": float(each[server].mean()),
+                **({"expected_device_loads": each[server].tolist()} if fleet.devices > 1 else {}),
+            }
             for server, name in enumerate(fleet.names)
         ],
     }
@@ -156,9 +173,9 @@ def _plan(arguments: argparse.Namespace, console: Console) -> None:
     if idle:
         console.print(f"note: --loads tells of no traffic in layers {format_ranges(idle)}; the plan is for the others")
     if arguments.fleet is None:
-        fleet = Fleet.uniform(arguments.servers, arguments.slots, arguments.nodes)
+        fleet = Fleet.uniform(arguments.servers, arguments.slots, arguments.nodes, arguments.devices)
     else:
-        fleet = read_fleet(arguments.fleet)
+        fleet = read_fleet(arguments.fleet, arguments.devices)
     with _working("placing experts"):
         if arguments.same_in_all_layers:
             placements = (place(heat, fleet, arguments.groups),) * len(layers)
@@ -167,7 +184,15 @@ def _plan(arguments: argparse.Namespace, console: Console) -> None:
     plan = describe(placements, fleet, layers, heat)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(plan, indent=1) + "\n")
+    if arguments.save_loads is not None:
+        arguments.save_loads.write_text(json.dumps(dict(zip(layers, heat.tolist(), strict=True))) + "\n")
     _show(plan, placements, layers, console)
+    if fleet.devices > 1:
+        rooms = format_ranges(sorted({slots // fleet.devices for slots in fleet.slots}))
+        console.print(
+            f"each of a server's {fleet.devices} devices has room for {rooms} experts of a layer: start servers with"
+            " --devices, --device-experts and, as --save-loads writes them, --device-loads"
+        )
 
 
 def _show(plan: dict[str, Any], placements: Sequence[Placement], layers: Sequence[int], console: Console) -> None:
@@ -219,8 +244,12 @@ async def _sources(loads: Sequence[str], security: ClientSecurity) -> list[str]:
 
 
 def _simulate(arguments: argparse.Namespace, console: Console) -> None:
-    if (arguments.loads, arguments.fleet, arguments.servers, arguments.output) != (None,) * 4:
-        raise InvalidPlan("--simulate has loads and fleets of its own; leave out --loads, --fleet, --servers, --output")
+    given = (arguments.loads, arguments.fleet, arguments.servers, arguments.output, arguments.save_loads)
+    if given != (None,) * 5 or arguments.devices != 1:
+        raise InvalidPlan(
+            "--simulate has loads and fleets of its own; leave out --loads, --fleet, --servers, --devices, --output,"
+            " --save-loads"
+        )
     started = time.perf_counter()
     with _working("simulating"):
         simulations: list[Simulation] = list(simulate(MoeConfig(), arguments.slots, arguments.zipf))

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from functools import partial
 
 from expertd._native import Engine
+from expertd.kernels.model.spread import even_room
 from expertd.kernels.numerics.backend import UnsupportedShape
 from expertd.kernels.weights.checkpoint import CheckpointError
 from expertd.kernels.weights.experts import layer_bytes, load_layer
@@ -20,7 +21,6 @@ from expertd.server.scheduling.generations import Generation, Generations
 from expertd.server.scheduling.loading import read_again
 from expertd.server.scheduling.node import Device, Node
 from expertd.server.scheduling.selfcheck import SelfCheckFailed
-from expertd.server.scheduling.spread import even_room
 from expertd.server.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)

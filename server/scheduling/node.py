@@ -11,12 +11,12 @@ from typing import TypeAlias
 import torch
 
 from expertd._native import Executor, Failpoints, NodeExecutor, peer_adder
+from expertd.kernels.model.spread import Held, even_room, respread, spread
 from expertd.kernels.numerics.backend import Backend, DeviceMemory, LayerAddresses, LayerWeights, UnsupportedShape
 from expertd.kernels.weights.experts import ExpertMatrices
 from expertd.server.options.config import InvalidOption
 from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.selfcheck import self_check
-from expertd.server.scheduling.spread import Held, even_room, respread, spread
 
 Loads: TypeAlias = Mapping[int, Sequence[float]]
 """By layer, of every expert of the model."""

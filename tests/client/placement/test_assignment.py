@@ -11,6 +11,7 @@ from expertd.client.placement.assignment import (
     InvalidPlan,
     Placement,
     balancedness,
+    device_heat,
     place,
     place_by_layer,
     server_heat,
@@ -44,7 +45,8 @@ def cases(draw: st.DrawFn) -> tuple[Floats, Fleet, int]:
     slots = draw(st.lists(st.integers(1, 6), min_size=1, max_size=6))
     slots += [experts] if sum(slots) < experts else []
     nodes = draw(st.lists(st.integers(0, 2), min_size=len(slots), max_size=len(slots)))
-    return loads, Fleet(tuple(slots), tuple(nodes), tuple(map(str, range(len(slots))))), groups
+    devices = draw(st.sampled_from([one for one in range(1, 7) if not any(count % one for count in slots)]))
+    return loads, Fleet(tuple(slots), tuple(nodes), tuple(map(str, range(len(slots)))), devices), groups
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,6 +58,7 @@ def test_every_expert_is_placed_and_no_server_overfull(case: tuple[Floats, Fleet
     assert (placement.copies() >= 1).all()
     assert (placement.held.sum(axis=1) <= fleet.slots).all()
     np.testing.assert_allclose(placement.server_heat(loads).sum(axis=1), loads.sum(axis=1))
+    np.testing.assert_allclose(device_heat([placement] * len(loads), loads, fleet).sum(axis=1), loads.sum(axis=1))
     assert (place(loads, fleet, groups).held == placement.held).all()
 
 
@@ -116,6 +119,31 @@ def test_more_even_than_eplb_on_zipf_loads(
     fleet = Fleet.uniform(servers, slots, nodes)
     even = [place(layer[None], fleet, groups).balancedness(layer[None]) for layer in loads]
     assert np.mean(even) >= eplb
+
+
+@pytest.mark.parametrize(("exponent", "groups", "least"), [(1.0, 8, 0.76211), (1.0, 1, 0.98), (1.5, 1, 0.84)])
+def test_devices_of_servers_are_as_even_as_by_eplb(exponent: float, groups: int, least: float) -> None:
+    # The first is what its rebalance_experts reaches for 4 nodes of 8 GPUs with 9 slots each.
+    loads = zipf_loads(256, 1, exponent)
+    fleet = Fleet.uniform(4, 72, 4, devices=8)
+    placements = place_by_layer(loads, fleet, groups)
+    assert all((one.held.sum(axis=1) <= 72).all() and (one.copies() >= 1).all() for one in placements)
+    shares = device_heat(placements, loads, fleet)
+    assert shares.shape == (1, 32)
+    np.testing.assert_allclose(shares.sum(axis=1), loads.sum(axis=1))
+    assert balancedness(shares) >= least
+    assert (device_heat(placements, loads, Fleet.uniform(4, 72, 4)) == server_heat(placements, loads)).all()
+
+
+def test_copies_are_among_a_servers_devices_unless_an_expert_is_too_hot_for_them() -> None:
+    warm = np.array([[8.0, 8, 1, 1, 1, 1, 1, 1]])
+    fleet = Fleet.uniform(2, 6, devices=2)
+    assert place(warm, fleet).copies().tolist() == [1] * 8
+    assert balancedness(device_heat([place(warm, fleet)], warm, fleet)) == 1
+    hot = np.array([[20.0, 1, 1, 1]])
+    fleet = Fleet.uniform(2, 4, devices=2)
+    assert place(hot, fleet).copies().tolist() == [2, 2, 1, 1]
+    assert balancedness(device_heat([place(hot, fleet)], hot, fleet)) > 0.9
 
 
 def test_one_placement_serves_all_layers() -> None:

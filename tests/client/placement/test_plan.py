@@ -50,6 +50,23 @@ def test_a_plan_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "over all layers" in capsys.readouterr().out
 
 
+def test_servers_of_several_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, saved = tmp_path / "plan.json", tmp_path / "saved.json"
+    command = ["plan", "--loads", write(tmp_path, "loads.json", LOADS), "--servers", "2", "--slots", "6"]
+    assert main([*command, "--devices", "2", "--output", str(output), "--save-loads", str(saved)]) == 0
+    assert json.loads(saved.read_text()) == LOADS
+    plan = json.loads(output.read_text())
+    loads = [server["expected_device_loads"] for server in plan["servers"]]
+    assert [len(its) for its in loads] == [2, 2]
+    assert (
+        np.mean(loads) == pytest.approx(1) == pytest.approx(np.mean([one["expected_load"] for one in plan["servers"]]))
+    )
+    assert plan["balancedness"] <= 1 / np.max(loads) + 1e-9
+    assert "each of a server's 2 devices has room for 3 experts of a layer" in capsys.readouterr().out
+    assert main([*command, "--devices", "4"]) == 2
+    assert "devices is 4; it must divide the slots of every server, such as 6" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("loads", "options", "message"),
     [

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd.server.scheduling.spread import even_room, respread, spread
+from expertd.kernels.model.spread import even_room, respread, spread
 
 
 @st.composite
