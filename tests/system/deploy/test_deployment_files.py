@@ -1,5 +1,6 @@
 """Dockerfile, lock files and compose files: what can be checked of them without an engine."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from packaging.requirements import Requirement
 from expertd.client.fleet.discovery import DnsServers, StaticServers
 from expertd.client.integrations.vllm.settings import read
 from expertd.kernels.model.ranges import parse_ranges
+from expertd.server.options.config import ALL_DEVICES, ServerConfig
 
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
@@ -99,12 +101,38 @@ def test_compose_starts_every_expert_once_and_watches_it(files: tuple[str, ...])
     ports = [port["published"] for service in services.values() for port in service.get("ports", ())]
     assert len(set(ports)) == len(ports) == 11
     assert all(port["host_ip"] == "127.0.0.1" for service in services.values() for port in service.get("ports", ()))
+    assert watched(services) == [f"{name}:9464" for name in sorted(servers)]
+
+
+def watched(services: dict[str, Any]) -> list[str]:
+    """What Prometheus scrapes of expertd, all of whose experts it must find."""
     jobs = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
     (expertd,) = (job for job in jobs if job["job_name"] == "expertd")
-    assert expertd["static_configs"][0]["targets"] == [f"{name}:9464" for name in sorted(servers)]
+    (found,) = expertd["file_sd_configs"]
+    mounted = {volume["target"]: Path(volume["source"]) for volume in services["prometheus"]["volumes"]}
+    (name,) = found["files"]
+    file = mounted.get(f"/etc/prometheus/{name}", mounted["/etc/prometheus"] / name)
+    (servers,) = yaml.safe_load(file.read_text())
     (expected,) = yaml.safe_load((ROOT / "deploy/prometheus/rules/expected.yml").read_text())["groups"][0]["rules"]
-    assert expected["expr"] == f"vector({len(owned)})"
-    assert expected["labels"] == {"job": "expertd"} | expertd["static_configs"][0]["labels"]
+    assert expected["expr"] == "vector(256)"
+    assert expected["labels"] == {"job": "expertd"} | servers["labels"]
+    targets: list[str] = servers["targets"]
+    return targets
+
+
+def test_one_server_has_all_gpus_of_the_machine() -> None:
+    services = compose("compose.yaml", "compose.node.yaml")
+    (name,) = (name for name in services if name.startswith("server-"))
+    assert watched(services) == [f"{name}:9464"]
+    parser = argparse.ArgumentParser()
+    ServerConfig.add_arguments(parser)
+    config = ServerConfig.from_arguments(
+        parser.parse_args([*services[name]["entrypoint"][5:], *services[name]["command"]])
+    )
+    assert config.experts == tuple(range(256))
+    assert config.devices == ALL_DEVICES
+    (gpus,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+    assert gpus["device_ids"] == [str(gpu) for gpu in range(8)]
 
 
 def test_each_server_has_a_gpu_of_its_own_unless_there_are_none() -> None:
