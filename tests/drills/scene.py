@@ -252,7 +252,7 @@ def _configure(scene: Scene, coordinator: int) -> None:
         text = text.replace("for: 30s", "for: 2s").replace("vector(256)", f"vector({ROUTED})")
         (scene.folder / file.name).write_text(re.sub(r"for: \d+[mh]", "for: 4s", text))
     servers = [scene.local(f"{node}:9464") for node in STARTED]
-    # As prometheus.yml has them, and expected.yml expects.
+    # As servers.yml has them, and expected.yml expects.
     jobs = {
         "expertd": {"targets": servers, "labels": {"fleet": "compose"}},
         "llm": {"targets": [f"127.0.0.1:{coordinator}"]},
