@@ -10,8 +10,17 @@ NATIVE_SOURCES := $(wildcard native/*.cc native/*/*.cc native/*/*.h)
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
 
+# Tests that compute, and mind no clock. They have what the others, which wait half of their time, leave of the processors.
+COMPUTING := $(addprefix tests/,kernels/cutile kernels/model kernels/numerics kernels/oracle kernels/weights native/node \
+  native/test_build.py native/test_cuda.py native/test_rules.py native/test_wheels.py client/integrations \
+  client/stream/test_compiled.py client/test_families.py)
 test: check  ## everything that CI runs; there also image-test, where it is root on Debian
-	$(BIN)/pytest -rs
+	@log=$$(mktemp); \
+	EXPERTD_CRASH_FILE=$${EXPERTD_CRASH_FILE:+$$EXPERTD_CRASH_FILE.computing} nice -n 19 $(BIN)/pytest -rs $(COMPUTING) > $$log & \
+	computing=$$!; trap "kill $$computing" INT TERM; \
+	$(BIN)/pytest -rs $(COMPUTING:%=--ignore=%); status=$$?; \
+	echo "waiting for the tests beside"; \
+	wait $$computing || status=$$?; cat $$log; rm $$log; exit $$status
 
 image-test: $(STAMP)  ## build the images, run them with compose and with network faults, as root on Debian: see docs/deployment.md
 	EXPERTD_IMAGE_TEST=1 $(BIN)/pytest -rs tests/system/containers
