@@ -16,7 +16,7 @@ COMPUTING := $(addprefix tests/,kernels/cutile kernels/model kernels/numerics ke
   client/stream/test_compiled.py client/test_families.py)
 test: check  ## everything that CI runs; there also image-test, where it is root on Debian
 	@log=$$(mktemp); \
-	EXPERTD_CRASH_FILE=$${EXPERTD_CRASH_FILE:+$$EXPERTD_CRASH_FILE.computing} nice -n 19 $(BIN)/pytest -rs $(COMPUTING) > $$log & \
+	EXPERTD_CRASH_FILE=$${EXPERTD_CRASH_FILE:+$$EXPERTD_CRASH_FILE.computing} nice -n 19 $(BIN)/pytest -rs -o timeout=1800 $(COMPUTING) > $$log & \
 	computing=$$!; trap "kill $$computing" INT TERM; \
 	$(BIN)/pytest -rs $(COMPUTING:%=--ignore=%); status=$$?; \
 	echo "waiting for the tests beside"; \
