@@ -1,6 +1,7 @@
 """Checkpoints that many tests read, and the fence around what may be skipped."""
 
 import faulthandler
+import gc
 import os
 import sys
 from collections.abc import Generator
@@ -28,6 +29,15 @@ def pytest_configure() -> None:
     """After pytest's own, which writes to a terminal that shows no more than a crash's last lines."""
     if CRASH is not None:
         faulthandler.enable(CRASH)
+
+
+def pytest_collection_finish() -> None:
+    """What is there for good by now, of which a full collection takes half a second, is not looked through again.
+
+    Meanwhile servers and callers in this process would be late, and seem to be.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
