@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import resource
 import sys
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     _allow_files()
     writer = configure_logging(config.log_level, config.log_format)
     keep_freed_memory()
+    # What imports have made stays. A full collection that goes through it takes 0.2 s, in which nobody is answered.
+    gc.freeze()
     try:
         with announced():
             _serve(config, writer)

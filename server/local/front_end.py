@@ -6,6 +6,7 @@ Started by `server/local/front_ends.py`. It ends when the server says so, or is 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import pickle
 import signal
@@ -150,6 +151,7 @@ def main() -> int:
     settings: Settings = pickle.loads(told)
     configure_logging(settings.config.log_level, settings.config.log_format)
     keep_freed_memory()
+    gc.freeze()
     return 0 if uvloop.run(serve(connection, settings)) else 1
 
 

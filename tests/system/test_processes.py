@@ -86,6 +86,20 @@ def in_flight(metrics_url: str) -> float:
     return float(text.split("\nexpertd_requests_in_flight ")[1].split("\n")[0])
 
 
+def test_a_full_collection_does_not_go_through_what_imports_made(small_model: Path) -> None:
+    # In place of serving, tell how many objects are left out.
+    program = (
+        "import gc, sys, uvloop\n"
+        "uvloop.run = lambda main: (main.close(), print(gc.get_freeze_count()))\n"
+        "from expertd.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = ["serve", "--model", str(small_model), "--experts", "0-7", *OPTIONS]
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100_000
+
+
 async def test_a_second_signal_ends_at_once(small_model: Path) -> None:
     unsplit = CoordinatorConfig(chunk_bytes=1 << 30)
     async with LocalCluster(small_model, ["0-15"], OPTIONS) as cluster, Coordinator(cluster.addresses, unsplit) as moe:
