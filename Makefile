@@ -11,9 +11,8 @@ demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared wit
 	$(BIN)/expertd demo
 
 # Tests that compute, and mind no clock. They have what the others, which wait half of their time, leave of the processors.
-COMPUTING := $(addprefix tests/,kernels/cutile kernels/model kernels/numerics kernels/oracle kernels/weights native/node \
-  native/lane/test_proof.py native/test_build.py native/test_cuda.py native/test_rules.py native/test_wheels.py client/integrations \
-  client/stream/test_compiled.py client/test_families.py)
+COMPUTING := $(addprefix tests/,kernels/cutile kernels/model kernels/numerics kernels/oracle kernels/weights client/stream/test_compiled.py \
+  native/node native/test_build.py native/test_cuda.py native/test_rules.py native/test_wheels.py)
 test: check  ## everything that CI runs; there also image-test, where it is root on Debian
 	@log=$$(mktemp); \
 	EXPERTD_CRASH_FILE=$${EXPERTD_CRASH_FILE:+$$EXPERTD_CRASH_FILE.computing} nice -n 19 $(BIN)/pytest -rs -o timeout=1800 $(COMPUTING) > $$log & \

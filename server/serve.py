@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import resource
 import sys
@@ -15,6 +14,7 @@ from prometheus_client import disable_created_metrics
 from expertd.kernels.model.config import InvalidConfig
 from expertd.kernels.numerics.backend import UnsupportedShape
 from expertd.kernels.weights.checkpoint import CheckpointError
+from expertd.proto.base.garbage import spared_imports
 from expertd.proto.base.malloc import keep_freed_memory
 from expertd.server.assembly import assemble
 from expertd.server.options.config import InvalidOption, ServerConfig
@@ -44,10 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     _allow_files()
     writer = configure_logging(config.log_level, config.log_format)
     keep_freed_memory()
-    # What imports have made stays. A full collection that goes through it takes 0.2 s, in which nobody is answered.
-    gc.freeze()
     try:
-        with announced():
+        with announced(), spared_imports():
             _serve(config, writer)
     except (InvalidOption, InvalidConfig, CheckpointError, UnsupportedShape, SelfCheckFailed, DeviceLost) as error:
         if config.log_format == "json":

@@ -40,6 +40,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 def pytest_runtest_logstart(nodeid: str) -> None:
     if CRASH is not None:
         os.ftruncate(CRASH, 0)

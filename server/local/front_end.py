@@ -6,7 +6,6 @@ Started by `server/local/front_ends.py`. It ends when the server says so, or is 
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import pickle
 import signal
@@ -24,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from expertd.proto import codec
 from expertd.proto.base.errors import ExpertdError, NotPermitted
+from expertd.proto.base.garbage import spared_imports
 from expertd.proto.base.loopback import UNIX, check_here
 from expertd.proto.base.malloc import keep_freed_memory
 from expertd.server.local.link import ServerLink, Settings
@@ -151,8 +151,8 @@ def main() -> int:
     settings: Settings = pickle.loads(told)
     configure_logging(settings.config.log_level, settings.config.log_format)
     keep_freed_memory()
-    gc.freeze()
-    return 0 if uvloop.run(serve(connection, settings)) else 1
+    with spared_imports():
+        return 0 if uvloop.run(serve(connection, settings)) else 1
 
 
 if __name__ == "__main__":
