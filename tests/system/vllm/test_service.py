@@ -118,4 +118,14 @@ def test_without_an_owner_requests_fail_and_the_engine_lives(vllm: Api, fleet: F
         assert time.monotonic() < deadline
         time.sleep(0.2)
     # Nothing of the failed passes is left in its prefix cache.
-    assert vllm.ask(prompt, ASKED) == continued(prompt, ASKED)
+    assert _once_owned(vllm, prompt, deadline) == continued(prompt, ASKED)
+
+
+def _once_owned(vllm: Api, prompt: list[int], deadline: float) -> list[int]:
+    """What is answered once the ranks, too, have found the server that health has found."""
+    while True:
+        try:
+            return vllm.ask(prompt, ASKED)
+        except urllib.error.HTTPError as failure:
+            if failure.code != 503 or time.monotonic() > deadline:
+                raise
