@@ -11,15 +11,17 @@ demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared wit
 	$(BIN)/expertd demo
 
 # Tests that compute, and mind no clock. They have what the others, which wait half of their time, leave of the processors.
-COMPUTING := $(addprefix tests/,kernels/cutile kernels/model kernels/numerics kernels/oracle kernels/weights client/stream/test_compiled.py \
-  native/node native/test_build.py native/test_cuda.py native/test_rules.py native/test_wheels.py)
-test: check  ## everything that CI runs; there also image-test, where it is root on Debian
+COMPUTING := $(addprefix tests/,kernels/cutile kernels/model kernels/numerics kernels/oracle kernels/weights client/integrations \
+  client/placement/test_assignment.py client/stream/test_compiled.py client/test_families.py native/lane/test_proof.py native/node \
+  native/test_build.py native/test_cuda.py native/test_rules.py native/test_wheels.py system/clients)
+BESIDE = EXPERTD_CRASH_FILE=$${EXPERTD_CRASH_FILE:+$$EXPERTD_CRASH_FILE.computing} nice -n 19
+test: $(STAMP)  ## everything that CI runs; there also image-test, where it is root on Debian
 	@log=$$(mktemp); \
-	EXPERTD_CRASH_FILE=$${EXPERTD_CRASH_FILE:+$$EXPERTD_CRASH_FILE.computing} nice -n 19 $(BIN)/pytest -rs -o timeout=1800 $(COMPUTING) > $$log & \
-	computing=$$!; trap "kill $$computing" INT TERM; \
+	{ nice -n 19 $(MAKE) --no-print-directory check && $(BESIDE) $(BIN)/pytest -rs -o timeout=1800 $(COMPUTING); } > $$log & \
+	beside=$$!; trap "kill $$beside" INT TERM; \
 	$(BIN)/pytest -rs $(COMPUTING:%=--ignore=%); status=$$?; \
-	echo "waiting for the tests beside"; \
-	wait $$computing || status=$$?; cat $$log; rm $$log; exit $$status
+	echo "waiting for what runs beside"; \
+	wait $$beside || status=$$?; cat $$log; rm $$log; exit $$status
 
 image-test: $(STAMP)  ## build the images, run them with compose and with network faults, as root on Debian: see docs/deployment.md
 	EXPERTD_IMAGE_TEST=1 $(BIN)/pytest -rs tests/system/containers
