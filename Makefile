@@ -12,8 +12,8 @@ demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared wit
 
 # Tests that compute, and mind no clock. They have what the others, which wait half of their time, leave of the processors.
 COMPUTING := $(addprefix tests/,kernels/cutile kernels/model kernels/numerics kernels/oracle kernels/weights client/integrations \
-  client/placement/test_assignment.py client/stream/test_compiled.py client/test_families.py native/lane/test_proof.py native/node \
-  native/test_build.py native/test_cuda.py native/test_rules.py native/test_wheels.py system/clients)
+  client/placement/test_assignment.py client/stream/test_compiled.py client/test_families.py native/node native/test_build.py \
+  native/test_cuda.py native/test_rules.py native/test_wheels.py)
 BESIDE = EXPERTD_CRASH_FILE=$${EXPERTD_CRASH_FILE:+$$EXPERTD_CRASH_FILE.computing} nice -n 19
 test: $(STAMP)  ## everything that CI runs; there also image-test, where it is root on Debian
 	@log=$$(mktemp); \
