@@ -14,11 +14,12 @@ demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared wit
 COMPUTING := $(addprefix tests/,kernels/cutile kernels/model kernels/numerics kernels/oracle kernels/weights client/integrations \
   client/placement/test_assignment.py client/stream/test_compiled.py client/test_families.py native/node native/test_build.py \
   native/test_cuda.py native/test_rules.py native/test_wheels.py)
+CHECK = $(MAKE) --no-print-directory check
 BESIDE = EXPERTD_CRASH_FILE=$${EXPERTD_CRASH_FILE:+$$EXPERTD_CRASH_FILE.computing} nice -n 19
 test: $(STAMP)  ## everything that CI runs; there also image-test, where it is root on Debian
 	@log=$$(mktemp); \
-	{ nice -n 19 $(MAKE) --no-print-directory check && $(BESIDE) $(BIN)/pytest -rs -o timeout=1800 $(COMPUTING); } > $$log & \
-	beside=$$!; trap "kill $$beside" INT TERM; \
+	{ $(BESIDE) $(CHECK) && $(BESIDE) $(BIN)/pytest -rs -o timeout=1800 $(COMPUTING); } > $$log & \
+	beside=$$!; trap "pkill -P $$beside" INT TERM; \
 	$(BIN)/pytest -rs $(COMPUTING:%=--ignore=%); status=$$?; \
 	echo "waiting for what runs beside"; \
 	wait $$beside || status=$$?; cat $$log; rm $$log; exit $$status
