@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
+from expertd.proto.base.garbage import spared_imports
 from tests.support.families import CONFIGS, SMALL, FamilyFolders, write_family
 from tests.support.markers import fence_stands, fenced
 
@@ -31,17 +32,12 @@ def pytest_configure() -> None:
         faulthandler.enable(CRASH)
 
 
-def pytest_collection_finish() -> None:
-    """What is there for good by now, of which a full collection takes half a second, is not looked through again.
-
-    Meanwhile servers and callers in this process would be late, and seem to be.
-    """
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop() -> Generator[None, object, object]:
+    """Full collections, which take half a second, do not go through what is collected: servers here would be late."""
     gc.collect()
-    gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
+    with spared_imports():
+        return (yield)
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
