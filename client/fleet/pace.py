@@ -27,6 +27,8 @@ TRIAL_SECONDS, LONGEST_TRIAL_SECONDS = 0.5, 30.0
 TRIALS = 3
 """In a row that it must pass."""
 TRIAL_RATIO, TRIAL_TIMEOUT = 2.0, 5.0
+FIRST_TRIAL = 1 << 62
+"""Trials' request_ids are far from those of calls, which are counted from 1."""
 
 
 class Pace:
@@ -35,8 +37,7 @@ class Pace:
     def __init__(self, members: Callable[[], Collection[Member]], tasks: Tasks) -> None:
         self._members = members
         self._tasks = tasks
-        # Far from those of calls, which are counted from 1.
-        self._numbers = itertools.count(1 << 62)
+        self._numbers = itertools.count(FIRST_TRIAL)
 
     async def judge(self) -> None:
         while True:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from expertd._native import Placement
-from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
+from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import ExpertMatrices, read_expert
 from expertd.kernels.weights.ledger import Ledger
 from expertd.server.scheduling.shard import Parts, Shard
@@ -71,9 +71,12 @@ class Generations:
         beside = None if self.next is None else self.next.shard.placement(max_tokens, parts)
         return self.serving.shard.placement(max_tokens, parts, beside)
 
-    def read(self, fingerprint: str, layer: int, expert: int) -> ExpertMatrices:
-        """An expert of the generation with this fingerprint, from its files. Raises `CheckpointError`."""
+    def read(self, fingerprint: str, layer: int, expert: int) -> ExpertMatrices | None:
+        """An expert of the generation with this fingerprint, from its files; None where it is not among these.
+
+        Raises `CheckpointError`.
+        """
         generation = self.named(fingerprint)
         if generation is None:
-            raise CheckpointError(f"the weights with fingerprint {fingerprint} were released meanwhile")
+            return None
         return read_expert(generation.checkpoint, layer, expert, generation.shard.weight_dtype)

@@ -30,16 +30,16 @@ class ShadowCheck:
     """Checks on a thread of its own; never makes a request wait."""
 
     def __init__(
-        self, read: Callable[[str, int, int], ExpertMatrices], backend: str, rate: float, metrics: Metrics
+        self, read: Callable[[str, int, int], ExpertMatrices | None], backend: str, rate: float, metrics: Metrics
     ) -> None:
-        """`read` gets an expert of a layer of the weights with a fingerprint; `rate` is the share of requests of which
-        a token is checked."""
+        """`read` gets an expert of a layer of the weights with a fingerprint, None once they were released; `rate` is
+        the share of requests of which a token is checked."""
         self.read = read
         self._bound = BOUNDS[backend]
         self.sampler = Sampler(rate, random.getrandbits(31))
         """For the engine."""
         # Without zeros to begin with, nobody sees the first of a kind.
-        self._outcomes = dict.fromkeys(("ok", "mismatch", "failed"), 0)
+        self._outcomes = dict.fromkeys(("ok", "mismatch", "failed", "dropped"), 0)
         self._thread = threading.Thread(target=self._run, name="shadow-check", daemon=True)
         self._errors = metrics.shadow_errors
         metrics.shadow_checks.set_function(lambda: (((name,), (count,)) for name, count in self._counted().items()))
@@ -63,14 +63,17 @@ class ShadowCheck:
                 self._outcomes["failed"] += 1
 
     def _counted(self) -> dict[str, int]:
-        return self._outcomes | {"dropped": self.sampler.dropped}
+        return self._outcomes | {"dropped": self._outcomes["dropped"] + self.sampler.dropped}
 
     def _check(self, fingerprint: str, layer: int, token: TokenBatch, answer: Tensor) -> str:
         """The outcome."""
         expected = answer.float().new_zeros(answer.shape)
         chosen = [expert for expert in token.expert_ids[0].tolist() if expert >= 0]
         for expert in chosen:
-            expected += expert_reference(token, expert, self.read(fingerprint, layer, expert))
+            matrices = self.read(fingerprint, layer, expert)
+            if matrices is None:
+                return "dropped"
+            expected += expert_reference(token, expert, matrices)
         error = _error(answer, expected)
         self._errors.observe(math.inf if math.isnan(error) else error)
         if error <= self._bound:

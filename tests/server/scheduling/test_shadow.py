@@ -103,7 +103,7 @@ async def test_a_busy_check_drops_and_never_makes_requests_wait(small_model: Pat
         assert server.shadow is not None
         read = server.shadow.read
 
-        def waiting(fingerprint: str, layer: int, expert: int) -> ExpertMatrices:
+        def waiting(fingerprint: str, layer: int, expert: int) -> ExpertMatrices | None:
             released.wait()
             return read(fingerprint, layer, expert)
 
@@ -130,6 +130,20 @@ async def test_a_checkpoint_that_went_away_does_not_stop_serving(small_model: Pa
             async with open_channel(server) as channel:
                 await execute(channel, server, batch)
             await until(server, "failed", count)
+
+
+async def test_a_check_of_weights_that_were_released_is_dropped(
+    small_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_server(small_model, range(EXPERTS), shadow_check_rate=1.0) as server:
+        assert server.shadow is not None
+        read = server.shadow.read
+        server.shadow.read = lambda _, layer, expert: read("f" * 32, layer, expert)
+        async with open_channel(server) as channel:
+            await execute(channel, server, random_batch(3, HIDDEN, EXPERTS, TOP_K, absent=0.0))
+        await until(server, "dropped", 1)
+        assert checks(server, "failed") == 0
+    assert "shadow check" not in caplog.text
 
 
 async def test_without_the_option_there_is_neither_thread_nor_metric(small_model: Path) -> None:
