@@ -10,10 +10,12 @@ NATIVE_SOURCES := $(wildcard native/*.cc native/*/*.cc native/*/*.h)
 demo: $(STAMP)  ## eight servers and a coordinator on this machine, compared with transformers
 	$(BIN)/expertd demo
 
-# Tests that compute, and mind no clock. They have what the others, which wait half of their time, leave of the processors.
+# Tests that compute, or run commands to their end, and mind no clock. They have what the others, which wait half of their
+# time, leave of the processors.
 COMPUTING := $(addprefix tests/,kernels/cutile kernels/model kernels/numerics kernels/oracle kernels/weights client/integrations \
-  client/placement/test_assignment.py client/stream/test_compiled.py client/test_families.py native/node native/test_build.py \
-  native/test_cuda.py native/test_rules.py native/test_wheels.py)
+  client/placement/test_assignment.py client/stream/test_compiled.py client/test_families.py client/tools/bench/test_sections.py \
+  client/tools/test_ports.py docs native/node native/test_build.py native/test_cuda.py native/test_rules.py native/test_wheels.py \
+  system/deploy system/test_demo.py)
 computing: check
 	EXPERTD_CRASH_FILE=$${EXPERTD_CRASH_FILE:+$$EXPERTD_CRASH_FILE.computing} $(BIN)/pytest -rs -o timeout=1800 $(COMPUTING)
 

@@ -154,11 +154,13 @@ class SharedMemoryTransport:
         """The result of what was begun, waited for at most so many seconds. Raises its error; None without room."""
         partials = empty(call.hidden.shape, torch.float32 if call.reply_dtype == FP8 else call.reply_dtype)
         to = place(partials, partials.dtype, partials.shape)
+        # Meanwhile the server computes.
+        receipt = count_pairs(call.expert_ids)
         reports = begun.finish(timeout, FORMATS[partials.dtype], to)
         if reports is not None:
             self.heard = time.monotonic()
-            stages = max((StageTimings(*report[4]) for report in reports), key=lambda stages: stages.total)
-            return ExecuteResult(call.request_id, partials, count_pairs(call.expert_ids), stages)
+            longest = max((report[4] for report in reports), key=sum)
+            return ExecuteResult(call.request_id, partials, receipt, StageTimings(*longest))
         sizes = partials.shape[1], call.reply_dtype, call.timeout
         outcomes = [outcome_of(self.address, part, *sizes, checked=self._checked) for part in begun.parts()]
         for outcome in outcomes:
