@@ -47,8 +47,11 @@ def only(asked: TokenBatch, first: int, end: int) -> TokenBatch:
     return replace(asked, expert_ids=ids.masked_fill((ids < first) | (ids >= end), -1))
 
 
-async def computed(server: Server, *asked: TokenBatch, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    transport = SharedMemoryTransport(GrpcTransport(str(server.address)), 1 << 28)
+async def computed(
+    server: Server, *asked: TokenBatch, dtype: torch.dtype = torch.float32, room: int = 1 << 28
+) -> list[Tensor]:
+    """What a server answers to each, in one request, in `room` bytes of shared memory."""
+    transport = SharedMemoryTransport(GrpcTransport(str(server.address)), room, room // 2)
     await transport.get_shard(10.0)
     try:
         calls = [call_for(server, one, reply_dtype=dtype, request_id=n + 1) for n, one in enumerate(asked)]
@@ -72,6 +75,30 @@ async def test_sums_are_added_in_the_order_of_devices(model: Path, dtype: torch.
     for its, (first, second), plain in zip(got, parts, whole, strict=True):
         assert torch.equal(its, (torch.zeros_like(first) + first + second).to(dtype))
         assert relative_error(its.float(), plain) < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "reach"), [((0,), False), ((0, 1), False), ((0, 1), True)], ids=["one GPU", "by the host", "by GPUs"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+async def test_sums_of_a_batch_of_many_parts_are_added(
+    tmp_path: Path, dtype: torch.dtype, devices: tuple[int, ...], reach: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek-V3's width: a bay has 470 MB of sums, in four parts."""
+    if not reach:
+        monkeypatch.setattr("expertd.server.scheduling.node.peer_adder", lambda _: None)
+    large = write_demo_checkpoint(tmp_path, replace(MODEL, hidden_size=7168, moe_intermediate_size=256, moe_layers=1))
+    asked = random_batch(16384, 7168, 16, 4)
+    options = ONE | {"devices": devices, "max_tokens_per_request": 16384, "max_batch_tokens": 16384}
+    async with running_server(large, EXPERTS, **options) as server:
+        first, again = await computed(server, asked, asked, dtype=dtype, room=2 << 30)
+    assert torch.equal(first, again)
+    async with running_server(large, EXPERTS, **ONE) as server:
+        for row in range(0, 16384, 2048):
+            rows = slice(row, row + 100)
+            scales = None if asked.scales is None else asked.scales[rows]
+            few = TokenBatch(asked.hidden[rows], scales, asked.expert_ids[rows], asked.weights[rows])
+            assert relative_error(first[rows].float(), (await computed(server, few))[0]) < 4e-3
 
 
 async def test_bits_do_not_depend_on_the_batch_where_experts_have_copies(model: Path) -> None:
