@@ -25,9 +25,8 @@ from expertd.client.fleet.member import Member
 from expertd.client.telemetry.tracing import AttemptSpans
 from expertd.client.transport.answer import outcome_of
 from expertd.client.transport.native_call import Terms, Watch
-from expertd.client.transport.native_call import begin as begin_call
 from expertd.kernels.memory.results import empty
-from expertd.kernels.numerics.tokens import FORMATS, place
+from expertd.kernels.numerics.tokens import FORMATS
 from expertd.proto.base.errors import Cancelled, ExpertdError, ServerFault, Unavailable
 from expertd.proto.codec import ExecuteResult, StageTimings
 
@@ -55,8 +54,7 @@ class StraightCall:
         # Here servers compute already: what can be done before their answers is done now.
         config = caller.config
         self._out = empty(shape, config.output_dtype)
-        rows = self._out.view(-1, shape[-1])
-        self._to = place(rows, rows.dtype, rows.shape)
+        self._rows = self._out.view(-1, shape[-1])
         self._caller = caller
         self._layer = layer
         self._call = call
@@ -128,7 +126,7 @@ class StraightCall:
 
         What is not `answered` yet it waits for on this thread, at most as long as an attempt may take.
         """
-        parts = self._call.finish(self._left, FORMATS[self._out.dtype], self._to)
+        parts = self._call.finish(self._left, self._rows)
         self._counted = parts is not None
         return None if parts is None else (self._out, by_server(self._report(*part) for part in parts))
 
@@ -264,5 +262,5 @@ def begin(
     traceparents = [] if attempts is None else attempts.traceparents
     terms = Terms(layer, config.hidden_dtype, config.reply_dtype, next(caller.request_ids), timeout, traceparents)
     owners = [server.owner for server in servers]
-    call = begin_call(owners, tokens, ids, weights, terms, chosen=chosen, looped=looped)
+    call = _native.StraightCall.begin(owners, tokens, ids, weights, terms, chosen=chosen, looped=looped)
     return None if call is None else StraightCall(caller, layer, call, servers, shape, timeout, attempts)

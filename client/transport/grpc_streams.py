@@ -123,7 +123,7 @@ class GrpcTransport:
 
     def _message(self, call: ExecuteCall) -> bytes:
         """The request, written by native code where that can."""
-        begun = None if call.hidden.is_cuda else self._server.begin(call, (), 0, checked=self.checked)
+        begun = None if call.hidden.is_cuda else self._server.begin(call, checked=self.checked)
         return codec.encode_call(call, checked=self.checked) if begun is None else begun.messages[0][3]
 
     async def register_shared_memory(self, timeout: float, gpu: str = "") -> Registration:

@@ -18,7 +18,7 @@ from expertd.client.transport.segment_pool import SegmentPool
 from expertd.kernels.memory.gpu import stream_of
 from expertd.kernels.memory.results import empty
 from expertd.kernels.numerics.quantize import FP8
-from expertd.kernels.numerics.tokens import FORMATS, count_pairs, place
+from expertd.kernels.numerics.tokens import count_pairs
 from expertd.proto.base.errors import ExpertdError, ServerFault, Unavailable
 from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo, StageTimings
 
@@ -127,13 +127,11 @@ class SharedMemoryTransport:
 
     def _begin(self, call: ExecuteCall, *, looped: bool) -> _native.StraightCall | None:
         """Send a call whose tensors are in host memory, in the memory that is shared by now."""
-        segments = self.segments
+        segments = self._pools[HOST].segments
         if not segments:
             return None
-        lanes, room = [segment.lane for segment in segments], segments[0].reply_room
-        return self._server.begin(
-            call, lanes, room, checked=self._checked, chunk_bytes=self._chunk_bytes, looped=looped
-        )
+        chunk = self._chunk_bytes
+        return self._server.begin(call, segments, checked=self._checked, chunk_bytes=chunk, looped=looped)
 
     async def _collect(self, call: ExecuteCall, begun: _native.StraightCall) -> ExecuteResult | None:
         """What `_finish` says, once the event loop of the lanes has waited for it."""
@@ -153,10 +151,9 @@ class SharedMemoryTransport:
     def _finish(self, call: ExecuteCall, begun: _native.StraightCall, timeout: float | None) -> ExecuteResult | None:
         """The result of what was begun, waited for at most so many seconds. Raises its error; None without room."""
         partials = empty(call.hidden.shape, torch.float32 if call.reply_dtype == FP8 else call.reply_dtype)
-        to = place(partials, partials.dtype, partials.shape)
         # Meanwhile the server computes.
         receipt = count_pairs(call.expert_ids)
-        reports = begun.finish(timeout, FORMATS[partials.dtype], to)
+        reports = begun.finish(timeout, partials)
         if reports is not None:
             self.heard = time.monotonic()
             longest = max((report[4] for report in reports), key=sum)

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "bindings/owned.h"
-#include "bindings/place.h"
+#include "bindings/tensor.h"
 #include "bindings/unlocked.h"
 #include "bindings/wait.h"
 #include "call/straight_call.h"
@@ -45,11 +45,71 @@ struct Begun {
   }
 };
 
-std::unique_ptr<Begun> begin(std::vector<std::shared_ptr<Owner>> owners, const Place& hidden, int format, size_t tokens,
-                             size_t width, Address ids, bool wide, Address weights, size_t top_k, Address owner,
-                             size_t experts, size_t shares, const Place& scales, uint32_t layer, int hidden_dtype,
-                             int reply_dtype, uint64_t request_id, std::optional<double> timeout,
-                             std::vector<std::string> traceparents, bool looped) {
+// As it travels.
+Dtype dtype_of(py::handle dtype) {
+  switch (element_of(dtype)) {
+    case Element::kBFloat16:
+      return Dtype::kBFloat16;
+    case Element::kFloat32:
+      return Dtype::kFloat32;
+    case Element::kFloat8:
+      return Dtype::kFloat8E4M3FN;
+    default:
+      throw py::value_error(py::cast<std::string>(py::str(dtype)) + " does not travel");
+  }
+}
+
+Format format_of(const Tensor& tensor, const char* name) {
+  switch (tensor.element) {
+    case Element::kBFloat16:
+      return Format::bfloat16;
+    case Element::kFloat16:
+      return Format::float16;
+    case Element::kFloat32:
+      return Format::float32;
+    default:
+      throw py::value_error(std::string(name) + " is neither bfloat16 nor float16 nor float32");
+  }
+}
+
+Terms terms_of(const py::tuple& terms) {
+  const auto timeout = terms[4].cast<std::optional<double>>();
+  return {.layer = terms[0].cast<uint32_t>(),
+          .hidden = dtype_of(terms[1]),
+          .reply = dtype_of(terms[2]),
+          .request_id = terms[3].cast<uint64_t>(),
+          .timeout_us = timeout ? std::max<uint64_t>(1, static_cast<uint64_t>(*timeout * 1e6)) : 0,
+          .traceparents = terms[5].cast<std::vector<std::string>>()};
+}
+
+std::unique_ptr<Begun> begin(std::vector<std::shared_ptr<Owner>> owners, py::handle hidden, py::handle ids,
+                             py::handle weights, const py::tuple& terms, py::handle scales, py::handle chosen,
+                             bool looped) {
+  const Tensor states = tensor_of(hidden, "hidden");
+  const size_t tokens = states.rows;
+  const Tensor choices = tensor_of(ids, "ids", {Element::kInt32, Element::kInt64, tokens});
+  const size_t top_k = choices.columns, pairs = tokens * top_k;
+  const Tensor given = tensor_of(weights, "weights", {Element::kFloat32, Element::kFloat32, tokens, top_k});
+  Routed routed{.hidden = states.matrix(),
+                .format = Format::bfloat16,  // of what comes with scales: it is only copied
+                .tokens = tokens,
+                .width = states.columns,
+                .top_k = top_k,
+                .ids = {choices.values<int32_t>(), pairs},
+                .weights = {given.values<float>(), pairs},
+                .shares = {},
+                .scales = {}};
+  if (scales.is_none()) {
+    routed.format = format_of(states, "hidden");
+  } else {
+    const size_t blocks = states.columns / QUANTIZATION_BLOCK;
+    routed.scales = tensor_of(scales, "scales", {Element::kFloat32, Element::kFloat32, tokens, blocks, false}).matrix();
+  }
+  if (!chosen.is_none()) {
+    const Tensor owner = tensor_of(chosen, "chosen", {Element::kInt64, Element::kInt64});
+    routed.shares = {{owner.values<int64_t>(), owner.rows * owner.columns}, owner.columns};
+  }
+  Terms said = terms_of(terms);
   auto begun = std::make_unique<Begun>();
   const auto allocate = [&begun](size_t size) {
     const py::gil_scoped_acquire held;
@@ -63,27 +123,15 @@ std::unique_ptr<Begun> begin(std::vector<std::shared_ptr<Owner>> owners, const P
   begun->owners = std::move(owners);
   std::vector<const Owner*> servers;
   for (const auto& server : begun->owners) servers.push_back(server.get());
-  const size_t pairs = tokens * top_k;
-  const std::vector<int32_t> narrowed = wide ? narrow(at<const int64_t>(ids), pairs) : std::vector<int32_t>();
-  if (!traceparents.empty() && traceparents.size() != servers.size()) {
+  std::vector<int32_t> narrowed;
+  if (choices.element == Element::kInt64) {
+    narrowed = narrow(choices.values<int64_t>(), pairs);
+    routed.ids = narrowed;
+  }
+  if (!said.traceparents.empty() && said.traceparents.size() != servers.size()) {
     throw std::invalid_argument("traceparents must be one for each owner, or none");
   }
-  const Routed routed{.hidden = rows(hidden),
-                      .format = static_cast<Format>(format),
-                      .tokens = tokens,
-                      .width = width,
-                      .top_k = top_k,
-                      .ids = {wide ? narrowed.data() : at<const int32_t>(ids), pairs},
-                      .weights = values<float>(weights, pairs),
-                      .shares = {values<int64_t>(owner, shares * experts), experts},
-                      .scales = rows(scales)};
-  const Terms terms{.layer = layer,
-                    .hidden = static_cast<Dtype>(hidden_dtype),
-                    .reply = static_cast<Dtype>(reply_dtype),
-                    .request_id = request_id,
-                    .timeout_us = timeout ? std::max<uint64_t>(1, static_cast<uint64_t>(*timeout * 1e6)) : 0,
-                    .traceparents = std::move(traceparents)};
-  begun->call = StraightCall::begin(std::move(servers), routed, terms, looped, allocate);
+  begun->call = StraightCall::begin(std::move(servers), routed, said, looped, allocate);
   return begun->call ? std::move(begun) : nullptr;
 }
 
@@ -152,11 +200,17 @@ py::list report(const StraightCall& call) {
   return report;
 }
 
-std::optional<py::list> finish_call(Begun& begun, std::optional<double> timeout, int format, const Place& out) {
-  begun.live();
+std::optional<py::list> finish_call(Begun& begun, std::optional<double> timeout, py::handle out) {
+  const StraightCall& live = begun.live();
+  const Tensor sums = tensor_of(out, "out");
+  if (sums.rows != live.tokens() || sums.columns != live.width()) {
+    throw py::value_error("out: it must be [" + std::to_string(live.tokens()) + ", " + std::to_string(live.width()) +
+                          "]");
+  }
+  const Format format = format_of(sums, "out");
   const std::shared_ptr<StraightCall> call = begun.call;
-  const Wait how = wait_with_signals(
-      timeout, [&](int64_t deadline) { return call->finish(deadline, static_cast<Format>(format), writable(out)); });
+  const Wait how =
+      wait_with_signals(timeout, [&](int64_t deadline) { return call->finish(deadline, format, sums.writable()); });
   if (how == Wait::kForked) throw std::runtime_error("the call is its parent process's");
   return how == Wait::kDone && call->summed() ? std::optional(report(*call)) : std::nullopt;
 }
@@ -183,7 +237,9 @@ void bind_call(py::module_& module) {
       .def_readonly("checked", &Owner::checked);
 
   py::class_<Begun>(module, "StraightCall")
-      .def_static("begin", &begin)
+      .def_static("begin", &begin, py::arg("owners"), py::arg("hidden"), py::arg("ids"), py::arg("weights"),
+                  py::arg("terms"), py::kw_only(), py::arg("scales") = py::none(), py::arg("chosen") = py::none(),
+                  py::arg("looped") = false)
       .def_property_readonly("planned", &planned)
       .def("collect", [](Begun& begun) { return begun.live().collect(); })
       .def(
@@ -194,7 +250,7 @@ void bind_call(py::module_& module) {
           py::arg("number"))
       .def_property_readonly("messages", &messages)
       .def("answer", &answer, py::arg("part"), py::arg("response"))
-      .def("finish", &finish_call, py::arg("timeout"), py::arg("stored"), py::arg("out"))
+      .def("finish", &finish_call, py::arg("timeout"), py::arg("out"))
       .def("drop", [](Begun& begun) { begun.call.reset(); })
       .def("slots", &slots)
       .def("parts", &parts);

@@ -125,6 +125,8 @@ class StraightCall {
   std::span<const float> weights_of(const CallPart& part) const {
     return {&weights_[part.first * routed_.top_k], part.rows * routed_.top_k};
   }
+  size_t tokens() const { return routed_.tokens; }
+  size_t width() const { return routed_.width; }
   size_t sums_bytes(const CallPart& part) const { return shape_of(part).sums_bytes(); }
 
  private:

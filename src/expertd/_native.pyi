@@ -1,8 +1,9 @@
 """The native core, `native/`: what is too hot for Python, computed without the interpreter's lock where that is long.
 
 Memory comes as addresses in this process, which must hold what is stated and stay alive during the call; nothing checks
-that here. `expertd.kernels.numerics.tokens` takes tensors instead, and does. Elements of a row lie side by side,
-aligned or not; `Place` is the address of a matrix and the bytes from one of its rows to the next.
+that here. `expertd.kernels.numerics.tokens` takes tensors instead, and does; `StraightCall` takes tensors itself.
+Elements of a row lie side by side, aligned or not; `Place` is the address of a matrix and the bytes from one of its
+rows to the next.
 
 Results depend neither on the instruction set nor on the number of threads. Above 256 KiB a call spreads over threads
 that all calls share: as many as there are usable CPUs (affinity and cgroup quota), but no more than 8, the calling one
@@ -13,6 +14,7 @@ import enum
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from torch import Tensor, dtype
 from typing_extensions import Buffer
 
 Place: TypeAlias = tuple[int, int]
@@ -573,33 +575,22 @@ class StraightCall:
     @staticmethod
     def begin(
         owners: Sequence[Owner],
-        hidden: Place,
-        stored: Format,
-        tokens: int,
-        width: int,
-        ids: int,
-        wide: bool,
-        weights: int,
-        top_k: int,
-        owner: int,
-        experts: int,
-        shares: int,
-        scales: Place,
-        layer: int,
-        hidden_dtype: int,
-        reply_dtype: int,
-        request_id: int,
-        timeout: float | None,
-        traceparents: Sequence[str],
-        looped: bool,
-        /,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        terms: tuple[int, dtype, dtype, int, float | None, Sequence[str]],
+        *,
+        scales: Tensor | None = None,
+        chosen: Tensor | None = None,
+        looped: bool = False,
     ) -> StraightCall | None:
-        """Post the requests of [tokens, width] hidden states.
+        """Post the requests of [T, H] hidden states with contiguous [T, k] int32 or int64 ids and float32 weights.
 
-        `ids` are [tokens, top_k] int32, or int64 if `wide`, `weights` float32, `owner` [shares, experts] int64: the
-        number of each expert's owner, as for `split`. Without experts all tokens go to the only owner; with
-        `scales`, whose address is otherwise 0, `hidden` is float8_e4m3fn. There is a traceparent for each owner, or
-        none. None where the straight way is none, whatever the reason.
+        All are on the CPU. They go to the `chosen` owner of each expert by its number, [shares, n_routed_experts]
+        int64, for as many shares of the tokens, one after another, or all to the only owner. With `scales`
+        [T, H/128] hidden states are FP8 already. `terms`: layer, dtype of hidden states as they travel and of replies,
+        request_id, seconds that servers need not exceed, and a traceparent for each owner or none. None where the
+        straight way is none, whatever the reason. Raises `ValueError` for other tensors.
         """
 
     @property
@@ -613,10 +604,11 @@ class StraightCall:
     def planned(self) -> list[tuple[int, int]]:
         """Server and tokens of each part."""
 
-    def finish(self, timeout: float | None, stored: Format, out: Place) -> list[PartReport] | None:
-        """Wait for at most so many seconds until all parts are done, or lost; write the sums to `out` [tokens, width].
+    def finish(self, timeout: float | None, out: Tensor) -> list[PartReport] | None:
+        """Wait for at most so many seconds until all parts are done, or lost; write the sums to `out` [T, H].
 
-        Sums of many tokens are written while others are computed. None unless all are answered as they were sent.
+        That is bfloat16, float16 or float32 on the CPU, else `ValueError`. Sums of many tokens are written while others
+        are computed. None unless all are answered as they were sent.
         """
 
     def collect(self) -> bool:

@@ -13,9 +13,8 @@ import torch
 from expertd._native import CallbackExecutor, ClientLane, Engine, Mapping, Owner, StraightCall, Tally
 from expertd.client.call.dispatch import Work, check_receipt
 from expertd.client.transport.answer import outcome_of
-from expertd.client.transport.native_call import Terms, begin
+from expertd.client.transport.native_call import Terms
 from expertd.kernels.numerics.quantize import FP8, dequantize_activations
-from expertd.kernels.numerics.tokens import FORMATS, place
 from expertd.proto.base.errors import ExpertdError
 from expertd.proto.codec import DTYPE_CODES, REPLY_DTYPES, ExecuteResult
 from expertd.proto.lane.layout import aligned, lay_out
@@ -116,7 +115,7 @@ class FlippedLane:
         """The call on its way, and where it and its answer lie in the segment."""
         tokens = len(case.hidden)
         terms = Terms(LAYER, torch.float8_e4m3fn, case.reply_dtype, 7, 1e6, [case.traceparent])
-        begun = begin([self._owner], case.hidden, case.ids, case.weights, terms)
+        begun = StraightCall.begin([self._owner], case.hidden, case.ids, case.weights, terms)
         assert begun is not None
         ((_, slot),) = begun.slots()
         layout = lay_out(0, None, tokens, WIDTH, TOP_K, torch.float8_e4m3fn, case.reply_dtype)
@@ -164,7 +163,7 @@ class FlippedLane:
     def _outcome(self, begun: StraightCall, case: LaneCase) -> str | bytes:
         """Sums that a coordinator would take, or why it takes none."""
         out = torch.empty(case.hidden.shape, dtype=torch.float32 if case.reply_dtype == FP8 else case.reply_dtype)
-        if begun.finish(0.0, FORMATS[out.dtype], place(out, out.dtype, out.shape)) is not None:
+        if begun.finish(0.0, out) is not None:
             return out.view(torch.uint8).numpy().tobytes()
         self.is_sound = not self._lane.ended
         (part,) = begun.parts()
