@@ -206,7 +206,11 @@ def test_what_many_threads_submit_and_evict_is_answered_once_and_leaves_the_room
     refused: list[bool] = []
 
     def compute() -> None:
+        full = time.monotonic() + 20
         while (batch := executor.fetch()) is not None:
+            # The first one until there is no room any more, however slowly others offer.
+            while not tally.evictions and time.monotonic() < full:
+                time.sleep(0.001)
             time.sleep(0.002)
             finish(batch)
 
