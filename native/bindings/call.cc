@@ -101,6 +101,8 @@ std::unique_ptr<Begun> begin(std::vector<std::shared_ptr<Owner>> owners, py::han
                 .scales = {}};
   if (scales.is_none()) {
     routed.format = format_of(states, "hidden");
+  } else if (states.element != element_of(terms[1])) {
+    throw py::value_error("hidden is not of the dtype that travels, although it has scales");
   } else {
     const size_t blocks = states.columns / QUANTIZATION_BLOCK;
     routed.scales = tensor_of(scales, "scales", {Element::kFloat32, Element::kFloat32, tokens, blocks, false}).matrix();
@@ -201,14 +203,14 @@ py::list report(const StraightCall& call) {
 }
 
 std::optional<py::list> finish_call(Begun& begun, std::optional<double> timeout, py::handle out) {
-  const StraightCall& live = begun.live();
+  begun.live();
+  const std::shared_ptr<StraightCall> call = begun.call;
   const Tensor sums = tensor_of(out, "out");
-  if (sums.rows != live.tokens() || sums.columns != live.width()) {
-    throw py::value_error("out: it must be [" + std::to_string(live.tokens()) + ", " + std::to_string(live.width()) +
-                          "]");
+  if (sums.rows != call->tokens() || sums.columns != call->width()) {
+    const std::string wanted = std::to_string(call->tokens()) + ", " + std::to_string(call->width());
+    throw py::value_error("out: it must be [" + wanted + "]");
   }
   const Format format = format_of(sums, "out");
-  const std::shared_ptr<StraightCall> call = begun.call;
   const Wait how =
       wait_with_signals(timeout, [&](int64_t deadline) { return call->finish(deadline, format, sums.writable()); });
   if (how == Wait::kForked) throw std::runtime_error("the call is its parent process's");

@@ -56,7 +56,11 @@ def strided(values: Tensor) -> Tensor:
         ({"scales": torch.ones(TOKENS, 3)}, r"scales: .* it must be float32 \[3, 2\] on the CPU"),
         ({"chosen": torch.zeros(1, 4, dtype=torch.int32)}, r"chosen: .* it must be contiguous int64 \[any, any\]"),
         ({"terms": TERMS._replace(reply_dtype=torch.int8)}, r"torch\.int8 does not travel"),
-        ({"terms": TERMS._replace(hidden_dtype=torch.float16)}, r"torch\.float16 does not travel"),
+        ({"terms": TERMS._replace(hidden_dtype=torch.bfloat16)}, "hidden is not of the dtype that travels"),
+        (
+            {"terms": TERMS._replace(hidden_dtype=torch.float16), "scales": None, "hidden": torch.zeros(TOKENS, WIDTH)},
+            "16 does not",
+        ),
         ({"terms": TERMS._replace(traceparents=["a", "b"])}, "traceparents must be one for each owner, or none"),
     ],
 )
