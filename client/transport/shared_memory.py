@@ -127,11 +127,10 @@ class SharedMemoryTransport:
 
     def _begin(self, call: ExecuteCall, *, looped: bool) -> _native.StraightCall | None:
         """Send a call whose tensors are in host memory, in the memory that is shared by now."""
-        segments = self._pools[HOST].segments
+        segments = self.segments
         if not segments:
             return None
-        chunk = self._chunk_bytes
-        return self._server.begin(call, segments, checked=self._checked, chunk_bytes=chunk, looped=looped)
+        return self._server.begin(call, segments, checked=self._checked, chunk_bytes=self._chunk_bytes, looped=looped)
 
     async def _collect(self, call: ExecuteCall, begun: _native.StraightCall) -> ExecuteResult | None:
         """What `_finish` says, once the event loop of the lanes has waited for it."""
@@ -151,7 +150,7 @@ class SharedMemoryTransport:
     def _finish(self, call: ExecuteCall, begun: _native.StraightCall, timeout: float | None) -> ExecuteResult | None:
         """The result of what was begun, waited for at most so many seconds. Raises its error; None without room."""
         partials = empty(call.hidden.shape, torch.float32 if call.reply_dtype == FP8 else call.reply_dtype)
-        # Meanwhile the server computes.
+        # While a thread is here, the server computes.
         receipt = count_pairs(call.expert_ids)
         reports = begun.finish(timeout, partials)
         if reports is not None:

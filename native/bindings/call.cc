@@ -87,9 +87,9 @@ std::unique_ptr<Begun> begin(std::vector<std::shared_ptr<Owner>> owners, py::han
                              bool looped) {
   const Tensor states = tensor_of(hidden, "hidden");
   const size_t tokens = states.rows;
-  const Tensor choices = tensor_of(ids, "ids", {Element::kInt32, Element::kInt64, tokens});
+  const Tensor choices = tensor_of(ids, "ids", {.element = Element::kInt32, .other = Element::kInt64, .rows = tokens});
   const size_t top_k = choices.columns, pairs = tokens * top_k;
-  const Tensor given = tensor_of(weights, "weights", {Element::kFloat32, Element::kFloat32, tokens, top_k});
+  const Tensor given = tensor_of(weights, "weights", {.element = Element::kFloat32, .rows = tokens, .columns = top_k});
   Routed routed{.hidden = states.matrix(),
                 .format = Format::bfloat16,  // of what comes with scales: it is only copied
                 .tokens = tokens,
@@ -105,10 +105,12 @@ std::unique_ptr<Begun> begin(std::vector<std::shared_ptr<Owner>> owners, py::han
     throw py::value_error("hidden is not of the dtype that travels, although it has scales");
   } else {
     const size_t blocks = states.columns / QUANTIZATION_BLOCK;
-    routed.scales = tensor_of(scales, "scales", {Element::kFloat32, Element::kFloat32, tokens, blocks, false}).matrix();
+    routed.scales =
+        tensor_of(scales, "scales", {.element = Element::kFloat32, .rows = tokens, .columns = blocks, .packed = false})
+            .matrix();
   }
   if (!chosen.is_none()) {
-    const Tensor owner = tensor_of(chosen, "chosen", {Element::kInt64, Element::kInt64});
+    const Tensor owner = tensor_of(chosen, "chosen", {.element = Element::kInt64});
     routed.shares = {{owner.values<int64_t>(), owner.rows * owner.columns}, owner.columns};
   }
   Terms said = terms_of(terms);

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string_view>
 
 #include "tokens/rows.h"
@@ -32,7 +33,8 @@ inline constexpr size_t kAny = SIZE_MAX;
 
 // What a tensor must be.
 struct Wanted {
-  Element element, other;  // one of the two
+  Element element;
+  std::optional<Element> other{};  // or this
   size_t rows = kAny, columns = kAny;
   bool packed = true;  // one row after another
 };

@@ -47,7 +47,7 @@ def python(code: str, folder: Path, environment: dict[str, str], umask: int = -1
 
 
 def build(folder: Path, home: Path, umask: int = 0o022, compiled: Path | None = None, **told: str) -> Path:
-    """A wheel from a checkout at `folder`, on a machine without a compiler; what another's folder has compiled is kept.
+    """A wheel from a checkout at `folder`, on a machine without a compiler; what another folder has compiled is kept.
 
     zig keeps its own libraries, as it compiled them, in `home`; what is compiled for the wheel it does not.
     """

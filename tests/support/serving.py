@@ -111,6 +111,13 @@ def count_of(server: Server, outcome: str) -> float:
     return server.metrics.registry.get_sample_value("expertd_requests_total", {"outcome": outcome}) or 0.0
 
 
+def shadow_checks(server: Server, outcome: str) -> float:
+    """Shadow checks with this outcome, of a server that makes any."""
+    value = server.metrics.registry.get_sample_value("expertd_shadow_checks_total", {"outcome": outcome})
+    assert value is not None
+    return value
+
+
 @contextlib.asynccontextmanager
 async def open_channel(server: Server) -> AsyncIterator[grpc.aio.Channel]:
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]

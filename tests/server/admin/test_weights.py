@@ -24,7 +24,7 @@ from expertd.proto.codec import UpdateProgress
 from expertd.server.admin.service import AdminDoor
 from expertd.server.app import Server
 from tests.support.families import SMALL
-from tests.support.serving import ANY_PORT, call_for, door, random_batch, running_server, until
+from tests.support.serving import ANY_PORT, call_for, door, random_batch, running_server, shadow_checks, until
 
 PLAIN = ClientSecurity()
 
@@ -68,10 +68,6 @@ def told(server: Server, name: str, **labels: str) -> float | None:
     return server.metrics.registry.get_sample_value(f"expertd_generation_{name}", labels)
 
 
-def checks(server: Server, outcome: str) -> float | None:
-    return server.metrics.registry.get_sample_value("expertd_shadow_checks_total", {"outcome": outcome})
-
-
 async def computed(server: Server, fingerprint: str, layer: int = 1) -> torch.Tensor:
     """By the generation with a fingerprint, as a coordinator would ask for it."""
     transport = GrpcTransport(str(server.address))
@@ -110,7 +106,7 @@ async def test_a_next_generation_is_used_by_name_and_then_alone(small_model: Pat
         await share(server, new, 1.0)
         assert torch.equal(await computed(server, former), old_sums)
         # Both are compared with files of their own.
-        await until(lambda: checks(server, "ok") == 4)
+        await until(lambda: shadow_checks(server, "ok") == 4)
         await release(server, former)
         assert (server.info.model_fingerprint, server.info.next) == (new, None)
         assert server.info.expert_digests == other.info.expert_digests
@@ -118,8 +114,8 @@ async def test_a_next_generation_is_used_by_name_and_then_alone(small_model: Pat
         assert held(server) == server.holdings.generations.keys
         assert len(held(server)) == 2
         assert told(server, "staged_bytes") == 0
-        await until(lambda: checks(server, "ok") == 5)
-        assert checks(server, "mismatch") == 0
+        await until(lambda: shadow_checks(server, "ok") == 5)
+        assert shadow_checks(server, "mismatch") == 0
 
 
 async def test_back_is_one_call_and_the_next_one_can_be_given_up(small_model: Path, next_model: Path) -> None:

@@ -15,7 +15,7 @@ from expertd.kernels.torch.backend import TorchBackend
 from expertd.kernels.weights.experts import ExpertMatrices
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.server.app import Server
-from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server
+from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server, shadow_checks
 
 EXPERTS, HIDDEN, TOP_K = 16, 256, 4
 SEED = 1627694678
@@ -23,15 +23,9 @@ WAITING = 8
 """Tokens that may wait for the check."""
 
 
-def checks(server: Server, outcome: str) -> float:
-    value = server.metrics.registry.get_sample_value("expertd_shadow_checks_total", {"outcome": outcome})
-    assert value is not None
-    return value
-
-
 async def until(server: Server, outcome: str, count: float) -> None:
     async with asyncio.timeout(30):
-        while checks(server, outcome) < count:
+        while shadow_checks(server, outcome) < count:
             await asyncio.sleep(0.01)
 
 
@@ -48,7 +42,7 @@ async def test_answers_of_a_right_server_are_right(small_model: Path, reply_dtyp
                 batch = random_batch(9, HIDDEN, EXPERTS, TOP_K, seed=seed)
                 await execute(channel, server, batch, reply_dtype=reply_dtype)
                 await until(server, "ok", seed + 1)
-        assert checks(server, "mismatch") == 0
+        assert shadow_checks(server, "mismatch") == 0
         errors = server.metrics.registry.get_sample_value("expertd_shadow_relative_error_sum")
         assert errors is not None
         assert errors / 5 < (5e-3 if reply_dtype == torch.bfloat16 else 1e-6), (
@@ -81,7 +75,7 @@ async def test_hidden_states_that_are_not_finite_are_no_alarm(
         async with open_channel(server) as channel:
             await execute(channel, server, odd, reply_dtype=reply_dtype)
         await until(server, "ok", 1)
-        assert checks(server, "mismatch") == 0
+        assert shadow_checks(server, "mismatch") == 0
     assert "shadow check" not in caplog.text
 
 
@@ -112,10 +106,10 @@ async def test_a_busy_check_drops_and_never_makes_requests_wait(small_model: Pat
             for _ in range(WAITING + 3):
                 await execute(channel, server, batch)
         # One may have been taken out of the queue already.
-        assert checks(server, "dropped") in (2, 3)
-        assert checks(server, "ok") == 0
+        assert shadow_checks(server, "dropped") in (2, 3)
+        assert shadow_checks(server, "ok") == 0
         released.set()
-        await until(server, "ok", WAITING + 3 - checks(server, "dropped"))
+        await until(server, "ok", WAITING + 3 - shadow_checks(server, "dropped"))
 
 
 async def test_a_checkpoint_that_went_away_does_not_stop_serving(small_model: Path) -> None:
@@ -142,7 +136,7 @@ async def test_a_check_of_weights_that_were_released_is_dropped(
         async with open_channel(server) as channel:
             await execute(channel, server, random_batch(3, HIDDEN, EXPERTS, TOP_K, absent=0.0))
         await until(server, "dropped", 1)
-        assert checks(server, "failed") == 0
+        assert shadow_checks(server, "failed") == 0
     assert "shadow check" not in caplog.text
 
 
@@ -162,4 +156,4 @@ async def test_the_rate_is_the_share_of_requests(small_model: Path, monkeypatch:
             for _ in range(5):
                 await execute(channel, server, batch)
         await until(server, "ok", 2)
-    assert checks(server, "ok") == 2
+    assert shadow_checks(server, "ok") == 2
