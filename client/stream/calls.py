@@ -72,7 +72,8 @@ class StreamCalls:
         return frozenset(lane.address for lane in self._lanes if lane.on_gpu)
 
     async def renew(self) -> None:
-        """Ask whoever owns the experts now. Graphs that were captured go on with them, unless they are more now.
+        """Ask whoever owns the experts now. Graphs that were captured go on with them, unless more servers than were
+        known by then are to be asked.
 
         On the coordinator's event loop, while the device does no such calls. Raises `UnknownExpert`, `NotPermitted`
         where a server shares no memory, and like `connect`.
@@ -97,8 +98,9 @@ class StreamCalls:
             self._retired = []
         tables = self._tables
         if tables is None or not tables.fit(len(lanes), terms):
-            # Graphs that were captured go on reading the former ones, by which nobody answers.
-            tables = Tables.empty(len(lanes), terms)
+            # Graphs that were captured go on reading the former ones, by which nobody answers. These have room for all
+            # replicas: which of them are asked is drawn anew each time.
+            tables = Tables.empty(len(known.members), terms)
         else:
             for lane in former:
                 lane.release_gpu()

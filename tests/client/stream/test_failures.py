@@ -105,6 +105,8 @@ async def test_calls_go_on_with_a_replica(small_model: Path) -> None:
                 moe.prepare_stream(8, "cpu", timeout=2.0)
                 expected = moe(LAYER, HIDDEN_STATES, topk_ids=IDS, topk_weights=WEIGHTS)
                 tables = moe._coordinator.stream_calls._tables
+                # However few of them are asked now.
+                assert tables.servers == len(flat(replicas))
                 for gone in (0, 1):
                     loop.call_soon_threadsafe(replicas[gone][0].stop)
                     failed = 0
