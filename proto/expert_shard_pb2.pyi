@@ -161,7 +161,7 @@ class Limits(_message.Message):
     def __init__(self, max_tokens_per_request: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., max_queued_bytes: _Optional[int] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
-    __slots__ = ("request_id", "model_fingerprint", "placement_epoch", "layer", "num_tokens", "top_k", "hidden_dtype", "reply_dtype", "hidden", "hidden_scales", "expert_ids", "weights", "timeout_us", "segment_offset", "traceparent", "cancels", "gpu_offset", "fields_checksum", "tensors_checksum")
+    __slots__ = ("request_id", "model_fingerprint", "placement_epoch", "layer", "num_tokens", "top_k", "hidden_dtype", "reply_dtype", "hidden", "hidden_scales", "expert_ids", "weights", "timeout_us", "segment_offset", "traceparent", "cancels", "gpu_offset", "fields_checksum", "tensors_checksum", "sums_offset")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +181,7 @@ class ExecuteRequest(_message.Message):
     GPU_OFFSET_FIELD_NUMBER: _ClassVar[int]
     FIELDS_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     TENSORS_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    SUMS_OFFSET_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     model_fingerprint: str
     placement_epoch: int
@@ -200,7 +201,8 @@ class ExecuteRequest(_message.Message):
     gpu_offset: int
     fields_checksum: int
     tensors_checksum: int
-    def __init__(self, request_id: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., top_k: _Optional[int] = ..., hidden_dtype: _Optional[_Union[DType, str]] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., hidden: _Optional[bytes] = ..., hidden_scales: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., segment_offset: _Optional[int] = ..., traceparent: _Optional[str] = ..., cancels: _Optional[int] = ..., gpu_offset: _Optional[int] = ..., fields_checksum: _Optional[int] = ..., tensors_checksum: _Optional[int] = ...) -> None: ...
+    sums_offset: int
+    def __init__(self, request_id: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., top_k: _Optional[int] = ..., hidden_dtype: _Optional[_Union[DType, str]] = ..., reply_dtype: _Optional[_Union[DType, str]] = ..., hidden: _Optional[bytes] = ..., hidden_scales: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., segment_offset: _Optional[int] = ..., traceparent: _Optional[str] = ..., cancels: _Optional[int] = ..., gpu_offset: _Optional[int] = ..., fields_checksum: _Optional[int] = ..., tensors_checksum: _Optional[int] = ..., sums_offset: _Optional[int] = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
     __slots__ = ("request_id", "error", "partials_dtype", "partials", "receipt_experts", "receipt_pairs", "timings", "checksum")

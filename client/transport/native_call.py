@@ -86,6 +86,7 @@ class OneOwner:
         checked: bool,
         chunk_bytes: int | None = None,
         looped: bool = False,
+        in_place: bool = False,
     ) -> _native.StraightCall | None:
         """See `_native.StraightCall`, for tensors as they travel, which it may raise `ValueError` for.
 
@@ -104,5 +105,5 @@ class OneOwner:
         terms = Terms(call.layer, call.hidden.dtype, call.reply_dtype, call.request_id, call.timeout, traceparents)
         ids, weights = call.expert_ids.contiguous(), call.weights.contiguous()
         return _native.StraightCall.begin(
-            self._owners, call.hidden, ids, weights, terms, scales=call.scales, looped=looped
+            self._owners, call.hidden, ids, weights, terms, scales=call.scales, looped=looped, in_place=in_place
         )

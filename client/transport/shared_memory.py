@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -26,6 +27,8 @@ CHUNK_BYTES = 64 << 20
 """Of one request's sums: while a server has some, others are written, or their sums are added."""
 FIRST_BYTES = 16 << 20
 """See `SegmentPool`."""
+KEPT_BYTES = 256 << 10
+"""Of sums that stay in the shared memory for as long as their caller has them; fewer are copied out of it."""
 HOST = torch.device("cpu")
 
 
@@ -93,11 +96,17 @@ class SharedMemoryTransport:
 
     async def execute(self, call: ExecuteCall) -> ExecuteResult:
         stream = stream_of(call.hidden)
-        # Of long ones the sums stay where they come, and other threads copy.
-        short = stream is None and call.hidden.numel() <= LONG_ELEMENTS
-        begun = self._begin(call, looped=True) if short else None
-        result = None if begun is None else await self._collect(call, begun)
+        result = None if stream is not None else await self._execute_straight(call)
         return await self._execute_in_slot(call, stream) if result is None else result
+
+    async def _execute_straight(self, call: ExecuteCall) -> ExecuteResult | None:
+        """In the memory that is shared by now; None without room."""
+        is_short, in_place = call.hidden.numel() <= LONG_ELEMENTS, _stays(call)
+        if not (is_short or in_place):
+            return None
+        begin = partial(self._begin, call, looped=True, in_place=in_place)
+        begun = begin() if is_short else await asyncio.to_thread(begin)
+        return None if begun is None else await self._collect(call, begun)
 
     async def _execute_in_slot(self, call: ExecuteCall, stream: torch.cuda.Stream | None) -> ExecuteResult:
         """In more memory if need be, on the GPU where the tensors are, which are written on `stream`."""
@@ -122,15 +131,19 @@ class SharedMemoryTransport:
         For any thread, while the event loop runs on another or this one. None when there is no room in the memory that
         is shared by now: `execute` shares more. Raises like `execute`. Partials of FP8 replies come in FP32.
         """
-        begun = self._begin(call, looped=False)
+        begun = self._begin(call, looped=False, in_place=True) if _stays(call) else None
+        if begun is None:
+            begun = self._begin(call, looped=False)
         return None if begun is None else self._finish(call, begun, call.timeout)
 
-    def _begin(self, call: ExecuteCall, *, looped: bool) -> _native.StraightCall | None:
+    def _begin(self, call: ExecuteCall, *, looped: bool, in_place: bool = False) -> _native.StraightCall | None:
         """Send a call whose tensors are in host memory, in the memory that is shared by now."""
         segments = self.segments
         if not segments:
             return None
-        return self._server.begin(call, segments, checked=self._checked, chunk_bytes=self._chunk_bytes, looped=looped)
+        return self._server.begin(
+            call, segments, checked=self._checked, chunk_bytes=self._chunk_bytes, looped=looped, in_place=in_place
+        )
 
     async def _collect(self, call: ExecuteCall, begun: _native.StraightCall) -> ExecuteResult | None:
         """What `_finish` says, once the event loop of the lanes has waited for it."""
@@ -149,15 +162,17 @@ class SharedMemoryTransport:
 
     def _finish(self, call: ExecuteCall, begun: _native.StraightCall, timeout: float | None) -> ExecuteResult | None:
         """The result of what was begun, waited for at most so many seconds. Raises its error; None without room."""
-        partials = empty(call.hidden.shape, torch.float32 if call.reply_dtype == FP8 else call.reply_dtype)
+        dtype = torch.float32 if call.reply_dtype == FP8 else call.reply_dtype
+        out = None if begun.in_place else empty(call.hidden.shape, dtype)
         # While a thread is here, the server computes.
         receipt = count_pairs(call.expert_ids)
-        reports = begun.finish(timeout, partials)
+        reports = begun.finish(timeout, out)
         if reports is not None:
+            partials = torch.frombuffer(begun.keep(), dtype=dtype).view(call.hidden.shape) if out is None else out
             self.heard = time.monotonic()
             longest = max((report[4] for report in reports), key=sum)
             return ExecuteResult(call.request_id, partials, receipt, StageTimings(*longest))
-        sizes = partials.shape[1], call.reply_dtype, call.timeout
+        sizes = call.hidden.shape[1], call.reply_dtype, call.timeout
         outcomes = [outcome_of(self.address, part, *sizes, checked=self._checked) for part in begun.parts()]
         for outcome in outcomes:
             if isinstance(outcome, ExpertdError):
@@ -184,3 +199,8 @@ class SharedMemoryTransport:
             if slot is not None:
                 return slot
         return await self._pools[HOST].take(layout_of(call, on_gpu=False), None)
+
+
+def _stays(call: ExecuteCall) -> bool:
+    """Whether its sums do."""
+    return call.reply_dtype != FP8 and call.hidden.numel() * call.reply_dtype.itemsize >= KEPT_BYTES

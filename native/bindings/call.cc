@@ -84,7 +84,7 @@ Terms terms_of(const py::tuple& terms) {
 
 std::unique_ptr<Begun> begin(std::vector<std::shared_ptr<Owner>> owners, py::handle hidden, py::handle ids,
                              py::handle weights, const py::tuple& terms, py::handle scales, py::handle chosen,
-                             bool looped) {
+                             bool looped, bool in_place) {
   const Tensor states = tensor_of(hidden, "hidden");
   const size_t tokens = states.rows;
   const Tensor choices = tensor_of(ids, "ids", {.element = Element::kInt32, .other = Element::kInt64, .rows = tokens});
@@ -135,7 +135,7 @@ std::unique_ptr<Begun> begin(std::vector<std::shared_ptr<Owner>> owners, py::han
   if (!said.traceparents.empty() && said.traceparents.size() != servers.size()) {
     throw std::invalid_argument("traceparents must be one for each owner, or none");
   }
-  begun->call = StraightCall::begin(std::move(servers), routed, said, looped, allocate);
+  begun->call = StraightCall::begin(std::move(servers), routed, said, looped, in_place, allocate);
   return begun->call ? std::move(begun) : nullptr;
 }
 
@@ -204,17 +204,20 @@ py::list report(const StraightCall& call) {
   return report;
 }
 
+Output output_of(const StraightCall& call, py::handle out) {
+  const Tensor sums = tensor_of(out, "out");
+  if (sums.rows != call.tokens() || sums.columns != call.width()) {
+    const std::string wanted = std::to_string(call.tokens()) + ", " + std::to_string(call.width());
+    throw py::value_error("out: it must be [" + wanted + "]");
+  }
+  return {format_of(sums, "out"), sums.writable()};
+}
+
 std::optional<py::list> finish_call(Begun& begun, std::optional<double> timeout, py::handle out) {
   begun.live();
   const std::shared_ptr<StraightCall> call = begun.call;
-  const Tensor sums = tensor_of(out, "out");
-  if (sums.rows != call->tokens() || sums.columns != call->width()) {
-    const std::string wanted = std::to_string(call->tokens()) + ", " + std::to_string(call->width());
-    throw py::value_error("out: it must be [" + wanted + "]");
-  }
-  const Format format = format_of(sums, "out");
-  const Wait how =
-      wait_with_signals(timeout, [&](int64_t deadline) { return call->finish(deadline, format, sums.writable()); });
+  const std::optional<Output> output = call->in_place() ? std::nullopt : std::optional(output_of(*call, out));
+  const Wait how = wait_with_signals(timeout, [&](int64_t deadline) { return call->finish(deadline, output); });
   if (how == Wait::kForked) throw std::runtime_error("the call is its parent process's");
   return how == Wait::kDone && call->summed() ? std::optional(report(*call)) : std::nullopt;
 }
@@ -240,11 +243,18 @@ void bind_call(py::module_& module) {
            py::arg("reply_room"), py::arg("checked"))
       .def_readonly("checked", &Owner::checked);
 
+  py::class_<Kept>(module, "KeptSums", py::buffer_protocol())
+      .def("__len__", &Kept::size)
+      .def_buffer([](const Kept& kept) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(kept.data()), static_cast<py::ssize_t>(kept.size()));
+      });
+
   py::class_<Begun>(module, "StraightCall")
       .def_static("begin", &begin, py::arg("owners"), py::arg("hidden"), py::arg("ids"), py::arg("weights"),
                   py::arg("terms"), py::kw_only(), py::arg("scales") = py::none(), py::arg("chosen") = py::none(),
-                  py::arg("looped") = false)
+                  py::arg("looped") = false, py::arg("in_place") = false)
       .def_property_readonly("planned", &planned)
+      .def_property_readonly("in_place", [](const Begun& begun) { return begun.live().in_place(); })
       .def("collect", [](Begun& begun) { return begun.live().collect(); })
       .def(
           "lose",
@@ -254,7 +264,13 @@ void bind_call(py::module_& module) {
           py::arg("number"))
       .def_property_readonly("messages", &messages)
       .def("answer", &answer, py::arg("part"), py::arg("response"))
-      .def("finish", &finish_call, py::arg("timeout"), py::arg("out"))
+      .def("finish", &finish_call, py::arg("timeout"), py::arg("out") = py::none())
+      .def("keep",
+           [](Begun& begun) {
+             StraightCall& call = begun.live();
+             if (!call.in_place() || !call.summed()) throw std::runtime_error("there are no sums in place");
+             return call.keep();
+           })
       .def("drop", [](Begun& begun) { begun.call.reset(); })
       .def("slots", &slots)
       .def("parts", &parts);

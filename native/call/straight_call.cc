@@ -59,14 +59,15 @@ bool are_choices(const Routed& routed) {
 }  // namespace
 
 std::unique_ptr<StraightCall> StraightCall::begin(std::vector<const Owner*> owners, const Routed& routed,
-                                                  const Terms& terms, bool looped, const Allocate& allocate) {
+                                                  const Terms& terms, bool looped, bool in_place,
+                                                  const Allocate& allocate) {
   const bool writable = terms.hidden == Dtype::kFloat8E4M3FN || format_of(terms.hidden) == routed.format;
   const bool has_blocks = terms.hidden == Dtype::kFloat8E4M3FN || terms.reply == Dtype::kFloat8E4M3FN;
   if (!writable || (has_blocks && routed.width % QUANTIZATION_BLOCK != 0) || !format_of(terms.reply) ||
       !(routed.shares.experts == 0 || are_choices(routed)))
     return nullptr;
-  std::unique_ptr<StraightCall> call(new StraightCall(std::move(owners), routed, terms));
-  if (!call->plan() || !call->take_room()) return nullptr;
+  std::unique_ptr<StraightCall> call(new StraightCall(std::move(owners), routed, terms, in_place));
+  if (!call->plan() || !(in_place ? call->take_room_in_place() : call->take_room())) return nullptr;
   call->lost_ = std::make_unique<std::atomic<bool>[]>(call->parts_.size());
   call->answers_.resize(call->parts_.size());
   if (!call->write_and_post(looped, allocate)) return nullptr;
@@ -81,9 +82,10 @@ StraightCall::~StraightCall() {
   for (const CallPart& part : parts_) {
     if (!part.lane) continue;
     if (part.state == PartState::kPosted) {
-      part.lane->abandon(part.slot, part.room);
+      part.lane->abandon(part.slot, {part.room, part.kept});
     } else {
       part.lane->give_back(part.room);
+      part.lane->give_back(part.kept);
     }
   }
 }
@@ -136,19 +138,42 @@ bool StraightCall::take_room() {
 }
 
 bool StraightCall::take_room(CallPart& part) const {
-  const Layout at = lay_out(0, std::nullopt, shape_of(part));
-  const uint64_t slot = next_line(static_cast<uint64_t>(at.host_end));
-  const uint64_t bytes = slot + kLine + kRequestRoom + part.owner->reply_room;
-  for (const auto& lane : part.owner->lanes) {
-    const auto taken = lane->ended() ? std::nullopt : lane->take(bytes);
+  return std::ranges::any_of(part.owner->lanes, [&](const auto& lane) { return take_room_in(lane, part); });
+}
+
+// Sums of all parts one after another, whose rows are whole lines.
+bool StraightCall::take_room_in_place() {
+  const uint64_t row_bytes = expertd::sums_bytes(terms_.reply, 1, routed_.width);
+  if (routed_.shares.experts != 0 || terms_.reply == Dtype::kFloat8E4M3FN || row_bytes % kLine != 0) return false;
+  for (const auto& lane : owners_[0]->lanes) {
+    const auto taken = lane->ended() ? std::nullopt : lane->take(routed_.tokens * row_bytes);
     if (!taken) continue;
-    part.lane = lane;
-    part.room = {*taken, bytes};
-    part.slot = *taken + slot;
-    part.sums = lane->memory()->base() + *taken + static_cast<uint64_t>(at.sums);
-    return true;
+    for (CallPart& part : parts_) {
+      part.lane = lane;
+      part.kept = {*taken + part.first * row_bytes, part.rows * row_bytes};
+    }
+    if (std::ranges::all_of(parts_, [&](CallPart& part) { return take_room_in(lane, part); })) return true;
+    for (CallPart& part : parts_) {
+      lane->give_back(std::exchange(part.room, {}));
+      lane->give_back(std::exchange(part.kept, {}));
+      part.lane = nullptr;
+    }
   }
   return false;
+}
+
+bool StraightCall::take_room_in(const std::shared_ptr<ClientLane>& lane, CallPart& part) const {
+  const auto sums = part.kept.bytes ? std::optional(part.kept.at) : std::nullopt;
+  const Layout at = lay_out(0, std::nullopt, shape_of(part), sums);
+  const uint64_t slot = next_line(static_cast<uint64_t>(at.host_end));
+  const uint64_t bytes = slot + kLine + kRequestRoom + part.owner->reply_room;
+  const auto taken = lane->ended() ? std::nullopt : lane->take(bytes);
+  if (!taken) return false;
+  part.lane = lane;
+  part.room = {*taken, bytes};
+  part.slot = *taken + slot;
+  part.sums = lane->memory()->base() + (sums ? 0 : *taken) + static_cast<uint64_t>(at.sums);
+  return true;
 }
 
 // Where its tensors go.
@@ -265,6 +290,7 @@ Message StraightCall::request(const CallPart& part) const {
           .segment_offset = part.lane ? std::optional(part.room.at) : std::nullopt,
           .cancels = std::nullopt,
           .gpu_offset = std::nullopt,
+          .sums_offset = part.kept.bytes ? std::optional(part.kept.at) : std::nullopt,
           .traceparent = terms_.traceparents.empty() ? std::string_view() : terms_.traceparents[owner],
           // Their length is all that counts before the tensors are written.
           .fields_checksum = part.owner->checked ? std::optional(0u) : std::nullopt,
@@ -289,7 +315,7 @@ void StraightCall::post(CallPart& part, bool looped) const {
   if (posted != Post::kPosted) part.state = posted == Post::kFull ? PartState::kFull : PartState::kEnded;
 }
 
-Wait StraightCall::finish(int64_t deadline_ns, Format format, WritableRows out) {
+Wait StraightCall::finish(int64_t deadline_ns, const std::optional<Output>& out) {
   while (taken_ < order_.size()) {
     CallPart& part = parts_[order_[taken_]];
     if (part.state == PartState::kPosted) {
@@ -298,15 +324,22 @@ Wait StraightCall::finish(int64_t deadline_ns, Format format, WritableRows out) 
     }
     take(part);
     ++taken_;
-    if (failed_ || taken_ == order_.size() || is_over(parts_[order_[taken_]])) continue;
+    if (!out || failed_ || taken_ == order_.size() || is_over(parts_[order_[taken_]])) continue;
     size_t end = routed_.tokens;
     for (size_t i = taken_; i < order_.size(); ++i) {
       end = std::min(end, static_cast<size_t>(tokens_of(parts_[order_[i]]).front()));
     }
-    if (end > summed_ && (end - summed_) * routed_.width * size_of(format) >= PIECE_BYTES) sum(end, format, out);
+    if (end > summed_ && (end - summed_) * routed_.width * size_of(out->format) >= PIECE_BYTES) sum(end, *out);
   }
-  if (!failed_) sum(routed_.tokens, format, out);
+  if (out && !failed_) sum(routed_.tokens, *out);
   return Wait::kDone;
+}
+
+Kept StraightCall::keep() {
+  const CallPart& first = parts_.front();
+  Room room{first.kept.at, 0};
+  for (CallPart& part : parts_) room.bytes += std::exchange(part.kept, {}).bytes;
+  return {first.lane, room};
 }
 
 // Whether nothing has to be waited for: then sums are added in one go, which is faster than in pieces.
@@ -392,8 +425,8 @@ bool StraightCall::collect_message(size_t index) {
 bool StraightCall::end_if_lost(size_t index) {
   if (!lost_[index].load(std::memory_order_relaxed)) return false;
   CallPart& part = parts_[index];
-  if (part.lane) part.lane->abandon(part.slot, part.room);
-  part.room = {};
+  if (part.lane) part.lane->abandon(part.slot, {part.room, part.kept});
+  part.room = part.kept = {};
   part.state = PartState::kEnded;
   return true;
 }
@@ -446,7 +479,7 @@ void StraightCall::take(CallPart& part) {
 }
 
 // Adds what all parts have for tokens from `summed_` to `end`.
-void StraightCall::sum(size_t end, Format format, WritableRows out) {
+void StraightCall::sum(size_t end, const Output& out) {
   const Format stored = *format_of(terms_.reply);
   std::vector<Part> sums;
   for (const CallPart& part : parts_) {
@@ -464,7 +497,8 @@ void StraightCall::sum(size_t end, Format format, WritableRows out) {
     added.scales = {
         part.sums + values_bytes(terms_.reply, part.rows, routed_.width) + first * static_cast<size_t>(scales), scales};
   }
-  expertd::sum(sums, end - summed_, routed_.width, format, {out[summed_], out.stride}, static_cast<int64_t>(summed_));
+  expertd::sum(sums, end - summed_, routed_.width, out.format, {out.rows[summed_], out.rows.stride},
+               static_cast<int64_t>(summed_));
   summed_ = end;
 }
 

@@ -12,6 +12,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "lane/client_lane.h"
@@ -74,6 +75,7 @@ struct CallPart {
   std::byte* message = nullptr;
   Tensors tensors{};  // of the request, as they are written
   Room room{};
+  Room kept{};  // for sums that are to stay in the lane, else without bytes
   uint64_t slot = 0;
   const std::byte* sums = nullptr;  // `sums_bytes`, in the lane's memory or the answer
   PartState state = PartState::kPlanned;
@@ -81,6 +83,30 @@ struct CallPart {
   std::string reply{};        // of a lane
   std::string_view answer{};  // the same, or that to a message
   Response response{};
+};
+
+// Where sums are added: [tokens, width].
+struct Output {
+  Format format;
+  WritableRows rows;
+};
+
+// Sums in a lane's memory, which is given back with this.
+class Kept {
+ public:
+  Kept(std::shared_ptr<ClientLane> lane, Room room) : lane_(std::move(lane)), room_(room) {}
+  Kept(Kept&& other) noexcept : lane_(std::move(other.lane_)), room_(std::exchange(other.room_, {})) {}
+  Kept& operator=(Kept&&) = delete;
+  ~Kept() {
+    if (lane_) lane_->give_back(room_);
+  }
+
+  std::byte* data() const { return lane_->memory()->base() + room_.at; }
+  uint64_t size() const { return room_.bytes; }
+
+ private:
+  std::shared_ptr<ClientLane> lane_;
+  Room room_;
 };
 
 // Memory for a message of so many bytes, which is valid until the call is dropped.
@@ -96,9 +122,10 @@ class StraightCall {
   // order of their parts, for the caller to send. Nothing where the straight way is none: ids, weights
   // or hidden states that no call can have, an expert without an owner or with one that `owners` lacks, dtypes that
   // need more than quantising, or no room in the lanes. `owners` must outlive the call. With `looped`, the lanes'
-  // `poll` names the slots when they are done.
+  // `poll` names the slots when they are done. With `in_place` the sums of the only owner, in order, are one tensor in
+  // a lane, see `keep`: nothing where there is no room for that, or they are FP8.
   static std::unique_ptr<StraightCall> begin(std::vector<const Owner*> owners, const Routed& routed, const Terms& terms,
-                                             bool looped, const Allocate& allocate);
+                                             bool looped, bool in_place, const Allocate& allocate);
   ~StraightCall();
   StraightCall(const StraightCall&) = delete;
   StraightCall& operator=(const StraightCall&) = delete;
@@ -106,9 +133,13 @@ class StraightCall {
   // Until all parts are done: kDone, or lost, which counts as done; as `ClientLane::wait`. Meanwhile adds to out
   // [tokens, width] the sums of all parts, in their order: of many rows those that have all of theirs, while others are
   // computed. To be called again, with the same `out`, unless it says kDone; then `summed` says whether out is
-  // complete: it is unless a part was not answered. What was altered on its way is found here.
-  Wait finish(int64_t deadline_ns, Format format, WritableRows out);
-  bool summed() const { return !failed_; }
+  // complete: it is unless a part was not answered. What was altered on its way is found here. In place there is no
+  // `out`.
+  Wait finish(int64_t deadline_ns, const std::optional<Output>& out);
+  bool summed() const { return taken_ == order_.size() && !failed_; }
+  bool in_place() const { return in_place_; }
+  // Once that is so of a call in place: [tokens, width] of the dtype of replies, its user's from now on.
+  Kept keep();
   // Takes what is there, without waiting: whether that is all.
   bool collect();
   // Do not wait for that server any longer: what it has not answered counts as ended. Any thread, while others wait.
@@ -130,13 +161,15 @@ class StraightCall {
   size_t sums_bytes(const CallPart& part) const { return shape_of(part).sums_bytes(); }
 
  private:
-  StraightCall(std::vector<const Owner*> owners, const Routed& routed, const Terms& terms)
-      : owners_(std::move(owners)), routed_(routed), terms_(terms) {}
+  StraightCall(std::vector<const Owner*> owners, const Routed& routed, const Terms& terms, bool in_place)
+      : owners_(std::move(owners)), routed_(routed), terms_(terms), in_place_(in_place) {}
   bool plan();
   bool plan_whole();
   void cut(const Owner& owner, size_t first, size_t rows);
   bool take_room();
   bool take_room(CallPart& part) const;
+  bool take_room_in_place();
+  bool take_room_in(const std::shared_ptr<ClientLane>& lane, CallPart& part) const;
   Envelope::Places open(CallPart& part, const Allocate& allocate) const;
   bool write_and_post(bool looped, const Allocate& allocate);
   Shape shape_of(const CallPart& part) const;
@@ -146,7 +179,7 @@ class StraightCall {
   Wait wait_for(size_t index, int64_t deadline_ns);
   bool wait_for_message(size_t index, int64_t deadline_ns);
   void take(CallPart& part);
-  void sum(size_t end, Format format, WritableRows out);
+  void sum(size_t end, const Output& out);
   bool collect_message(size_t index);
   void fetch(CallPart& part) const;
   void accept(CallPart& part) const;
@@ -157,6 +190,7 @@ class StraightCall {
   const std::vector<const Owner*> owners_;
   Routed routed_;
   const Terms terms_;
+  const bool in_place_;
   // [rows of all parts]: what each asks for.
   std::unique_ptr<int64_t[]> tokens_;
   std::unique_ptr<int32_t[]> ids_;

@@ -158,10 +158,12 @@ std::optional<Refusal> Engine::check_head(const Message& message, Job* job) {
 
 std::optional<Refusal> Engine::check(const Message& message, Job* job) {
   if (auto refusal = check_head(message, job)) return refusal;
-  if (message.segment_offset || message.gpu_offset) {
-    const bool host = message.segment_offset.has_value();
-    return Refusal{Code::kInvalidArgument, std::string(host ? "segment_offset" : "gpu_offset") + " is " +
-                                               std::to_string(host ? *message.segment_offset : *message.gpu_offset) +
+  const std::pair<const char*, std::optional<uint64_t>> offsets[] = {{"segment_offset", message.segment_offset},
+                                                                     {"gpu_offset", message.gpu_offset},
+                                                                     {"sums_offset", message.sums_offset}};
+  for (const auto& [field, offset] : offsets) {
+    if (!offset) continue;
+    return Refusal{Code::kInvalidArgument, std::string(field) + " is " + std::to_string(*offset) +
                                                "; there is no segment: send the tensors"};
   }
   const Tensors tensors{message.hidden, message.hidden_scales, message.expert_ids, message.weights};

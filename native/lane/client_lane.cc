@@ -64,9 +64,9 @@ std::optional<uint64_t> ClientLane::take(uint64_t bytes) {
 }
 
 void ClientLane::give_back(Room room) {
-  if (forked() || room.bytes == 0) return;
+  if (forked()) return;
   const std::lock_guard lock(posting_);
-  free_.give_back(room.at, next_line(room.bytes));
+  take_back({room});
 }
 
 uint64_t ClientLane::free_bytes() const {
@@ -156,23 +156,23 @@ std::optional<std::string> ClientLane::reply(uint64_t slot) {
 
 bool ClientLane::cancel(uint64_t slot) { return cancel_call(slot, {}); }
 
-void ClientLane::abandon(uint64_t slot, Room room) { cancel_call(slot, room); }
+void ClientLane::abandon(uint64_t slot, const Rooms& rooms) { cancel_call(slot, rooms); }
 
-bool ClientLane::cancel_call(uint64_t slot, Room room) {
+bool ClientLane::cancel_call(uint64_t slot, const Rooms& rooms) {
   if (forked()) return false;
   const std::lock_guard lock(posting_);
   const auto found = calls_.find(slot);
   if (found == calls_.end()) return false;
   found->second.cancelled = true;
-  found->second.room = room;
+  found->second.rooms = rooms;
   announce_sleep(words_, kLooping);
   if (!done(slot)) {
     if (!ended()) announce({slot, kCancel});
     return true;
   }
   // No bell comes any more, but to loops that one was sent to.
-  if (found->second.looped && room.bytes == 0) return true;
-  if (room.bytes != 0 && !ended()) free_.give_back(room.at, next_line(room.bytes));
+  if (found->second.looped && !found->second.abandoned()) return true;
+  if (!ended()) take_back(rooms);
   calls_.erase(found);
   return false;
 }
@@ -182,10 +182,17 @@ void ClientLane::reap_abandoned() {
   if (ended()) return;
   std::erase_if(calls_, [this](const auto& entry) {
     const auto& [slot, call] = entry;
-    if (!call.cancelled || call.room.bytes == 0 || !done(slot)) return false;
-    free_.give_back(call.room.at, next_line(call.room.bytes));
+    if (!call.abandoned() || !done(slot)) return false;
+    take_back(call.rooms);
     return true;
   });
+}
+
+// With the lock held.
+void ClientLane::take_back(const Rooms& rooms) {
+  for (const Room& room : rooms) {
+    if (room.bytes != 0) free_.give_back(room.at, next_line(room.bytes));
+  }
 }
 
 std::vector<uint64_t> ClientLane::reap() {
@@ -194,7 +201,7 @@ std::vector<uint64_t> ClientLane::reap() {
   const std::lock_guard lock(posting_);
   reap_abandoned();
   for (const auto& [slot, call] : calls_) {
-    if (call.cancelled && call.room.bytes == 0 && done(slot)) slots.push_back(slot);
+    if (call.cancelled && !call.abandoned() && done(slot)) slots.push_back(slot);
   }
   for (const uint64_t slot : slots) calls_.erase(slot);
   return slots;

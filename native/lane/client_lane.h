@@ -1,6 +1,7 @@
 // The caller's end of a lane.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -28,6 +29,8 @@ enum class Post { kPosted, kFull, kMisplaced, kEnded, kForked };
 struct Room {
   uint64_t at = 0, bytes = 0;
 };
+// Of a call: for its slot and tensors, and for sums that lie elsewhere.
+using Rooms = std::array<Room, 2>;
 
 // The caller's end of a lane; ring.h has the rules. Where slots and tensors are in the memory is its user's to say.
 // Threads: all functions may be called by any thread at once, but `poll`, which is the loop's that watches the socket,
@@ -69,8 +72,9 @@ class ClientLane : public Owned {
   // The answer is not wanted any more. The slot stays the server's until `reap` names it; false if it is free already.
   // Not told to a server with a full ring.
   bool cancel(uint64_t slot);
-  // The same for the last who knows of the call: its room is given back when it is done, and `reap` does not name it.
-  void abandon(uint64_t slot, Room room);
+  // The same for the last who knows of the call: its rooms, the first with bytes, are given back when it is done, and
+  // `reap` does not name it.
+  void abandon(uint64_t slot, const Rooms& rooms);
   // Cancelled calls that are done: their slots are free.
   std::vector<uint64_t> reap();
   // For the loop, after its posts and when the socket is readable: looped calls that are done. Unless the lane has
@@ -96,12 +100,14 @@ class ClientLane : public Owned {
     bool looped;
     bool cancelled;
     int64_t posted_ns;
-    Room room{};  // that is given back once a cancelled call is done; without bytes it is its user's
+    Rooms rooms{};  // that are given back once a cancelled call is done; without bytes they are its user's
+    bool abandoned() const { return cancelled && rooms[0].bytes != 0; }
   };
   bool announce(Entry entry, uint32_t request_bytes = 0, uint32_t reply_room = 0);
   void spin(uint64_t slot);
-  bool cancel_call(uint64_t slot, Room room);
+  bool cancel_call(uint64_t slot, const Rooms& rooms);
   void reap_abandoned();
+  void take_back(const Rooms& rooms);
 
   const uint32_t entries_;
   const Descriptor memfd_;

@@ -10,12 +10,12 @@
 
 namespace expertd {
 
-// THE LANE, version 2: calls between two processes of one machine, without a copy of tensors and mostly without a
+// THE LANE, version 3: calls between two processes of one machine, without a copy of tensors and mostly without a
 // system call. A caller owns a memfd (sealed against shrinking) that both ends map, and a stream socket. All numbers
 // are little-endian; each is read and written as one aligned word. Its bytes:
 //
 //   at           written by          what
-//   0            caller, once        u64 magic "expertdL", u32 version 2, u32 entries (2^6 to 2^12, a power of two),
+//   0            caller, once        u64 magic "expertdL", u32 version 3, u32 entries (2^6 to 2^12, a power of two),
 //                                    u64 ring 4096, u64 data (a multiple of 64, at least 4096 + 16 an entry), u32
 //                                    poster: 0 a host, which rings, 1 a GPU, which cannot; then zeros
 //   64           caller              u32 tail: entries ever posted, modulo 2^32
@@ -60,7 +60,7 @@ namespace expertd {
 // local, and checks it there.
 
 inline constexpr uint64_t kLaneMagic = 0x4c64747265707865;
-inline constexpr uint32_t kLaneVersion = 2;
+inline constexpr uint32_t kLaneVersion = 3;
 inline constexpr uint32_t kMinEntries = 1 << 6, kMaxEntries = 1 << 12;
 inline constexpr uint64_t kLine = 64;
 inline constexpr uint64_t kVersion = 8, kEntries = 12, kRingAt = 16, kDataAt = 24, kPoster = 32;  // geometry

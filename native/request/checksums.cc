@@ -30,7 +30,7 @@ std::optional<Refusal> compare(const char* field, const char* what, uint32_t sen
 }  // namespace
 
 uint32_t fields_checksum(const Message& message) {
-  const std::array<uint64_t, 10> words{message.request_id,
+  const std::array<uint64_t, 11> words{message.request_id,
                                        message.placement_epoch.value_or(kAbsent),
                                        message.layer,
                                        message.num_tokens,
@@ -39,6 +39,7 @@ uint32_t fields_checksum(const Message& message) {
                                        message.reply_dtype,
                                        message.segment_offset.value_or(kAbsent),
                                        message.gpu_offset.value_or(kAbsent),
+                                       message.sums_offset.value_or(kAbsent),
                                        message.tensors_checksum ? *message.tensors_checksum : kAbsent};
   return after(crc32c(0, reinterpret_cast<const std::byte*>(words.data()), sizeof words), message.model_fingerprint);
 }

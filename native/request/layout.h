@@ -29,8 +29,10 @@ struct Layout {
 };
 
 // Tensors are one after another, each at a multiple of 64 in the segment, of 256 on the GPU: hidden, scales, ids,
-// weights and sums, or with a `gpu_offset` ids and weights in the segment and the others on the GPU.
-inline Layout lay_out(uint64_t offset, std::optional<uint64_t> gpu_offset, const Shape& shape) {
+// weights and sums, or with a `gpu_offset` ids and weights in the segment and the others on the GPU. With a
+// `sums_offset` the sums are there instead, and `host_end` is that of the others.
+inline Layout lay_out(uint64_t offset, std::optional<uint64_t> gpu_offset, const Shape& shape,
+                      std::optional<uint64_t> sums_offset = std::nullopt) {
   struct Places {
     Wide next, end;
     uint64_t alignment;
@@ -48,7 +50,7 @@ inline Layout lay_out(uint64_t offset, std::optional<uint64_t> gpu_offset, const
   at.scales = rows.add(shape.scales_bytes());
   at.ids = host.add(shape.choice_bytes());
   at.weights = host.add(shape.choice_bytes());
-  at.sums = rows.add(shape.sums_bytes());
+  at.sums = sums_offset ? Wide{*sums_offset} : rows.add(shape.sums_bytes());
   at.host_end = host.end;
   at.gpu_end = gpu.end;
   return at;

@@ -46,6 +46,9 @@ void store_number(Message* message, uint64_t number, uint64_t value) {
     case 17:
       message->gpu_offset = value;
       break;
+    case 20:
+      message->sums_offset = value;
+      break;
     default:
       break;
   }
@@ -121,6 +124,7 @@ std::string write_message(const Message& message) {
   put_number(&out, 13, message.timeout_us);
   put_present(14, message.segment_offset);
   put_bytes(&out, 15, message.traceparent);
+  put_present(20, message.sums_offset);
   if (message.tensors_checksum) put_fixed32(&out, 19, *message.tensors_checksum);
   return out;
 }

@@ -44,6 +44,7 @@ struct Message {
   std::string_view hidden, hidden_scales, expert_ids, weights;
   uint64_t timeout_us = 0;
   std::optional<uint64_t> segment_offset, cancels, gpu_offset;
+  std::optional<uint64_t> sums_offset = std::nullopt;
   std::string_view traceparent;
   std::optional<uint32_t> fields_checksum = std::nullopt, tensors_checksum = std::nullopt;
   size_t num_bytes = 0;  // of all

@@ -29,6 +29,28 @@ std::optional<Refusal> check_end(const char* field, const char* what, uint64_t o
                 text_of(end) + "; the " + what + " has " + std::to_string(size));
 }
 
+std::optional<Refusal> check_begin(std::string_view field, uint64_t offset, uint64_t data) {
+  if (offset >= data) return std::nullopt;
+  return refuse(std::string(field) + " is " + std::to_string(offset) + "; the segment's data begin at byte " +
+                std::to_string(data));
+}
+
+// Where sums have a place of their own.
+std::optional<Refusal> check_sums(const Message& message, const Layout& at, const Shape& shape,
+                                  const Segment& segment) {
+  if (!message.sums_offset) return std::nullopt;
+  const uint64_t offset = *message.sums_offset;
+  if (message.gpu_offset) {
+    return refuse("sums_offset is " + std::to_string(offset) + "; beside gpu_offset the partials are on the GPU");
+  }
+  if (auto refusal = check_alignment("sums_offset", offset, kAlignment)) return refusal;
+  if (auto refusal = check_begin("sums_offset", offset, segment.data)) return refusal;
+  const Wide end = at.sums + shape.sums_bytes();
+  if (end <= segment.size) return std::nullopt;
+  return refuse("sums_offset is " + std::to_string(offset) + " and the partials end at byte " + text_of(end) +
+                "; the segment has " + std::to_string(segment.size));
+}
+
 std::string_view view(const std::byte* base, Wide at, uint64_t bytes) {
   return {reinterpret_cast<const char*>(base) + static_cast<uint64_t>(at), bytes};
 }
@@ -45,18 +67,16 @@ std::optional<Refusal> place(const Message& message, const Admitted& sizes, cons
   if (message.num_tensor_bytes() != 0) {
     return refuse("hidden, hidden_scales, expert_ids and weights must be empty beside segment_offset");
   }
-  if (offset < segment.data) {
-    return refuse("segment_offset is " + std::to_string(offset) + "; the segment's data begin at byte " +
-                  std::to_string(segment.data));
-  }
+  if (auto refusal = check_begin("segment_offset", offset, segment.data)) return refusal;
   const bool on_device = message.gpu_offset.has_value();
   const Shape shape{.tokens = sizes.tokens,
                     .width = sizes.placement->hidden_size,
                     .top_k = sizes.top_k,
                     .hidden = sizes.hidden_dtype,
                     .reply = sizes.reply_dtype};
-  const Layout at = lay_out(offset, message.gpu_offset, shape);
+  const Layout at = lay_out(offset, message.gpu_offset, shape, message.sums_offset);
   if (auto refusal = check_end("segment_offset", "segment", offset, at.host_end, segment.size)) return refusal;
+  if (auto refusal = check_sums(message, at, shape, segment)) return refusal;
   if (on_device && segment.gpu == nullptr) {
     return refuse("gpu_offset is " + std::to_string(gpu_offset) + "; no GPU memory was handed over with the segment");
   }

@@ -31,7 +31,7 @@ struct Placed {
 
 // `copied` gets what is copied, and must live as long as the tensors. Tensors are one after another, each at a multiple
 // of 64 in the segment, of 256 on the GPU: hidden, scales, ids, weights and sums, or with a `gpu_offset` ids and
-// weights in the segment and the others on the GPU.
+// weights in the segment and the others on the GPU. With a `sums_offset` the sums are there, in the segment.
 std::optional<Refusal> place(const Message& message, const Admitted& sizes, const Segment& segment, std::string* copied,
                              Placed* placed);
 

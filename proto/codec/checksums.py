@@ -10,7 +10,7 @@ from expertd._native import crc32c
 
 _NUMBERS = (
     *("request_id", "placement_epoch", "layer", "num_tokens", "top_k", "hidden_dtype", "reply_dtype"),
-    *("segment_offset", "gpu_offset"),
+    *("segment_offset", "gpu_offset", "sums_offset"),
 )
 _ABSENT = 2**64 - 1
 _WORDS = struct.Struct(f"<{len(_NUMBERS) + 1}Q")

@@ -40,6 +40,7 @@ class RawRequest:
     gpu_offset: int | None = None
     fields_checksum: memoryview | None = None
     tensors_checksum: memoryview | None = None
+    sums_offset: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ def encode_call(
         "segment_offset": segment_offset,
         "traceparent": call.traceparent.encode("ascii"),
         "gpu_offset": gpu_offset,
+        "sums_offset": None,
     }
     if not checked:
         return REQUEST.write(fields)

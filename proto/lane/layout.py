@@ -9,7 +9,7 @@ import torch
 
 from expertd.proto.base.errors import InvalidBatch
 
-LANE_VERSION = 2
+LANE_VERSION = 3
 """Of the contract's LANE, which `native/lane/ring.h` has."""
 ALIGNMENT = 64
 """Every tensor in a segment begins at a multiple of it."""

@@ -569,6 +569,12 @@ PartReport: TypeAlias = tuple[int, int, int, float, Stages]
 CallPart: TypeAlias = tuple[int, bytes, bytes, bytes, PartState, bytes, bytes, float]
 """Number of the server; int64 tokens, int32 ids and float32 weights; what became of it; reply, sums and seconds."""
 
+class KeptSums:
+    """[T, H] of the replies' dtype in a lane's memory, which is another call's once the last view of it is gone."""
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 class StraightCall:
     """One call of a layer that goes straight to servers: written, awaited and summed in native code."""
 
@@ -583,6 +589,7 @@ class StraightCall:
         scales: Tensor | None = None,
         chosen: Tensor | None = None,
         looped: bool = False,
+        in_place: bool = False,
     ) -> StraightCall | None:
         """Post the requests of [T, H] hidden states with contiguous [T, k] int32 or int64 ids and float32 weights.
 
@@ -591,8 +598,13 @@ class StraightCall:
         [T, H/128] hidden states are FP8 already. `terms`: layer, dtype of hidden states as they travel and of replies,
         request_id, seconds that servers need not exceed, and a traceparent for each owner or none. None where the
         straight way is none, whatever the reason. Raises `ValueError` for other tensors.
+
+        With `in_place` the sums of the only owner stay in a lane's memory, see `keep`: None where there is no room for
+        them in one piece, or replies are FP8.
         """
 
+    @property
+    def in_place(self) -> bool: ...
     @property
     def messages(self) -> list[tuple[int, int, int, bytes]]:
         """What is to be sent to servers without lanes: part, server, request id and ExecuteRequest."""
@@ -604,12 +616,15 @@ class StraightCall:
     def planned(self) -> list[tuple[int, int]]:
         """Server and tokens of each part."""
 
-    def finish(self, timeout: float | None, out: Tensor) -> list[PartReport] | None:
+    def finish(self, timeout: float | None, out: Tensor | None = None) -> list[PartReport] | None:
         """Wait for at most so many seconds until all parts are done, or lost; write the sums to `out` [T, H].
 
         That is bfloat16, float16 or float32 on the CPU, else `ValueError`. Sums of many tokens are written while others
-        are computed. None unless all are answered as they were sent.
+        are computed. None unless all are answered as they were sent. Of a call in place there is no `out`.
         """
+
+    def keep(self) -> KeptSums:
+        """The sums of a call in place, once `finish` has said that they are there."""
 
     def collect(self) -> bool:
         """Whether all parts are done, or lost."""

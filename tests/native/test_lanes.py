@@ -295,28 +295,35 @@ def test_a_caller_that_floods_its_lane_does_not_keep_others_waiting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("segment_offset", "gpu_offset", "gpu_bytes", "inline"),
+    ("segment_offset", "gpu_offset", "gpu_bytes", "inline", "sums_offset"),
     [
-        (3, None, 0, False),
-        (1 << 13, 7, 0, False),
-        (None, None, 0, False),
-        (1 << 13, None, 0, True),
-        (SIZE - 64, None, 0, False),
-        (2**64 - 64, None, 0, False),
-        (1 << 13, 256, 0, False),
-        (1 << 13, 256, 1024, False),
-        (1 << 13, 2**64 - 256, 1024, False),
-        (1 << 13, 256, 1 << 20, False),
-        (1 << 13, None, 0, False),
+        (1 << 13, None, 0, False, 1 << 14),
+        (1 << 13, None, 0, False, (1 << 14) + 8),
+        (1 << 13, None, 0, False, SIZE - 64),
+        (1 << 13, None, 0, False, 2**64 - 64),
+        (1 << 13, 256, 1 << 20, False, 1 << 14),
+        (None, None, 0, False, 1 << 14),
+        (SIZE - 640, None, 0, False, 1 << 14),
+        (3, None, 0, False, None),
+        (1 << 13, 7, 0, False, None),
+        (None, None, 0, False, None),
+        (1 << 13, None, 0, True, None),
+        (SIZE - 64, None, 0, False, None),
+        (2**64 - 64, None, 0, False, None),
+        (1 << 13, 256, 0, False, None),
+        (1 << 13, 256, 1024, False, None),
+        (1 << 13, 2**64 - 256, 1024, False, None),
+        (1 << 13, 256, 1 << 20, False, None),
+        (1 << 13, None, 0, False, None),
     ],
 )
 def test_offsets_are_refused_in_the_words_of_the_python_rules(
-    segment_offset: int | None, gpu_offset: int | None, gpu_bytes: int, inline: bool
+    segment_offset: int | None, gpu_offset: int | None, gpu_bytes: int, inline: bool, sums_offset: int | None
 ) -> None:
     engine, _ = make_engine()
     caller = connect(engine, gpu_address=1 << 40 if gpu_bytes else 0, gpu_bytes=gpu_bytes)
     raw = codec.parse_request(codec.encode_call(call_for(5, 2), segment_offset, gpu_offset))
-    fields = {name: getattr(raw, name) for name in raw.__dataclass_fields__}
+    fields = {name: getattr(raw, name) for name in raw.__dataclass_fields__} | {"sums_offset": sums_offset}
     if not inline:
         fields |= dict.fromkeys(("hidden", "hidden_scales", "expert_ids", "weights"), memoryview(b""))
     else:

@@ -188,7 +188,8 @@ def test_verdicts_and_words_are_those_of_the_python_rules(engine: Engine, seed: 
     # Every rule had its turn.
     assert {
         "admitted", "cancels", "num_tokens", "top_k", "hidden_dtype", "reply_dtype", "model_fingerprint",
-        "placement_epoch", "layer", "segment_offset", "gpu_offset", "fields_checksum", "tensors_checksum",
+        "placement_epoch", "layer", "segment_offset", "gpu_offset", "sums_offset", "fields_checksum",
+        "tensors_checksum",
     } <= verdicts  # fmt: skip
     for end in ("", "the request was altered on its way"):
         assert {verdict for verdict in verdicts if verdict.startswith("the ") and verdict.endswith(end)}

@@ -33,6 +33,7 @@ requests = st.builds(
     timeout_us=uint64,
     segment_offset=st.none() | uint64,
     cancels=st.none() | uint64,
+    sums_offset=st.none() | uint64,
     fields_checksum=st.none() | uint32,
     tensors_checksum=st.none() | uint32,
 )
@@ -52,7 +53,7 @@ def assert_read_alike(raw: codec.RawRequest, message: pb.ExecuteRequest) -> None
     for field in message.DESCRIPTOR.fields:
         ours: Any = getattr(raw, field.name)
         theirs = getattr(message, field.name)
-        if field.name in ("placement_epoch", "segment_offset", "cancels", "gpu_offset"):
+        if field.name in ("placement_epoch", "segment_offset", "cancels", "gpu_offset", "sums_offset"):
             assert ours == (theirs if message.HasField(field.name) else None)
         elif field.name in ("fields_checksum", "tensors_checksum"):
             assert ours == (theirs.to_bytes(4, "little") if message.HasField(field.name) else None)

@@ -16,6 +16,7 @@ from expertd._native import ClientLane
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
+from expertd.proto.lane.layout import LANE_VERSION
 from expertd.server.app import Server
 from tests.support.serving import execute_method, open_channel, random_batch, request_for
 
@@ -38,7 +39,7 @@ def sealed_memory(size: int = SEGMENT_BYTES, seals: int = fcntl.F_SEAL_SHRINK, f
     descriptor = os.memfd_create("test-segment", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     os.ftruncate(descriptor, size)
     if size and not flags:
-        os.pwrite(descriptor, struct.pack("<8sIIQQ", b"expertdL", 2, ENTRIES, 4096, DATA), 0)
+        os.pwrite(descriptor, struct.pack("<8sIIQQ", b"expertdL", LANE_VERSION, ENTRIES, 4096, DATA), 0)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return descriptor
 

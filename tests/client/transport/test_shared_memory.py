@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,67 @@ async def test_a_slot_is_the_callers_while_the_partials_are_in_use(small_model: 
         del kept
         await asyncio.sleep(0)  # The event loop holds the last answer until its next turn.
         assert free_bytes(segment) == segment.size
+        await transport.close()
+
+
+async def test_sums_of_many_tokens_stay_where_they_come(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server, asyncio.timeout(30):
+        over_grpc = GrpcTransport(str(server.address))
+        # In five requests each, whose sums follow each other.
+        transport = SharedMemoryTransport(
+            GrpcTransport(over_grpc.address), 8 << 20, chunk_bytes=60_000, first_bytes=2 << 20
+        )
+        await transport.get_shard(5.0)
+        (segment,) = segments_of(transport)
+        memory = torch.frombuffer(segment.memory, dtype=torch.uint8)
+        within = range(memory.data_ptr(), memory.data_ptr() + segment.size)
+
+        def call_of(seed: int) -> ExecuteCall:
+            call = call_for(server, random_batch(520, 256, 16, 4, seed=seed))
+            return replace(call, request_id=10 * seed, reply_dtype=torch.bfloat16)
+
+        calls = list(map(call_of, range(1, 12)))
+        expected = [(await over_grpc.execute(call)).partials for call in calls]
+        ways = [transport.execute, partial(asyncio.to_thread, transport.call)]
+        kept = []
+        for call, right in zip(calls, expected, strict=True):
+            result = await ways[call.request_id // 10 % 2](call)
+            assert result is not None
+            assert torch.equal(result.partials, right)
+            kept.append(result.partials)
+        # Until it is full; from then on calls from threads copy, and others share more.
+        places = [sums.data_ptr() in within for sums in kept]
+        assert places == [True] * 7 + [False] * 4
+        assert all(torch.equal(sums, right) for sums, right in zip(kept, expected, strict=True)), "nobody else's"
+        rest, result = kept[0][-1], None
+        kept.clear()
+        assert free_bytes(segment) == segment.size - 520 * 512, "one row is left, and with it all"
+        del rest
+        await asyncio.sleep(0)  # The event loop holds the last answer until its next turn.
+        assert all(free_bytes(one) == one.size for one in segments_of(transport))
+        await transport.close()
+        await over_grpc.close()
+
+
+async def test_a_call_that_is_dropped_gives_its_sums_room_back_when_it_is_answered(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server:
+        transport = SharedMemoryTransport(
+            GrpcTransport(str(server.address)), 4 << 20, chunk_bytes=60_000, first_bytes=4 << 20
+        )
+        await transport.get_shard(5.0)
+        (segment,) = segments_of(transport)
+        gate = Gate(server)
+        call = replace(call_for(server, random_batch(600, 256, 16, 4)), reply_dtype=torch.bfloat16)
+        waiting = asyncio.create_task(transport.execute(call))
+        await until(lambda: bool(gate.reached))
+        taken = segment.size - free_bytes(segment)
+        assert taken > 600 * 512
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert segment.size - free_bytes(segment) == taken, "the server may write to all of it"
+        gate.open()
+        await until(lambda: segment.lane.in_flight == 0 and free_bytes(segment) == segment.size)
         await transport.close()
 
 

@@ -262,7 +262,7 @@ struct UnderWay {
 void check_sums(StraightCall& call, const Batch& batch) {
   std::vector<float> out(batch.tokens * kWidth, NAN);
   const WritableRows rows{reinterpret_cast<std::byte*>(out.data()), kWidth * sizeof(float)};
-  require(call.finish(in_ms(20'000), Format::float32, rows) == Wait::kDone, "answers in time");
+  require(call.finish(in_ms(20'000), Output{Format::float32, rows}) == Wait::kDone, "answers in time");
   const bool answered = std::all_of(call.parts().begin(), call.parts().end(),
                                     [](const CallPart& part) { return part.state == PartState::kAnswered; });
   require(call.summed() == answered, "sums exactly when all parts are answered");
@@ -314,7 +314,7 @@ int main(int, char** argv) {
     const auto allocate = [&sent](size_t size) {
       return reinterpret_cast<std::byte*>(sent->messages.emplace_back(size, 0).data());
     };
-    if (auto call = StraightCall::begin(asked, routed, terms, looped, allocate)) {
+    if (auto call = StraightCall::begin(asked, routed, terms, looped, false, allocate)) {
       network.send(sent, *call);
       under_way.emplace_back(std::move(call), std::move(batch), sent);
     } else {

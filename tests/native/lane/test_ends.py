@@ -257,8 +257,8 @@ def test_forked_child_can_do_nothing(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("<Q", 0, 1), "no lane of version 2"),
-        (("<I", 8, 3), "no lane of version 2"),
+        (("<Q", 0, 1), "no lane of version 3"),
+        (("<I", 8, 2), "no lane of version 3"),
         (("<I", 12, 32), "power of two from 64 to 4096"),
         (("<I", 12, 65), "power of two from 64 to 4096"),
         (("<I", 12, 8192), "power of two from 64 to 4096"),

@@ -128,6 +128,19 @@ BAD_REQUESTS: dict[str, tuple[Callable[[pb.ExecuteRequest], pb.ExecuteRequest | 
     "in the ring": (edited(lambda r: setattr(r, "segment_offset", DATA - 64)), "the segment's data begin at byte 5120"),
     "far beyond": (edited(lambda r: setattr(r, "segment_offset", 2**64 - 64)), "end at byte 18446744073709556864"),
     "unaligned": (edited(lambda r: setattr(r, "segment_offset", 65)), "segment_offset is 65; it must be a multiple of"),
+    "sums in the ring": (
+        edited(lambda r: setattr(r, "sums_offset", DATA - 64)),
+        "sums_offset is 5056; the segment's data begin at byte 5120",
+    ),
+    "sums past the end": (
+        edited(lambda r: setattr(r, "sums_offset", SEGMENT_BYTES - 64)),
+        "sums_offset is 65472 and the partials end at byte 69568; the segment has 65536",
+    ),
+    "sums far beyond": (edited(lambda r: setattr(r, "sums_offset", 2**64 - 64)), "end at byte 18446744073709555648"),
+    "sums unaligned": (
+        edited(lambda r: setattr(r, "sums_offset", DATA + 65)),
+        "sums_offset is 5185; it must be a multiple of 64",
+    ),
     "no offset": (edited(lambda r: r.ClearField("segment_offset")), "segment_offset is missing"),
     "tensors beside the offset": (
         edited(lambda r: setattr(r, "weights", b"\0" * 64)),
@@ -193,7 +206,7 @@ async def test_what_begins_as_no_lane_is_refused(server: Server) -> None:
     wrong = sealed_memory()
     os.pwrite(wrong, bytes(4), 8)
     for descriptor, complaint in (
-        (wrong, "the segment begins with no lane of version 2"),
+        (wrong, "the segment begins with no lane of version 3"),
         (sealed_memory(4096), "the ring is at 4096 and the data at 5120 of 4096 bytes"),
     ):
         async with handing_over(server, [descriptor]) as caller:

@@ -23,7 +23,7 @@ from expertd.proto.codec.tensors import (
     from_bytes,
     sums_from_bytes,
 )
-from expertd.proto.lane.layout import QUANTIZATION_BLOCK, Layout, lay_out
+from expertd.proto.lane.layout import ALIGNMENT, QUANTIZATION_BLOCK, Layout, lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,10 @@ def decode_call(
         offsets = message.segment_offset or 0, message.gpu_offset
         layout = lay_out(*offsets, tokens, width, top_k, hidden_dtype, reply_dtype)
         *parts, partials = tensors_in(message, segment, layout)
-    elif message.segment_offset is not None or message.gpu_offset is not None:
-        name = "gpu_offset" if message.segment_offset is None else "segment_offset"
-        raise InvalidBatch(f"{name} is {getattr(message, name)}; there is no segment: send the tensors")
+    else:
+        for name in ("segment_offset", "gpu_offset", "sums_offset"):
+            if getattr(message, name) is not None:
+                raise InvalidBatch(f"{name} is {getattr(message, name)}; there is no segment: send the tensors")
     hidden, hidden_scales, expert_ids, weights = parts
     _check_bytes(message, parts)
     quantized = hidden_dtype == torch.float8_e4m3fn
@@ -127,15 +128,32 @@ def tensors_in(message: RawRequest, segment: SharedSegment, layout: Layout) -> t
     if message.hidden or message.hidden_scales or message.expert_ids or message.weights:
         raise InvalidBatch("hidden, hidden_scales, expert_ids and weights must be empty beside segment_offset")
     memory, gpu = segment.memory, segment.gpu
-    _check_end("segment_offset", message.segment_offset, layout.end, len(memory))
+    sums_apart = message.sums_offset is not None
+    end = layout.weights.stop if sums_apart else layout.end
+    _check_end("segment_offset", message.segment_offset, end, len(memory))
+    partials = _sums_apart(message, layout, len(memory)) if sums_apart else layout.partials
     ids, weights = (memoryview(bytes(memory[place])) for place in (layout.expert_ids, layout.weights))
     if not layout.on_gpu:
         scales = memoryview(bytes(memory[layout.hidden_scales]))
-        return memory[layout.hidden], scales, ids, weights, memory[layout.partials]
+        return memory[layout.hidden], scales, ids, weights, memory[partials]
     if gpu is None:
         raise InvalidBatch(f"gpu_offset is {message.gpu_offset}; no GPU memory was handed over with the segment")
     _check_end("gpu_offset", message.gpu_offset, layout.gpu_end, len(gpu))
     return gpu[layout.hidden], gpu[layout.hidden_scales], ids, weights, gpu[layout.partials]
+
+
+def _sums_apart(message: RawRequest, layout: Layout, size: int) -> slice:
+    """Where the partials go that have a place of their own in a segment of `size` bytes."""
+    offset = message.sums_offset
+    assert offset is not None
+    if message.gpu_offset is not None:
+        raise InvalidBatch(f"sums_offset is {offset}; beside gpu_offset the partials are on the GPU")
+    if offset % ALIGNMENT:
+        raise InvalidBatch(f"sums_offset is {offset}; it must be a multiple of {ALIGNMENT}")
+    end = offset + layout.partials.stop - layout.partials.start
+    if end > size:
+        raise InvalidBatch(f"sums_offset is {offset} and the partials end at byte {end}; the segment has {size}")
+    return slice(offset, end)
 
 
 def _check_end(field: str, offset: int | None, end: int, size: int) -> None:
