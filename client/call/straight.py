@@ -24,7 +24,7 @@ from expertd.client.call.result import Answer, ServerReport, by_server
 from expertd.client.fleet.member import Member
 from expertd.client.telemetry.tracing import AttemptSpans
 from expertd.client.transport.answer import outcome_of
-from expertd.client.transport.native_call import Terms, Watch
+from expertd.client.transport.native_call import Terms, Watch, kept, stays
 from expertd.kernels.memory.results import empty
 from expertd.kernels.numerics.tokens import FORMATS
 from expertd.proto.base.errors import Cancelled, ExpertdError, ServerFault, Unavailable
@@ -53,8 +53,8 @@ class StraightCall:
     ) -> None:
         # Here servers compute already: what can be done before their answers is done now.
         config = caller.config
-        self._out = empty(shape, config.output_dtype)
-        self._rows = self._out.view(-1, shape[-1])
+        self._shape = shape
+        self._out = None if call.in_place else empty(shape, config.output_dtype)
         self._caller = caller
         self._layer = layer
         self._call = call
@@ -126,9 +126,14 @@ class StraightCall:
 
         What is not `answered` yet it waits for on this thread, at most as long as an attempt may take.
         """
-        parts = self._call.finish(self._left, self._rows)
+        out = self._out
+        parts = self._call.finish(self._left, None if out is None else out.view(-1, self._shape[-1]))
         self._counted = parts is not None
-        return None if parts is None else (self._out, by_server(self._report(*part) for part in parts))
+        if parts is None:
+            return None
+        if out is None:
+            out = kept(self._call, self._shape, self._caller.config.output_dtype)
+        return out, by_server(self._report(*part) for part in parts)
 
     def outcomes(self) -> list[tuple[Part, Outcome]]:
         """What became of each part, in a copy of its own."""
@@ -202,7 +207,7 @@ class StraightCall:
         )
         address, dtype = member.transport.address, self._caller.config.reply_dtype
         result = self._errors.get(index) or outcome_of(
-            address, part, self._out.shape[-1], dtype, self._timeout, checked=server.owner.checked
+            address, part, self._shape[-1], dtype, self._timeout, checked=server.owner.checked
         )
         if isinstance(result, Unavailable) and not member.in_use and member.why_not is not None:
             return (member, dispatch), member.why_not.again()
@@ -262,5 +267,8 @@ def begin(
     traceparents = [] if attempts is None else attempts.traceparents
     terms = Terms(layer, config.hidden_dtype, config.reply_dtype, next(caller.request_ids), timeout, traceparents)
     owners = [server.owner for server in servers]
-    call = _native.StraightCall.begin(owners, tokens, ids, weights, terms, chosen=chosen, looped=looped)
+    in_place = config.reply_dtype == config.output_dtype and stays(tokens, config.reply_dtype)
+    call = _native.StraightCall.begin(
+        owners, tokens, ids, weights, terms, chosen=chosen, looped=looped, in_place=in_place
+    )
     return None if call is None else StraightCall(caller, layer, call, servers, shape, timeout, attempts)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import torch
+from torch import Tensor
 
 from expertd import _native
 from expertd.client.transport.segment import Segment
@@ -16,6 +17,8 @@ from expertd.proto.lane.layout import tokens_within
 
 LONG_ELEMENTS = 1 << 20
 """Of hidden states that an event loop has other threads write: half a millisecond."""
+KEPT_BYTES = 256 << 10
+"""Of sums that stay in the shared memory for as long as their caller has them; fewer are copied out of it."""
 MOST_TOKENS = 1 << 31
 """Of one message: servers have a bound of their own."""
 
@@ -32,6 +35,16 @@ class Terms(NamedTuple):
     """Seconds."""
     traceparents: Sequence[str] = ()
     """For each owner, or none."""
+
+
+def stays(hidden: Tensor, dtype: torch.dtype) -> bool:
+    """Whether sums of `hidden` [T, H] in this dtype are worth it."""
+    return hidden.numel() * dtype.itemsize >= KEPT_BYTES
+
+
+def kept(call: _native.StraightCall, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The sums of a finished call in place, in the memory where they came, which is free when nobody has them."""
+    return torch.frombuffer(call.keep(), dtype=dtype).view(shape)
 
 
 class Watch:
@@ -86,11 +99,11 @@ class OneOwner:
         checked: bool,
         chunk_bytes: int | None = None,
         looped: bool = False,
-        in_place: bool = False,
     ) -> _native.StraightCall | None:
         """See `_native.StraightCall`, for tensors as they travel, which it may raise `ValueError` for.
 
-        In one request, or in several of at most `chunk_bytes` each way. Without `segments` they are messages.
+        In one request, or in several of at most `chunk_bytes` each way. Without `segments` they are messages. Sums
+        that are worth it stay where they come.
         """
         sizes = chunk_bytes, call.hidden.shape[1], call.hidden.dtype, call.reply_dtype
         made_of = segments, call.model_fingerprint, call.placement_epoch, sizes
@@ -105,5 +118,12 @@ class OneOwner:
         terms = Terms(call.layer, call.hidden.dtype, call.reply_dtype, call.request_id, call.timeout, traceparents)
         ids, weights = call.expert_ids.contiguous(), call.weights.contiguous()
         return _native.StraightCall.begin(
-            self._owners, call.hidden, ids, weights, terms, scales=call.scales, looped=looped, in_place=in_place
+            self._owners,
+            call.hidden,
+            ids,
+            weights,
+            terms,
+            scales=call.scales,
+            looped=looped,
+            in_place=stays(call.hidden, call.reply_dtype),
         )

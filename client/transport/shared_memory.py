@@ -13,7 +13,7 @@ import torch
 from expertd import _native
 from expertd.client.transport.answer import answer, outcome_of
 from expertd.client.transport.grpc_streams import GrpcTransport
-from expertd.client.transport.native_call import LONG_ELEMENTS, OneOwner, Watch
+from expertd.client.transport.native_call import LONG_ELEMENTS, OneOwner, Watch, kept
 from expertd.client.transport.segment import Segment, Slot, layout_of
 from expertd.client.transport.segment_pool import SegmentPool
 from expertd.kernels.memory.gpu import stream_of
@@ -23,12 +23,10 @@ from expertd.kernels.numerics.tokens import count_pairs
 from expertd.proto.base.errors import ExpertdError, ServerFault, Unavailable
 from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo, StageTimings
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 """Of one request's sums: while a server has some, others are written, or their sums are added."""
 FIRST_BYTES = 16 << 20
 """See `SegmentPool`."""
-KEPT_BYTES = 256 << 10
-"""Of sums that stay in the shared memory for as long as their caller has them; fewer are copied out of it."""
 HOST = torch.device("cpu")
 
 
@@ -101,11 +99,9 @@ class SharedMemoryTransport:
 
     async def _execute_straight(self, call: ExecuteCall) -> ExecuteResult | None:
         """In the memory that is shared by now; None without room."""
-        is_short, in_place = call.hidden.numel() <= LONG_ELEMENTS, _stays(call)
-        if not (is_short or in_place):
-            return None
-        begin = partial(self._begin, call, looped=True, in_place=in_place)
-        begun = begin() if is_short else await asyncio.to_thread(begin)
+        begin = partial(self._begin, call, looped=True)
+        # Other threads write long ones.
+        begun = begin() if call.hidden.numel() <= LONG_ELEMENTS else await asyncio.to_thread(begin)
         return None if begun is None else await self._collect(call, begun)
 
     async def _execute_in_slot(self, call: ExecuteCall, stream: torch.cuda.Stream | None) -> ExecuteResult:
@@ -131,19 +127,15 @@ class SharedMemoryTransport:
         For any thread, while the event loop runs on another or this one. None when there is no room in the memory that
         is shared by now: `execute` shares more. Raises like `execute`. Partials of FP8 replies come in FP32.
         """
-        begun = self._begin(call, looped=False, in_place=True) if _stays(call) else None
-        if begun is None:
-            begun = self._begin(call, looped=False)
+        begun = self._begin(call, looped=False)
         return None if begun is None else self._finish(call, begun, call.timeout)
 
-    def _begin(self, call: ExecuteCall, *, looped: bool, in_place: bool = False) -> _native.StraightCall | None:
+    def _begin(self, call: ExecuteCall, *, looped: bool) -> _native.StraightCall | None:
         """Send a call whose tensors are in host memory, in the memory that is shared by now."""
         segments = self.segments
         if not segments:
             return None
-        return self._server.begin(
-            call, segments, checked=self._checked, chunk_bytes=self._chunk_bytes, looped=looped, in_place=in_place
-        )
+        return self._server.begin(call, segments, checked=self._checked, chunk_bytes=self._chunk_bytes, looped=looped)
 
     async def _collect(self, call: ExecuteCall, begun: _native.StraightCall) -> ExecuteResult | None:
         """What `_finish` says, once the event loop of the lanes has waited for it."""
@@ -168,7 +160,7 @@ class SharedMemoryTransport:
         receipt = count_pairs(call.expert_ids)
         reports = begun.finish(timeout, out)
         if reports is not None:
-            partials = torch.frombuffer(begun.keep(), dtype=dtype).view(call.hidden.shape) if out is None else out
+            partials = kept(begun, call.hidden.shape, dtype) if out is None else out
             self.heard = time.monotonic()
             longest = max((report[4] for report in reports), key=sum)
             return ExecuteResult(call.request_id, partials, receipt, StageTimings(*longest))
@@ -199,8 +191,3 @@ class SharedMemoryTransport:
             if slot is not None:
                 return slot
         return await self._pools[HOST].take(layout_of(call, on_gpu=False), None)
-
-
-def _stays(call: ExecuteCall) -> bool:
-    """Whether its sums do."""
-    return call.reply_dtype != FP8 and call.hidden.numel() * call.reply_dtype.itemsize >= KEPT_BYTES

@@ -66,8 +66,8 @@ std::unique_ptr<StraightCall> StraightCall::begin(std::vector<const Owner*> owne
   if (!writable || (has_blocks && routed.width % QUANTIZATION_BLOCK != 0) || !format_of(terms.reply) ||
       !(routed.shares.experts == 0 || are_choices(routed)))
     return nullptr;
-  std::unique_ptr<StraightCall> call(new StraightCall(std::move(owners), routed, terms, in_place));
-  if (!call->plan() || !(in_place ? call->take_room_in_place() : call->take_room())) return nullptr;
+  std::unique_ptr<StraightCall> call(new StraightCall(std::move(owners), routed, terms));
+  if (!call->plan() || !((in_place && call->take_room_in_place()) || call->take_room())) return nullptr;
   call->lost_ = std::make_unique<std::atomic<bool>[]>(call->parts_.size());
   call->answers_.resize(call->parts_.size());
   if (!call->write_and_post(looped, allocate)) return nullptr;
@@ -141,23 +141,36 @@ bool StraightCall::take_room(CallPart& part) const {
   return std::ranges::any_of(part.owner->lanes, [&](const auto& lane) { return take_room_in(lane, part); });
 }
 
-// Sums of all parts one after another, whose rows are whole lines.
 bool StraightCall::take_room_in_place() {
+  if (parts_.empty()) return false;
+  const auto only = [this](const CallPart& part) { return part.owner == parts_.front().owner; };
+  const size_t rows = std::accumulate(parts_.begin(), parts_.end(), size_t{0},
+                                      [](size_t sum, const CallPart& part) { return sum + part.rows; });
+  if (rows != routed_.tokens || !std::ranges::all_of(parts_, only) || terms_.reply == Dtype::kFloat8E4M3FN ||
+      expertd::sums_bytes(terms_.reply, 1, routed_.width) % kLine != 0) {
+    return false;
+  }
+  in_place_ = std::ranges::any_of(parts_.front().owner->lanes,
+                                  [this](const auto& lane) { return !lane->ended() && take_room_in_place(lane); });
+  return in_place_;
+}
+
+// Sums of all parts one after another, whose rows are whole lines.
+bool StraightCall::take_room_in_place(const std::shared_ptr<ClientLane>& lane) {
   const uint64_t row_bytes = expertd::sums_bytes(terms_.reply, 1, routed_.width);
-  if (routed_.shares.experts != 0 || terms_.reply == Dtype::kFloat8E4M3FN || row_bytes % kLine != 0) return false;
-  for (const auto& lane : owners_[0]->lanes) {
-    const auto taken = lane->ended() ? std::nullopt : lane->take(routed_.tokens * row_bytes);
-    if (!taken) continue;
-    for (CallPart& part : parts_) {
-      part.lane = lane;
-      part.kept = {*taken + part.first * row_bytes, part.rows * row_bytes};
-    }
-    if (std::ranges::all_of(parts_, [&](CallPart& part) { return take_room_in(lane, part); })) return true;
-    for (CallPart& part : parts_) {
-      lane->give_back(std::exchange(part.room, {}));
-      lane->give_back(std::exchange(part.kept, {}));
-      part.lane = nullptr;
-    }
+  uint64_t bytes = routed_.tokens * row_bytes, left = 0;
+  const auto taken = lane->take(bytes);
+  if (!taken) return false;
+  for (CallPart& part : parts_) part.kept = {*taken + part.first * row_bytes, part.rows * row_bytes};
+  const bool all = std::ranges::all_of(parts_, [&](CallPart& part) { return take_room_in(lane, part); });
+  for (const CallPart& part : parts_) bytes += part.room.bytes;
+  for (const auto& one : parts_.front().owner->lanes) left += one->ended() ? 0 : one->free_bytes();
+  // Who keeps all results still shares memory.
+  if (all && left >= bytes) return true;
+  for (CallPart& part : parts_) {
+    lane->give_back(std::exchange(part.room, {}));
+    lane->give_back(std::exchange(part.kept, {}));
+    part.lane = nullptr;
   }
   return false;
 }

@@ -122,8 +122,8 @@ class StraightCall {
   // order of their parts, for the caller to send. Nothing where the straight way is none: ids, weights
   // or hidden states that no call can have, an expert without an owner or with one that `owners` lacks, dtypes that
   // need more than quantising, or no room in the lanes. `owners` must outlive the call. With `looped`, the lanes'
-  // `poll` names the slots when they are done. With `in_place` the sums of the only owner, in order, are one tensor in
-  // a lane, see `keep`: nothing where there is no room for that, or they are FP8.
+  // `poll` names the slots when they are done. With `in_place`, sums that one owner has of all tokens stay in a lane,
+  // see `keep`, where they are not FP8 and the lanes keep room for as large a call.
   static std::unique_ptr<StraightCall> begin(std::vector<const Owner*> owners, const Routed& routed, const Terms& terms,
                                              bool looped, bool in_place, const Allocate& allocate);
   ~StraightCall();
@@ -161,14 +161,15 @@ class StraightCall {
   size_t sums_bytes(const CallPart& part) const { return shape_of(part).sums_bytes(); }
 
  private:
-  StraightCall(std::vector<const Owner*> owners, const Routed& routed, const Terms& terms, bool in_place)
-      : owners_(std::move(owners)), routed_(routed), terms_(terms), in_place_(in_place) {}
+  StraightCall(std::vector<const Owner*> owners, const Routed& routed, const Terms& terms)
+      : owners_(std::move(owners)), routed_(routed), terms_(terms) {}
   bool plan();
   bool plan_whole();
   void cut(const Owner& owner, size_t first, size_t rows);
   bool take_room();
   bool take_room(CallPart& part) const;
   bool take_room_in_place();
+  bool take_room_in_place(const std::shared_ptr<ClientLane>& lane);
   bool take_room_in(const std::shared_ptr<ClientLane>& lane, CallPart& part) const;
   Envelope::Places open(CallPart& part, const Allocate& allocate) const;
   bool write_and_post(bool looped, const Allocate& allocate);
@@ -190,7 +191,7 @@ class StraightCall {
   const std::vector<const Owner*> owners_;
   Routed routed_;
   const Terms terms_;
-  const bool in_place_;
+  bool in_place_ = false;
   // [rows of all parts]: what each asks for.
   std::unique_ptr<int64_t[]> tokens_;
   std::unique_ptr<int32_t[]> ids_;

@@ -163,8 +163,8 @@ std::optional<Refusal> Engine::check(const Message& message, Job* job) {
                                                                      {"sums_offset", message.sums_offset}};
   for (const auto& [field, offset] : offsets) {
     if (!offset) continue;
-    return Refusal{Code::kInvalidArgument, std::string(field) + " is " + std::to_string(*offset) +
-                                               "; there is no segment: send the tensors"};
+    return Refusal{Code::kInvalidArgument,
+                   std::string(field) + " is " + std::to_string(*offset) + "; there is no segment: send the tensors"};
   }
   const Tensors tensors{message.hidden, message.hidden_scales, message.expert_ids, message.weights};
   if (auto refusal = check_tensors(message, tensors, job)) return refusal;

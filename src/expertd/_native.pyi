@@ -599,8 +599,8 @@ class StraightCall:
         request_id, seconds that servers need not exceed, and a traceparent for each owner or none. None where the
         straight way is none, whatever the reason. Raises `ValueError` for other tensors.
 
-        With `in_place` the sums of the only owner stay in a lane's memory, see `keep`: None where there is no room for
-        them in one piece, or replies are FP8.
+        With `in_place`, sums that one owner has of all tokens stay in a lane's memory, see `keep`, where they are not
+        FP8 and the lanes keep room for as large a call: then the call is `in_place`.
         """
 
     @property

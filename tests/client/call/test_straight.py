@@ -116,6 +116,47 @@ async def test_results_are_those_of_the_long_way_bit_for_bit(
         assert all(member.outstanding_tokens == 0 for member in moe._connected().membership.members.values())
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        DEFAULT,
+        EXACT,
+        replace(DEFAULT, shared_memory_chunk_bytes=50_000),
+        replace(DEFAULT, output_dtype=torch.float32),
+        FP8_REPLIES,
+    ],
+    ids=["bfloat16", "float32", "in-chunks", "widened", "fp8-replies"],
+)
+async def test_sums_of_the_only_server_stay_in_its_memory(small_model: Path, config: CoordinatorConfig) -> None:
+    transports: list[Counted] = []
+    async with (
+        running_server(small_model, ALL, max_tokens_per_request=1200) as server,
+        Coordinator([str(server.address)], replace(config, **THE_LONG_WAY)) as long,
+        Coordinator([str(server.address)], config, open_transport=counted(config, transports)) as moe,
+    ):
+        call = routed(1100)
+        right = (await long.execute(**call)).output
+        (segment,) = segments_of(transports[0])
+        memory = torch.frombuffer(segment.memory, dtype=torch.uint8)
+        within = range(memory.data_ptr(), memory.data_ptr() + segment.size)
+        outputs = [
+            (await moe.execute(**call)).output,
+            await asyncio.to_thread(execute_here, moe, call, asyncio.get_running_loop()),
+        ]
+        # What is added as FP32 is rounded on its way, and a token without experts is on no server.
+        stay = config.reply_dtype == config.output_dtype
+        assert [one.data_ptr() in within for one in outputs] == [stay, stay]
+        assert all(torch.equal(one, right) for one in outputs)
+        del outputs
+        await asyncio.sleep(0)
+        call["topk_ids"][7] = -1
+        output = (await moe.execute(**call)).output
+        assert output.data_ptr() not in within
+        assert not output[7].any()
+        assert torch.equal(output[8:], right[8:])
+        assert all_free(transports)
+
+
 @pytest.mark.parametrize("way", [{}, BY_MESSAGES, THE_LONG_WAY], ids=["lanes", "messages", "long"])
 async def test_fp8_replies_are_the_exact_sums_rounded_once(small_model: Path, way: dict[str, Any]) -> None:
     config = replace(EXACT, **way)

@@ -330,9 +330,9 @@ async def test_sums_of_many_tokens_stay_where_they_come(small_model: Path) -> No
             assert result is not None
             assert torch.equal(result.partials, right)
             kept.append(result.partials)
-        # Until it is full; from then on calls from threads copy, and others share more.
+        # As long as there is room for as large a call: who keeps more has copies, and calls still share memory.
         places = [sums.data_ptr() in within for sums in kept]
-        assert places == [True] * 7 + [False] * 4
+        assert places == [True] * 5 + [False] * 6
         assert all(torch.equal(sums, right) for sums, right in zip(kept, expected, strict=True)), "nobody else's"
         rest, result = kept[0][-1], None
         kept.clear()

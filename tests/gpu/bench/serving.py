@@ -179,9 +179,8 @@ async def measure(
                     len(call.hidden.view(-1)) + 4 * tokens * (width // 128) + 8 * tokens, 2 * width * tokens
                 )
                 yield await repeat(Calls("grpc echo", tokens), lambda: floor.exchange(exchange), seconds)  # noqa: B023
-            # A caller has a result while the next one is made: there is memory for both.
-            held = await shm.execute(call)
-            await shm.execute(call)
+            # Until so much memory is shared that sums stay in it while their caller has those of the call before.
+            held = [await shm.execute(call) for _ in range(3)]
             del held
             yield await repeat(Calls(f"shm{note}", tokens), lambda: shm.execute(call), seconds)  # noqa: B023
             yield await repeat(Calls(f"shm thread{note}", tokens), lambda: shm.call(call), seconds)  # noqa: B023
