@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -94,15 +93,11 @@ class SharedMemoryTransport:
 
     async def execute(self, call: ExecuteCall) -> ExecuteResult:
         stream = stream_of(call.hidden)
-        result = None if stream is not None else await self._execute_straight(call)
+        # Long ones are written by other threads, and go in one request.
+        short = stream is None and call.hidden.numel() <= LONG_ELEMENTS
+        begun = self._begin(call, looped=True) if short else None
+        result = None if begun is None else await self._collect(call, begun)
         return await self._execute_in_slot(call, stream) if result is None else result
-
-    async def _execute_straight(self, call: ExecuteCall) -> ExecuteResult | None:
-        """In the memory that is shared by now; None without room."""
-        begin = partial(self._begin, call, looped=True)
-        # Other threads write long ones.
-        begun = begin() if call.hidden.numel() <= LONG_ELEMENTS else await asyncio.to_thread(begin)
-        return None if begun is None else await self._collect(call, begun)
 
     async def _execute_in_slot(self, call: ExecuteCall, stream: torch.cuda.Stream | None) -> ExecuteResult:
         """In more memory if need be, on the GPU where the tensors are, which are written on `stream`."""
