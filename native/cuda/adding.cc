@@ -99,7 +99,8 @@ bool PeerAdder::advance(Adding& adding, uint64_t now_ns) {
       // Without its end word: a launch failed, or the device.
       if (code != kCudaNotReady && !bay.ended()) {
         fail(adding, share.device,
-             code == kCudaSuccess ? "the device failed: it added without an end" : gpu.driver().describe(code));
+             code == kCudaSuccess ? "the device failed: it added without an end"
+                                  : gpu.driver().describe(code) + " (while it added)");
         share.ended = !bay.copying();
       }
     }

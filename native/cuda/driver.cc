@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <string_view>
+
 namespace expertd::cuda {
 
 namespace {
@@ -38,6 +40,12 @@ std::string Driver::describe(int code) const {
   if (cuGetErrorName(code, &name) != kCudaSuccess || cuGetErrorString(code, &text) != kCudaSuccess)
     return "the device failed: CUDA error " + std::to_string(code);
   return std::string("the device failed: ") + name + ": " + text;
+}
+
+void Driver::refuse(int code, std::source_location where) const {
+  const std::string_view file = where.file_name();
+  throw DeviceError(describe(code) + " (" + std::string(file.substr(file.find_last_of('/') + 1)) + ":" +
+                    std::to_string(where.line()) + ")");
 }
 
 Stream make_stream(const Driver& driver, int priority) {

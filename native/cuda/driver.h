@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -87,7 +88,7 @@ inline constexpr int kDriverVersion = 12040;
   CALL(cuFuncGetParamInfo, (void* function, size_t index, size_t* offset, size_t* bytes))        \
   CALL(cuKernelGetParamInfo, (void* kernel, size_t index, size_t* offset, size_t* bytes))
 
-// What the device or its driver refused: "the device failed: CUDA_ERROR_X: text".
+// What the device or its driver refused: "the device failed: CUDA_ERROR_X: text", of a call with its file and line.
 class DeviceError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -104,10 +105,13 @@ struct Driver {
 
   // "the device failed: CUDA_ERROR_X: text".
   std::string describe(int code) const;
-  // Throws `DeviceError` unless `code` is success.
-  void check(int code) const {
-    if (code != kCudaSuccess) throw DeviceError(describe(code));
+  // Throws `DeviceError` unless `code` is success: what was refused, and which call of ours.
+  void check(int code, std::source_location where = std::source_location::current()) const {
+    if (code != kCudaSuccess) refuse(code, where);
   }
+
+ private:
+  [[noreturn]] void refuse(int code, std::source_location where) const;
 };
 
 // Owns one handle of the driver.

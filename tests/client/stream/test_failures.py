@@ -106,6 +106,7 @@ async def test_calls_go_on_with_a_replica(small_model: Path) -> None:
                 expected = moe(LAYER, HIDDEN_STATES, topk_ids=IDS, topk_weights=WEIGHTS)
                 tables = moe._coordinator.stream_calls._tables
                 # However few of them are asked now.
+                assert tables is not None
                 assert tables.servers == len(flat(replicas))
                 for gone in (0, 1):
                     loop.call_soon_threadsafe(replicas[gone][0].stop)
