@@ -75,7 +75,7 @@ def build_wheel(
 def sources() -> list[Path]:
     """What the package is compiled from."""
     parts = [path for part in (*PARTS, *SERVER_PARTS) for path in sorted((NATIVE / part).glob("*.cc"))]
-    faces = sorted((NATIVE / "bindings").glob("*.cc")) if SERVER_PARTS else []
+    faces = [NATIVE / "server_bindings.cc"] if SERVER_PARTS else []
     return [NATIVE / "bindings.cc", *faces, *parts]
 
 
@@ -98,7 +98,10 @@ def extension() -> Pybind11Extension:
         "expertd._native",
         [str(path.relative_to(root)) for path in sources()],
         include_dirs=[str(NATIVE.relative_to(root))],
-        depends=[str(path.relative_to(root)) for path in sorted(NATIVE.rglob("*.h"))],
+        depends=[
+            str(path.relative_to(root))
+            for path in (*sorted(NATIVE.rglob("*.h")), *sorted((NATIVE / "bindings").glob("*.cc")))
+        ],
         define_macros=[("EXPERTD_SERVER", "1")] if SERVER_PARTS else [],
         extra_compile_args=flags,
         extra_link_args=link_flags,

@@ -1,0 +1,11 @@
+// The Python faces of what servers run on, compiled as one file: most of the time that each would take is pybind11's.
+#include "bindings/batch.cc"
+#include "bindings/call.cc"
+#include "bindings/cuda.cc"
+#include "bindings/engine.cc"
+#include "bindings/failpoints.cc"
+#include "bindings/inbox.cc"
+#include "bindings/lane.cc"
+#include "bindings/node.cc"
+#include "bindings/tally.cc"
+#include "bindings/tensor.cc"
