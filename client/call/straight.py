@@ -267,7 +267,8 @@ def begin(
     traceparents = [] if attempts is None else attempts.traceparents
     terms = Terms(layer, config.hidden_dtype, config.reply_dtype, next(caller.request_ids), timeout, traceparents)
     owners = [server.owner for server in servers]
-    in_place = config.reply_dtype == config.output_dtype and stays(tokens, config.reply_dtype)
+    as_asked = config.shared_results and config.reply_dtype == config.output_dtype
+    in_place = as_asked and stays(tokens, config.reply_dtype)
     call = _native.StraightCall.begin(
         owners, tokens, ids, weights, terms, chosen=chosen, looped=looped, in_place=in_place
     )

@@ -39,6 +39,9 @@ class CoordinatorConfig:
     none, everything goes over gRPC."""
     shared_memory_chunk_bytes: int = shared_memory.CHUNK_BYTES
     """Like `chunk_bytes`, for calls through shared memory."""
+    shared_results: bool = False
+    """Whether results of 256 KiB or more that one server computed stay in the memory shared with it, as long as calls
+    find room beside them, which saves a copy. Not where processes fork and use them: a child has no such memory."""
     spin_us: int | None = None
     """For so many microseconds at most a thread looks for an answer in shared memory before it sleeps; None: as is
     worth it on this machine; 0: not at all. Threads that quantise and add for all coordinators of the process look for

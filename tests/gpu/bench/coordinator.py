@@ -33,12 +33,13 @@ from expertd.proto.base.malloc import keep_freed_memory
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 7168, 2048
 WAYS = {
     "shared memory": CoordinatorConfig(),
+    "shared memory, results shared": CoordinatorConfig(shared_results=True),
     "grpc": CoordinatorConfig(shared_memory_bytes=0),
     "shared memory, FP8 back": CoordinatorConfig(reply_dtype=FP8),
     "grpc, FP8 back": CoordinatorConfig(shared_memory_bytes=0, reply_dtype=FP8),
     "shared memory, BF16 sent": CoordinatorConfig(hidden_dtype=torch.bfloat16),
 }
-USUAL = list(WAYS)[:2]
+USUAL = list(WAYS)[:3]
 CALL, ECHO = "call", "echo"
 
 
