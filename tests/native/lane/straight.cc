@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <deque>
 #include <mutex>
 #include <random>
@@ -162,13 +163,17 @@ struct Batch {
         weights(tokens * top_k),
         expected(tokens * kWidth) {
     for (auto& value : hidden) value = bf16_of(static_cast<float>(random() % 64) - 32);
+    // Of some batches one server with a lane has all tokens.
+    const bool alone = random() % 3 == 0;
+    const auto first = static_cast<int32_t>(alone ? random() % (kServers - 1) * kOwned : 0);
     for (size_t token = 0; token < tokens; ++token) {
-      std::vector<int32_t> experts(kExperts);
-      for (size_t i = 0; i < kExperts; ++i) experts[i] = static_cast<int32_t>(i);
+      std::vector<int32_t> experts(alone ? kOwned : kExperts);
+      for (size_t i = 0; i < experts.size(); ++i) experts[i] = first + static_cast<int32_t>(i);
       std::shuffle(experts.begin(), experts.end(), random);
       float factor = 0;
       for (size_t pair = token * top_k; pair < (token + 1) * top_k; ++pair) {
-        ids[pair] = random() % 4 ? experts[pair % top_k] : -1;
+        const bool wanted = random() % 4 != 0 || (alone && pair % top_k == 0);
+        ids[pair] = wanted ? experts[pair % top_k] : -1;
         weights[pair] = ids[pair] < 0 ? 0 : static_cast<float>(random() % 8) / 8;
         factor += weights[pair];
       }
@@ -262,10 +267,16 @@ struct UnderWay {
 void check_sums(StraightCall& call, const Batch& batch) {
   std::vector<float> out(batch.tokens * kWidth, NAN);
   const WritableRows rows{reinterpret_cast<std::byte*>(out.data()), kWidth * sizeof(float)};
-  require(call.finish(in_ms(20'000), Output{Format::float32, rows}) == Wait::kDone, "answers in time");
+  const auto output = call.in_place() ? std::nullopt : std::optional(Output{Format::float32, rows});
+  require(call.finish(in_ms(20'000), output) == Wait::kDone, "answers in time");
   const bool answered = std::all_of(call.parts().begin(), call.parts().end(),
                                     [](const CallPart& part) { return part.state == PartState::kAnswered; });
   require(call.summed() == answered, "sums exactly when all parts are answered");
+  if (answered && call.in_place()) {
+    const Kept kept = call.keep();
+    require(kept.size() == out.size() * sizeof(float), "a row for every token");
+    std::memcpy(out.data(), kept.data(), kept.size());
+  }
   if (answered) require(out == batch.expected, "the sums of the pairs");
   for (const CallPart& part : call.parts()) {
     const bool refused = part.state == PartState::kRefused && !part.answer.empty();
@@ -295,7 +306,7 @@ int main(int, char** argv) {
   std::vector<uint64_t> free;
   for (const auto& lane : lanes) free.push_back(lane->free_bytes());
 
-  int answered = 0, given_up = 0, crowded = 0;
+  int answered = 0, given_up = 0, crowded = 0, in_place = 0;
   std::vector<UnderWay> under_way;
   for (int round = 0; round < std::atoi(argv[1]); ++round) {
     Batch batch(random);
@@ -314,8 +325,9 @@ int main(int, char** argv) {
     const auto allocate = [&sent](size_t size) {
       return reinterpret_cast<std::byte*>(sent->messages.emplace_back(size, 0).data());
     };
-    if (auto call = StraightCall::begin(asked, routed, terms, looped, false, allocate)) {
+    if (auto call = StraightCall::begin(asked, routed, terms, looped, random() % 2, allocate)) {
       network.send(sent, *call);
+      in_place += call->in_place();
       under_way.emplace_back(std::move(call), std::move(batch), sent);
     } else {
       ++crowded;
@@ -344,6 +356,6 @@ int main(int, char** argv) {
     }
     require(lanes[i]->in_flight() == 0, "nothing is left under way");
   }
-  require(answered > 0 && given_up > 0, "calls of both kinds");
-  std::printf("answered: %d, given up: %d, without room: %d\n", answered, given_up, crowded);
+  require(answered > 0 && given_up > 0 && in_place > 0, "calls of all kinds");
+  std::printf("answered: %d, given up: %d, in place: %d, without room: %d\n", answered, given_up, in_place, crowded);
 }
