@@ -20,6 +20,7 @@ from expertd.kernels.numerics.quantize import FP8, quantize_activations
 from expertd.proto import codec
 from expertd.proto.base.errors import ExpertdError
 from expertd.proto.codec import ExecuteCall, RawResponse
+from expertd.proto.codec.checksums import fields_checksum, fixed32
 from expertd.proto.lane.layout import aligned, lay_out, rows_bytes
 from tests.support.model.messages import SharedSegment, decode_call
 from tests.support.native.placements import placement_of
@@ -294,6 +295,7 @@ def test_a_caller_that_floods_its_lane_does_not_keep_others_waiting() -> None:
     assert 1 in [request[5] for request in fetch(executor).requests()]
 
 
+@pytest.mark.parametrize("checked", [False, True])
 @pytest.mark.parametrize(
     ("segment_offset", "gpu_offset", "gpu_bytes", "inline", "sums_offset"),
     [
@@ -318,7 +320,12 @@ def test_a_caller_that_floods_its_lane_does_not_keep_others_waiting() -> None:
     ],
 )
 def test_offsets_are_refused_in_the_words_of_the_python_rules(
-    segment_offset: int | None, gpu_offset: int | None, gpu_bytes: int, inline: bool, sums_offset: int | None
+    segment_offset: int | None,
+    gpu_offset: int | None,
+    gpu_bytes: int,
+    inline: bool,
+    sums_offset: int | None,
+    checked: bool,
 ) -> None:
     engine, _ = make_engine()
     caller = connect(engine, gpu_address=1 << 40 if gpu_bytes else 0, gpu_bytes=gpu_bytes)
@@ -328,6 +335,8 @@ def test_offsets_are_refused_in_the_words_of_the_python_rules(
         fields |= dict.fromkeys(("hidden", "hidden_scales", "expert_ids", "weights"), memoryview(b""))
     else:
         fields["hidden"] = memoryview(b"x")
+    if checked:
+        fields["fields_checksum"] = memoryview(fixed32(fields_checksum(fields, None)))
     raw = type(raw)(**fields)
     gpu = torch.zeros(gpu_bytes, dtype=torch.uint8) if gpu_bytes else None
     try:
