@@ -24,7 +24,6 @@ def compiled(arch: str, *warps: str) -> dict[str, Resources]:
     return {name: Resources(**used) for name, used in json.loads(done.stdout).items()}
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
 def test_nothing_spills(arch: str) -> None:
     found = compiled(arch)
