@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -25,6 +26,8 @@ from expertd.proto.codec import ShardInfo
 
 MOST_PARTS = 1 << 20
 """Of a call, whose requests are numbered one after another."""
+MOST_THREADS = 64
+"""Calls of many tokens at once; others wait."""
 GOLDEN = 0.618034
 """Of a turn: multiples of it spread evenly, however many members there are."""
 
@@ -64,6 +67,8 @@ class Caller:
         self._owners: dict[Place, Owners] = {}
         self._sole: dict[Place, tuple[object, Tensor]] = {}
         """The choice where there is none to make, and what it was made of."""
+        self.threads = ThreadPoolExecutor(MOST_THREADS, "expertd-call")
+        """On which calls of many tokens are made that an event loop awaits."""
         self._counting = threading.Lock()
         self._servers: dict[tuple[int, str], Server] = {}
         """By number and fingerprint."""

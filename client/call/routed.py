@@ -16,7 +16,7 @@ from expertd.client.call.caller import Caller, Superseded
 from expertd.client.call.dispatch import renormalize
 from expertd.client.call.failover import LayerCall
 from expertd.client.call.result import Effort, MoeResult, combine_all, experts_of, report
-from expertd.client.call.straight import Outcome, Part, StraightCall, at_once, begin
+from expertd.client.call.straight import Outcome, Part, Soon, StraightCall, at_once, begin
 from expertd.client.fleet.groups import name_experts
 from expertd.client.transport.native_call import LONG_ELEMENTS
 from expertd.kernels.memory.results import empty
@@ -41,6 +41,8 @@ class RoutedCall:
         self._shape = shape
         self._deadline = time.monotonic() + caller.config.call_timeout
         self.is_long = tokens.numel() > LONG_ELEMENTS
+        self._straight: StraightCall | None = None
+        self._given_up = False
 
     def begin(self, *, looped: bool) -> StraightCall | None:
         """See `straight.begin`."""
@@ -49,16 +51,41 @@ class RoutedCall:
 
     async def execute(self) -> MoeResult:
         """The result, on the event loop."""
-        straight = await asyncio.to_thread(self.begin, looped=True) if self.is_long else self.begin(looped=True)
+        if self.is_long:
+            return await self._execute_beside()
+        straight = self.begin(looped=True)
         return await (self.finish() if straight is None else self.collect(straight))
 
     async def collect(self, straight: StraightCall) -> MoeResult:
-        """The result of what was begun."""
+        """The result of what was begun, of few tokens."""
         with straight:
             straight.send(at_once)
             await straight.answered()
-            result = await asyncio.to_thread(self.result_of, straight) if self.is_long else self.result_of(straight)
+            result = self.result_of(straight)
             return await self.finish(straight.outcomes()) if result is None else result
+
+    async def _execute_beside(self) -> MoeResult:
+        """On a thread, which writes many tokens, and adds their sums while others are on their way."""
+        loop = asyncio.get_running_loop()
+        try:
+            done = await loop.run_in_executor(self._caller.threads, self._go_straight, loop.call_soon_threadsafe)
+        except asyncio.CancelledError:
+            self._given_up = True
+            if self._straight is not None:
+                self._straight.give_up()
+            raise
+        return done if isinstance(done, MoeResult) else await self.finish(done)
+
+    def _go_straight(self, soon: Soon) -> MoeResult | Sequence[tuple[Part, Outcome]] | None:
+        """The result, or what became of the parts if one has failed; None for the long way."""
+        straight = self._straight = self.begin(looped=False)
+        if straight is None:
+            return None
+        with straight:
+            straight.send(soon)
+            if self._given_up:
+                straight.give_up()
+            return self.result_of(straight) or straight.outcomes()
 
     def result_of(self, straight: StraightCall) -> MoeResult | None:
         """None when a part has failed."""

@@ -108,6 +108,11 @@ class StraightCall:
         self._call.drop()
         self._caller.count(self._tokens, -1)
 
+    def give_up(self) -> None:
+        """Have the thread that waits for answers wait no longer. Any thread."""
+        for member, _ in self._giving_up:
+            self._call.lose(member.number)
+
     def send(self, soon: Soon) -> None:
         """Have the event loop send what lanes do not carry; do nothing when called again."""
         if self._messages and self._soon is None:

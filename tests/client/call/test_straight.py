@@ -274,6 +274,47 @@ def execute_here(moe: Coordinator, call: dict[str, Any], loop: asyncio.AbstractE
 
 
 @WAYS
+async def test_awaited_calls_of_many_tokens_go_on_threads(
+    small_model: Path, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertd.client.call.routed.LONG_ELEMENTS", 0)
+    transports: list[Counted] = []
+    config = replace(DEFAULT, **way)
+    async with (
+        running_servers(small_model, HALVES, max_tokens_per_request=200) as servers,
+        Coordinator(addresses(servers), replace(config, **THE_LONG_WAY)) as long,
+        Coordinator(addresses(servers), config, open_transport=counted(config, transports)) as moe,
+    ):
+        members = moe._connected().membership.members.values()
+        right = [(await long.execute(**routed(count))).output for count in SIZES]
+        results = await asyncio.gather(*(moe.execute(**routed(count)) for count in SIZES for _ in range(4)))
+        assert all(torch.equal(result.output, right[index // 4]) for index, result in enumerate(results))
+        assert [transport.long for transport in transports] == [0, 0]
+        del results
+        # What is given up ends at once, on its thread as with its servers.
+        gate = Gate(servers[1])
+        given_up = [asyncio.create_task(moe.execute(**routed(7))) for _ in range(3)]
+        await until(lambda: servers[1].engine.queued_tokens > 0)
+        for task in given_up:
+            task.cancel()
+        assert all(
+            isinstance(error, asyncio.CancelledError)
+            for error in await asyncio.gather(*given_up, return_exceptions=True)
+        )
+        async with asyncio.timeout(5):
+            await until(lambda: all(member.outstanding_tokens == 0 and not member.under_way for member in members))
+            await until(lambda: servers[1].engine.queued_tokens == 0)
+        gate.open()
+        assert torch.equal((await moe.execute(**routed(7))).output, right[1])
+        await until(lambda: all_free(transports))
+        # Given up before it has begun, it is never sent.
+        asyncio.get_running_loop().call_soon((never := asyncio.create_task(moe.execute(**routed(7)))).cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await never
+        await until(lambda: all(member.outstanding_tokens == 0 for member in members) and all_free(transports))
+
+
+@WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 async def test_hidden_states_of_every_dtype_are_quantised_alike(
     small_model: Path, dtype: torch.dtype, way: dict[str, Any]
