@@ -16,7 +16,7 @@ from traitlets.config import Config
 from tests.docs.fences import ROOT
 
 TOUR = ROOT / "docs" / "tour.ipynb"
-SECONDS = 120
+SECONDS = 600
 """For a cell."""
 
 

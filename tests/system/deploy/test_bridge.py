@@ -13,7 +13,7 @@ import pytest
 from expertd.client.coordinator import Coordinator
 from tests.support.coordinators import call
 
-START_SECONDS = 60
+START_SECONDS = 300
 
 
 @contextlib.asynccontextmanager

@@ -66,7 +66,7 @@ def _fetch_helm(folder: Path) -> Path:
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([helm_program(), *arguments], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([helm_program(), *arguments], capture_output=True, text=True, check=False, timeout=600)
 
 
 def render(values: Path, *options: str) -> dict[str, dict[str, Any]]:

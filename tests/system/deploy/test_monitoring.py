@@ -39,7 +39,7 @@ RULES = sorted((DEPLOY / "prometheus" / "rules").glob("*.yml"))
 DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 OPTIONS = ["--backend", "torch", "--threads", "1", "--per-expert-metrics", "--admin-listen", "127.0.0.1:0"]
 ALONE = {"cluster.listen-address": ""}
-WAIT_SECONDS = 90
+WAIT_SECONDS = 300
 
 
 def test_rules_give_what_their_tests_say_and_none_is_without_a_test_or_use() -> None:

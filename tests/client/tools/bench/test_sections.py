@@ -159,7 +159,7 @@ def test_a_bench_that_is_told_to_stop_stops_its_servers(tmp_path: Path, small_mo
         while len(started := children.read_text().split()) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     assert errors.splitlines()[-1] == "expertd bench serve: interrupted; its own servers are stopped"
     assert len(started) == 3
