@@ -7,6 +7,8 @@
 namespace expertd {
 namespace {
 
+constexpr std::string_view kTensors = "call's tensors";
+
 std::string text_of(Wide value) {
   std::string text;
   do {
@@ -23,10 +25,12 @@ std::optional<Refusal> check_alignment(std::string_view field, uint64_t offset, 
                 std::to_string(alignment));
 }
 
-std::optional<Refusal> check_end(const char* field, const char* what, uint64_t offset, Wide end, uint64_t size) {
+// `tensors` from `offset` on in `memory`.
+std::optional<Refusal> check_end(std::string_view field, std::string_view tensors, std::string_view memory,
+                                 uint64_t offset, Wide end, uint64_t size) {
   if (end <= size) return std::nullopt;
-  return refuse(std::string(field) + " is " + std::to_string(offset) + " and the call's tensors end at byte " +
-                text_of(end) + "; the " + what + " has " + std::to_string(size));
+  return refuse(std::string(field) + " is " + std::to_string(offset) + " and the " + std::string(tensors) +
+                " end at byte " + text_of(end) + "; the " + std::string(memory) + " has " + std::to_string(size));
 }
 
 std::optional<Refusal> check_begin(std::string_view field, uint64_t offset, uint64_t data) {
@@ -45,10 +49,7 @@ std::optional<Refusal> check_sums(const Message& message, const Layout& at, cons
   }
   if (auto refusal = check_alignment("sums_offset", offset, kAlignment)) return refusal;
   if (auto refusal = check_begin("sums_offset", offset, segment.data)) return refusal;
-  const Wide end = at.sums + shape.sums_bytes();
-  if (end <= segment.size) return std::nullopt;
-  return refuse("sums_offset is " + std::to_string(offset) + " and the partials end at byte " + text_of(end) +
-                "; the segment has " + std::to_string(segment.size));
+  return check_end("sums_offset", "partials", "segment", offset, at.sums + shape.sums_bytes(), segment.size);
 }
 
 std::string_view view(const std::byte* base, Wide at, uint64_t bytes) {
@@ -75,7 +76,8 @@ std::optional<Refusal> place(const Message& message, const Admitted& sizes, cons
                     .hidden = sizes.hidden_dtype,
                     .reply = sizes.reply_dtype};
   const Layout at = lay_out(offset, message.gpu_offset, shape, message.sums_offset);
-  if (auto refusal = check_end("segment_offset", "segment", offset, at.host_end, segment.size)) return refusal;
+  if (auto refusal = check_end("segment_offset", kTensors, "segment", offset, at.host_end, segment.size))
+    return refusal;
   if (auto refusal = check_sums(message, at, shape, segment)) return refusal;
   if (on_device && segment.gpu == nullptr) {
     return refuse("gpu_offset is " + std::to_string(gpu_offset) + "; no GPU memory was handed over with the segment");
@@ -84,7 +86,8 @@ std::optional<Refusal> place(const Message& message, const Admitted& sizes, cons
     return refuse("reply_dtype is DTYPE_FLOAT8_E4M3FN; beside gpu_offset it must be DTYPE_FLOAT32 or DTYPE_BFLOAT16");
   }
   if (on_device) {
-    if (auto refusal = check_end("gpu_offset", "GPU memory", gpu_offset, at.gpu_end, segment.gpu_size)) return refusal;
+    if (auto refusal = check_end("gpu_offset", kTensors, "GPU memory", gpu_offset, at.gpu_end, segment.gpu_size))
+      return refusal;
   }
 
   std::byte* base = on_device ? segment.gpu : segment.base;

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import DeadlineExceeded, InvalidBatch, ServerFault, Unavailable
 from expertd.proto.codec import ExecuteCall, ExecuteResult
+from expertd.server.app import Server
 from tests.support.coordinators import EXACT, HIDDEN, LAYER, QUICK, expected, free_bytes, routing, segments_of, tokens
 from tests.support.fleets import HALVES, addresses, flat, running_replicas, running_servers
 from tests.support.serving import Gate, count_of, running_server, until
@@ -68,6 +70,20 @@ def routed(count: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     return {"layer": LAYER, "hidden": tokens(count, count).to(dtype), "topk_ids": ids, "topk_weights": weights}
 
 
+@asynccontextmanager
+async def both_ways(
+    model: Path, config: CoordinatorConfig
+) -> AsyncIterator[tuple[list[Server], Coordinator, Coordinator, list[Counted]]]:
+    """Two servers, a coordinator whose calls go the long way, and one of `config` with its transports."""
+    transports: list[Counted] = []
+    async with (
+        running_servers(model, HALVES, max_tokens_per_request=200) as servers,
+        Coordinator(addresses(servers), replace(config, **THE_LONG_WAY)) as long,
+        Coordinator(addresses(servers), config, open_transport=counted(config, transports)) as moe,
+    ):
+        yield servers, long, moe, transports
+
+
 def all_free(transports: list[Counted]) -> bool:
     return all(free_bytes(segment) == segment.size for one in transports for segment in segments_of(one))
 
@@ -94,13 +110,7 @@ def all_free(transports: list[Counted]) -> bool:
 async def test_results_are_those_of_the_long_way_bit_for_bit(
     small_model: Path, config: CoordinatorConfig, way: dict[str, Any]
 ) -> None:
-    transports: list[Counted] = []
-    straight = replace(config, **way)
-    async with (
-        running_servers(small_model, HALVES, max_tokens_per_request=200) as servers,
-        Coordinator(addresses(servers), replace(config, **THE_LONG_WAY)) as long,
-        Coordinator(addresses(servers), straight, open_transport=counted(straight, transports)) as moe,
-    ):
+    async with both_ways(small_model, replace(config, **way)) as (_, long, moe, transports):
         for count in SIZES:
             call = routed(count)
             right = await long.execute(**call)
@@ -278,13 +288,7 @@ async def test_awaited_calls_of_many_tokens_go_on_threads(
     small_model: Path, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("expertd.client.call.routed.LONG_ELEMENTS", 0)
-    transports: list[Counted] = []
-    config = replace(DEFAULT, **way)
-    async with (
-        running_servers(small_model, HALVES, max_tokens_per_request=200) as servers,
-        Coordinator(addresses(servers), replace(config, **THE_LONG_WAY)) as long,
-        Coordinator(addresses(servers), config, open_transport=counted(config, transports)) as moe,
-    ):
+    async with both_ways(small_model, replace(DEFAULT, **way)) as (servers, long, moe, transports):
         members = moe._connected().membership.members.values()
         right = [(await long.execute(**routed(count))).output for count in SIZES]
         results = await asyncio.gather(*(moe.execute(**routed(count)) for count in SIZES for _ in range(4)))
