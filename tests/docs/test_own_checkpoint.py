@@ -49,7 +49,9 @@ def test_an_own_checkpoint_is_answered_by_generate_as_readme_says(checkpoint: Pa
             assert done.returncode == 0, done.stderr
             assert done.stdout.startswith(" ".join(WORDS))
             assert done.stdout.count("\n") == 1
-            assert done.stderr == ""
+            # A machine that has no time for the server may leave it silent for a while.
+            silent = re.compile(rf"{address} is (in|out of) use\b")
+            assert [line for line in done.stderr.splitlines() if not silent.match(line)] == []
             assert [line for line in Path(log).read_text().splitlines() if not OURS.match(line)] == []
         finally:
             up.send_signal(signal.SIGINT)
