@@ -15,8 +15,6 @@
 
 namespace expertd::cuda {
 
-// Batches of fewer tokens than this are copied in, computed and copied out on one stream.
-inline constexpr uint32_t kSmallTokens = 256;
 // Rows of a request in pinned memory that are more bytes than this are copied by the device from where they are.
 inline constexpr size_t kDirectBytes = 64 << 10;
 // No copy of the device crosses a multiple of this in a request's memory, which is pinned step by step at multiples of

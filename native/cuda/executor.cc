@@ -30,18 +30,31 @@ CudaExecutor::CudaExecutor(const Driver& driver, Options options, std::shared_pt
       copier_(std::move(copier)),
       context_(driver, options_.device),
       streams_(driver, options_.express_rows, context_.reaches_registered()),
-      busy_(options_.depth, false) {
-  size_t inward = 0, outward = 0;
-  for (uint32_t tokens = 1; tokens <= options_.max_tokens; tokens++) {
-    for (bool host : {false, true}) {
-      const Cut its = cut(tokens, host);
-      const Layout largest = layout(its.rows, Dtype::kBFloat16, Dtype::kFloat32);
-      inward = std::max(inward, its.parts * largest.inward_bytes());
-      outward = std::max(outward, its.parts * largest.outward_bytes());
+      busy_(options_.depth + has_express(), false) {
+  for (size_t i = 0; i < busy_.size(); i++) {
+    size_t inward = 0, outward = 0;
+    for (uint32_t tokens = 1; tokens <= most_tokens(i); tokens++) {
+      for (bool host : {false, true}) {
+        const Cut its = cut(tokens, host);
+        const Layout largest = layout(its.rows, Dtype::kBFloat16, Dtype::kFloat32);
+        inward = std::max(inward, its.parts * largest.inward_bytes());
+        outward = std::max(outward, its.parts * largest.outward_bytes());
+      }
     }
+    bays_.emplace_back(driver, streams_, inward, outward);
   }
-  for (size_t i = 0; i < options_.depth; i++) bays_.emplace_back(driver, streams_, inward, outward);
   copier_->on_done([this] { wake(); });
+}
+
+uint32_t CudaExecutor::most_tokens(size_t bay) const {
+  return bay < options_.depth ? options_.max_tokens : std::min(options_.max_tokens, kSmallTokens - 1);
+}
+
+size_t CudaExecutor::free_bay(bool express) const {
+  const auto first = busy_.begin() + static_cast<ptrdiff_t>(express ? options_.depth : 0);
+  const auto last = express ? busy_.end() : busy_.begin() + static_cast<ptrdiff_t>(options_.depth);
+  const auto found = std::find(first, last, false);
+  return found == last ? busy_.size() : static_cast<size_t>(found - busy_.begin());
 }
 
 CudaExecutor::~CudaExecutor() {
@@ -79,7 +92,9 @@ void CudaExecutor::add_graphs(const Layout& layout, const std::vector<void*>& gr
                       {at[5], layout.pairs_bytes()}}};
   std::copy(layer.begin(), layer.end(), captured.begin() + static_cast<size_t>(Name::kUpGate));
   std::vector<Steps> steps;
-  for (size_t bay = 0; bay < options_.depth; bay++) {
+  for (size_t bay = 0; bay < bays_.size(); bay++) {
+    const uint32_t most = most_tokens(bay);
+    if (layout.tokens > std::max(cut(most, true).rows, cut(most, false).rows)) continue;  // it never has so many
     steps.push_back(make_steps(driver_, graphs, captured));
     for (const Graph& graph : steps.back()) graph.upload(streams_.for_rows(layout.tokens).get());
   }
@@ -101,7 +116,7 @@ void CudaExecutor::add_adder(size_t parts, Dtype dtype, void* graph, Range resul
   ranges[static_cast<size_t>(Name::kAdded)] = result;
   std::copy(captured.begin(), captured.end(), ranges.begin() + static_cast<size_t>(Name::kPart));
   std::vector<Graph> graphs;
-  for (size_t bay = 0; bay < options_.depth; bay++) graphs.emplace_back(driver_, graph, ranges);
+  for (size_t bay = 0; bay < bays_.size(); bay++) graphs.emplace_back(driver_, graph, ranges);
   adders_.erase({parts, dtype});
   adders_.emplace(std::pair{parts, dtype}, std::move(graphs));
 }
@@ -121,7 +136,7 @@ void CudaExecutor::start(std::unique_ptr<Batch> batch, uint64_t now_ns) {
   if (!entry)
     return refuse(std::move(batch),
                   "no graph was captured for " + std::to_string(its.rows) + " tokens of these dtypes");
-  const size_t index = std::find(busy_.begin(), busy_.end(), false) - busy_.begin();
+  const size_t index = free_bay(batch->express);
   if (index == busy_.size()) return refuse(std::move(batch), "every bay is in use");
   busy_[index] = true;
   Run& run = runs_.emplace_back(std::move(batch), index, its.parts, entry, now_ns);

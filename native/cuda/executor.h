@@ -28,7 +28,7 @@ class CudaExecutor final : public Executor {
  public:
   struct Options {
     int device = 0;
-    size_t depth = 2;  // bays
+    size_t depth = 2;  // bays, beside one for small batches if there is an express stream
     Shape shape;
     std::vector<uint32_t> classes;   // tokens that parts are padded to, ascending; the last is all that kernels take
     uint32_t max_tokens = 0;         // of a batch
@@ -67,6 +67,7 @@ class CudaExecutor final : public Executor {
   Copier* copier() const { return copier_.get(); }
 
   size_t depth() const override { return options_.depth; }
+  bool has_express() const override { return options_.express_rows > 0; }
   void start(std::unique_ptr<Batch> batch, uint64_t now_ns) override;
   std::unique_ptr<Batch> poll(uint64_t now_ns) override;
   uint64_t due_ns() const override;
@@ -93,6 +94,10 @@ class CudaExecutor final : public Executor {
   };
 
   Bay& bay_of(const Run& run) { return bays_[run.bay]; }
+  // A free one for a batch; their number if there is none.
+  size_t free_bay(bool express) const;
+  // The largest batch that comes to a bay.
+  uint32_t most_tokens(size_t bay) const;
   // What computes a batch; null: nothing was captured.
   Entry* entry_for(const Batch& batch, const Layout& layout, const Cut& cut);
   // Why a batch cannot be computed.

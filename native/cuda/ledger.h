@@ -86,7 +86,7 @@ using Steps = std::vector<Graph>;
 // Copies captured graphs. Throws `DeviceError` for such as together are not given all of `captured`.
 Steps make_steps(const Driver& driver, const std::vector<void*>& graphs, const Ranges& captured);
 
-// The graphs of one kind of batches, once for each bay, and what their launches took.
+// The graphs of one kind of batches, once for each bay that has such, and what their launches took.
 struct Entry {
   std::vector<Steps> steps;
   uint64_t expected_ns =

@@ -16,6 +16,10 @@
 
 namespace expertd {
 
+// Batches of fewer tokens are small: they gain more by growing while another small one is under way than by overlapping
+// with it, and are copied in, computed and copied out one after another.
+inline constexpr uint32_t kSmallTokens = 256;
+
 // Seconds that a batch spent in each stage on the device.
 struct DeviceSeconds {
   double copy_in = 0, compute = 0, copy_out = 0;
@@ -28,6 +32,7 @@ struct Batch {
   uint64_t tokens = 0;
   uint64_t started_ns = 0;
   bool alone = false;                  // small, and with nothing that could overlap it
+  bool express = false;                // small, and in the place that an executor has for such
   bool for_nothing = false;            // no job wants an expert: the sums are zeros, which need no device
   std::atomic<bool> has_room = false;  // whether all its jobs have been given room for their sums
   bool keeps_sums = false;             // where the device has them, until it is told that nobody wants them any more
@@ -51,6 +56,8 @@ class Executor {
   virtual ~Executor() = default;
   // Batches that may be under way at once.
   virtual size_t depth() const = 0;
+  // Whether a small one may be beside those: `Batch::express` says which one it is.
+  virtual bool has_express() const { return false; }
   // Takes a batch, which comes back from `poll` whatever becomes of it.
   virtual void start(std::unique_ptr<Batch> batch, uint64_t now_ns) = 0;
   // A batch that is over; null when there is none.

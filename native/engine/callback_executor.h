@@ -15,9 +15,10 @@ namespace expertd {
 // Batches for threads outside that fetch them, compute them by their own means and give them back.
 class CallbackExecutor : public Executor, public Owned, public std::enable_shared_from_this<CallbackExecutor> {
  public:
-  explicit CallbackExecutor(size_t depth) : depth_(depth) {}
+  explicit CallbackExecutor(size_t depth, bool express = false) : depth_(depth), express_(express) {}
 
   size_t depth() const override { return depth_; }
+  bool has_express() const override { return express_; }
   void start(std::unique_ptr<Batch> batch, uint64_t now_ns) override;
   std::unique_ptr<Batch> poll(uint64_t now_ns) override;
 
@@ -30,6 +31,7 @@ class CallbackExecutor : public Executor, public Owned, public std::enable_share
 
  private:
   const size_t depth_;
+  const bool express_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::unique_ptr<Batch>> ready_;

@@ -34,7 +34,8 @@ Engine::~Engine() {
   if (failpoints_) failpoints_->release_due(UINT64_MAX);
   // A waiting job keeps itself; what is left of them belongs to their inboxes alone.
   for (auto& batch : stranded_) batch.release();
-  for (Job* job : queue_.take_all()) const std::shared_ptr<Job> last = std::move(job->self);
+  for (FairQueue* queue : {&queue_, &small_})
+    for (Job* job : queue->take_all()) const std::shared_ptr<Job> last = std::move(job->self);
 }
 
 void Engine::use(std::shared_ptr<Executor> executor) {

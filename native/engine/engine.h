@@ -4,8 +4,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <functional>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -35,6 +35,19 @@ namespace expertd {
 // Whether the next batch starts now, with batches of `under_way` tokens computing and `waiting` tokens in the queue.
 // Two small batches never overlap: the second waits and grows, which costs the device less than both.
 bool may_start(const std::vector<uint64_t>& under_way, uint64_t waiting, size_t depth);
+
+// Where an executor has a place for small batches, small requests wait apart, and join no large ones, behind whose
+// tokens theirs would be computed.
+enum class Next : uint8_t {
+  kNothing,
+  kLarge,   // of those that do not wait apart
+  kSmall,   // of those that do, as many as there are
+  kExpress  // of those that do, into their place
+};
+// What starts now, with batches of `under_way` tokens outside that place, and so many `large` tokens waiting, and so
+// many `small` ones apart. These need not wait for large ones, which in turn do not give way to many of them.
+Next next_batch(const std::vector<uint64_t>& under_way, bool express_is_free, uint64_t large, uint64_t small,
+                size_t depth);
 
 // Takes requests, decides their order, has them computed and answers them: on one thread, which never takes Python's
 // lock.
@@ -120,7 +133,11 @@ class Engine : public Owned {
   std::optional<Refusal> check_head(const Message& message, Job* job);
   // As if the placement had changed.
   void begin_placement();
-  void begin(uint64_t now);
+  // Where a job waits.
+  FairQueue& queue_of(const Job& job);
+  // What starts now.
+  Next next() const;
+  void begin(Next what, uint64_t now);
   void start(std::unique_ptr<Batch> batch, uint64_t now);
   void finish(std::unique_ptr<Batch> batch, uint64_t now);
   // Answers those of a batch whose memory may be used for ever, and keeps it.
@@ -170,12 +187,12 @@ class Engine : public Owned {
   std::optional<std::string> fault_;
 
   // The thread's alone.
-  FairQueue queue_;
+  FairQueue queue_, small_;  // the second: of small requests, if the executor has a place for such
   Lanes lanes_;
   WorkSpin spin_;
-  uint64_t looked_ns_ = 0;                       // for callers that left
-  std::vector<Batch*> under_way_;                // until the executor gives them back
-  std::deque<std::unique_ptr<Batch>> starting_;  // those of them whose jobs are being given room
+  uint64_t looked_ns_ = 0;                      // for callers that left
+  std::vector<Batch*> under_way_;               // until the executor gives them back
+  std::list<std::unique_ptr<Batch>> starting_;  // those of them whose jobs are being given room
   std::vector<std::unique_ptr<Batch>> stranded_;
 };
 

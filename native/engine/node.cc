@@ -128,6 +128,10 @@ size_t NodeExecutor::depth() const {
   return depth;
 }
 
+bool NodeExecutor::has_express() const {
+  return std::all_of(devices_.begin(), devices_.end(), [](const auto& device) { return device->has_express(); });
+}
+
 uint64_t NodeExecutor::due_ns() const {
   uint64_t due = 0;
   for (const auto& device : devices_) {
@@ -243,6 +247,7 @@ std::unique_ptr<Batch> NodeExecutor::part_of(Run& run, size_t device) {
   }
   part->started_ns = batch.started_ns;
   part->alone = batch.alone;
+  part->express = batch.express;
   part->keeps_sums = run.on_devices;
   return part;
 }

@@ -61,6 +61,7 @@ class NodeExecutor final : public Executor, public Owned, public std::enable_sha
   ~NodeExecutor() override;
 
   size_t depth() const override;
+  bool has_express() const override;
   void start(std::unique_ptr<Batch> batch, uint64_t now_ns) override;
   std::unique_ptr<Batch> poll(uint64_t now_ns) override;
   uint64_t due_ns() const override;

@@ -12,8 +12,6 @@
 namespace expertd {
 namespace {
 
-// A batch smaller than this gains more by growing while another is under way than by overlapping with it.
-constexpr uint64_t kOverlapTokens = 256;
 // More zeros than this are written by a thread of the pool.
 constexpr uint64_t kLongZeros = 256 * 1024;
 // Between two looks for callers that left, and the shortest sleep of who waits for a device that rings no bell.
@@ -82,7 +80,15 @@ bool takes_long_to_make_room(const Batch& batch) {
 bool may_start(const std::vector<uint64_t>& under_way, uint64_t waiting, size_t depth) {
   if (under_way.empty()) return true;
   const uint64_t smallest = *std::min_element(under_way.begin(), under_way.end());
-  return under_way.size() < depth && (smallest >= kOverlapTokens || waiting >= kOverlapTokens);
+  return under_way.size() < depth && (smallest >= kSmallTokens || waiting >= kSmallTokens);
+}
+
+Next next_batch(const std::vector<uint64_t>& under_way, bool express_is_free, uint64_t large, uint64_t small,
+                size_t depth) {
+  const bool place = under_way.size() < depth, many = small >= kSmallTokens;
+  if (small > 0 && express_is_free && !(many && place)) return Next::kExpress;
+  if (large > 0 && may_start(under_way, large, depth)) return Next::kLarge;
+  return many && place ? Next::kSmall : Next::kNothing;
 }
 
 bool Engine::turn(uint64_t now) {
@@ -92,10 +98,12 @@ bool Engine::turn(uint64_t now) {
     finish(std::move(batch), now);
     worked = true;
   }
-  for (; !starting_.empty() && starting_.front()->has_room; worked = true) {
-    auto batch = std::move(starting_.front());
-    starting_.pop_front();
+  const auto has_room = [](const auto& batch) { return batch->has_room.load(); };
+  for (auto next = starting_.begin(); (next = std::find_if(next, starting_.end(), has_room)) != starting_.end();) {
+    auto batch = std::move(*next);
+    next = starting_.erase(next);
     start(std::move(batch), now);
+    worked = true;
   }
   if (failpoints_) {
     for (auto& job : failpoints_->release_due(now)) {
@@ -111,14 +119,26 @@ bool Engine::turn(uint64_t now) {
     give_up();
     worked = true;
   }
-  while (!queue_.empty()) {
-    std::vector<uint64_t> tokens;
-    for (const Batch* batch : under_way_) tokens.push_back(batch->tokens);
-    if (!may_start(tokens, queue_.tokens(), executor_->depth())) break;
-    begin(now);
-    worked = true;
-  }
+  for (Next what; (what = next()) != Next::kNothing; worked = true) begin(what, now);
   return worked;
+}
+
+FairQueue& Engine::queue_of(const Job& job) {
+  return executor_->has_express() && job.tokens() < kSmallTokens ? small_ : queue_;
+}
+
+Next Engine::next() const {
+  if (queue_.empty() && small_.empty()) return Next::kNothing;
+  std::vector<uint64_t> tokens;
+  bool express_is_free = executor_->has_express();
+  for (const Batch* batch : under_way_) {
+    if (batch->express) {
+      express_is_free = false;
+    } else {
+      tokens.push_back(batch->tokens);
+    }
+  }
+  return next_batch(tokens, express_is_free, queue_.tokens(), small_.tokens(), executor_->depth());
 }
 
 bool Engine::take_submissions() {
@@ -130,7 +150,7 @@ bool Engine::take_submissions() {
       continue;
     }
     job->self = job;
-    queue_.put(job.get());
+    queue_of(*job).put(job.get());
   }
   return !jobs.empty();
 }
@@ -138,7 +158,7 @@ bool Engine::take_submissions() {
 bool Engine::take_cancels() {
   const auto jobs = cancels_.take();
   for (const auto& job : jobs) {
-    if (queue_.remove(job.get())) {
+    if (queue_of(*job).remove(job.get())) {
       job->self.reset();
       if (admission_.release(*job)) refuse(*job, cancelled(*job));
     } else if (failpoints_ && failpoints_->release(job.get())) {
@@ -156,16 +176,18 @@ bool Engine::take_evicted() {
   auto evicted = evicted_.take();
   for (auto& [job, refusal] : evicted) {
     job->evicted = true;
-    if (queue_.remove(job.get())) job->self.reset();
+    if (queue_of(*job).remove(job.get())) job->self.reset();
     tally_->evicted(*job, refusal);
     job->settle({.refusal = std::move(refusal)});
   }
   return !evicted.empty();
 }
 
-void Engine::begin(uint64_t now) {
+void Engine::begin(Next what, uint64_t now) {
   auto batch = std::make_unique<Batch>();
-  for (Job* job : queue_.take(batch_tokens_)) {
+  batch->express = what == Next::kExpress;
+  FairQueue& queue = what == Next::kLarge ? queue_ : small_;
+  for (Job* job : queue.take(batch->express ? std::min<uint64_t>(batch_tokens_, kSmallTokens - 1) : batch_tokens_)) {
     std::shared_ptr<Job> owner = std::move(job->self);
     if (!admission_.release(*job)) continue;
     if (job->expires_ns != 0 && job->expires_ns <= now) {
@@ -179,7 +201,7 @@ void Engine::begin(uint64_t now) {
   batch->started_ns = now;
   // Not at `now`: some came after it.
   tally_->started(*batch, monotonic_ns());
-  batch->alone = batch->tokens < kOverlapTokens && under_way_.empty() && queue_.empty();
+  batch->alone = batch->tokens < kSmallTokens && under_way_.empty() && queue_.empty() && small_.empty();
   batch->for_nothing = std::all_of(batch->jobs.begin(), batch->jobs.end(), wants_nothing);
   under_way_.push_back(batch.get());
   if (!takes_long_to_make_room(*batch)) {
@@ -285,9 +307,11 @@ void Engine::hand_out(std::function<void()> work) {
 
 void Engine::give_up() {
   const Refusal unavailable{Code::kUnavailable, closed_because().value_or("the server gave up")};
-  for (Job* job : queue_.take_all()) {
-    const std::shared_ptr<Job> owner = std::move(job->self);
-    if (admission_.release(*job)) refuse(*job, unavailable);
+  for (FairQueue* queue : {&queue_, &small_}) {
+    for (Job* job : queue->take_all()) {
+      const std::shared_ptr<Job> owner = std::move(job->self);
+      if (admission_.release(*job)) refuse(*job, unavailable);
+    }
   }
   if (failpoints_) {
     for (const auto& job : failpoints_->release_due(UINT64_MAX)) refuse(*job, unavailable);

@@ -410,6 +410,10 @@ class Executor:
     def depth(self) -> int:
         """Batches that may be under way at once."""
 
+    @property
+    def has_express(self) -> bool:
+        """Whether one of fewer than 256 tokens may be beside those."""
+
 class Failpoints:
     """Faults on purpose, by kind; `Engine.use_failpoints` has them strike. Any thread may use it."""
 
@@ -646,7 +650,7 @@ def response_id(response: bytes) -> int | None:
 class CallbackExecutor(Executor):
     """Batches for Python's threads."""
 
-    def __init__(self, depth: int) -> None: ...
+    def __init__(self, depth: int, *, express: bool = False) -> None: ...
     def fetch(self) -> Batch | None:
         """Wait for a batch; None after `interrupt`."""
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -1123,6 +1124,52 @@ def from_e4m3(codes: np.ndarray) -> np.ndarray:
     return np.where(codes & 0x80, -sizes, sizes)
 
 
+@pytest.mark.parametrize("reply_dtype", [BF16, FP32])
+def test_small_requests_do_not_wait_for_large_ones_that_have_all_places(bench: Bench, reply_dtype: int) -> None:
+    assert bench.rig.executor.depth == 2
+    engine = bench.extension.EngineRig(bench.rig, bench.layers[1].addresses, HIDDEN)
+    submit = partial(submitted, engine, reply_dtype)
+    large = [submit(tokens, seed=tokens) for tokens in (300, 400, 500)]
+    engine.turn(0)
+    for turn in range(1, 20):
+        small = [submit(tokens, seed=100 * turn + tokens) for tokens in (turn, 8, 200)]
+        engine.turn(turn)
+        while bench.fake.step(EXPRESS):
+            pass
+        engine.turn(turn)
+        for request, answer in small:
+            assert (answer.answered, answer.error) == (True, "")
+            request.check(bench.layers[1])
+    assert not any(answer.answered for _, answer in large)
+    for turn in range(3):
+        bench.fake.run()
+        engine.turn(MS + turn)
+    for request, answer in large:
+        assert (answer.answered, answer.error) == (True, "")
+        request.check(bench.layers[1])
+    bench.fake.serving(0)
+    del engine
+
+
+def submitted(engine: Any, reply_dtype: int, tokens: int, seed: int) -> tuple[Request, Any]:  # noqa: ANN401
+    request = Request(tokens, reply_dtype=reply_dtype, seed=seed)
+    return request, engine.submit(request.part, FP8, reply_dtype, WIDTH, EXPERTS)
+
+
+def test_without_an_express_stream_small_requests_join_large_ones(make: Callable[..., Bench]) -> None:
+    bench = make(express_rows=0, max_tokens=2048)
+    engine = bench.extension.EngineRig(bench.rig, bench.layers[1].addresses, HIDDEN)
+    answers = [submitted(engine, BF16, tokens, seed=tokens) for tokens in (300, 400, 300, 5)]
+    engine.turn(0)
+    for turn in range(2):
+        assert not any(answer.answered for _, answer in answers[2 * turn :])
+        bench.fake.run()
+        engine.turn(MS + turn)
+    assert [answer.answered for _, answer in answers] == [True] * 4
+    bench.fake.serving(0)
+    del engine
+
+
 def test_sums_that_are_to_be_rounded_come_by_staging_even_for_pinned_callers(
     bench: Bench, fake: Fake, pinned: list[Request]
 ) -> None:
@@ -1174,9 +1221,9 @@ CONSTRUCTION = {
     "cuDeviceGetAttribute": 1,
     "cuCtxSetCurrent": 1,
     "cuStreamCreateWithPriority": 4,
-    "cuMemHostAlloc": 6,
-    "cuMemAlloc": 4,
-    "cuEventCreate": 16,
+    "cuMemHostAlloc": 9,
+    "cuMemAlloc": 6,
+    "cuEventCreate": 24,
 }
 
 

@@ -17,7 +17,7 @@ from expertd.proto import codec
 from expertd.proto.base.errors import Overloaded
 from expertd.proto.codec import ExecuteCall
 from tests.support.model.admission import Admission
-from tests.support.model.queue import FairQueue, Job, may_start
+from tests.support.model.queue import Job, Next, Queues, next_batch
 from tests.support.native.placements import placement_of
 
 OVERLOADED = 8
@@ -25,7 +25,7 @@ WIDTH, MAX_BATCH, MAX_QUEUED, MAX_BYTES, DEPTH = 128, 600, 2000, 300_000, 2
 SIZES = (1, 1, 2, 5, 100, 255, 256, 300, 700)
 
 
-def make_engine(tally: Tally | None = None) -> tuple[Any, Any, Any]:
+def make_engine(tally: Tally | None = None, *, express: bool = False) -> tuple[Any, Any, Any]:
     """An engine, open, what its batches are fetched from, and an inbox."""
     engine, executor = (
         Engine(
@@ -35,7 +35,7 @@ def make_engine(tally: Tally | None = None) -> tuple[Any, Any, Any]:
             max_queued_bytes=MAX_BYTES,
             tally=tally or Tally((1, 2), 4, (1.0,), (1.0,)),
         ),
-        CallbackExecutor(DEPTH),
+        CallbackExecutor(DEPTH, express=express),
     )
     engine.use(executor)
     engine.open()
@@ -63,10 +63,13 @@ def batch_of(one: ExecuteCall) -> TokenBatch:
 class Model:
     """What the engine must do, by the Python rules."""
 
-    def __init__(self) -> None:
-        self.queue = FairQueue()
+    def __init__(self, *, express: bool) -> None:
+        self.express = express
+        self.queue = Queues(express=express)
         self.admission = Admission(self.queue, MAX_QUEUED, MAX_BYTES)
         self.under_way: list[tuple[int, list[int], float]] = []
+        self.express_one: list[int] | None = None
+        """Which of them is in the place for small ones."""
         self.started: list[list[int]] = []
         self.jobs: dict[int, Job] = {}
         self.evicted: dict[int, Overloaded] = {}
@@ -85,14 +88,23 @@ class Model:
         return next(number for number, known in self.jobs.items() if known is job)
 
     def turn(self, now: float) -> None:
-        while self.queue and may_start([tokens for tokens, _, _ in self.under_way], self.queue.tokens, DEPTH):
-            jobs = self.queue.take(MAX_BATCH)
+        while what := self.next():
+            jobs = self.queue.take(what, MAX_BATCH)
             numbers = [self.number_of(job) for job in jobs]
             self.under_way.append((sum(job.batch.num_tokens for job in jobs), numbers, now))
+            if what is Next.EXPRESS:
+                self.express_one = numbers
             self.started.append(numbers)
+
+    def next(self) -> Next | None:
+        others = [tokens for tokens, numbers, _ in self.under_way if numbers is not self.express_one]
+        free = self.express and self.express_one is None
+        return next_batch(others, free, self.queue.large.tokens, self.queue.small.tokens, DEPTH)
 
     def finish(self, which: int, now: float) -> list[int]:
         tokens, numbers, started = self.under_way.pop(which)
+        if numbers is self.express_one:
+            self.express_one = None
         self.admission.computed(tokens, now - started)
         return numbers
 
@@ -124,12 +136,13 @@ def test_who_wants_no_expert_gets_zeros_without_the_device(tokens: int) -> None:
     assert result.receipt == {}
 
 
+@pytest.mark.parametrize("express", [False, True])
 @pytest.mark.parametrize("identities", ["x", "xyz"])
 @pytest.mark.parametrize("seed", range(20))
-def test_order_and_bounds_are_those_of_the_python_queue(seed: int, identities: str) -> None:
+def test_order_and_bounds_are_those_of_the_python_queue(seed: int, identities: str, express: bool) -> None:
     chance = random.Random(seed)
     tally = Tally((1, 2), 4, (1.0,), (1.0,))
-    (engine, executor, inbox), model = make_engine(tally), Model()
+    (engine, executor, inbox), model = make_engine(tally, express=express), Model(express=express)
     batches: list[Any] = []
     tickets: dict[int, int] = {}
     answered: dict[int, int] = {}
@@ -137,7 +150,7 @@ def test_order_and_bounds_are_those_of_the_python_queue(seed: int, identities: s
     for _ in range(400):
         clock += chance.randint(1, 10_000_000)
         kind = chance.random()
-        if kind < 0.6:
+        if kind < 0.65:
             number += 1
             one = call(
                 number,
@@ -158,12 +171,12 @@ def test_order_and_bounds_are_those_of_the_python_queue(seed: int, identities: s
                 assert got.refusal.retry_after == pytest.approx(refused.retry_after)
             else:
                 tickets[number] = got.ticket
-        elif kind < 0.7 and tickets:
+        elif kind < 0.75 and tickets:
             chosen = chance.choice(list(tickets))
             inbox.cancel(engine, tickets[chosen])
             if model.queue.remove(model.jobs[chosen]) or any(chosen in numbers for _, numbers, _ in model.under_way):
                 answered[chosen] = 1
-        elif batches:
+        for _ in range(0 if kind < 0.75 else min(len(batches), chance.choice((1, 1, 1, 1, 1, 2)))):
             which = chance.randrange(len(batches))
             finish(batches.pop(which))
             for over in model.finish(which, clock * 1e-9):
@@ -171,8 +184,13 @@ def test_order_and_bounds_are_those_of_the_python_queue(seed: int, identities: s
         model.turn(clock * 1e-9)
         engine.turn(clock)
         settle(engine, clock)
-        while len(batches) < len(model.under_way):
-            batches.append(executor.fetch())
+        # Those whose answers are given room by other threads come after what started behind them.
+        come = [executor.fetch() for _ in model.under_way[len(batches) :]]
+        for tokens, (first, *_), _ in model.under_way[len(batches) :]:
+            job = model.jobs[first]
+            kind = tokens, job.layer, job.batch.expert_ids.shape[1], codec.DTYPE_CODES[job.reply_dtype]
+            kinds = [(batch.tokens, batch.weights_key, batch.top_k, batch.sums_dtype) for batch in come]
+            batches.append(come.pop(kinds.index(kind)))
         assert engine.queued_tokens == model.queue.tokens
         assert engine.queued_bytes == model.queue.num_bytes
         assert [batch.tokens for batch in batches] == [tokens for tokens, _, _ in model.under_way]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.proto.base.errors import Overloaded
 from tests.support.model.admission import Admission
-from tests.support.model.queue import FairQueue, Job
+from tests.support.model.queue import FairQueue, Job, Queues
 
 
 def job(caller: str, tokens: int = 1, layer: int = 1, identity: str = "") -> Job:
@@ -65,7 +65,7 @@ def test_connections_share_the_turns_of_their_identity() -> None:
 
 
 def test_who_has_most_makes_room_for_who_has_less() -> None:
-    queue = FairQueue()
+    queue = Queues(express=False)
     admission = Admission(queue, 20, 1 << 20)
     for number in range(20):
         # Alone, an identity may have all.

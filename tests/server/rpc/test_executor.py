@@ -22,7 +22,7 @@ from expertd.server.rpc.executor import EngineExecutor, error_of
 from expertd.server.rpc.incoming import Incoming
 from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.shard import Shard
-from tests.support.model.queue import OVERLAP_TOKENS, may_start
+from tests.support.model.queue import SMALL_TOKENS, Next, may_start, next_batch
 from tests.support.serving import call_of, matrices_of, random_batch, random_weights
 
 EXPERTS, HIDDEN, TOP_K = 4, 128, 2
@@ -331,7 +331,7 @@ async def test_an_error_that_nobody_waits_for_any_more_is_no_complaint(
 
 async def test_large_batches_overlap_and_small_ones_grow() -> None:
     backend = OverlappingBackend()
-    large = OVERLAP_TOKENS
+    large = SMALL_TOKENS
     async for rig in serve(backend, max_batch_tokens=large, max_queued_tokens=10 * large):
         sizes = (large, large, large, 1, 2)
         tasks = [submit(rig, 1, batch(tokens, seed=number)) for number, tokens in enumerate(sizes)]
@@ -350,16 +350,47 @@ async def test_large_batches_overlap_and_small_ones_grow() -> None:
     ("under_way", "waiting", "depth", "expected"),
     [
         ([], 1, 1, True),
-        ([1], OVERLAP_TOKENS, 1, False),
-        ([1], OVERLAP_TOKENS - 1, 2, False),
-        ([1], OVERLAP_TOKENS, 2, True),
-        ([OVERLAP_TOKENS], 1, 2, True),
-        ([OVERLAP_TOKENS, 1], OVERLAP_TOKENS, 2, False),
+        ([1], SMALL_TOKENS, 1, False),
+        ([1], SMALL_TOKENS - 1, 2, False),
+        ([1], SMALL_TOKENS, 2, True),
+        ([SMALL_TOKENS], 1, 2, True),
+        ([SMALL_TOKENS, 1], SMALL_TOKENS, 2, False),
     ],
     ids=["idle", "no overlap", "two small ones", "large behind small", "small behind large", "as many as may be"],
 )
 def test_when_the_next_batch_starts(under_way: list[int], waiting: int, depth: int, expected: bool) -> None:
     assert may_start(under_way, waiting, depth) is expected
+
+
+@pytest.mark.parametrize(
+    ("under_way", "express_is_free", "large", "small", "expected"),
+    [
+        ([], True, 0, 1, Next.EXPRESS),
+        ([SMALL_TOKENS] * 2, True, SMALL_TOKENS, 1, Next.EXPRESS),
+        ([SMALL_TOKENS] * 2, False, SMALL_TOKENS, 1, None),
+        ([SMALL_TOKENS], True, 0, SMALL_TOKENS, Next.SMALL),
+        ([SMALL_TOKENS], True, SMALL_TOKENS, 1, Next.EXPRESS),
+        ([SMALL_TOKENS], False, SMALL_TOKENS, SMALL_TOKENS, Next.LARGE),
+        ([SMALL_TOKENS], False, 0, SMALL_TOKENS - 1, None),
+        ([], False, 0, SMALL_TOKENS, Next.SMALL),
+        ([SMALL_TOKENS] * 2, True, 0, 2 * SMALL_TOKENS, Next.EXPRESS),
+    ],
+    ids=[
+        "idle",
+        "beside as many as may be",
+        "one small batch alone",
+        "many small ones in one batch",
+        "small ones before a large one",
+        "a large one before many small ones",
+        "two small ones",
+        "many small ones beside a small one",
+        "many small ones without another place",
+    ],
+)
+def test_what_starts_where_small_requests_wait_apart(
+    under_way: list[int], express_is_free: bool, large: int, small: int, expected: Next | None
+) -> None:
+    assert next_batch(under_way, express_is_free, large, small, depth=2) is expected
 
 
 async def test_closing_refuses_new_requests_and_answers_accepted_ones(gated: tuple[GatedBackend, Rig]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from expertd.proto.base.errors import Overloaded
-from tests.support.model.queue import FairQueue, Job
+from tests.support.model.queue import Job, Queues
 
 LONGEST_DELAY = 5.0
 """Seconds; a server that is this far behind is better judged again then than trusted with a longer estimate."""
@@ -17,7 +17,7 @@ NEWEST_SHARE = 0.1
 class Admission:
     """Bounds on what waits in `queue`: tokens, and bytes of tensors. Who has most of what is short gives way."""
 
-    def __init__(self, queue: FairQueue, max_tokens: int, max_bytes: int) -> None:
+    def __init__(self, queue: Queues, max_tokens: int, max_bytes: int) -> None:
         self._queue = queue
         self._bounds = {"tokens": max_tokens, "bytes": max_bytes}
         self._newest_last: list[Job] = []

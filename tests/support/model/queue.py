@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -123,7 +124,7 @@ def _to_the_end(turns: dict[Hashable, T], name: Hashable) -> None:
         turns[name] = turns.pop(name)
 
 
-OVERLAP_TOKENS = 256
+SMALL_TOKENS = 256
 """A batch smaller than this gains more by growing while another is under way than by overlapping with it."""
 
 
@@ -134,5 +135,61 @@ def may_start(under_way: Sequence[int], waiting_tokens: int, depth: int) -> bool
     """
     if not under_way:
         return True
-    overlaps = min(under_way) >= OVERLAP_TOKENS or waiting_tokens >= OVERLAP_TOKENS
+    overlaps = min(under_way) >= SMALL_TOKENS or waiting_tokens >= SMALL_TOKENS
     return len(under_way) < depth and overlaps
+
+
+class Queues:
+    """All that waits: where an executor has a place for small batches, small jobs apart from the others."""
+
+    def __init__(self, *, express: bool) -> None:
+        self.large, self.small = FairQueue(), FairQueue()
+        self._express = express
+
+    def __contains__(self, job: Job) -> bool:
+        return job in self._of(job)
+
+    @property
+    def tokens(self) -> int:
+        return self.large.tokens + self.small.tokens
+
+    @property
+    def num_bytes(self) -> int:
+        return self.large.num_bytes + self.small.num_bytes
+
+    def put(self, job: Job) -> None:
+        self._of(job).put(job)
+
+    def remove(self, job: Job) -> bool:
+        return self._of(job).remove(job)
+
+    def take(self, what: Next, max_tokens: int) -> list[Job]:
+        if what is Next.LARGE:
+            return self.large.take(max_tokens)
+        return self.small.take(min(max_tokens, SMALL_TOKENS - 1) if what is Next.EXPRESS else max_tokens)
+
+    def _of(self, job: Job) -> FairQueue:
+        return self.small if self._express and job.batch.num_tokens < SMALL_TOKENS else self.large
+
+
+class Next(Enum):
+    """Which waiting requests become a batch."""
+
+    LARGE = auto()
+    SMALL = auto()
+    EXPRESS = auto()
+    """Small ones, into the place that an executor has for them."""
+
+
+def next_batch(under_way: Sequence[int], express_is_free: bool, large: int, small: int, depth: int) -> Next | None:
+    """What starts now, where `small` tokens wait apart from `large` ones.
+
+    `under_way`: tokens of the batches outside the place for small ones. These need not wait for large ones, which in
+    turn do not give way to many of them.
+    """
+    place, many = len(under_way) < depth, small >= SMALL_TOKENS
+    if small and express_is_free and not (many and place):
+        return Next.EXPRESS
+    if large and may_start(under_way, large, depth):
+        return Next.LARGE
+    return Next.SMALL if many and place else None
