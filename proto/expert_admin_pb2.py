@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n expertd/proto/expert_admin.proto\x12\nexpertd.v1\"Z\n\x14UpdateWeightsRequest\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\"V\n\x11ShareCallsRequest\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\"K\n\x15ReleaseWeightsRequest\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\"W\n\x12UpdateShardRequest\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12(\n\x06layers\x18\x02 \x03(\x0b\x32\x18.expertd.v1.LayerExperts\".\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\x8a\x01\n\x13UpdateShardResponse\x12\x12\n\nread_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cready_layers\x18\x03 \x01(\r\x12\x14\n\x0ctotal_layers\x18\x04 \x01(\r\x12\x1e\n\x04\x64one\x18\x05 \x01(\x0b\x32\x10.expertd.v1.Done\"S\n\x04\x44one\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x12\n\noverlap_ns\x18\x02 \x01(\x04\x12\x1e\n\x16next_model_fingerprint\x18\x03 \x01(\t2\xbb\x02\n\x0b\x45xpertAdmin\x12P\n\x0bUpdateShard\x12\x1e.expertd.v1.UpdateShardRequest\x1a\x1f.expertd.v1.UpdateShardResponse0\x01\x12T\n\rUpdateWeights\x12 .expertd.v1.UpdateWeightsRequest\x1a\x1f.expertd.v1.UpdateShardResponse0\x01\x12=\n\nShareCalls\x12\x1d.expertd.v1.ShareCallsRequest\x1a\x10.expertd.v1.Done\x12\x45\n\x0eReleaseWeights\x12!.expertd.v1.ReleaseWeightsRequest\x1a\x10.expertd.v1.Doneb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n expertd/proto/expert_admin.proto\x12\nexpertd.v1\"Z\n\x14UpdateWeightsRequest\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\"V\n\x11ShareCallsRequest\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\"K\n\x15ReleaseWeightsRequest\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\"W\n\x12UpdateShardRequest\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12(\n\x06layers\x18\x02 \x03(\x0b\x32\x18.expertd.v1.LayerExperts\"Z\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12*\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x19.expertd.v1.DeviceExperts\"0\n\rDeviceExperts\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\x8a\x01\n\x13UpdateShardResponse\x12\x12\n\nread_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cready_layers\x18\x03 \x01(\r\x12\x14\n\x0ctotal_layers\x18\x04 \x01(\r\x12\x1e\n\x04\x64one\x18\x05 \x01(\x0b\x32\x10.expertd.v1.Done\"S\n\x04\x44one\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x12\n\noverlap_ns\x18\x02 \x01(\x04\x12\x1e\n\x16next_model_fingerprint\x18\x03 \x01(\t2\xbb\x02\n\x0b\x45xpertAdmin\x12P\n\x0bUpdateShard\x12\x1e.expertd.v1.UpdateShardRequest\x1a\x1f.expertd.v1.UpdateShardResponse0\x01\x12T\n\rUpdateWeights\x12 .expertd.v1.UpdateWeightsRequest\x1a\x1f.expertd.v1.UpdateShardResponse0\x01\x12=\n\nShareCalls\x12\x1d.expertd.v1.ShareCallsRequest\x1a\x10.expertd.v1.Done\x12\x45\n\x0eReleaseWeights\x12!.expertd.v1.ReleaseWeightsRequest\x1a\x10.expertd.v1.Doneb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,11 +40,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATESHARDREQUEST']._serialized_start=305
   _globals['_UPDATESHARDREQUEST']._serialized_end=392
   _globals['_LAYEREXPERTS']._serialized_start=394
-  _globals['_LAYEREXPERTS']._serialized_end=440
-  _globals['_UPDATESHARDRESPONSE']._serialized_start=443
-  _globals['_UPDATESHARDRESPONSE']._serialized_end=581
-  _globals['_DONE']._serialized_start=583
-  _globals['_DONE']._serialized_end=666
-  _globals['_EXPERTADMIN']._serialized_start=669
-  _globals['_EXPERTADMIN']._serialized_end=984
+  _globals['_LAYEREXPERTS']._serialized_end=484
+  _globals['_DEVICEEXPERTS']._serialized_start=486
+  _globals['_DEVICEEXPERTS']._serialized_end=534
+  _globals['_UPDATESHARDRESPONSE']._serialized_start=537
+  _globals['_UPDATESHARDRESPONSE']._serialized_end=675
+  _globals['_DONE']._serialized_start=677
+  _globals['_DONE']._serialized_end=760
+  _globals['_EXPERTADMIN']._serialized_start=763
+  _globals['_EXPERTADMIN']._serialized_end=1078
 # @@protoc_insertion_point(module_scope)

@@ -43,12 +43,22 @@ class UpdateShardRequest(_message.Message):
     def __init__(self, placement_epoch: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
 
 class LayerExperts(_message.Message):
-    __slots__ = ("layer", "experts")
+    __slots__ = ("layer", "experts", "devices")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     layer: int
     experts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceExperts]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., devices: _Optional[_Iterable[_Union[DeviceExperts, _Mapping]]] = ...) -> None: ...
+
+class DeviceExperts(_message.Message):
+    __slots__ = ("number", "experts")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, number: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class UpdateShardResponse(_message.Message):
     __slots__ = ("read_bytes", "total_bytes", "ready_layers", "total_layers", "done")

@@ -77,14 +77,18 @@ class GetShardResponse(_message.Message):
     def __init__(self, model_fingerprint: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[int]] = ..., weight_dtype: _Optional[_Union[DType, str]] = ..., hidden_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., reply_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., backend_reason: _Optional[str] = ..., version: _Optional[str] = ..., locality: _Optional[str] = ..., expert_digests: _Optional[bytes] = ..., has_manifest: _Optional[bool] = ..., instruction_set: _Optional[str] = ..., checkpoint_weight_dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., metrics_address: _Optional[str] = ..., layer_experts: _Optional[_Iterable[_Union[ExpertList, _Mapping]]] = ..., admin_address: _Optional[str] = ..., next_generation: _Optional[_Union[Generation, _Mapping]] = ..., update: _Optional[_Union[UpdateProgress, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ...) -> None: ...
 
 class Device(_message.Message):
-    __slots__ = ("number", "name", "lost")
+    __slots__ = ("number", "name", "lost", "room", "layer_experts")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    ROOM_FIELD_NUMBER: _ClassVar[int]
+    LAYER_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     number: int
     name: str
     lost: bool
-    def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., lost: _Optional[bool] = ...) -> None: ...
+    room: int
+    layer_experts: _containers.RepeatedCompositeFieldContainer[ExpertList]
+    def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., lost: _Optional[bool] = ..., room: _Optional[int] = ..., layer_experts: _Optional[_Iterable[_Union[ExpertList, _Mapping]]] = ...) -> None: ...
 
 class Generation(_message.Message):
     __slots__ = ("model_fingerprint", "expert_digests", "has_manifest", "checkpoint_weight_dtypes", "share")

@@ -19,6 +19,7 @@ from expertd.client.transport.security import ClientSecurity, add_security_argum
 from expertd.proto.base.errors import ExpertdError, error_from_status
 from expertd.proto.codec.admin import (
     ADMIN,
+    DeviceExperts,
     LayerExperts,
     ReleaseRequest,
     ShareRequest,
@@ -58,13 +59,24 @@ def exit_code(name: str, work: Coroutine[Any, Any, None], arguments: argparse.Na
     return 0
 
 
-def update_shard(address: str, security: ClientSecurity, epoch: int, experts: Mapping[int, Sequence[int]]) -> Telling:
+def update_shard(
+    address: str,
+    security: ClientSecurity,
+    epoch: int,
+    experts: Mapping[int, Sequence[int]],
+    devices: Mapping[int, Mapping[int, Sequence[int]]] | None = None,
+) -> Telling:
     """Have the server with this --admin-listen own `experts` of these layers, if its placement is that of `epoch`.
 
-    Tells its progress; the last one has `done`. When it is closed before that, or raises what the server answers, the
-    server owns what it owned.
+    `devices` says of layers which of them each device is to have, by its number; of others the server decides. Tells
+    its progress; the last one has `done`. When it is closed before that, or raises what the server answers, the server
+    owns what it owned.
     """
-    layers = [LayerExperts(layer=layer, experts=owned) for layer, owned in experts.items()]
+    chosen = {
+        layer: [DeviceExperts(number=number, experts=its) for number, its in parts.items()]
+        for layer, parts in (devices or {}).items()
+    }
+    layers = [LayerExperts(layer=layer, experts=its, devices=chosen.get(layer)) for layer, its in experts.items()]
     return _stream(address, security, "UpdateShard", UpdateRequest(placement_epoch=epoch, layers=layers))
 
 

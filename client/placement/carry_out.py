@@ -32,10 +32,11 @@ async def carry_out(
         now = await look_again()
         layer, name = proposal.present.layers[update.row], proposal.present.servers[update.server]
         check(update, layer, name, now)
-        server, experts = now.servers.index(name), np.flatnonzero(update.after).tolist()
+        server, experts = now.servers.index(name), np.flatnonzero(update.after.any(axis=0)).tolist()
         read = 0
-        epoch = now.shards[server].placement_epoch
-        async with aclosing(update_shard(now.admin_address(server), security, epoch, {layer: experts})) as telling:
+        address, epoch = now.admin_address(server), now.shards[server].placement_epoch
+        devices = {layer: now.by_device(server, update.after)}
+        async with aclosing(update_shard(address, security, epoch, {layer: experts}, devices)) as telling:
             async for told in telling:
                 read = told.read_bytes
         yield update, read
@@ -45,10 +46,10 @@ async def carry_out(
 def check(update: Update, layer: int, name: str, now: Present) -> None:
     """Raise `StalePlacement` unless server `name` owns what `update` begins with, and others what it is to give up."""
     held = now.held_of(layer)
-    server = now.servers.index(name) if name in now.servers else None
-    if server is None or (held[server] != update.before).any():
+    rows = now.rows[now.servers.index(name)] if name in now.servers else slice(0)
+    if not np.array_equal(held[rows], update.before):
         raise StalePlacement(f"{name} was changed by somebody else; run it again")
-    alone = update.given & ~np.delete(held, server, axis=0).any(axis=0)
+    alone = update.given & ~np.delete(held, rows, axis=0).any(axis=0)
     if alone.any():
         raise StalePlacement(
             f"layer {layer}: nobody but {name} owns experts {format_ranges(np.flatnonzero(alone).tolist())} any more;"

@@ -1,17 +1,61 @@
-"""The exchange between the most loaded server and another that evens out most for each expert that must be read."""
+"""The exchange between the most loaded device and another that evens out most for each expert that must be read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from expertd.client.placement.packing import POWER, Booleans, Floats, Integers
 
 PARTNERS = 16
-"""Little loaded servers that the most loaded one deals with."""
+"""Little loaded devices that the most loaded one deals with."""
 LEAST = 1e-6
 """Of the unevenness: what an exchange must take away."""
+
+
+def shares(load: Floats, held: Booleans, devices: Integers | None = None) -> Floats:
+    """[experts, devices]: of `load` [experts], whose copies are `held` [experts, devices].
+
+    Servers that have an expert share its load equally, and so do the devices of each that have it. `devices` [servers]
+    is how many each has, in their order; None: one.
+    """
+    if devices is None or len(devices) == held.shape[1]:
+        return np.where(held, (load / np.maximum(held.sum(axis=1), 1))[:, None], 0.0)
+    copies = np.add.reduceat(held, np.cumsum(devices) - devices, axis=1, dtype=np.int64)
+    owners = np.maximum(np.count_nonzero(copies, axis=1), 1)
+    each = (load / owners)[:, None] / np.maximum(copies, 1)
+    return np.where(held, np.repeat(each, devices, axis=1), 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A layer of which something may be exchanged."""
+
+    load: Floats
+    """[experts]"""
+    held: Booleans
+    """[devices, experts]"""
+    slots: Integers
+    """[devices]"""
+    devices: Integers | None = None
+    """[servers], as of `shares`."""
+
+    @cached_property
+    def shares(self) -> Floats:
+        """[experts, devices]"""
+        return shares(self.load, self.held.T, self.devices)
+
+    @cached_property
+    def copies(self) -> Integers:
+        """[experts]"""
+        counts: Integers = self.held.sum(axis=0)
+        return counts
+
+    @property
+    def has_room(self) -> bool:
+        return has_room(self.held, self.slots)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,29 +65,29 @@ class Options:
     experts: Integers
     """[n]"""
     change: Floats
-    """[n, servers]: of their loads."""
+    """[n, devices]: of their loads."""
     cells: tuple[tuple[int, bool], ...] = ()
-    """Servers that begin or cease to hold the expert."""
+    """Devices that begin or cease to hold the expert."""
     moves: float = 0
 
     def apply(self, index: int, held: Booleans) -> None:
-        for server, holds in self.cells:
-            held[server, self.experts[index]] = holds
+        for device, holds in self.cells:
+            held[device, self.experts[index]] = holds
 
 
-def exchange(load: Floats, held: Booleans, slots: Integers) -> Booleans | None:
-    """`held` [servers, experts] after it, for `load` [experts]; None where none is even worth a look.
+def exchange(state: State) -> Booleans | None:
+    """`held` [devices, experts] after it; None where none is even worth a look.
 
-    Unevenness is the sum of load^POWER over the servers. With a free slot, or a copy too many somewhere, whatever is
+    Unevenness is the sum of load^POWER over the devices. With a free slot, or a copy too many somewhere, whatever is
     found can be done without leaving an expert without owner.
     """
-    filled = held @ (load / held.sum(axis=0))
+    filled = state.shares.sum(axis=0)
     full = int(filled.argmax())
     before = float((filled**POWER).sum())
-    others = [server for server in np.argsort(filled, kind="stable") if server != full and slots[server]]
-    pairs = [_alone(load, held, full)]
+    others = [device for device in np.argsort(filled, kind="stable") if device != full and state.slots[device]]
+    pairs = [_alone(state, full)]
     for other in others[:PARTNERS]:
-        pairs += _between(load, held, slots, full, int(other))
+        pairs += _between(state, full, int(other))
     best, most = None, LEAST * before
     for first, second in pairs:
         if not (len(first.experts) and len(second.experts)):
@@ -55,26 +99,10 @@ def exchange(load: Floats, held: Booleans, slots: Integers) -> Booleans | None:
     if best is None:
         return None
     first, second, (one, two) = best
-    result = held.copy()
+    result = state.held.copy()
     first.apply(int(one), result)
     second.apply(int(two), result)
     return result
-
-
-def _alone(load: Floats, held: Booleans, full: int) -> tuple[Options, Options]:
-    """The full server gives up one of several copies; that is no move, but better kept than done for nothing."""
-    return _drops(load, held, full, moves=0.5), _nothing(held)
-
-
-def _between(load: Floats, held: Booleans, slots: Integers, full: int, other: int) -> list[tuple[Options, Options]]:
-    gives = np.flatnonzero(held[full] & ~held[other])
-    takes = np.flatnonzero(held[other] & ~held[full])
-    is_free = bool(held[other].sum() < slots[other])
-    rooms = [_drops(load, held, other), *([_nothing(held)] if is_free else [])]
-    given = [_moves(load, held, gives, full, other), _copies(load, held, gives, other)]
-    # Without a free slot somebody must hold something that it would not keep.
-    taken = _moves(load, held, takes, other, full, moves=1 if is_free else 2)
-    return [*((one, room) for one in given for room in rooms), *([(given[0], taken)] if has_room(held, slots) else [])]
 
 
 def has_room(held: Booleans, slots: Integers) -> bool:
@@ -82,30 +110,37 @@ def has_room(held: Booleans, slots: Integers) -> bool:
     return bool(slots.sum() > held.shape[1])
 
 
-def _nothing(held: Booleans) -> Options:
-    return Options(np.zeros(1, np.int64), np.zeros((1, len(held))))
+def _alone(state: State, full: int) -> tuple[Options, Options]:
+    """The full device gives up one of several copies; that is no move, but better kept than done for nothing."""
+    return _drops(state, full, moves=0.5), _nothing(state)
 
 
-def _moves(load: Floats, held: Booleans, experts: Integers, source: int, target: int, moves: float = 1) -> Options:
-    """Servers that own them as well keep their shares."""
-    share = load[experts] / held[:, experts].sum(axis=0)
-    change = np.zeros((len(experts), len(held)))
-    change[:, source], change[:, target] = -share, share
-    return Options(experts, change, ((source, False), (target, True)), moves)
+def _between(state: State, full: int, other: int) -> list[tuple[Options, Options]]:
+    held = state.held
+    gives, takes = np.flatnonzero(held[full] & ~held[other]), np.flatnonzero(held[other] & ~held[full])
+    is_free = bool(held[other].sum() < state.slots[other])
+    rooms = [_drops(state, other), *([_nothing(state)] if is_free else [])]
+    given = [_moves(state, gives, full, other), _options(state, gives, ((other, True),), 1)]
+    # Without a free slot somebody must hold something that it would not keep.
+    taken = _moves(state, takes, other, full, moves=1 if is_free else 2)
+    return [*((one, room) for one in given for room in rooms), *([(given[0], taken)] if state.has_room else [])]
 
 
-def _copies(load: Floats, held: Booleans, experts: Integers, target: int) -> Options:
-    """All owners share their load with the new one."""
-    copies = held[:, experts].sum(axis=0)
-    change = np.where(held[:, experts].T, (load[experts] / (copies + 1) - load[experts] / copies)[:, None], 0.0)
-    change[:, target] = load[experts] / (copies + 1)
-    return Options(experts, change, ((target, True),), 1)
+def _nothing(state: State) -> Options:
+    return Options(np.zeros(1, np.int64), np.zeros((1, len(state.held))))
 
 
-def _drops(load: Floats, held: Booleans, source: int, moves: float = 0) -> Options:
-    """Experts of which there are other copies, whose owners take over its share."""
-    experts = np.flatnonzero(held[source] & (held.sum(axis=0) > 1))
-    copies = held[:, experts].sum(axis=0)
-    change = np.where(held[:, experts].T, (load[experts] / (copies - 1) - load[experts] / copies)[:, None], 0.0)
-    change[:, source] = -load[experts] / copies
-    return Options(experts, change, ((source, False),), moves)
+def _moves(state: State, experts: Integers, source: int, target: int, moves: float = 1) -> Options:
+    return _options(state, experts, ((source, False), (target, True)), moves)
+
+
+def _drops(state: State, source: int, moves: float = 0) -> Options:
+    """Experts of which there are other copies."""
+    return _options(state, np.flatnonzero(state.held[source] & (state.copies > 1)), ((source, False),), moves)
+
+
+def _options(state: State, experts: Integers, cells: tuple[tuple[int, bool], ...], moves: float) -> Options:
+    after = state.held.T[experts]
+    for device, holds in cells:
+        after[:, device] = holds
+    return Options(experts, shares(state.load[experts], after, state.devices) - state.shares[experts], cells, moves)

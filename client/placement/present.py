@@ -13,10 +13,11 @@ from expertd.client.fleet.ports import TIMEOUT, port_at
 from expertd.client.fleet.survey import Seen, survey
 from expertd.client.placement.assignment import InvalidPlan
 from expertd.client.placement.heat import counts_of, read_heat
+from expertd.client.placement.order import rows_of
 from expertd.client.placement.packing import Booleans, Floats, Integers
 from expertd.client.transport.security import ClientSecurity
 from expertd.kernels.model.config import MoeConfig
-from expertd.proto.codec import ShardInfo
+from expertd.proto.codec import DeviceInfo, ShardInfo
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +29,17 @@ class Present:
     layers: tuple[int, ...]
     """Those that any of them has an expert of."""
     held: Booleans
-    """[layers, servers, experts]"""
+    """[layers, devices, experts]: the devices of each server in order, as `devices_of` has them."""
+
+    @property
+    def devices(self) -> Integers:
+        """[servers]: how many each has."""
+        return np.array([len(devices_of(shard)) for shard in self.shards], np.int64)
+
+    @property
+    def rows(self) -> list[slice]:
+        """Of each server, its devices."""
+        return rows_of(self.devices)
 
     @property
     def expert_bytes(self) -> int:
@@ -37,15 +48,23 @@ class Present:
         return MoeConfig(**shard.config).expert_bytes * shard.weight_dtype.itemsize  # type: ignore[arg-type]
 
     def held_of(self, layer: int) -> Booleans:
-        """[servers, experts]; none of a layer that nobody has."""
+        """[devices, experts]; none of a layer that nobody has."""
         return self.held[self.layers.index(layer)] if layer in self.layers else np.zeros_like(self.held[0])
 
     def slots(self, each: int | None, leaving: Collection[str]) -> Integers:
-        """[layers, servers]: `each`, or as many as a server has of any layer in the layers that it has; none for those
-        that are leaving."""
-        counts = self.held.sum(axis=2)
-        slots = np.where(counts > 0, counts.max(axis=0), 0) if each is None else np.full(counts.shape, each)
-        return np.where([server in leaving for server in self.servers], 0, slots)
+        """[layers, devices]: an equal part of `each` of a server, at most the room that its devices tell; without
+        `each` that room, or else as many as it has of any layer, in the layers that it has. None for those that are
+        leaving."""
+        slots = np.zeros(self.held.shape[:2], np.int64)
+        for name, shard, rows in zip(self.servers, self.shards, self.rows, strict=True):
+            if name not in leaving:
+                slots[:, rows] = _slots(self.held[:, rows].sum(axis=2), [one.room for one in devices_of(shard)], each)
+        return slots
+
+    def by_device(self, server: int, held: Booleans) -> dict[int, list[int]]:
+        """The experts of `held` [devices of it, experts], by the numbers of its devices; empty where it is one."""
+        numbers = [one.number for one in devices_of(self.shards[server]) if one.room]
+        return {number: np.flatnonzero(its).tolist() for number, its in zip(numbers, held, strict=False)}
 
     def admin_address(self, server: int) -> str:
         """Where what it owns is changed. Raises `InvalidPlan`."""
@@ -68,9 +87,19 @@ async def look(servers: Sequence[str], security: ClientSecurity, leaving: Collec
         raise InvalidPlan("no server serves")
     owned = resolve_ownership(told).owned
     layers = tuple(layer for layer in sorted(owned) if owned[layer].any())
-    held = np.array([owned[layer].numpy() for layer in layers], np.bool_)
     names, shards = zip(*told, strict=True)
+    devices = [device for shard in shards for device in devices_of(shard)]
+    held = np.zeros((len(layers), len(devices), shards[0].routed_experts), np.bool_)
+    for place, device in enumerate(devices):
+        for row, layer in enumerate(layers):
+            held[row, place, list(device.experts.get(layer, ()))] = True
     return Present(names, shards, layers, held)
+
+
+def devices_of(shard: ShardInfo) -> tuple[DeviceInfo, ...]:
+    """Those that compute for a server; one that has all where it does not tell of several."""
+    several = tuple(one for one in shard.devices if one.room and not one.lost)
+    return several or (DeviceInfo(0, shard.device, experts=shard.experts),)
 
 
 def _check(seen: Sequence[Seen], here: Collection[str], leaving: Collection[str]) -> None:
@@ -80,6 +109,13 @@ def _check(seen: Sequence[Seen], here: Collection[str], leaving: Collection[str]
     for one in seen:
         if one.address not in here and one.address not in leaving:
             raise InvalidPlan(f"{one.address} does not serve: {one.health}; --leave it, or wait until it does")
+
+
+def _slots(counts: Integers, rooms: Sequence[int], each: int | None) -> Integers:
+    """[layers, devices] of one server that has `counts` [layers, devices] experts; a room of 0 is not told."""
+    if each is not None:
+        return np.array([min(each // len(rooms), room or each) for room in rooms]) * np.ones_like(counts)
+    return np.where(counts.any(axis=1, keepdims=True), np.where(rooms, rooms, counts.max(axis=0)), 0)
 
 
 async def heat_of(present: Present, seconds: float) -> Floats:

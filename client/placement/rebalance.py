@@ -1,4 +1,4 @@
-"""`expertd rebalance`: what should move between running servers, so that their loads are even."""
+"""`expertd rebalance`: what should move between running servers, so that the loads of their devices are even."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slots",
         type=_positive,
         metavar="N",
-        help="experts of each layer that a server can hold (default: as many as it has in any, where it has some)",
+        help="experts of each layer that a server can hold, on several devices in equal parts and at most what each has"
+        " room for (default: that room; without several devices as many as it has in any layer, where it has some)",
     )
     parser.add_argument(
         "--leave",
@@ -225,7 +226,13 @@ def _show(proposal: Proposal, console: Console) -> None:
     for server, name in enumerate(proposal.present.servers[:SHOWN_SERVERS]):
         mine = [update for update in proposal.updates if update.server == server]
         taken, given = sum(int(one.taken.sum()) for one in mine), sum(int(one.given.sum()) for one in mine)
-        table.add_row(name, str(taken), str(given), *(f"{load[server]:.3f}" for load in loads))
+        table.add_row(name, str(taken), str(given), *(_load(load[server]) for load in loads))
     console.print(table)
     if len(proposal.present.servers) > SHOWN_SERVERS:
         console.print(f"and {len(proposal.present.servers) - SHOWN_SERVERS} more servers; --json has them all")
+
+
+def _load(devices: Floats) -> str:
+    """The mean of a server's devices [devices], and the largest, where there are several."""
+    largest = f", busiest device {devices.max():.3f}" if len(devices) > 1 else ""
+    return f"{devices.mean():.3f}{largest}"

@@ -8,6 +8,7 @@ ADMIN = pb.DESCRIPTOR.services_by_name["ExpertAdmin"].full_name
 UpdateRequest = pb.UpdateShardRequest
 UpdateResponse = pb.UpdateShardResponse
 LayerExperts = pb.LayerExperts
+DeviceExperts = pb.DeviceExperts
 UpdateDone = pb.Done
 WeightsRequest = pb.UpdateWeightsRequest
 ShareRequest = pb.ShareCallsRequest

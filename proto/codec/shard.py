@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -55,6 +55,10 @@ class DeviceInfo:
     number: int
     name: str
     lost: bool = False
+    room: int = 0
+    """Experts of a layer, of one of several devices; 0: not told, or as many as its memory holds."""
+    experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """What it has of each layer, of one of several devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +170,13 @@ def encode_shard(shard: ShardInfo) -> pb.GetShardResponse:
         instruction_set=shard.instruction_set,
         next_generation=None if shard.next is None else _encode_generation(shard.next),
         update=None if shard.update is None else pb.UpdateProgress(**asdict(shard.update)),
-        devices=[pb.Device(**asdict(device)) for device in shard.devices],
+        devices=[_encode_device(device, shard.layers) for device in shard.devices],
     )
+
+
+def _encode_device(device: DeviceInfo, layers: Sequence[int]) -> pb.Device:
+    lists = [pb.ExpertList(experts=device.experts.get(layer, ())) for layer in layers] if device.experts else []
+    return pb.Device(number=device.number, name=device.name, lost=device.lost, room=device.room, layer_experts=lists)
 
 
 def _encode_generation(generation: GenerationInfo) -> pb.Generation:
@@ -181,13 +190,14 @@ def _encode_generation(generation: GenerationInfo) -> pb.Generation:
 
 
 def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
-    fields = [field.name for field in pb.ModelConfig.DESCRIPTOR.fields]
+    fields = [one.name for one in pb.ModelConfig.DESCRIPTOR.fields]
+    experts = _decode_experts(message)
     return ShardInfo(
         model_fingerprint=message.model_fingerprint,
         placement_epoch=message.placement_epoch,
         config={name: getattr(message.config, name) for name in fields}
         | {"dense_layers": tuple(message.config.dense_layers)},
-        experts=_decode_experts(message),
+        experts=experts,
         max_tokens_per_request=message.limits.max_tokens_per_request,
         max_message_bytes=message.limits.max_message_bytes,
         max_queued_tokens=message.limits.max_queued_tokens,
@@ -206,7 +216,7 @@ def decode_shard(message: pb.GetShardResponse) -> ShardInfo:
         checkpoint_dtypes=_dtypes(message.checkpoint_weight_dtypes),
         next=_decode_generation(message.next_generation) if message.HasField("next_generation") else None,
         update=_decode_progress(message.update) if message.HasField("update") else None,
-        devices=tuple(DeviceInfo(one.number, one.name, one.lost) for one in message.devices),
+        devices=tuple(_decode_device(one, experts) for one in message.devices),
     )
 
 
@@ -243,9 +253,20 @@ def _decode_experts(message: pb.GetShardResponse) -> dict[int, tuple[int, ...]]:
     return {layer: tuple(one) for layer, one in zip(message.layers, lists, strict=True)}
 
 
+def _decode_device(message: pb.Device, owned: Mapping[int, tuple[int, ...]]) -> DeviceInfo:
+    lists = [tuple(one.experts) for one in message.layer_experts]
+    if lists and len(lists) != len(owned):
+        raise ServerFault(f"device {message.number} tells of {len(lists)} layers; there are {len(owned)}")
+    experts = dict(zip(owned, lists, strict=False))
+    for layer, its in experts.items():
+        if not set(its) <= set(owned[layer]):
+            raise ServerFault(f"layer {layer}: device {message.number} has {list(its)}, which are not all owned")
+    return DeviceInfo(message.number, message.name, message.lost, message.room, experts)
+
+
 def decode_report(message: pb.VerifyShardResponse) -> dict[str, int | float | str | None]:
     """The fields of a report; `expert` is None when it is absent."""
-    fields = {field.name: getattr(message, field.name) for field in pb.VerifyShardResponse.DESCRIPTOR.fields}
+    fields = {one.name: getattr(message, one.name) for one in pb.VerifyShardResponse.DESCRIPTOR.fields}
     return fields | {"expert": message.expert if message.HasField("expert") else None}
 
 

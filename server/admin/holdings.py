@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from functools import partial
 
 from expertd._native import Engine
-from expertd.kernels.model.spread import even_room
+from expertd.kernels.model.spread import Held, even_room
 from expertd.kernels.numerics.backend import UnsupportedShape
 from expertd.kernels.weights.checkpoint import CheckpointError
 from expertd.kernels.weights.experts import layer_bytes, load_layer
@@ -21,6 +21,7 @@ from expertd.server.scheduling.generations import Generation, Generations
 from expertd.server.scheduling.loading import read_again
 from expertd.server.scheduling.node import Device, Node
 from expertd.server.scheduling.selfcheck import SelfCheckFailed
+from expertd.server.scheduling.shard import Shard
 from expertd.server.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ LOOK_SECONDS = 0.01
 """Between two looks whether old weights are still used."""
 Owned = Mapping[int, tuple[int, ...]]
 """Experts by layer."""
+Arranged = Mapping[int, Held]
+"""By layer, which devices have which experts."""
+Chosen = Mapping[int, Mapping[int, tuple[int, ...]]]
+"""By layer, experts by the number of the device that is to have them."""
 Made = dict[int, int]
 """By layer, what the backend knows a new one by."""
 
@@ -86,12 +91,18 @@ class Holdings:
                 await self._drop(key)
 
     async def make(
-        self, source: Generation, changed: Owned, here: Owned, made: Made
+        self, source: Generation, changed: Owned, here: Owned, made: Made, arranged: Arranged
     ) -> AsyncGenerator[UpdateProgress, None]:
         """Have the backend make the layers of `changed`, whose keys are put into `made`, and check them: of `source`'s
-        files, but for what is `here` of its layers."""
+        files, but for what is `here` of its layers. What is not `arranged` the node spreads."""
         checkpoint, dtype = source.checkpoint, source.shard.weight_dtype
-        added = {layer: _without(experts, here.get(layer, ())) for layer, experts in changed.items()}
+        bases = {layer: source.shard.key(layer) if layer in here else None for layer in changed}
+        added = {
+            layer: self._node.lacking(bases[layer], arranged[layer])
+            if layer in arranged
+            else _without(experts, here.get(layer, ()))
+            for layer, experts in changed.items()
+        }
         total = await asyncio.to_thread(_count_bytes, source, added)
         await self._check_memory(changed)
         read = [0]
@@ -107,14 +118,22 @@ class Holdings:
                 loading = partial(load_layer, checkpoint, layer, added[layer], advance, source.ledger.settle, dtype)
                 weights = await asyncio.to_thread(loading)
                 key = made[layer] = next(self._keys)
-                base = source.shard.key(layer) if layer in here else None
-                await self._node.splice(key, layer, base, experts, added[layer], weights)
+                held = arranged.get(layer)
+                await self._node.splice(key, layer, bases[layer], experts, added[layer], weights, held)
                 shares = self._node.shares(key, added[layer] or experts)
                 sample = await asyncio.to_thread(read_again, checkpoint, layer, shares, dtype)
                 await self._node.check(key, sample, serving=True)
             self.progress = UpdateProgress(read[0], total, ready, len(changed))
             yield self.progress
         await asyncio.to_thread(source.ledger.save)
+
+    def arrange(self, wanted: Owned, chosen: Chosen) -> Arranged:
+        """`wanted` of layers as is `chosen` for them. Raises `UnsupportedShape`."""
+        return {layer: self._node.arrange(wanted[layer], its) for layer, its in chosen.items()}
+
+    def arranged(self, shard: Shard) -> Arranged:
+        """As it is of all layers of a shard that is held."""
+        return {layer: self._node.arrangement(shard.key(layer)) for layer in shard.layers}
 
     async def switch(self, generations: Generations) -> float:
         """Answer with other ones from now on. When nobody uses what is not among them any more, it is freed, and the

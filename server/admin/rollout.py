@@ -67,7 +67,9 @@ class Rollout:
             checkpoint = await asyncio.to_thread(_open, folder)
             try:
                 source = await asyncio.to_thread(_generation, checkpoint, held.serving, fingerprint)
-                async with contextlib.aclosing(self._held.make(source, source.shard.experts, {}, made)) as making:
+                arranged = self._held.arranged(held.serving.shard)
+                making = self._held.make(source, source.shard.experts, {}, made, arranged)
+                async with contextlib.aclosing(making):
                     async for progress in making:
                         yield Progress(progress)
                 new = replace(source, shard=replace(source.shard, keys=Made(made)), num_bytes=progress.total_bytes)

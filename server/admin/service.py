@@ -79,8 +79,11 @@ class AdminDoor:
 
     async def _update_shard(self, request: UpdateRequest, context: Context) -> None:
         wanted = {one.layer: tuple(one.experts) for one in request.layers}
+        chosen = {
+            one.layer: {its.number: tuple(its.experts) for its in one.devices} for one in request.layers if one.devices
+        }
         epoch = request.placement_epoch
-        updating = self._updater.run(epoch, wanted)
+        updating = self._updater.run(epoch, wanted, chosen)
         await self._tell("UpdateShard", f"epoch {epoch}: {words(wanted)}", updating, context)
 
     async def _update_weights(self, request: WeightsRequest, context: Context) -> None:

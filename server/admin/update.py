@@ -11,7 +11,7 @@ from expertd.kernels.model.ranges import format_ranges
 from expertd.proto.base.errors import InvalidBatch, ModelMismatch
 from expertd.proto.codec import UpdateProgress
 from expertd.server.admin.counting import counted
-from expertd.server.admin.holdings import Holdings, Made, Owned
+from expertd.server.admin.holdings import Arranged, Chosen, Holdings, Made, Owned
 from expertd.server.scheduling.generations import Generations
 from expertd.server.scheduling.shard import Shard
 
@@ -33,24 +33,27 @@ class Updater:
     def __init__(self, holdings: Holdings) -> None:
         self._held = holdings
 
-    async def run(self, epoch: int, wanted: Owned) -> AsyncGenerator[Progress, None]:
-        """Own `wanted` of its layers, and of all others what is owned at `epoch`.
+    async def run(self, epoch: int, wanted: Owned, chosen: Chosen) -> AsyncGenerator[Progress, None]:
+        """Own `wanted` of its layers, on devices as is `chosen` for some, and of all others what is owned at `epoch`.
 
         Raises `InvalidBatch`, `StalePlacement`, `ModelMismatch`, `Overloaded`, `Unavailable` or `ServerFault`; then, as
         when it is closed before the last `Progress`, nothing has changed.
         """
         with counted(self._held.metrics):
-            async with contextlib.aclosing(self._run(epoch, wanted)) as updating:
+            async with contextlib.aclosing(self._run(epoch, wanted, chosen)) as updating:
                 async for progress in updating:
                     yield progress
 
-    async def _run(self, epoch: int, wanted: Owned) -> AsyncGenerator[Progress, None]:
+    async def _run(self, epoch: int, wanted: Owned, chosen: Chosen) -> AsyncGenerator[Progress, None]:
         async with self._held.changing(epoch) as made:
             serving = self._held.generations.serving
             if self._held.generations.next is not None:
                 raise ModelMismatch("there are two generations of weights; release one before experts move")
-            changed = _changes(serving.shard, wanted)
-            async with contextlib.aclosing(self._held.make(serving, changed, serving.shard.experts, made)) as making:
+            _check(serving.shard, wanted)
+            arranged = self._held.arrange(wanted, chosen)
+            changed = _changes(serving.shard, wanted, self._held.arranged(serving.shard), arranged)
+            making = self._held.make(serving, changed, serving.shard.experts, made, arranged)
+            async with contextlib.aclosing(making):
                 async for progress in making:
                     yield Progress(progress)
             shard = _with(serving.shard, changed, made)
@@ -59,8 +62,8 @@ class Updater:
         yield Progress(progress, overlap)
 
 
-def _changes(shard: Shard, wanted: Owned) -> dict[int, tuple[int, ...]]:
-    """What is wanted of the layers that are to change. Raises `InvalidBatch`."""
+def _check(shard: Shard, wanted: Owned) -> None:
+    """Raise `InvalidBatch` for layers and experts that the model does not have."""
     model = shard.config
     strangers = [layer for layer in wanted if layer not in model.moe_layers]
     if strangers:
@@ -72,7 +75,15 @@ def _changes(shard: Shard, wanted: Owned) -> dict[int, tuple[int, ...]]:
             raise InvalidBatch(
                 f"experts of layer {layer} hold {experts[-1]}; the model's are 0-{model.n_routed_experts - 1}"
             )
-    changed = {layer: experts for layer, experts in wanted.items() if experts != shard.experts.get(layer, ())}
+
+
+def _changes(shard: Shard, wanted: Owned, now: Arranged, then: Arranged) -> dict[int, tuple[int, ...]]:
+    """What is wanted of the layers that are to change. Raises `InvalidBatch`."""
+    changed = {
+        layer: experts
+        for layer, experts in wanted.items()
+        if experts != shard.experts.get(layer, ()) or (layer in then and then[layer] != now.get(layer))
+    }
     if not changed:
         raise InvalidBatch("layers name nothing that would change")
     return changed

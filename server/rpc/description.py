@@ -10,6 +10,7 @@ from expertd.proto.codec import DIGEST_BYTES, DeviceInfo, GenerationInfo, ShardI
 from expertd.server.options.config import Address, ServerConfig
 from expertd.server.scheduling.generations import Generation, Generations
 from expertd.server.scheduling.node import Node
+from expertd.server.scheduling.shard import Shard
 
 
 def describe(config: ServerConfig, serving: Generation, node: Node, backend_reason: str) -> ShardInfo:
@@ -59,7 +60,7 @@ def owning(info: ShardInfo, generations: Generations, node: Node) -> ShardInfo:
         has_manifest=serving.ledger.manifest is not None,
         checkpoint_dtypes=serving.stored,
         next=None if following is None else _next(following, generations.share),
-        devices=_devices(node),
+        devices=_devices(node, serving.shard),
     )
 
 
@@ -73,8 +74,20 @@ def _next(generation: Generation, share: float) -> GenerationInfo:
     )
 
 
-def _devices(node: Node) -> tuple[DeviceInfo, ...]:
-    return tuple(DeviceInfo(one.number, one.backend.device, one.lost is not None) for one in node.devices)
+def _devices(node: Node, shard: Shard | None = None) -> tuple[DeviceInfo, ...]:
+    """With what each of several has, of a `shard` that is loaded."""
+    several = len(node.devices) > 1
+    held = {layer: node.arrangement(shard.key(layer)) for layer in shard.layers} if several and shard else {}
+    return tuple(
+        DeviceInfo(
+            one.number,
+            one.backend.device,
+            one.lost is not None,
+            node.room if several else 0,
+            {} if one.lost else {layer: its[place] for layer, its in held.items()},
+        )
+        for place, one in enumerate(node.devices)
+    )
 
 
 def _digests(generation: Generation) -> bytes:

@@ -93,6 +93,35 @@ class Node:
         held = self.held[layer] = self._spread(layer, experts)
         return held
 
+    def arrange(self, experts: Sequence[int], chosen: Mapping[int, Sequence[int]]) -> Held:
+        """Who has which experts of a layer where that is `chosen`, by the numbers of sound devices. Raises
+        `UnsupportedShape`."""
+        strangers = set(chosen) - {device.number for device in self.sound}
+        if strangers:
+            raise UnsupportedShape(f"devices name {min(strangers)}, which computes nothing here")
+        room = self.room_for(experts)
+        for number, its in chosen.items():
+            if len(its) > room or list(its) != sorted(set(its)):
+                raise UnsupportedShape(f"device {number} is to have {list(its)}; they must ascend, {room} at most")
+        if set().union(*chosen.values()) != set(experts):
+            raise UnsupportedShape(f"devices are to have other experts than {list(experts)}")
+        return tuple(tuple(chosen.get(device.number, ())) for device in self.devices)
+
+    def arrangement(self, key: int) -> Held:
+        """The experts that each device computes of a layer."""
+        return tuple(() if device.lost else its for device, its in zip(self.devices, self.held[key], strict=True))
+
+    def lacking(self, base: int | None, held: Held) -> tuple[int, ...]:
+        """The experts of `held` that a device does not have of layer `base`."""
+        before = self._before(base)
+        new = (expert for its, had in zip(held, before, strict=True) for expert in its if expert not in had)
+        return tuple(sorted({*new}))
+
+    def room_for(self, experts: Sequence[int]) -> int:
+        """How many of a layer's experts each device can have."""
+        # One device says by itself how many it takes.
+        return len(experts) if len(self.devices) == 1 else self.room
+
     async def load(self, key: int, experts: Sequence[int], weights: LayerWeights) -> None:
         """Take an assigned layer from host memory, each device its experts, all at once. Raises `UnsupportedShape`."""
         await asyncio.gather(
@@ -110,20 +139,19 @@ class Node:
         experts: Sequence[int],
         added: Sequence[int],
         weights: LayerWeights,
+        held: Held | None = None,
     ) -> None:
         """Make another layer, of `experts`: what is not `added`, as `weights`, is `base`'s. Beside everything else.
 
-        Raises `UnsupportedShape`.
+        `held` says who is to have which, where that was decided. Raises `UnsupportedShape`.
         """
         sound = [place for place, device in enumerate(self.devices) if device.lost is None]
-        before = ((),) * len(self.devices) if base is None else self.held[base]
+        before = self._before(base)
         try:
-            if base is None and len(sound) == len(self.devices):
+            if held is None and base is None and len(sound) == len(self.devices):
                 held = self._spread(layer, experts)
-            else:
-                # One device says by itself how many it takes.
-                room = len(experts) if len(self.devices) == 1 else self.room
-                held = respread(before, experts, room, sound)
+            elif held is None:
+                held = respread(before, experts, self.room_for(experts), sound)
         except ValueError as error:
             raise UnsupportedShape(str(error)) from None
         self.held[key] = held
@@ -133,7 +161,7 @@ class Node:
                 continue
             kept = {at: had.index(expert) for at, expert in enumerate(its) if expert in had}
             new = part_of(weights, places(added, [expert for expert in its if expert not in had]))
-            await asyncio.to_thread(self.devices[place].backend.splice_layer, key, base, kept, new)
+            await asyncio.to_thread(self.devices[place].backend.splice_layer, key, base if kept else None, kept, new)
 
     async def drop(self, key: int) -> None:
         """Forget a layer, which no batch uses any more."""
@@ -179,13 +207,13 @@ class Node:
     def parts(self, key: int) -> list[tuple[tuple[int, ...], LayerAddresses]]:
         """By device, the experts that it computes of a layer, and where it has them."""
         return [
-            (() if device.lost else its, device.backend.layer_addresses(key))
-            for device, its in zip(self.devices, self.held[key], strict=True)
+            (its, device.backend.layer_addresses(key))
+            for device, its in zip(self.devices, self.arrangement(key), strict=True)
         ]
 
     def computable(self, key: int) -> set[int]:
         """The experts of a layer that a sound device has."""
-        return {expert for its, _ in self.parts(key) for expert in its}
+        return {expert for its in self.arrangement(key) for expert in its}
 
     def check_sign(self, device: Device) -> None:
         """Raise what a device met."""
@@ -202,12 +230,15 @@ class Node:
         if self._executor is not None:
             self._executor.lose(self.devices.index(device), hangs=hangs)
 
+    def _before(self, base: int | None) -> Held:
+        return ((),) * len(self.devices) if base is None else self.held[base]
+
     def _spread(self, layer: int, experts: Sequence[int]) -> Held:
         loads = self._loads.get(layer)
         return spread(
             experts,
             len(self.devices),
-            len(experts) if len(self.devices) == 1 else self.room,
+            self.room_for(experts),
             None if loads is None else [loads[expert] for expert in experts],
         )
 

@@ -12,11 +12,12 @@ from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base import errors
 from expertd.proto.base.errors import ExpertdError, InvalidBatch, Overloaded, ServerFault, error_from_status
-from expertd.proto.codec import ExecuteCall, ExecuteResult, RawRequest, RawResponse, ShardInfo, StageTimings
+from expertd.proto.codec import DeviceInfo, ExecuteCall, ExecuteResult, RawRequest, RawResponse, ShardInfo, StageTimings
 from expertd.proto.codec.schema import REQUEST, RESPONSE, MessageSchema
 from tests.support.model.messages import decode_call, encode_result
 
 WIDTH, TOP_K = 256, 4
+NONE, ONE = pb.ExpertList(), pb.ExpertList(experts=[1])
 
 
 def example_call(hidden_dtype: torch.dtype, tokens: int = 3) -> ExecuteCall:
@@ -153,6 +154,10 @@ def test_a_shard_survives_the_wire() -> None:
         shard = replace(shard, experts=experts)
         message = codec.encode_shard(shard).SerializeToString()
         assert codec.decode_shard(codec.ShardResponse.FromString(message)) == shard
+    several = DeviceInfo(0, "gpu", room=2, experts={3: (), 4: (5,)}), DeviceInfo(1, "gpu", lost=True, room=2)
+    shard = replace(shard, experts={3: (1,), 4: (5,)}, devices=several)
+    message = codec.encode_shard(shard).SerializeToString()
+    assert codec.decode_shard(codec.ShardResponse.FromString(message)) == shard
     for served, stored, told in (
         (torch.float8_e4m3fn, (torch.float4_e2m1fn_x2,), "fp8 of mxfp4"),
         (torch.float8_e4m3fn, (torch.float8_e4m3fn, torch.bfloat16), "fp8 of bf16"),
@@ -166,10 +171,15 @@ def test_a_shard_survives_the_wire() -> None:
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"layer_experts": [pb.ExpertList()]}, "layer_experts has 1 lists; there are 2 layers"),
+        ({"layer_experts": [NONE]}, "layer_experts has 1 lists; there are 2 layers"),
         ({"layers": [4, 3]}, r"layers are \[4, 3\]; they must ascend"),
         ({"experts": [1, 1]}, r"experts are \[1, 1\]; they must ascend"),
         ({"experts": [256]}, "experts hold 256; the model has 256"),
+        ({"devices": [pb.Device(layer_experts=[NONE])]}, "device 0 tells of 1 layers; there are 2"),
+        (
+            {"devices": [pb.Device(number=5, layer_experts=[NONE, ONE])]},
+            r"layer 4: device 5 has \[1\], .* not all owned",
+        ),
     ],
 )
 def test_owned_experts_that_cannot_be_are_a_servers_fault(fields: dict[str, Any], complaint: str) -> None:

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd.client.placement.assignment import InvalidPlan
-from expertd.client.placement.exchanges import _alone, _between, exchange
+from expertd.client.placement.exchanges import State, _alone, _between, exchange
 from expertd.client.placement.moves import EVEN, WORTH, loads_of, replan, walk
 from expertd.client.placement.packing import Booleans, Floats, Integers
 
-Case = tuple[Floats, Booleans, Integers]
+Case = tuple[Floats, Booleans, Integers, Integers]
+"""Loads, what devices have, their slots, and how many devices each server has."""
 
 
 def halves(servers: int, experts: int) -> Booleans:
@@ -22,28 +23,29 @@ def halves(servers: int, experts: int) -> Booleans:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Loads with zeros and ties; placements with lost experts, full servers, and servers that are to leave."""
-    servers, experts = draw(st.integers(1, 5)), draw(st.integers(1, 10))
+    """Loads with zeros and ties; placements with lost experts, full devices, and some that are to leave."""
+    devices = np.array(draw(st.lists(st.integers(1, 3), min_size=1, max_size=4)))
+    count, experts = devices.sum(), draw(st.integers(1, 10))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    held = random.random((servers, experts)) < draw(st.sampled_from([0.1, 0.4, 0.8]))
-    slots = np.where(random.random(servers) < 0.2, 0, random.integers(1, 5, servers))
+    held = random.random((count, experts)) < draw(st.sampled_from([0.1, 0.4, 0.8]))
+    slots = np.where(random.random(count) < 0.2, 0, random.integers(1, 5, count))
     slots[-1] += max(0, experts - slots.sum())
     load = np.floor(random.random(experts) * 4) * random.random(experts)
-    return load * draw(st.sampled_from([0.0, 1.0, 1e9])), held, slots
+    return load * draw(st.sampled_from([0.0, 1.0, 1e9])), held, slots, devices
 
 
 @settings(max_examples=300, deadline=None)
 @given(cases())
 def test_placements_are_whole_and_fit_and_each_is_more_even(case: Case) -> None:
-    load, present, slots = case
-    path = walk(load, present, slots)
+    load, present, slots, devices = case
+    path = walk(load, present, slots, devices)
     for held in path.held:
         assert held.any(axis=0).all()
         assert (held.sum(axis=1) <= slots).all()
     assert list(path.moves) == [int((held & ~present).sum()) for held in path.held]
-    chosen = replan(load[None], present[None], slots[None])[0]
+    chosen = replan(load[None], present[None], slots[None], devices=devices)[0]
     spent = int((chosen & ~present).sum()) - path.moves[0]
-    start, end = (loads_of(load, held).max() for held in (path.held[0], chosen))
+    start, end = (loads_of(load, held, devices).max() for held in (path.held[0], chosen))
     mean = load.sum() / max(np.count_nonzero(slots), 1)
     assert end <= start - spent * WORTH * mean * (1 - 1e-9)
 
@@ -51,29 +53,30 @@ def test_placements_are_whole_and_fit_and_each_is_more_even(case: Case) -> None:
 @settings(max_examples=300, deadline=None)
 @given(cases())
 def test_an_exchange_does_what_it_was_chosen_for(case: Case) -> None:
-    load, present, slots = case
-    held = walk(load, present, slots).held[0]
-    after = exchange(load, held, slots)
+    load, present, slots, devices = case
+    held = walk(load, present, slots, devices).held[0]
+    after = exchange(State(load, held, slots, devices))
     if after is not None:
-        before, then = (np.sort((loads_of(load, one) / load.sum()) ** 8).sum() for one in (held, after))
+        before, then = (np.sort((loads_of(load, one, devices) / load.sum()) ** 8).sum() for one in (held, after))
         assert then < before
 
 
 @settings(max_examples=200, deadline=None)
 @given(cases())
 def test_what_an_exchange_changes_is_what_it_is_weighed_by(case: Case) -> None:
-    load, present, slots = case
-    held = walk(load, present, slots).held[0]
-    full, *others = np.argsort(-loads_of(load, held)).tolist()
-    pairs = [_alone(load, held, full)]
-    pairs += [pair for other in others if slots[other] for pair in _between(load, held, slots, full, other)]
+    load, present, slots, devices = case
+    held = walk(load, present, slots, devices).held[0]
+    full, *others = np.argsort(-loads_of(load, held, devices)).tolist()
+    state = State(load, held, slots, devices)
+    pairs = [_alone(state, full)]
+    pairs += [pair for other in others if slots[other] for pair in _between(state, full, other)]
     for first, second in pairs:
         for one, two in itertools.product(range(len(first.experts)), range(len(second.experts))):
             after = held.copy()
             first.apply(one, after)
             second.apply(two, after)
-            weighed = loads_of(load, held) + first.change[one] + second.change[two]
-            np.testing.assert_allclose(loads_of(load, after), weighed, atol=1e-9 * load.sum())
+            weighed = loads_of(load, held, devices) + first.change[one] + second.change[two]
+            np.testing.assert_allclose(loads_of(load, after, devices), weighed, atol=1e-9 * load.sum())
             assert (after.sum(axis=1) <= slots).all()
             assert after.any(axis=0).all()
 
@@ -85,6 +88,26 @@ def test_a_hot_expert_is_copied_and_nothing_else_moves() -> None:
     assert (after & ~present)[:, 1:].sum() == 0
     assert after[:, 0].sum() == 4
     assert (after & ~present).sum() == 3
+
+
+def test_servers_share_what_they_both_have_and_so_do_devices_of_each() -> None:
+    """The first expert is twice on the first server, and once on the second one."""
+    held = np.array([[True, True], [True, False], [True, False], [False, False]])
+    load, devices = np.array([8.0, 1.0]), np.array([2, 2])
+    assert loads_of(load, held, devices).tolist() == [3, 2, 4, 0]
+    assert (
+        loads_of(load, held[:, :1] & held, np.array([2, 1, 1])).tolist()
+        == loads_of(load, held, np.array([2, 1, 1])).tolist()
+    )
+
+
+def test_a_hot_expert_is_copied_among_devices_and_cold_ones_leave_its_own() -> None:
+    heat, present = np.array([6.0, 1, 1, 1, 1, 1, 1, 1]), halves(4, 8)
+    (after,) = replan(heat[None], present[None], np.full((1, 4), 3), devices=np.array([2, 2]))
+    loads = [loads_of(heat, held, np.array([2, 2])) for held in (present, after)]
+    assert loads[0].max() == 7
+    assert loads[1].max() < 4.01
+    assert (after.sum(axis=1) <= 3).all()
 
 
 def test_even_loads_are_left_alone() -> None:
