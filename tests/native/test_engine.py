@@ -186,11 +186,11 @@ def test_order_and_bounds_are_those_of_the_python_queue(seed: int, identities: s
         settle(engine, clock)
         # Those whose answers are given room by other threads come after what started behind them.
         come = [executor.fetch() for _ in model.under_way[len(batches) :]]
-        for tokens, (first, *_), _ in model.under_way[len(batches) :]:
-            job = model.jobs[first]
-            kind = tokens, job.layer, job.batch.expert_ids.shape[1], codec.DTYPE_CODES[job.reply_dtype]
+        for tokens, numbers, _ in model.under_way[len(batches) :]:
+            job = model.jobs[numbers[0]]
+            wanted = (tokens, job.layer, job.batch.expert_ids.shape[1], codec.DTYPE_CODES[job.reply_dtype])
             kinds = [(batch.tokens, batch.weights_key, batch.top_k, batch.sums_dtype) for batch in come]
-            batches.append(come.pop(kinds.index(kind)))
+            batches.append(come.pop(kinds.index(wanted)))
         assert engine.queued_tokens == model.queue.tokens
         assert engine.queued_bytes == model.queue.num_bytes
         assert [batch.tokens for batch in batches] == [tokens for tokens, _, _ in model.under_way]
