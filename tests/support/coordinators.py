@@ -1,8 +1,10 @@
 """What coordinators are asked in tests, and the oracle's answers; servers are those of the small model."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,10 +14,11 @@ from expertd.client.coordinator import Coordinator
 from expertd.client.transport.segment import Segment
 from expertd.client.transport.shared_memory import HOST, SharedMemoryTransport
 from expertd.kernels.numerics.backend import TokenBatch
-from expertd.kernels.oracle.reference import reference_partials
+from expertd.kernels.oracle.reference import reference_partials, relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import load_layer
 
+T = TypeVar("T")
 LAYER, HIDDEN, EXPERTS, TOP_K = 1, 256, 16, 4
 EXACT = CoordinatorConfig(hidden_dtype=torch.bfloat16, reply_dtype=torch.float32, output_dtype=torch.float32)
 QUICK = replace(EXACT, connect_timeout=1.0)
@@ -49,6 +52,16 @@ async def on_stream(moe: Coordinator, *tensors: Tensor, layer: int = LAYER) -> T
 
 def expected(model: Path, seed: int = 0, count: int = 20) -> Tensor:
     return oracle(model, tokens(count, seed), *routing(count, seed))
+
+
+async def right_until(done: asyncio.Task[T], moe: Coordinator, right: Tensor, holds: Callable[[], bool]) -> T:
+    """What is `done`; until then, and once more, calls are answered like `right`, as `expected` is, and it `holds`."""
+    while not done.done():
+        assert relative_error(await call(moe), right) < 1e-5
+        assert holds()
+        await asyncio.sleep(0.001)
+    assert relative_error(await call(moe), right) < 1e-5
+    return await done
 
 
 def segments_of(transport: SharedMemoryTransport) -> list[Segment]:

@@ -17,10 +17,9 @@ from expertd.client.placement.carry_out import carry_out
 from expertd.client.placement.present import Present, look
 from expertd.client.placement.proposal import Proposal, propose
 from expertd.client.transport.security import ClientSecurity
-from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import StalePlacement
 from expertd.server.app import Server
-from tests.support.coordinators import LAYER, QUICK, expected, routing, tokens
+from tests.support.coordinators import QUICK, expected, right_until
 from tests.support.fleets import addresses, running_servers
 from tests.support.serving import ANY_PORT, running_server
 
@@ -56,22 +55,13 @@ async def test_experts_move_by_one_command_and_no_call_notices(
     (tmp_path / "token").write_text("secret\n")
     options = {"admin_listen": ANY_PORT, "admin_token_file": tmp_path / "token"}
     command = ["--loads", str(tmp_path / "loads.json"), "--slots", str(SLOTS), "--apply", "--pause", "0.01"]
-    ids, weights = routing(20)
-    right = expected(small_model)
     async with running_servers(small_model, SHARDS, **options) as servers:
         assert await asyncio.to_thread(main, ["rebalance", *addresses(servers), *command]) == 1
         assert "authorization is missing" in capsys.readouterr().err
         command += ["--admin-token-file", str(tmp_path / "token")]
         async with Coordinator(addresses(servers), PATIENT) as moe:
             moving = asyncio.create_task(asyncio.to_thread(main, ["rebalance", *addresses(servers), *command]))
-            while not moving.done():
-                output = await moe(LAYER, tokens(20), topk_ids=ids, topk_weights=weights)
-                assert relative_error(output, right) < 1e-5
-                assert is_whole(servers)
-                await asyncio.sleep(0.001)
-            assert await moving == 0
-            output = await moe(LAYER, tokens(20), topk_ids=ids, topk_weights=weights)
-            assert relative_error(output, right) < 1e-5
+            assert await right_until(moving, moe, expected(small_model), lambda: is_whole(servers)) == 0
         printed = capsys.readouterr().out
         assert all(len(experts) <= SLOTS for one in servers for experts in one.shard.experts.values())
         moves = int(printed.split(" experts to read")[0].split()[-1])

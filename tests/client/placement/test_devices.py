@@ -19,7 +19,7 @@ from expertd.client.transport.security import ClientSecurity
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.codec import DeviceInfo, ShardInfo
 from expertd.server.app import Server
-from tests.support.coordinators import LAYER, QUICK, expected, routing, tokens
+from tests.support.coordinators import LAYER, QUICK, expected, right_until, routing, tokens
 from tests.support.fleets import addresses
 from tests.support.serving import ANY_PORT, running_server
 
@@ -76,17 +76,9 @@ async def test_devices_become_more_even_and_no_call_notices(
     assert [len(one["after"]) for one in plan["device_loads"].values()] == [4, 2, 1]
     before = await loads_of_devices(servers)
     assert before == pytest.approx([load for one in plan["device_loads"].values() for load in one["before"]])
-    ids, weights = routing(20)
-    right = expected(small_model)
     async with Coordinator(addresses(servers), PATIENT) as moe:
         moving = asyncio.create_task(asyncio.to_thread(main, [*command, "--apply"]))
-        while not moving.done():
-            output = await moe(LAYER, tokens(20), topk_ids=ids, topk_weights=weights)
-            assert relative_error(output, right) < 1e-5
-            assert has_all(servers)
-            await asyncio.sleep(0.001)
-        assert await moving == 0
-        assert relative_error(await moe(LAYER, tokens(20), topk_ids=ids, topk_weights=weights), right) < 1e-5
+        assert await right_until(moving, moe, expected(small_model), lambda: has_all(servers)) == 0
     printed = capsys.readouterr().out
     assert "balancedness of 7 devices" in printed
     assert "busiest device" in printed
