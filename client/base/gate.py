@@ -43,7 +43,9 @@ def load_gates(checkpoint: Checkpoint, layers: Iterable[int]) -> dict[int, Gate]
         table = None if name is None or name not in checkpoint else _read_table(checkpoint, name)
         return Gate(
             weight=checkpoint.read(family.gate_weight(layer), (experts, width), torch.bfloat16, torch.float32),
-            correction_bias=bias(layer) if family.has_correction_bias and table is None else torch.zeros(experts),
+            correction_bias=bias(layer)
+            if family.has_correction_bias and table is None
+            else torch.zeros(experts, dtype=torch.float32),
             table=table,
         )
 

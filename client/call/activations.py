@@ -35,7 +35,7 @@ class Activations:
                 check_finite(tokens)
             return
         hidden = self._hidden = torch.empty(tokens.shape, dtype=FP8)
-        scales = self._scales = torch.empty(num_tokens, self.width // BLOCK)
+        scales = self._scales = torch.empty(num_tokens, self.width // BLOCK, dtype=torch.float32)
 
         def quantize(rows: slice) -> None:
             if not quantize_into(tokens[rows], hidden[rows], scales[rows]):

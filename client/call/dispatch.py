@@ -107,7 +107,7 @@ def renormalize(sums: Tensor, ids: Tensor, weights: Tensor, missing: Sequence[Wo
     `ids` and `weights` [T, k] are the whole call's. A token that lost all its experts keeps zeros. The number of tokens
     that lost an expert.
     """
-    lost = torch.zeros(len(ids))
+    lost = torch.zeros(len(ids), dtype=torch.float32)
     affected = torch.zeros(len(ids), dtype=torch.bool)
     for part in missing:
         lost.index_add_(0, part.tokens, part.weights.sum(dim=1))
@@ -167,7 +167,7 @@ def combine(out: Tensor, contributions: Sequence[Contribution]) -> None:
     if not out.is_cuda:
         sum_into(out, [Addend(part.sums, torch.from_numpy(part.rows), scales=part.scales) for part in contributions])
         return
-    total = torch.zeros(out.shape, device=out.device)
+    total = torch.zeros(out.shape, device=out.device, dtype=torch.float32)
     for part in contributions:
         rows = _index(part.rows)
         if isinstance(rows, slice):

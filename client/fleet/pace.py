@@ -90,7 +90,7 @@ class Pace:
             hidden=torch.zeros(1, width, dtype=torch.bfloat16),
             scales=None,
             expert_ids=torch.tensor([[expert]], dtype=torch.int32),
-            weights=torch.zeros(1, 1),
+            weights=torch.zeros(1, 1, dtype=torch.float32),
             reply_dtype=torch.bfloat16,
             timeout=TRIAL_TIMEOUT,
         )

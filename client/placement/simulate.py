@@ -105,7 +105,9 @@ def plot(simulations: list[Simulation], file: Path) -> None:
 
 def _routed(config: MoeConfig, ranks: torch.Tensor, zipf: float, tokens: int, generator: torch.Generator) -> Integers:
     """[T, k] expert ids of random tokens: a sigmoid of Gumbel noise over log popularity."""
-    noise = -torch.log(-torch.log(torch.rand(tokens, config.n_routed_experts, generator=generator)))
+    noise = -torch.log(
+        -torch.log(torch.rand(tokens, config.n_routed_experts, generator=generator, dtype=torch.float32))
+    )
     logits = noise - zipf * ranks.log()
-    ids, _ = route(logits, torch.zeros(config.n_routed_experts), config)
+    ids, _ = route(logits, torch.zeros(config.n_routed_experts, dtype=torch.float32), config)
     return ids.numpy().astype(np.int64)

@@ -85,7 +85,7 @@ class StreamCalls:
         numbers = sorted(set(chosen.unique().tolist()))
         members = [self._caller.membership.members[number] for number in numbers]
         # Has the device's context made, and made this thread's.
-        torch.zeros(1, device=self._device)
+        torch.zeros(1, device=self._device, dtype=torch.float32)
         lanes = await self._open_all(members, terms)
         owners = torch.searchsorted(torch.tensor(numbers), chosen).to(torch.int32)
         if self._terms is None:
@@ -239,7 +239,7 @@ class StreamCalls:
         for tokens in {1, terms.sizes[-1]}:
             hidden = torch.zeros(tokens, terms.width, dtype=torch.bfloat16, device=self._device)
             ids = torch.full((tokens, terms.top_k), -1, device=self._device)
-            weights = torch.zeros(tokens, terms.top_k, device=self._device)
+            weights = torch.zeros(tokens, terms.top_k, device=self._device, dtype=torch.float32)
             for kind in (torch.int32, torch.int64):
                 self._launch(0, hidden, ids.to(kind), weights, torch.empty_like(hidden))
         self.synchronize()

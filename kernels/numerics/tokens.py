@@ -107,7 +107,7 @@ def count_pairs(ids: Tensor) -> dict[int, int]:
 def sum_into(out: Tensor, parts: Sequence[Addend]) -> None:
     """Write to each row of `out` [T, H] of any float dtype its parts, added in FP32 to 0 in the order of `parts`."""
     if out.dtype not in (torch.bfloat16, torch.float32):
-        total = torch.empty(out.shape)
+        total = torch.empty(out.shape, dtype=torch.float32)
         sum_into(total, parts)
         out.copy_(total)
         return

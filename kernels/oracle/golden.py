@@ -87,24 +87,30 @@ def expert_batch(config: MoeConfig, layer: int, expert: int, seed: int) -> Token
     """Tokens for one expert (its global id): `TOKENS_PER_BLOCK` for each block of hidden states, then dense ones."""
     generator = _generator(seed, layer, expert)
     blocks = config.hidden_size // BLOCK
-    hidden = torch.zeros(blocks, TOKENS_PER_BLOCK, blocks, BLOCK)
+    hidden = torch.zeros(blocks, TOKENS_PER_BLOCK, blocks, BLOCK, dtype=torch.float32)
     each = torch.arange(blocks)
     # Of the same length as dense tokens.
-    hidden[each, :, each] = torch.randn(blocks, TOKENS_PER_BLOCK, BLOCK, generator=generator) * math.sqrt(blocks)
-    dense = torch.randn(DENSE_TOKENS, config.hidden_size, generator=generator)
+    hidden[each, :, each] = torch.randn(
+        blocks, TOKENS_PER_BLOCK, BLOCK, generator=generator, dtype=torch.float32
+    ) * math.sqrt(blocks)
+    dense = torch.randn(DENSE_TOKENS, config.hidden_size, generator=generator, dtype=torch.float32)
     stored, scales = quantize_activations(torch.cat([hidden.view(-1, config.hidden_size), dense]))
     ids = torch.full((len(stored), 1), expert, dtype=torch.int32)
-    return TokenBatch(stored, scales, ids, torch.rand(len(stored), 1, generator=generator) + 0.5)
+    return TokenBatch(stored, scales, ids, torch.rand(len(stored), 1, generator=generator, dtype=torch.float32) + 0.5)
 
 
 def layer_batch(config: MoeConfig, layer: int, experts: Sequence[int], seed: int) -> TokenBatch:
     """Tokens that each go to several of `experts` (global ids), up to the model's top-k."""
     generator = _generator(seed, layer, config.n_routed_experts)
-    stored, scales = quantize_activations(torch.randn(LAYER_TOKENS, config.hidden_size, generator=generator))
+    stored, scales = quantize_activations(
+        torch.randn(LAYER_TOKENS, config.hidden_size, generator=generator, dtype=torch.float32)
+    )
     top_k = min(config.num_experts_per_tok, len(experts))
-    chosen = torch.rand(LAYER_TOKENS, len(experts), generator=generator).argsort(dim=1)[:, :top_k]
+    chosen = torch.rand(LAYER_TOKENS, len(experts), generator=generator, dtype=torch.float32).argsort(dim=1)[:, :top_k]
     ids = torch.tensor(experts, dtype=torch.int32)[chosen]
-    return TokenBatch(stored, scales, ids, torch.rand(LAYER_TOKENS, top_k, generator=generator) + 0.5)
+    return TokenBatch(
+        stored, scales, ids, torch.rand(LAYER_TOKENS, top_k, generator=generator, dtype=torch.float32) + 0.5
+    )
 
 
 def expert_reference(batch: TokenBatch, expert: int, matrices: ExpertMatrices) -> Tensor:

@@ -48,7 +48,7 @@ async def verify(
     # A coroutine's own steps must be short: it may share its event loop with requests.
     for layer, chosen in experts.items():
         mixed = await asyncio.to_thread(layer_batch, config, layer, chosen, seed)
-        expected = torch.zeros(mixed.hidden.shape)
+        expected = torch.zeros(mixed.hidden.shape, dtype=torch.float32)
         for expert in chosen:
             batch = await asyncio.to_thread(expert_batch, config, layer, expert, seed)
             matrices = await asyncio.to_thread(read_expert, checkpoint, layer, expert, dtype)

@@ -103,9 +103,9 @@ def load_layer(
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     weights = LayerWeights(
         up_gate=torch.empty(len(experts), 2 * inner, hidden, dtype=dtype),
-        up_gate_scales=torch.ones(len(experts), 2 * inner // BLOCK, hidden // BLOCK),
+        up_gate_scales=torch.ones(len(experts), 2 * inner // BLOCK, hidden // BLOCK, dtype=torch.float32),
         down=torch.empty(len(experts), hidden, inner, dtype=dtype),
-        down_scales=torch.ones(len(experts), hidden // BLOCK, inner // BLOCK),
+        down_scales=torch.ones(len(experts), hidden // BLOCK, inner // BLOCK, dtype=torch.float32),
         swiglu_limit=config.swiglu_limit,
     )
 

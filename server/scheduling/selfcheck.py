@@ -29,9 +29,13 @@ def self_check(backend: Backend, layer: int, experts: Mapping[int, ExpertMatrice
     worst = 0.0
     for local, matrices in experts.items():
         generator = torch.Generator().manual_seed(layer)
-        hidden, scales = quantize_activations(torch.randn(FEW_TOKENS, matrices.down.shape[0], generator=generator))
+        hidden, scales = quantize_activations(
+            torch.randn(FEW_TOKENS, matrices.down.shape[0], generator=generator, dtype=torch.float32)
+        )
         ids = torch.full((FEW_TOKENS, 1), local, dtype=torch.int32)
-        batch = TokenBatch(hidden, scales, ids, torch.rand(FEW_TOKENS, 1, generator=generator) + 0.5)
+        batch = TokenBatch(
+            hidden, scales, ids, torch.rand(FEW_TOKENS, 1, generator=generator, dtype=torch.float32) + 0.5
+        )
         if serving:
             sums = backend.compute_beside(layer, batch)
         else:

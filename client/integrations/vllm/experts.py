@@ -95,7 +95,7 @@ class RemoteMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def create_weights(self, layer: RemoteExperts, *_: object, **__: object) -> None:
         """Only their names, which some models' loaders look for."""
         for name in WEIGHTS if layer.quant_config is None else (*WEIGHTS, *SCALES):
-            nothing: Any = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+            nothing: Any = torch.nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
             nothing.weight_loader = _pass_over
             layer.register_parameter(name, nothing)
         self.layer = extract_layer_index(layer.layer_name)

@@ -66,7 +66,7 @@ class FastLayer:
         self._workspace = Workspace.allocate(max_tokens, max_top_k, weights, MAX_TILE_ROWS, device)
         width = self._shape.hidden_size
         self._quantized = torch.empty(max_tokens, width, dtype=FP8, device=device)
-        self._scales = torch.empty(max_tokens, width // BLOCK, device=device)
+        self._scales = torch.empty(max_tokens, width // BLOCK, device=device, dtype=torch.float32)
 
     def compute(self, weights: LayerWeights, batch: TokenBatch, sums: Tensor, pairs: Tensor) -> None:
         for launches in self._launches(weights, batch, sums, pairs, 1):

@@ -69,7 +69,7 @@ def capture_adders(executor: CudaExecutor, devices: int, width: int, device: tor
     """Give an executor what adds up the sums of any number of `devices`, of replies of all dtypes."""
     for count in range(2, min(devices, MOST_PARTS) + 1):
         for dtype in (torch.bfloat16, torch.float32):
-            parts = [torch.zeros(1, width, device=device) for _ in range(count)]
+            parts = [torch.zeros(1, width, device=device, dtype=torch.float32) for _ in range(count)]
             out = torch.empty(1, width, dtype=dtype, device=device)
             launch = add_parts(parts, out)
             with torch.cuda.stream(torch.cuda.Stream(device)):

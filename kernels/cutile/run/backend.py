@@ -153,7 +153,7 @@ class CutileBackend:
             scales = None if request.scales is None else request.scales.to(self._device)
             ids, factors = request.expert_ids.to(self._device), request.weights.to(self._device)
             batch = TokenBatch(request.hidden.to(self._device), scales, ids, factors)
-            sums = torch.empty(request.hidden.shape, device=self._device)
+            sums = torch.empty(request.hidden.shape, device=self._device, dtype=torch.float32)
             pairs = torch.empty(weights.num_experts, dtype=torch.int32, device=self._device)
             kernels.compute(weights, batch, sums, pairs)
             return sums.cpu()
