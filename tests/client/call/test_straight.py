@@ -297,7 +297,10 @@ async def test_awaited_calls_of_many_tokens_go_on_threads(
         del results
         # What is given up ends at once, on its thread as with its servers.
         gate = Gate(servers[1])
-        given_up = [asyncio.create_task(moe.execute(**routed(7))) for _ in range(3)]
+        given_up = [asyncio.create_task(moe.execute(**routed(7)))]
+        await until(lambda: bool(gate.reached))
+        # Those wait: together they would have been one batch.
+        given_up += [asyncio.create_task(moe.execute(**routed(7))) for _ in range(2)]
         await until(lambda: servers[1].engine.queued_tokens > 0)
         for task in given_up:
             task.cancel()
