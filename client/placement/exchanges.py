@@ -47,16 +47,6 @@ class State:
         """[experts, devices]"""
         return shares(self.load, self.held.T, self.devices)
 
-    @cached_property
-    def copies(self) -> Integers:
-        """[experts]"""
-        counts: Integers = self.held.sum(axis=0)
-        return counts
-
-    @property
-    def has_room(self) -> bool:
-        return has_room(self.held, self.slots)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Options:
@@ -123,7 +113,10 @@ def _between(state: State, full: int, other: int) -> list[tuple[Options, Options
     given = [_moves(state, gives, full, other), _options(state, gives, ((other, True),), 1)]
     # Without a free slot somebody must hold something that it would not keep.
     taken = _moves(state, takes, other, full, moves=1 if is_free else 2)
-    return [*((one, room) for one in given for room in rooms), *([(given[0], taken)] if state.has_room else [])]
+    return [
+        *((one, room) for one in given for room in rooms),
+        *([(given[0], taken)] if has_room(held, state.slots) else []),
+    ]
 
 
 def _nothing(state: State) -> Options:
@@ -136,7 +129,8 @@ def _moves(state: State, experts: Integers, source: int, target: int, moves: flo
 
 def _drops(state: State, source: int, moves: float = 0) -> Options:
     """Experts of which there are other copies."""
-    return _options(state, np.flatnonzero(state.held[source] & (state.copies > 1)), ((source, False),), moves)
+    experts = np.flatnonzero(state.held[source] & (state.held.sum(axis=0) > 1))
+    return _options(state, experts, ((source, False),), moves)
 
 
 def _options(state: State, experts: Integers, cells: tuple[tuple[int, bool], ...], moves: float) -> Options:

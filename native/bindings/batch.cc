@@ -93,9 +93,7 @@ void bind_batch(py::module_& module) {
       .def("finish", &PyBatch::finish)
       .def("fail", &PyBatch::fail, py::arg("text"), py::kw_only(), py::arg("device_failed") = false);
 
-  py::class_<Executor, std::shared_ptr<Executor>>(module, "Executor")
-      .def_property_readonly("depth", &Executor::depth)
-      .def_property_readonly("has_express", &Executor::has_express);
+  py::class_<Executor, std::shared_ptr<Executor>>(module, "Executor").def_property_readonly("depth", &Executor::depth);
 
   py::class_<CallbackExecutor, Executor, std::shared_ptr<CallbackExecutor>>(module, "CallbackExecutor")
       .def(py::init<size_t, bool>(), py::arg("depth"), py::kw_only(), py::arg("express") = false)

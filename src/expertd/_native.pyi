@@ -410,10 +410,6 @@ class Executor:
     def depth(self) -> int:
         """Batches that may be under way at once."""
 
-    @property
-    def has_express(self) -> bool:
-        """Whether one of fewer than 256 tokens may be beside those."""
-
 class Failpoints:
     """Faults on purpose, by kind; `Engine.use_failpoints` has them strike. Any thread may use it."""
 
@@ -650,7 +646,9 @@ def response_id(response: bytes) -> int | None:
 class CallbackExecutor(Executor):
     """Batches for Python's threads."""
 
-    def __init__(self, depth: int, *, express: bool = False) -> None: ...
+    def __init__(self, depth: int, *, express: bool = False) -> None:
+        """`express`: whether a batch of fewer than 256 tokens may be under way beside `depth` others."""
+
     def fetch(self) -> Batch | None:
         """Wait for a batch; None after `interrupt`."""
 
