@@ -18,6 +18,7 @@ from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from expertd.proto.base.garbage import spared_imports
 from tests.support.families import CONFIGS, SMALL, FamilyFolders, write_family
 from tests.support.markers import fence_stands, fenced
+from tests.support.wrong import EXIT_CODE, FOUND
 
 # Threads that wait for each other by spinning take the processor from the servers under test.
 torch.set_num_threads(1)
@@ -62,6 +63,18 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Failures are read at once: a long run that is cut off has no summary."""
     if report.failed and fence_stands():
         print(f"\n{report.nodeid} failed in its {report.when}:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The Makefile tries once more what failed beside other tests, but not this."""
+    if FOUND:
+        session.exitstatus = EXIT_CODE
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for what in FOUND:
+        terminalreporter.line(f"wrong result: {what}")
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ from expertd.kernels.oracle.reference import reference_partials, relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import load_layer
 from expertd.proto.base.errors import ExpertdError
+from tests.support.wrong import wrong
 
 TOLERANCE = 1e-5
 """Of results whose activations and replies are not rounded; anything lost or doubled differs by far more."""
@@ -207,9 +208,9 @@ class CheckedLoad:
         except Exception as error:
             report.violations.append(f"unexplained: {type(error).__name__}: {error}")
         else:
-            wrong = relative_error(result.output, case.right)
-            if not is_right(wrong) or result.degraded_tokens:
-                report.violations.append(f"layer {case.layer}, {len(case.ids)} tokens: error {wrong:.2e}")
+            off = relative_error(result.output, case.right)
+            if not is_right(off) or result.degraded_tokens:
+                report.violations.append(wrong(f"layer {case.layer}, {len(case.ids)} tokens: error {off:.2e}"))
             report.right += 1
             report.retries += result.effort.retries
             report.failovers += result.effort.failovers

@@ -15,6 +15,7 @@ from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import ExpertdError
 from expertd.proto.codec import ExecuteCall, ShardInfo
 from tests.chaos.load import Case, is_right
+from tests.support.wrong import wrong
 
 
 class Offers:
@@ -46,7 +47,10 @@ class Offers:
             self.outcomes[type(error).__name__] += 1
         else:
             self.outcomes["ok"] += 1
-            self.wrong += not is_right(relative_error(result.partials, case.right))
+            off = relative_error(result.partials, case.right)
+            if not is_right(off):
+                self.wrong += 1
+                wrong(f"layer {case.layer}, {len(case.ids)} tokens: error {off:.2e}")
 
     async def peak(self, seconds: float, callers: int = 6) -> float:
         """Answers a second, with so many requests at once: choose as many as the server's queue takes."""

@@ -17,6 +17,7 @@ from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.oracle.reference import reference_partials, relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import load_layer
+from tests.support.wrong import wrong
 
 T = TypeVar("T")
 LAYER, HIDDEN, EXPERTS, TOP_K = 1, 256, 16, 4
@@ -57,11 +58,16 @@ def expected(model: Path, seed: int = 0, count: int = 20) -> Tensor:
 async def right_until(done: asyncio.Task[T], moe: Coordinator, right: Tensor, holds: Callable[[], bool]) -> T:
     """What is `done`; until then, and once more, calls are answered like `right`, as `expected` is, and it `holds`."""
     while not done.done():
-        assert relative_error(await call(moe), right) < 1e-5
+        await _is_right(moe, right)
         assert holds()
         await asyncio.sleep(0.001)
-    assert relative_error(await call(moe), right) < 1e-5
+    await _is_right(moe, right)
     return await done
+
+
+async def _is_right(moe: Coordinator, right: Tensor) -> None:
+    off = relative_error(await call(moe), right)
+    assert off < 1e-5, wrong(f"relative error {off}")
 
 
 def segments_of(transport: SharedMemoryTransport) -> list[Segment]:

@@ -19,6 +19,7 @@ from expertd.proto.base.errors import ExpertdError
 from expertd.proto.codec import DTYPE_CODES, REPLY_DTYPES, ExecuteResult
 from expertd.proto.lane.layout import aligned, lay_out
 from tests.support.native.placements import placement_of
+from tests.support.wrong import wrong
 
 WIDTH, EXPERTS, TOP_K, LAYER = 128, 4, 2, 1
 LAYERS = (LAYER, 3)
@@ -31,6 +32,9 @@ Place = tuple[int, int]
 
 class WrongAnswer(AssertionError):
     """A flipped bit became an answer."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(wrong(what))
 
 
 def flip(memory: memoryview | bytearray, at: int, chance: random.Random) -> None:

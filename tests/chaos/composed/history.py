@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.chaos.composed.schedule import NEXT, shard_of
+from tests.chaos.scale import scaled
 
 RIGHT, WRONG, HUNG = "right", "wrong", "hung"
 ALLOWED = frozenset({"Unavailable", "DeadlineExceeded", "Overloaded", "ServerFault", "StalePlacement"})
 """Errors of calls while experts have no sound owner."""
-RECOVERY = 4.0
-"""Seconds from the end of a fault until its victim counts as sound again: found, asked, used."""
+RECOVERY = scaled(4.0, 10.0)
+"""Seconds from the end of a fault until its victim counts as sound again: found, asked, used. The short version runs on
+machines that do other things, too."""
 LONGEST_CALL = 10.0
 """Seconds, whatever happens; `schedule` has no fault that lasts longer."""
 MOST_REPEATS = 8

@@ -27,6 +27,7 @@ from tests.chaos.composed.schedule import NEXT, Fault, Plan, shard_of
 from tests.chaos.composed.speakers import Speaker
 from tests.chaos.composed.stage import Models, Stage, fingerprint_of
 from tests.chaos.load import Case
+from tests.support.wrong import wrong
 
 CALLERS = 2
 """Of each coordinator."""
@@ -138,7 +139,8 @@ class Trial:
             error = speaker.error(result, case)
             outcome, repeats = RIGHT, result.effort.retries + result.effort.hedges
             if error is not None:
-                outcome, detail = WRONG, f"relative error {error:.2e} from {[one.address for one in result.servers]}"
+                outcome = WRONG
+                detail = wrong(f"relative error {error:.2e} from {[one.address for one in result.servers]}")
         except TimeoutError:
             outcome = HUNG
         except Exception as failure:

@@ -26,6 +26,7 @@ from tests.chaos.load import CONFIG, Case, is_right, make_cases
 from tests.chaos.moves.administered import ADMIN, look
 from tests.chaos.scale import scaled
 from tests.support.families import SMALL
+from tests.support.wrong import wrong
 
 SWITCHES, KILLS, ROLLOUTS = scaled(100, 20), scaled(20, 3), scaled(20, 1)
 CALLERS, CALLS = 4, 6
@@ -98,7 +99,7 @@ class GenerationLoad:
             if is_right(off):
                 self.used[result.model_fingerprint] += 1
             else:
-                self.wrong.append(f"error {off:.2e} from what {result.model_fingerprint} makes of it")
+                self.wrong.append(wrong(f"error {off:.2e} from what {result.model_fingerprint} makes of it"))
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from expertd.proto.base.errors import ExpertdError
 from tests.chaos.fleet import Fleet
 from tests.chaos.load import TOLERANCE
 from tests.support.coordinators import EXACT, LAYER, oracle, routing, tokens
+from tests.support.wrong import wrong
 
 SHARDS = ("0-7", "0-7", "8-15", "8-15")
 BLOWS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
@@ -94,7 +95,7 @@ class Caller(threading.Thread):
         if off < TOLERANCE:
             report.right += 1
         else:
-            report.wrong.append(f"relative error {off}")
+            report.wrong.append(wrong(f"relative error {off}"))
 
 
 async def strike(model: Path, folder: Path, blows: int, device: str, seed: int = 0) -> Report:
