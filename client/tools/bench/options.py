@@ -119,7 +119,7 @@ def _obstacles(arguments: argparse.Namespace) -> Iterator[str]:
         if (getattr(arguments, option) or 128) % 128:
             yield f"{_spelt(option)} {getattr(arguments, option)}: weights are in blocks of 128"
     if arguments.no_experts and (arguments.callers or len(arguments.servers or ()) > 1):
-        yield "--no-experts is for one caller and one server"
+        yield "--no-experts is for one caller, without --callers, and one server"
     if arguments.servers is not None:
         for option in ("servers_of_its_own", "model", "hidden_size", "intermediate_size", "devices"):
             if getattr(arguments, option) is not None:

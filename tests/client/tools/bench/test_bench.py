@@ -44,7 +44,7 @@ def test_every_transport_and_the_lane_alone_are_measured(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("more", [("--callers", "2"), ("--servers", "a:1", "b:1")])
 def test_it_is_for_one_caller_and_one_server(more: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "serve", "--no-experts", *more]) == 2
-    assert "--no-experts is for one caller and one server" in capsys.readouterr().err
+    assert "--no-experts is for one caller, without --callers, and one server" in capsys.readouterr().err
 
 
 def test_calls_for_nothing_have_all_tokens_and_no_expert() -> None:
