@@ -36,9 +36,6 @@ class Cuda:
         """Undo `register` before the memory is unmapped."""
         torch.cuda.cudart().cudaHostUnregister(_address(memory))
 
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
     def open(self, descriptor: int, size: int) -> GpuMemory:
         """Map a caller's memory. To be closed on the device thread, too, after the last batch that uses it."""
         return GpuMemory.open(descriptor, size, self.device)
@@ -63,7 +60,7 @@ class Gpu:
         """Let a GPU copy from and to `memory` directly. Raises `ServerFault`."""
         if (cuda := self.cuda) is None:
             return None
-        release: list[Callable[[], object]] = [cuda.synchronize]
+        release: list[Callable[[], object]] = [self._synchronize]
         # In steps: while CUDA pins a GiB, nothing is launched.
         for piece in pieces_of(memory):
             code = await self._node.chores.call(partial(cuda.register, piece))
@@ -72,6 +69,11 @@ class Gpu:
                 raise ServerFault(f"the segment's {len(memory)} bytes cannot be pinned: CUDA error {code}")
             release.append(partial(cuda.unregister, piece))
         return release
+
+    def _synchronize(self) -> None:
+        """Each has copied for itself."""
+        for device in self._node.sound:
+            device.backend.synchronize()
 
     async def open(self, descriptor: int, size: int) -> GpuMemory:
         """Map a caller's memory of this GPU; its `close` gives it back. Raises `InvalidBatch`."""

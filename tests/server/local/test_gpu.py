@@ -67,5 +67,40 @@ async def test_memory_is_pinned_in_steps_that_copies_are_cut_at_and_all_or_nothi
     node.stop()
 
 
+class Awaited(TorchBackend):
+    """Notes that somebody waits for it."""
+
+    def __init__(self, name: str, events: list[str]) -> None:
+        super().__init__()
+        self._name = name
+        self._events = events
+
+    def synchronize(self) -> None:
+        self._events.append(self._name)
+
+
+class Noted(Limited):
+    """Notes when memory is given back."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__(most=1)
+        self._events = events
+
+    def unregister(self, memory: memoryview) -> None:
+        self._events.append("unregistered")
+
+
+async def test_every_sound_device_is_waited_for_before_memory_is_given_back() -> None:
+    events: list[str] = []
+    node = Node({number: Awaited(f"device {number}", events) for number in range(3)}, most=1)
+    node.start()
+    gpu = Gpu(node, Noted(events))
+    release = await gpu.pin(memoryview(bytearray(4096)))
+    node.lose(node.devices[0], "it is lost")
+    await gpu.release(release)
+    assert events == ["device 1", "device 2", "unregistered"]
+    node.stop()
+
+
 def address_of(memory: memoryview) -> int:
     return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()

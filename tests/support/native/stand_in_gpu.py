@@ -99,8 +99,6 @@ class StandInCuda(Cuda):
 
     def unregister(self, memory: memoryview) -> None: ...
 
-    def synchronize(self) -> None: ...
-
     def open(self, descriptor: int, size: int) -> GpuMemory:
         return cast(GpuMemory, StandInMemory.open(descriptor, size, self.device))
 
