@@ -17,7 +17,7 @@ COMPUTING := $(addprefix tests/,kernels/cutile kernels/model kernels/numerics ke
   client/tools/test_ports.py docs native/node native/test_build.py native/test_cuda.py native/test_rules.py native/test_wheels.py \
   system/deploy system/test_demo.py)
 # What fails, mostly for want of processors, is run once more when there is nothing beside it. But not a wrong result: the
-# exit code of that is another one (tests/support/wrong.py).
+# exit code of that is another one (tests/support/fence/wrong.py).
 FAILED := .pytest_cache/failed
 PYTEST_COMPUTING := $(BIN)/pytest -rs -o timeout=1800 -o cache_dir=$(FAILED)/computing $(COMPUTING)
 PYTEST_WAITING := $(BIN)/pytest -rs -o cache_dir=$(FAILED)/waiting $(COMPUTING:%=--ignore=%)

@@ -17,8 +17,8 @@ import torch
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from expertd.proto.base.garbage import spared_imports
 from tests.support.families import CONFIGS, SMALL, FamilyFolders, write_family
-from tests.support.markers import fence_stands, fenced
-from tests.support.wrong import EXIT_CODE, FOUND
+from tests.support.fence.markers import fence_stands, fenced
+from tests.support.fence.wrong import EXIT_CODE, FOUND
 
 # Threads that wait for each other by spinning take the processor from the servers under test.
 torch.set_num_threads(1)

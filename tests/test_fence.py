@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.markers import NEEDS_GPU, fence_stands
+from tests.support.fence.markers import NEEDS_GPU, fence_stands
 
 ROOT = Path(__file__).parents[1]
 TESTS = f"""

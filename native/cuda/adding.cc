@@ -35,6 +35,7 @@ std::shared_ptr<PeerAdder> PeerAdder::make(const std::vector<std::shared_ptr<Exe
     if (code != kCudaPeerAccessEnabled) one.driver().check(code);
     return true;
   });
+  gpus.front()->enter();  // what a thread that uses devices otherwise has
   return std::shared_ptr<PeerAdder>(new PeerAdder(std::move(gpus)));
 }
 
@@ -43,9 +44,8 @@ PeerAdder::~PeerAdder() {
 }
 
 bool PeerAdder::takes(const Batch& batch, size_t devices) const {
-  return std::all_of(devices_.begin(), devices_.end(), [&](const auto& device) {
-    return device->adder(devices, batch.first().sums_dtype(), 0) != nullptr;
-  });
+  return std::all_of(devices_.begin(), devices_.end(),
+                     [&](const auto& device) { return device->adder(devices, batch.first().sums_dtype()) != nullptr; });
 }
 
 void PeerAdder::start(Batch* whole, std::vector<std::pair<size_t, const Batch*>> parts, uint64_t now_ns) {
@@ -68,8 +68,7 @@ void PeerAdder::launch(Adding& adding, Share& share, uint32_t first, uint32_t en
   try {
     gpu.enter();
     share.launched = true;
-    gpu.bay(share.bay).add(*adding.whole, first, end, bays,
-                           *gpu.adder(bays.size(), adding.whole->first().sums_dtype(), share.bay),
+    gpu.bay(share.bay).add(*adding.whole, first, end, bays, *gpu.adder(bays.size(), adding.whole->first().sums_dtype()),
                            gpu.options().piece_bytes, gpu.copier());
   } catch (const DeviceError& error) {
     fail(adding, share.device, error.what());
@@ -123,7 +122,7 @@ Batch* PeerAdder::poll(uint64_t now_ns, size_t* failed_device) {
         longest = std::max(longest, seconds);
     }
     whole->seconds.copy_out = longest;
-    took_ns_[std::bit_width(whole->tokens)] = std::max<uint64_t>(1, static_cast<uint64_t>(longest * 1e9));
+    if (longest > 0) took_ns_[std::bit_width(whole->tokens)] = static_cast<uint64_t>(longest * 1e9);
     under_way_.erase(adding);
     return whole;
   }
@@ -142,6 +141,16 @@ uint64_t PeerAdder::due_ns() const {
     if (!due || its < due) due = its;
   }
   return due;
+}
+
+void PeerAdder::forsake(size_t device) {
+  for (Adding& adding : under_way_) {
+    for (Share& share : adding.shares) {
+      if (share.device != device || share.ended) continue;
+      share.ended = true;
+      fail(adding, device, "the device hangs (while it added)");
+    }
+  }
 }
 
 void PeerAdder::release(size_t device, const Batch& part) { devices_[device]->release(part.bay); }

@@ -29,6 +29,7 @@ class PeerAdder final : public Adder {
   void start(Batch* whole, std::vector<std::pair<size_t, const Batch*>> parts, uint64_t now_ns) override;
   Batch* poll(uint64_t now_ns, size_t* failed_device) override;
   uint64_t due_ns() const override;
+  void forsake(size_t device) override;
   void release(size_t device, const Batch& part) override;
 
  private:

@@ -275,11 +275,11 @@ Addresses Bay::addresses_of(size_t part) const {
   return at;
 }
 
-void Bay::add(const Batch& whole, uint32_t first, uint32_t end, const std::vector<const Bay*>& bays, Graph& graph,
+void Bay::add(const Batch& whole, uint32_t first, uint32_t end, const std::vector<const Bay*>& bays, LoneKernel& adder,
               size_t piece_bytes, Copier* copier) {
   const size_t row = layout_.shape.hidden_size * size_of(whole.first().sums_dtype());
   copier_ = copier;
-  // What came in is not needed any more, and has room for half of the rows at their widest.
+  // What came in is not needed any more. There is room for half of the rows at their widest.
   outward_ = device_in_.get();
   ticket_++;
   words()[1] = 0;
@@ -304,9 +304,7 @@ void Bay::add(const Batch& whole, uint32_t first, uint32_t end, const std::vecto
     for (size_t i = 0; i < bays.size(); i++)
       at[static_cast<size_t>(Name::kPart) + i] = bays[i]->device_out_.get() + part * layout_.outward_bytes() +
                                                  layout_.sums() + (begin - parts_[part].first) * layout_.sums_row();
-    graph.resize(until - begin);
-    graph.bind(at);
-    graph.launch(out_stream().get());
+    adder.launch(at, until - begin, out_stream());
   }
   for (Piece& piece : out_.pieces) move_out(piece);
   mark(marks_[5], out_stream());

@@ -87,7 +87,7 @@ class Bay {
   bool feed(Steps& steps);
   // Adds rows `first` to `end` of what is kept of a batch here and in other `bays`, this one among them, and moves them
   // to where the `whole` batch wants them: from then on it ends, and is fetched, like any. Throws `DeviceError`.
-  void add(const Batch& whole, uint32_t first, uint32_t end, const std::vector<const Bay*>& bays, Graph& graph,
+  void add(const Batch& whole, uint32_t first, uint32_t end, const std::vector<const Bay*>& bays, LoneKernel& adder,
            size_t piece_bytes, Copier* copier);
   // Seconds of adding and copying out, if they can be told.
   bool read_added(double* seconds) const;

@@ -46,46 +46,49 @@ inline constexpr int kHostAddressesOfRegistered = 91;
 
 // Names and arguments, as cuda.h has them at `kDriverVersion`.
 inline constexpr int kDriverVersion = 12040;
-#define EXPERTD_DRIVER_CALLS(CALL)                                                               \
-  CALL(cuInit, (unsigned flags))                                                                 \
-  CALL(cuDeviceGet, (int* device, int ordinal))                                                  \
-  CALL(cuDeviceGetAttribute, (int* value, int attribute, int device))                            \
-  CALL(cuDevicePrimaryCtxRetain, (void** context, int device))                                   \
-  CALL(cuDevicePrimaryCtxRelease, (int device))                                                  \
-  CALL(cuDeviceCanAccessPeer, (int* can, int device, int peer))                                  \
-  CALL(cuCtxEnablePeerAccess, (void* peer, unsigned flags))                                      \
-  CALL(cuCtxSetCurrent, (void* context))                                                         \
-  CALL(cuGetErrorName, (int code, const char** name))                                            \
-  CALL(cuGetErrorString, (int code, const char** text))                                          \
-  CALL(cuMemAlloc, (DevicePointer * memory, size_t bytes))                                       \
-  CALL(cuMemFree, (DevicePointer memory))                                                        \
-  CALL(cuMemHostAlloc, (void** memory, size_t bytes, unsigned flags))                            \
-  CALL(cuMemFreeHost, (void* memory))                                                            \
-  CALL(cuMemcpyHtoDAsync, (DevicePointer to, const void* from, size_t bytes, void* stream))      \
-  CALL(cuMemcpyDtoHAsync, (void* to, DevicePointer from, size_t bytes, void* stream))            \
-  CALL(cuMemcpyDtoDAsync, (DevicePointer to, DevicePointer from, size_t bytes, void* stream))    \
-  CALL(cuMemcpy2DAsync, (const Copy2D* copy, void* stream))                                      \
-  CALL(cuStreamCreateWithPriority, (void** stream, unsigned flags, int priority))                \
-  CALL(cuStreamDestroy, (void* stream))                                                          \
-  CALL(cuStreamQuery, (void* stream))                                                            \
-  CALL(cuStreamWaitEvent, (void* stream, void* event, unsigned flags))                           \
-  CALL(cuStreamWriteValue32, (void* stream, DevicePointer to, uint32_t value, unsigned flags))   \
-  CALL(cuEventCreate, (void** event, unsigned flags))                                            \
-  CALL(cuEventDestroy, (void* event))                                                            \
-  CALL(cuEventRecord, (void* event, void* stream))                                               \
-  CALL(cuEventQuery, (void* event))                                                              \
-  CALL(cuEventElapsedTime, (float* milliseconds, void* begin, void* end))                        \
-  CALL(cuGraphClone, (void** clone, void* graph))                                                \
-  CALL(cuGraphDestroy, (void* graph))                                                            \
-  CALL(cuGraphGetNodes, (void* graph, void** nodes, size_t* count))                              \
-  CALL(cuGraphNodeGetType, (void* node, int* type))                                              \
-  CALL(cuGraphKernelNodeGetParams, (void* node, KernelNodeParams* params))                       \
-  CALL(cuGraphInstantiateWithFlags, (void** exec, void* graph, unsigned long long flags))        \
-  CALL(cuGraphExecDestroy, (void* exec))                                                         \
-  CALL(cuGraphExecKernelNodeSetParams, (void* exec, void* node, const KernelNodeParams* params)) \
-  CALL(cuGraphUpload, (void* exec, void* stream))                                                \
-  CALL(cuGraphLaunch, (void* exec, void* stream))                                                \
-  CALL(cuFuncGetParamInfo, (void* function, size_t index, size_t* offset, size_t* bytes))        \
+#define EXPERTD_DRIVER_CALLS(CALL)                                                                             \
+  CALL(cuInit, (unsigned flags))                                                                               \
+  CALL(cuDeviceGet, (int* device, int ordinal))                                                                \
+  CALL(cuDeviceGetAttribute, (int* value, int attribute, int device))                                          \
+  CALL(cuDevicePrimaryCtxRetain, (void** context, int device))                                                 \
+  CALL(cuDevicePrimaryCtxRelease, (int device))                                                                \
+  CALL(cuDeviceCanAccessPeer, (int* can, int device, int peer))                                                \
+  CALL(cuCtxEnablePeerAccess, (void* peer, unsigned flags))                                                    \
+  CALL(cuCtxSetCurrent, (void* context))                                                                       \
+  CALL(cuGetErrorName, (int code, const char** name))                                                          \
+  CALL(cuGetErrorString, (int code, const char** text))                                                        \
+  CALL(cuMemAlloc, (DevicePointer * memory, size_t bytes))                                                     \
+  CALL(cuMemFree, (DevicePointer memory))                                                                      \
+  CALL(cuMemHostAlloc, (void** memory, size_t bytes, unsigned flags))                                          \
+  CALL(cuMemFreeHost, (void* memory))                                                                          \
+  CALL(cuMemcpyHtoDAsync, (DevicePointer to, const void* from, size_t bytes, void* stream))                    \
+  CALL(cuMemcpyDtoHAsync, (void* to, DevicePointer from, size_t bytes, void* stream))                          \
+  CALL(cuMemcpyDtoDAsync, (DevicePointer to, DevicePointer from, size_t bytes, void* stream))                  \
+  CALL(cuMemcpy2DAsync, (const Copy2D* copy, void* stream))                                                    \
+  CALL(cuStreamCreateWithPriority, (void** stream, unsigned flags, int priority))                              \
+  CALL(cuStreamDestroy, (void* stream))                                                                        \
+  CALL(cuStreamQuery, (void* stream))                                                                          \
+  CALL(cuStreamWaitEvent, (void* stream, void* event, unsigned flags))                                         \
+  CALL(cuStreamWriteValue32, (void* stream, DevicePointer to, uint32_t value, unsigned flags))                 \
+  CALL(cuEventCreate, (void** event, unsigned flags))                                                          \
+  CALL(cuEventDestroy, (void* event))                                                                          \
+  CALL(cuEventRecord, (void* event, void* stream))                                                             \
+  CALL(cuEventQuery, (void* event))                                                                            \
+  CALL(cuEventElapsedTime, (float* milliseconds, void* begin, void* end))                                      \
+  CALL(cuGraphClone, (void** clone, void* graph))                                                              \
+  CALL(cuGraphDestroy, (void* graph))                                                                          \
+  CALL(cuGraphGetNodes, (void* graph, void** nodes, size_t* count))                                            \
+  CALL(cuGraphNodeGetType, (void* node, int* type))                                                            \
+  CALL(cuGraphKernelNodeGetParams, (void* node, KernelNodeParams* params))                                     \
+  CALL(cuGraphInstantiateWithFlags, (void** exec, void* graph, unsigned long long flags))                      \
+  CALL(cuGraphExecDestroy, (void* exec))                                                                       \
+  CALL(cuGraphExecKernelNodeSetParams, (void* exec, void* node, const KernelNodeParams* params))               \
+  CALL(cuGraphUpload, (void* exec, void* stream))                                                              \
+  CALL(cuGraphLaunch, (void* exec, void* stream))                                                              \
+  CALL(cuLaunchKernel,                                                                                         \
+       (void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, \
+        unsigned block_z, unsigned shared_bytes, void* stream, void** arguments, void** extra))                \
+  CALL(cuFuncGetParamInfo, (void* function, size_t index, size_t* offset, size_t* bytes))                      \
   CALL(cuKernelGetParamInfo, (void* kernel, size_t index, size_t* offset, size_t* bytes))
 
 // What the device or its driver refused: "the device failed: CUDA_ERROR_X: text", of a call with its file and line.

@@ -41,6 +41,8 @@ CudaExecutor::CudaExecutor(const Driver& driver, Options options, std::shared_pt
         outward = std::max(outward, its.parts * largest.outward_bytes());
       }
     }
+    // What is added of several devices' sums goes out from there.
+    inward = std::max(inward, pieces(most_tokens(i), 2) * layout(0, Dtype::kBFloat16, Dtype::kFloat32).sums_row());
     bays_.emplace_back(driver, streams_, inward, outward);
   }
   copier_->on_done([this] { wake(); });
@@ -115,15 +117,14 @@ void CudaExecutor::add_adder(size_t parts, Dtype dtype, void* graph, Range resul
   Ranges ranges{};
   ranges[static_cast<size_t>(Name::kAdded)] = result;
   std::copy(captured.begin(), captured.end(), ranges.begin() + static_cast<size_t>(Name::kPart));
-  std::vector<Graph> graphs;
-  for (size_t bay = 0; bay < bays_.size(); bay++) graphs.emplace_back(driver_, graph, ranges);
+  LoneKernel kernel(driver_, graph, ranges);
   adders_.erase({parts, dtype});
-  adders_.emplace(std::pair{parts, dtype}, std::move(graphs));
+  adders_.emplace(std::pair{parts, dtype}, std::move(kernel));
 }
 
-Graph* CudaExecutor::adder(size_t parts, Dtype dtype, size_t bay) {
+LoneKernel* CudaExecutor::adder(size_t parts, Dtype dtype) {
   const auto found = adders_.find({parts, dtype});
-  return found == adders_.end() ? nullptr : &found->second[bay];
+  return found == adders_.end() ? nullptr : &found->second;
 }
 
 void CudaExecutor::start(std::unique_ptr<Batch> batch, uint64_t now_ns) {

@@ -55,10 +55,11 @@ class CudaExecutor final : public Executor {
   // requests in another device's memory. Throws `DeviceError`.
   void add_graphs(const Layout& layout, const std::vector<void*>& graphs, const std::array<Range, 4>& layer);
 
-  // Takes a graph, captured to add the sums that so many devices have: [rows, hidden size] each, in FP32, into rows of
-  // `dtype`, one block in its first dimension a row. Throws `DeviceError`.
+  // Takes a graph of one kernel, captured to add the sums that so many devices have: [rows, hidden size] each, in FP32,
+  // into rows of `dtype`, one block in its first dimension a row. Throws `DeviceError`.
   void add_adder(size_t parts, Dtype dtype, void* graph, Range result, const std::vector<Range>& captured);
-  Graph* adder(size_t parts, Dtype dtype, size_t bay);
+  // Null: none was captured.
+  LoneKernel* adder(size_t parts, Dtype dtype);
   // For what has been kept of a batch, until it is released.
   Bay& bay(size_t index) { return bays_[index]; }
   void release(size_t bay) { busy_[bay] = false; }
@@ -119,8 +120,8 @@ class CudaExecutor final : public Executor {
   std::deque<Bay> bays_;
   std::vector<bool> busy_;  // by bay
   Ledger ledger_;
-  std::map<std::pair<size_t, Dtype>, std::vector<Graph>> adders_;  // by parts and dtype: one a bay
-  std::list<Run> runs_;                                            // in the order in which they were started
+  std::map<std::pair<size_t, Dtype>, LoneKernel> adders_;  // by parts and dtype
+  std::list<Run> runs_;                                    // in the order in which they were started
   std::deque<std::unique_ptr<Batch>> finished_;
   std::string lost_;  // why nothing is computed any more; else empty
 };

@@ -40,6 +40,46 @@ struct Range {
 using Ranges = std::array<Range, kNames>;             // what is not there has no bytes
 using Addresses = std::array<DevicePointer, kNames>;  // what is not there: 0
 
+// A captured kernel, some words of whose arguments are addresses that have names.
+class Kernel {
+ public:
+  // `node`: a kernel's. `captured`: what it was captured with. Throws `DeviceError`.
+  Kernel(const Driver& driver, void* node, const Ranges& captured);
+  Kernel(Kernel&&) = default;
+
+  bool has_names() const { return !words_.empty(); }
+  bool uses(Name name) const;
+  // Sets the named words; whether any was not what `addresses` says.
+  bool bind(const Addresses& addresses);
+  const KernelNodeParams& params() const { return params_; }
+
+ private:
+  struct Word {
+    Name name;
+    size_t argument, offset;  // in bytes, from the start of the argument
+    uint64_t displacement;    // from the start of what the name stands for
+  };
+
+  KernelNodeParams params_{};
+  std::vector<std::vector<std::byte>> arguments_;
+  std::vector<void*> pointers_;  // to the arguments, as `params_` wants them
+  std::vector<Word> words_;
+};
+
+// A captured kernel that is launched alone: on any stream, with any number of blocks, and with arguments that are the
+// launch's own, so that one launch need not have ended for the next.
+class LoneKernel {
+ public:
+  // Of a graph that holds nothing else. Throws `DeviceError`.
+  LoneKernel(const Driver& driver, void* graph, const Ranges& captured);
+  // With so many blocks in its first dimension. Throws `DeviceError`.
+  void launch(const Addresses& addresses, unsigned blocks, const Stream& stream);
+
+ private:
+  const Driver& driver_;
+  Kernel kernel_;
+};
+
 // One captured graph of kernels, ready to be launched with other addresses than it was captured with.
 class Graph {
  public:
@@ -52,24 +92,14 @@ class Graph {
 
   // Sets the kernels whose named words are not what `addresses` says. The launches before are not affected.
   void bind(const Addresses& addresses);
-  // From now on its kernels have so many blocks in their first dimension.
-  void resize(unsigned blocks);
   void launch(void* stream) const { driver_.check(driver_.cuGraphLaunch(exec_.get(), stream)); }
   // Moves what the device needs of the graph there, so that the first launch is like the others.
   void upload(void* stream) const { driver_.check(driver_.cuGraphUpload(exec_.get(), stream)); }
 
  private:
-  struct Word {
-    Name name;
-    size_t argument, offset;  // in bytes, from the start of the argument
-    uint64_t displacement;    // from the start of what the name stands for
-  };
-  struct Kernel {
+  struct Node {
     void* node;
-    KernelNodeParams params;
-    std::vector<std::vector<std::byte>> arguments;
-    std::vector<void*> pointers;  // to the arguments, as `params` wants them
-    std::vector<Word> words;
+    Kernel kernel;
     bool stale = false;  // a setting failed: what the executable has is not known
   };
 
@@ -78,7 +108,7 @@ class Graph {
   const Driver& driver_;
   GraphHandle graph_;
   GraphExec exec_;
-  std::vector<Kernel> kernels_;  // those with named words
+  std::vector<Node> nodes_;  // whose kernels have named words
 };
 
 // What computes a part of a batch: one graph, or more, each of which leaves as many columns of the sums.

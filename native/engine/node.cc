@@ -90,7 +90,7 @@ class NodeExecutor::PieceJob final : public Job {
 };
 
 struct NodeExecutor::Run {
-  std::unique_ptr<Batch> batch;
+  std::unique_ptr<Batch> batch;                                 // null: it was given up while devices added
   std::vector<std::vector<Piece>> pieces;                       // by device
   std::vector<std::pair<size_t, std::unique_ptr<Batch>>> kept;  // parts whose sums devices have
   size_t pending = 0;                                           // parts that devices have not given back
@@ -98,6 +98,7 @@ struct NodeExecutor::Run {
   bool again = false;                                           // without them
   bool alone = false;                                           // one device has all of it
   bool on_devices = false;                                      // its sums are added where they are
+  const Batch* whole = nullptr;                                 // once that has begun
   DeviceSeconds seconds;
   std::vector<uint32_t> pairs;
   std::optional<Refusal> failure;
@@ -298,11 +299,16 @@ std::unique_ptr<Batch> NodeExecutor::poll(uint64_t now_ns) {
 }
 
 void NodeExecutor::take_added(Batch* whole, size_t failed, uint64_t now_ns) {
-  const auto found = std::find_if(adding_.begin(), adding_.end(), [&](auto& run) { return run->batch.get() == whole; });
+  const auto found = std::find_if(adding_.begin(), adding_.end(), [&](auto& run) { return run->whole == whole; });
   const std::shared_ptr<Run> run = std::move(*found);
   adding_.erase(found);
   release(*run);
+  if (!run->batch) return;
   if (whole->failure) {
+    {
+      const std::lock_guard lock(mutex_);
+      ++records_[failed].failures;
+    }
     fail(*run, failed, *std::exchange(whole->failure, std::nullopt));
     return settle(run, now_ns);
   }
@@ -319,7 +325,8 @@ void NodeExecutor::fail(Run& run, size_t device, const Refusal& refusal) {
 }
 
 void NodeExecutor::release(Run& run) {
-  for (auto& [device, part] : std::exchange(run.kept, {})) adder_->release(device, *part);
+  for (auto& [device, part] : std::exchange(run.kept, {}))
+    if (!(stranded_ >> device & 1)) adder_->release(device, *part);
 }
 
 void NodeExecutor::take_back(size_t device, std::unique_ptr<Batch> part, uint64_t now_ns) {
@@ -367,6 +374,7 @@ void NodeExecutor::settle(const std::shared_ptr<Run>& run, uint64_t now_ns) {
 void NodeExecutor::add(const std::shared_ptr<Run>& run, uint64_t now_ns) {
   if (!run->on_devices) return add_on_host(run);
   adding_.push_back(run);
+  run->whole = run->batch.get();
   std::vector<std::pair<size_t, const Batch*>> parts;
   std::sort(run->kept.begin(), run->kept.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   for (const auto& [device, part] : run->kept) parts.emplace_back(device, part.get());
@@ -436,13 +444,21 @@ void NodeExecutor::lose(size_t device, bool hangs) {
 
 void NodeExecutor::strand(size_t device) {
   stranded_ |= bit(device);
-  for (auto& [part, run] : std::exchange(under_way_[device], {})) {
-    for (auto& others : under_way_) std::erase_if(others, [&](const auto& one) { return one.second == run; });
-    release(*run);
+  const auto give_up = [&](const std::shared_ptr<Run>& run) {
     run->failure = Refusal{Code::kUnavailable, name_of(device) + " is lost; use another replica"};
     run->batch->stranded = true;
     finish(run);
+  };
+  for (auto& [part, run] : std::exchange(under_way_[device], {})) {
+    for (auto& others : under_way_) std::erase_if(others, [&](const auto& one) { return one.second == run; });
+    release(*run);
+    give_up(run);
   }
+  if (adder_) adder_->forsake(device);
+  // What others still add of those comes back, and is released, later.
+  for (const auto& run : adding_)
+    if (run->batch && std::any_of(run->kept.begin(), run->kept.end(), [&](auto& its) { return its.first == device; }))
+      give_up(run);
 }
 
 void NodeExecutor::check(size_t device) const {

@@ -35,6 +35,8 @@ class Adder {
   // A batch that is over, or null: its seconds of copying out, or the failure of a device.
   virtual Batch* poll(uint64_t now_ns, size_t* failed_device) = 0;
   virtual uint64_t due_ns() const = 0;
+  // What a device does of batches under way counts as over: it hangs.
+  virtual void forsake(size_t device) = 0;
   // Nobody wants what a device kept of a batch any more.
   virtual void release(size_t device, const Batch& part) = 0;
 };
@@ -103,6 +105,7 @@ class NodeExecutor final : public Executor, public Owned, public std::enable_sha
   void settle(const std::shared_ptr<Run>& run, uint64_t now_ns);
   void add(const std::shared_ptr<Run>& run, uint64_t now_ns);
   void add_on_host(const std::shared_ptr<Run>& run);
+  // What devices kept of it, but for those that hang and may yet use it.
   void release(Run& run);
   void finish(std::shared_ptr<Run> run);
   void strand(size_t device);

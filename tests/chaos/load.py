@@ -33,7 +33,7 @@ from expertd.kernels.oracle.reference import reference_partials, relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import load_layer
 from expertd.proto.base.errors import ExpertdError
-from tests.support.wrong import wrong
+from tests.support.fence.wrong import wrong
 
 TOLERANCE = 1e-5
 """Of results whose activations and replies are not rounded; anything lost or doubled differs by far more."""

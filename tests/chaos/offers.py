@@ -15,7 +15,7 @@ from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import ExpertdError
 from expertd.proto.codec import ExecuteCall, ShardInfo
 from tests.chaos.load import Case, is_right
-from tests.support.wrong import wrong
+from tests.support.fence.wrong import wrong
 
 
 class Offers:

@@ -10,8 +10,8 @@ from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.numerics.quantize import quantize_activations as torch_quantize
 from expertd.kernels.numerics.routing import route as torch_route
 from expertd.kernels.numerics.routing import weigh as torch_weigh
+from tests.support.fence.markers import gpu_only
 from tests.support.kernels.routings import ROUTINGS, assert_routed, chosen_by_token, outputs, random_logits, tied
-from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
 

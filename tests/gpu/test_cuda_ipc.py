@@ -23,7 +23,7 @@ from expertd.client.transport.shared_memory import HOST
 from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError
 from expertd.proto.base.errors import InvalidBatch
 from tests.gpu.caller import GPU, MODEL, OPTIONS, connected, gpu_call, host_call
-from tests.support.markers import gpu_only
+from tests.support.fence.markers import gpu_only
 
 pytestmark = [gpu_only, pytest.mark.asyncio(loop_scope="module")]
 

@@ -15,7 +15,7 @@ from expertd.kernels.numerics.backend import LayerWeights, Partials, TokenBatch,
 from expertd.kernels.numerics.quantize import dequantize_activations, quantize_activations
 from expertd.kernels.oracle.reference import reference_partials, relative_error
 from tests.gpu.synchronisation import no_synchronisation
-from tests.support.markers import gpu_only
+from tests.support.fence.markers import gpu_only
 
 pytestmark = gpu_only
 

@@ -16,7 +16,7 @@ from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.numerics.quantize import dequantize_activations, dequantize_weights
 from expertd.kernels.oracle.reference import relative_error
 from tests.gpu.synchronisation import no_synchronisation
-from tests.support.markers import gpu_only
+from tests.support.fence.markers import gpu_only
 
 pytestmark = gpu_only
 

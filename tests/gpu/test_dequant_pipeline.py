@@ -17,8 +17,8 @@ from expertd.kernels.numerics.quantize import dequantize_activations
 from expertd.kernels.numerics.routing import route
 from expertd.kernels.oracle.reference import reference_partials, relative_error
 from tests.gpu.synchronisation import no_synchronisation
+from tests.support.fence.markers import gpu_only
 from tests.support.kernels.flashinfer_oracle import moe_fp8_block_scale_ds_routing
-from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
 

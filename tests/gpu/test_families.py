@@ -16,7 +16,7 @@ from expertd.kernels.oracle.reference import reference_partials, relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import load_layer
 from tests.support.families import CONFIGS, SERVED, load_blocks, pack, routed, write_family
-from tests.support.markers import gpu_only
+from tests.support.fence.markers import gpu_only
 
 pytestmark = gpu_only
 

@@ -12,7 +12,7 @@ from expertd.kernels.cutile.fast.tiles import BOTH, DEEP, FEW, FEW_8, PAIRED, SI
 from expertd.kernels.cutile.tools.inputs import random_batch, random_weights
 from expertd.kernels.numerics.backend import LayerWeights, TokenBatch
 from expertd.kernels.oracle.reference import reference_partials, relative_error
-from tests.support.markers import gpu_only
+from tests.support.fence.markers import gpu_only
 
 pytestmark = gpu_only
 

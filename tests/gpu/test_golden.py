@@ -13,7 +13,7 @@ from expertd.kernels.cutile.run.backend import CutileBackend
 from expertd.kernels.oracle.golden import BOUNDS, Agreement, compare_expert, expert_batch
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import load_layer, read_expert
-from tests.support.markers import gpu_only
+from tests.support.fence.markers import gpu_only
 from tests.support.mutations import DAMAGED, MUTATIONS, Tensors, mutate_checkpoint
 
 pytestmark = gpu_only

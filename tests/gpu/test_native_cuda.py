@@ -16,7 +16,7 @@ from expertd.kernels.cutile.tools.inputs import random_batch
 from expertd.kernels.numerics.backend import Computed, TokenBatch
 from expertd.kernels.numerics.quantize import FP8, dequantize_activations
 from tests.gpu.bench.executor import eager, loaded, placed, poison
-from tests.support.markers import gpu_only
+from tests.support.fence.markers import gpu_only
 
 pytestmark = gpu_only
 

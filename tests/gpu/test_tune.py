@@ -8,7 +8,7 @@ from expertd.kernels.cutile.base.shape import ExpertShape
 from expertd.kernels.cutile.dequant.layer import DequantConfig
 from expertd.kernels.cutile.pipeline.table import Machine, load_table
 from expertd.kernels.cutile.tools import tune
-from tests.support.markers import gpu_only
+from tests.support.fence.markers import gpu_only
 
 SHAPE = ExpertShape(4, 256, 128)
 OPTIONS = ["--experts", "4", "--hidden-size", "256", "--intermediate-size", "128", "--tokens", "8"]

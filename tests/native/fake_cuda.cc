@@ -12,7 +12,6 @@
 #include <map>
 #include <set>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -44,7 +43,6 @@ struct Stream {
 using Arguments = std::vector<std::vector<std::byte>>;
 struct Node {
   int type = 0, kernel = 0;
-  unsigned grid = 1;
   bool by_handle = false;  // a CUkernel instead of a CUfunction
   Arguments arguments;
   std::vector<void*> pointers;
@@ -55,7 +53,6 @@ struct Graph {
 struct Exec {
   Graph* graph;
   std::map<const Node*, Arguments> arguments;
-  std::map<const Node*, unsigned> grids;
 };
 struct Failure {
   std::string name;
@@ -221,10 +218,9 @@ void add_parts(const Arguments& a, unsigned rows, int on) {
   }
 }
 
-void run_kernel(int kernel, const Arguments& arguments, unsigned grid, int on) {
+void run_kernel(int kernel, const Arguments& arguments) {
   if (kernel == 1) count_pairs(arguments);
   if (kernel == 2) experts(arguments);
-  if (kernel == 3) add_parts(arguments, grid, on);
 }
 
 std::vector<size_t> sizes_of(int kernel) {
@@ -470,14 +466,13 @@ int cuGraphKernelNodeGetParams(void* node, KernelNodeParams* params) {
   *params = {};
   (its->by_handle ? params->kernel : params->func) = handle;
   params->arguments = its->pointers.data();
-  params->grid_x = its->grid;
   return 0;
 }
 int cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) {
   ENTER(true);
   auto its = static_cast<Graph*>(graph);
-  auto made = new Exec{its, {}, {}};
-  for (Node& node : its->nodes) made->arguments[&node] = node.arguments, made->grids[&node] = node.grid;
+  auto made = new Exec{its, {}};
+  for (Node& node : its->nodes) made->arguments[&node] = node.arguments;
   *exec = *execs.insert(made).first;
   return 0;
 }
@@ -489,7 +484,6 @@ int cuGraphExecDestroy(void* exec) {
 int cuGraphExecKernelNodeSetParams(void* exec, void* node, const KernelNodeParams* params) {
   ENTER();
   auto& arguments = static_cast<Exec*>(exec)->arguments[static_cast<Node*>(node)];
-  static_cast<Exec*>(exec)->grids[static_cast<Node*>(node)] = params->grid_x;
   for (size_t i = 0; i < arguments.size(); i++)
     std::memcpy(arguments[i].data(), params->arguments[i], arguments[i].size());
   return 0;
@@ -501,12 +495,25 @@ int cuGraphUpload(void*, void*) {
 int cuGraphLaunch(void* exec, void* stream) {
   ENTER();
   auto its = static_cast<Exec*>(exec);
-  std::vector<std::tuple<int, Arguments, unsigned>> kernels;
+  std::vector<std::pair<int, Arguments>> kernels;
   for (Node& node : its->graph->nodes)
-    if (node.type == 0) kernels.emplace_back(node.kernel, its->arguments[&node], its->grids[&node]);
-  push(stream, "graph", [kernels, on = static_cast<Stream*>(stream)->device] {
-    for (auto& [kernel, arguments, grid] : kernels) run_kernel(kernel, arguments, grid, on);
+    if (node.type == 0) kernels.emplace_back(node.kernel, its->arguments[&node]);
+  push(stream, "graph", [kernels] {
+    for (auto& [kernel, arguments] : kernels) run_kernel(kernel, arguments);
   });
+  return 0;
+}
+int cuLaunchKernel(void* function, unsigned grid_x, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                   void* stream, void** given, void**) {
+  ENTER();
+  const int kernel = static_cast<int>(reinterpret_cast<intptr_t>(function)) & 15;
+  Arguments arguments;
+  for (const size_t bytes : sizes_of(kernel)) {
+    auto begin = static_cast<const std::byte*>(given[arguments.size()]);
+    arguments.emplace_back(begin, begin + bytes);
+  }
+  if (kernel != 3) return kInvalidValue;
+  push(stream, "kernel", [=, on = static_cast<Stream*>(stream)->device] { add_parts(arguments, grid_x, on); });
   return 0;
 }
 int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* bytes) {
@@ -632,18 +639,17 @@ void* fake_graph(uint64_t ids, uint64_t weights, uint64_t hidden, uint64_t scale
   Array chosen{2, 0xdead, ids, tokens, width}, rows{2, 0xbeef, hidden, tokens, columns};
   uint64_t four[4];
   std::copy_n(layer, 4, four);
-  graph->nodes.push_back({0, 0, 1, false, {bytes(int32_t{7}), bytes(uint64_t{42})}, {}});
-  if (step == 0) graph->nodes.push_back({0, 1, 1, true, {bytes(chosen), bytes(pairs), bytes(num_experts)}, {}});
+  graph->nodes.push_back({0, 0, false, {bytes(int32_t{7}), bytes(uint64_t{42})}, {}});
+  if (step == 0) graph->nodes.push_back({0, 1, true, {bytes(chosen), bytes(pairs), bytes(num_experts)}, {}});
   const int32_t share = columns / steps, first = step * share;
   sums += uint64_t{static_cast<uint32_t>(first)} * (wide ? 4 : 2);
   graph->nodes.push_back({0,
                           2,
-                          1,
                           false,
                           {bytes(chosen), bytes(rows), bytes(weights), bytes(scales), bytes(sums), bytes(four),
                            bytes(static_cast<uint8_t>(wide)), bytes(first), bytes(share)},
                           {}});
-  if (odd >= 0) graph->nodes.push_back({odd, 0, 1, false, {}, {}});
+  if (odd >= 0) graph->nodes.push_back({odd, 0, false, {}, {}});
   for (Node& node : graph->nodes) point(node);
   made.push_back(graph);
   return graph;
@@ -659,7 +665,7 @@ void* fake_adder(uint64_t result, const uint64_t* parts, int count, int columns,
   for (int i = 0; i < 8; i++) arguments.push_back(bytes(Array{2, 0xf00d, parts[i < count ? i : 0], 1, columns}));
   arguments.push_back(bytes(int32_t{count}));
   arguments.push_back(bytes(static_cast<uint8_t>(wide)));
-  graph->nodes.push_back({0, 3, 1, false, arguments, {}});
+  graph->nodes.push_back({0, 3, false, arguments, {}});
   for (Node& node : graph->nodes) point(node);
   made.push_back(graph);
   return graph;

@@ -17,7 +17,7 @@ from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.oracle.reference import reference_partials, relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.experts import load_layer
-from tests.support.wrong import wrong
+from tests.support.fence.wrong import wrong
 
 T = TypeVar("T")
 LAYER, HIDDEN, EXPERTS, TOP_K = 1, 256, 16, 4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.markers import no_gpu
+from tests.support.fence.markers import no_gpu
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EXPERTD = (sys.executable, "-P", "-m", "expertd.cli", "bench", "serve")

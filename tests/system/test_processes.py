@@ -22,7 +22,7 @@ from expertd.client.tools.cluster import LocalCluster, ServerDied, even_shards
 from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.proto.base.errors import Unavailable
-from tests.support.markers import no_gpu
+from tests.support.fence.markers import no_gpu
 
 OPTIONS = ["--backend", "torch", "--threads", "1"]
 

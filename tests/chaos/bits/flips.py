@@ -18,8 +18,8 @@ from expertd.kernels.numerics.quantize import FP8, dequantize_activations
 from expertd.proto.base.errors import ExpertdError
 from expertd.proto.codec import DTYPE_CODES, REPLY_DTYPES, ExecuteResult
 from expertd.proto.lane.layout import aligned, lay_out
+from tests.support.fence.wrong import wrong
 from tests.support.native.placements import placement_of
-from tests.support.wrong import wrong
 
 WIDTH, EXPERTS, TOP_K, LAYER = 128, 4, 2, 1
 LAYERS = (LAYER, 3)

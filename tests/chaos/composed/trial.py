@@ -27,7 +27,7 @@ from tests.chaos.composed.schedule import NEXT, Fault, Plan, shard_of
 from tests.chaos.composed.speakers import Speaker
 from tests.chaos.composed.stage import Models, Stage, fingerprint_of
 from tests.chaos.load import Case
-from tests.support.wrong import wrong
+from tests.support.fence.wrong import wrong
 
 CALLERS = 2
 """Of each coordinator."""

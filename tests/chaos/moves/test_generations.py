@@ -26,7 +26,7 @@ from tests.chaos.load import CONFIG, Case, is_right, make_cases
 from tests.chaos.moves.administered import ADMIN, look
 from tests.chaos.scale import scaled
 from tests.support.families import SMALL
-from tests.support.wrong import wrong
+from tests.support.fence.wrong import wrong
 
 SWITCHES, KILLS, ROLLOUTS = scaled(100, 20), scaled(20, 3), scaled(20, 1)
 CALLERS, CALLS = 4, 6

@@ -25,7 +25,7 @@ from expertd.proto.base.errors import ExpertdError
 from tests.chaos.fleet import Fleet
 from tests.chaos.load import TOLERANCE
 from tests.support.coordinators import EXACT, LAYER, oracle, routing, tokens
-from tests.support.wrong import wrong
+from tests.support.fence.wrong import wrong
 
 SHARDS = ("0-7", "0-7", "8-15", "8-15")
 BLOWS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)

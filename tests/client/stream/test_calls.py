@@ -14,8 +14,8 @@ from expertd.client.sync import SyncCoordinator
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import InvalidBatch, NotPermitted, UnknownExpert
 from tests.support.coordinators import EXACT, EXPERTS, HIDDEN, LAYER, TOP_K, call, on_stream, routing, tokens
+from tests.support.fence.markers import no_gpu
 from tests.support.fleets import HALVES, addresses, computed_tokens, running_servers
-from tests.support.markers import no_gpu
 from tests.support.serving import running_server
 
 pytestmark = no_gpu

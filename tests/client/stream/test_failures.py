@@ -15,8 +15,8 @@ from expertd.client.sync import SyncCoordinator
 from expertd.client.tools.cluster import Each, LocalCluster
 from expertd.proto.base.errors import Cancelled, InvalidBatch, ServerFault, Unavailable, UnknownExpert
 from tests.support.coordinators import EXACT, EXPERTS, LAYER, on_stream, routing, tokens
+from tests.support.fence.markers import no_gpu
 from tests.support.fleets import HALVES, addresses, flat, running_replicas, running_servers
-from tests.support.markers import no_gpu
 
 pytestmark = no_gpu
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from expertd.client.stream.operator import on_stream
 from expertd.client.sync import SyncCoordinator
 from tests.support.coordinators import EXACT, EXPERTS, LAYER, routing, tokens
-from tests.support.markers import no_gpu
+from tests.support.fence.markers import no_gpu
 from tests.support.serving import running_server
 
 pytestmark = no_gpu

@@ -15,7 +15,7 @@ from expertd.kernels.numerics.backend import TokenBatch
 from expertd.kernels.oracle.reference import relative_error
 from expertd.server.app import Server
 from expertd.server.failpoints import VARIABLE
-from tests.support.markers import gpu_only
+from tests.support.fence.markers import gpu_only
 from tests.support.serving import call_for, random_batch, running_server, until
 
 pytestmark = [gpu_only, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]

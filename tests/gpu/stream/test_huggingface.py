@@ -13,8 +13,8 @@ from expertd.client.integrations.huggingface import NAME, register
 from expertd.client.tools.cluster import LocalCluster
 from tests.gpu.caller import GPU
 from tests.support.families import write_family
+from tests.support.fence.markers import gpu_only
 from tests.support.generation import generate, load, logits, prompts
-from tests.support.markers import gpu_only
 
 pytestmark = gpu_only
 

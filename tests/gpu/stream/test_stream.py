@@ -21,7 +21,7 @@ from expertd.proto.base.errors import InvalidBatch, Unavailable
 from tests.gpu.caller import GPU, OPTIONS
 from tests.gpu.caller import MODEL as ONE_LAYER
 from tests.gpu.stream.replays import replay
-from tests.support.markers import gpu_only
+from tests.support.fence.markers import gpu_only
 
 pytestmark = [gpu_only, pytest.mark.asyncio(loop_scope="module")]
 

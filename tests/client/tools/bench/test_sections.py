@@ -17,7 +17,7 @@ from expertd.client.tools.bench.fan_out import choice_on, spans_of
 from expertd.client.tools.bench.report import Comparison, Section, print_section
 from expertd.kernels.model.config import MoeConfig
 from expertd.kernels.weights.checkpoint import Checkpoint
-from tests.support.markers import no_gpu
+from tests.support.fence.markers import no_gpu
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EXPERTD = (sys.executable, "-P", "-m", "expertd.cli", "bench", "serve", "--backend", "torch")

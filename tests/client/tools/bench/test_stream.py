@@ -15,8 +15,8 @@ from expertd.client.tools.bench.floors import Exchange
 from expertd.client.tools.bench.servers import Way
 from expertd.proto.base.errors import ExpertdError
 from tests.support.coordinators import EXACT, HIDDEN, tokens
+from tests.support.fence.markers import no_gpu
 from tests.support.fleets import HALVES, addresses, running_servers
-from tests.support.markers import no_gpu
 from tests.support.serving import running_server
 
 

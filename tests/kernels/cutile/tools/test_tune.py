@@ -11,7 +11,7 @@ from expertd.kernels.cutile.fast.tiles import LayerConfig
 from expertd.kernels.cutile.pipeline.table import Table
 from expertd.kernels.cutile.tools import tune
 from expertd.kernels.cutile.tools.tuner import Tuner, WrongResult
-from tests.support.markers import no_gpu
+from tests.support.fence.markers import no_gpu
 
 SHAPE = ExpertShape()
 
