@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 
 namespace expertd::cuda {
 
@@ -138,7 +139,8 @@ void CudaExecutor::start(std::unique_ptr<Batch> batch, uint64_t now_ns) {
     return refuse(std::move(batch),
                   "no graph was captured for " + std::to_string(its.rows) + " tokens of these dtypes");
   const size_t index = free_bay(batch->express);
-  if (index == busy_.size()) return refuse(std::move(batch), "every bay is in use");
+  // Of a batch that was given up, one may be in use although another batch may start.
+  if (index == busy_.size()) return waiting_.push_back(std::move(batch));
   busy_[index] = true;
   Run& run = runs_.emplace_back(std::move(batch), index, its.parts, entry, now_ns);
   const bool timed = !entry->expected_ns || ++entry->untimed >= options_.time_every;
@@ -162,8 +164,18 @@ void CudaExecutor::refuse(std::unique_ptr<Batch> batch, std::string text) {
   finished_.push_back(std::move(batch));
 }
 
+void CudaExecutor::release(size_t bay) {
+  busy_[bay] = false;
+  if (!waiting_.empty()) wake();
+}
+
+void CudaExecutor::start_waiting(uint64_t now_ns) {
+  for (auto& batch : std::exchange(waiting_, {})) start(std::move(batch), now_ns);
+}
+
 std::unique_ptr<Batch> CudaExecutor::poll(uint64_t now_ns) {
   runs_.remove_if([&](Run& run) { return advance(run, now_ns); });
+  start_waiting(now_ns);
   if (finished_.empty()) return nullptr;
   auto batch = std::move(finished_.front());
   finished_.pop_front();

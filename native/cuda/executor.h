@@ -62,7 +62,7 @@ class CudaExecutor final : public Executor {
   LoneKernel* adder(size_t parts, Dtype dtype);
   // For what has been kept of a batch, until it is released.
   Bay& bay(size_t index) { return bays_[index]; }
-  void release(size_t bay) { busy_[bay] = false; }
+  void release(size_t bay);
   const Driver& driver() const { return driver_; }
   const Context& context() const { return context_; }
   Copier* copier() const { return copier_.get(); }
@@ -104,6 +104,8 @@ class CudaExecutor final : public Executor {
   // Why a batch cannot be computed.
   std::string obstacle(const Batch& batch) const;
   void refuse(std::unique_ptr<Batch> batch, std::string text);
+  // Starts what has a bay by now.
+  void start_waiting(uint64_t now_ns);
   // Takes a batch as far as it can go by now; whether it came back.
   bool advance(Run& run, uint64_t now_ns);
   void feed(Run& run, uint64_t now_ns);
@@ -122,6 +124,7 @@ class CudaExecutor final : public Executor {
   Ledger ledger_;
   std::map<std::pair<size_t, Dtype>, LoneKernel> adders_;  // by parts and dtype
   std::list<Run> runs_;                                    // in the order in which they were started
+  std::deque<std::unique_ptr<Batch>> waiting_;             // for a bay
   std::deque<std::unique_ptr<Batch>> finished_;
   std::string lost_;  // why nothing is computed any more; else empty
 };

@@ -201,6 +201,8 @@ void add_parts(const Arguments& a, unsigned rows, int on) {
   Array result = read<Array>(a[0]);
   auto count = read<int32_t>(a[9]);
   const bool wide = read<uint8_t>(a[10]) != 0;
+  if (!inside(device, result.address - kBias, (wide ? 4 : 2) * size_t{rows} * result.columns))
+    breaches.push_back("sums are added outside of device memory");
   for (int64_t at = 0; at < int64_t{rows} * result.columns; at++) {
     float total = 0;
     for (int32_t i = 0; i < count; i++) {

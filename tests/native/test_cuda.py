@@ -586,12 +586,21 @@ def test_refusals(bench: Bench) -> None:
     assert bench.start(Request(513)).error == "513 tokens: a batch has 1 to 512"
     assert bench.start(Request(5, reply_dtype=9)).error == "no graph was captured for 8 tokens of these dtypes"
     wide = bench.job(Request(5))
-    jobs = [bench.start(Request(5)), bench.start(Request(300)), bench.start(Request(1))]
-    assert [job.error for job in jobs] == ["", "", "every bay is in use"]
-    bench.fake.run()
-    assert len([bench.rig.poll(0) for _ in range(5)]) == 5
+    assert len([bench.rig.poll(0) for _ in range(2)]) == 2
     assert bench.rig.poll(0) is None
     assert wide.error == ""
+
+
+def test_what_has_no_bay_waits_for_one(bench: Bench) -> None:
+    requests = [Request(5), Request(300, seed=1), Request(7, seed=2), Request(400, seed=3)]
+    jobs = [bench.start(request) for request in requests]
+    assert [bench.rig.poll(0) for _ in range(2)] == [None, None]
+    back: list[Any] = []
+    while len(back) < len(jobs):
+        bench.fake.run()
+        back += [job for job in [bench.rig.poll(MS)] if job is not None]
+    for job, request in zip(jobs, requests, strict=True):
+        bench.check(job, request)
 
 
 def drained(bench: Bench, now: int) -> list[Any]:
@@ -1081,13 +1090,11 @@ def test_python_computes_until_an_engine_takes_the_executor(bench: Bench) -> Non
             time.sleep(0.001)
 
     thread = threading.Thread(target=device)
-    runs = [start(request) for request in requests[:2]]
-    with pytest.raises(bench.extension.DeviceError, match="every bay is in use"):
-        executor.wait(start(requests[2]))
+    runs = [start(request) for request in requests]
     thread.start()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(executor.wait, reversed(runs)))
-    for request, run in zip(requests, runs, strict=False):
+    for request, run in zip(requests, runs, strict=True):
         request.check(bench.layers[0])
         assert run.pairs == np.bincount(request.ids[request.ids >= 0], minlength=EXPERTS).tolist()
         assert min(run.seconds) > 0
@@ -1274,6 +1281,18 @@ def test_a_graph_that_is_not_given_the_layer_is_refused(bench: Bench) -> None:
     bench.fake.serving(0)
     with pytest.raises(bench.extension.DeviceError, match="no captured kernel is given up_gate"):
         bench.add(8, FP8, BF16, layer=1)
+    bench.fake.forget_graphs()
+
+
+def test_what_adds_is_one_kernel_that_is_given_all_of_it(bench: Bench) -> None:
+    bench.fake.serving(0)
+    result, *parts = (4096 * number for number in range(1, 4))
+    adder = bench.fake.adder(ctypes.c_uint64(1 << 52), (ctypes.c_uint64 * 2)(*parts), 2, HIDDEN, 1)
+    none = (ctypes.c_uint64 * 4)()
+    many = bench.fake.graph(*[ctypes.c_uint64(0)] * 6, none, 1, WIDTH, HIDDEN, EXPERTS, 1, -1, 0, 1)
+    for graph, refusal in ((adder, "is given result"), (many, "holds other than one kernel: 3 nodes")):
+        with pytest.raises(bench.extension.DeviceError, match=refusal):
+            bench.rig.executor.add_adder(FP32, graph=graph, result=(result, 64), parts=[(part, 64) for part in parts])
     bench.fake.forget_graphs()
 
 

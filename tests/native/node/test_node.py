@@ -33,6 +33,8 @@ sanitized = bool(os.environ.get("EXPERTD_SANITIZED"))
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 HALVES = ((0, 1), (2, 3))
 ILLEGAL_ADDRESS = 700
+STREAMS = 4
+"""Of each device."""
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +45,28 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 class Node:
     """GPUs that have some of four experts each, `held`, with graphs for every kind of batch, and an engine for them."""
 
-    def __init__(self, built: Built, held: tuple[tuple[int, ...], ...], reachable: bool = True) -> None:
+    def __init__(
+        self,
+        built: Built,
+        held: tuple[tuple[int, ...], ...],
+        reachable: bool = True,
+        classes: tuple[int, ...] = CLASSES,
+        max_tokens: int = 1024,
+    ) -> None:
         self.fake = Fake(built.library)
         self.fake.reachable(int(reachable))
         self.fake.zeros(1)
         shape = (HIDDEN, EXPERTS, WIDTH)
         self.rigs = [
-            built.extension.Rig(str(built.library), device, 2, shape, CLASSES, overlap_tokens=256, max_tokens=1024)
+            built.extension.Rig(
+                str(built.library), device, 2, shape, classes, overlap_tokens=256, max_tokens=max_tokens
+            )
             for device in range(len(held))
         ]
         self.whole = Layer(self.fake, 1)
         layers = [self.whole.only(self.fake, its) for its in held]
         for rig, layer in zip(self.rigs, layers, strict=True):
-            for tokens, dtypes in itertools.product(CLASSES, itertools.product((FP8, BF16), (BF16, FP32))):
+            for tokens, dtypes in itertools.product(classes, itertools.product((FP8, BF16), (BF16, FP32))):
                 self.fake.add_graphs(rig.executor, layer.addresses, tokens, *dtypes)
             for count, dtype in itertools.product(range(2, len(held) + 1), (BF16, FP32)):
                 self._add_adder(rig, count, dtype)
@@ -76,6 +87,23 @@ class Node:
 
     def submit(self, request: Request) -> Any:  # noqa: ANN401
         return self.engine.submit(request.part, request.hidden_dtype, request.reply_dtype, request.top_k, EXPERTS)
+
+    def turn_until_called(self, name: str, times: int) -> None:
+        """With the devices doing nothing from then on."""
+        self.fake.called()
+        called = 0
+        while called < times:
+            self.now += MS
+            self.engine.turn(self.now)
+            called += sum(call.startswith(name) for call in self.fake.called())
+            if called < times:
+                self.fake.run()
+
+    def run_streams(self, device: int) -> None:
+        """What waits on one device alone."""
+        for stream in range(STREAMS * device, STREAMS * (device + 1)):
+            while self.fake.step(stream):
+                pass
 
     def turn(self, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 20
@@ -102,8 +130,8 @@ class Node:
 def node(built: Built) -> Iterator[Callable[..., Node]]:
     made: list[Node] = []
 
-    def make(held: tuple[tuple[int, ...], ...] = HALVES, reachable: bool = True) -> Node:
-        made.append(Node(built, held, reachable))
+    def make(held: tuple[tuple[int, ...], ...] = HALVES, **options: Any) -> Node:  # noqa: ANN401
+        made.append(Node(built, held, **options))
         return made[0]
 
     yield make
@@ -135,6 +163,21 @@ def test_gpus_that_reach_each_other_add_their_sums(node: Callable[..., Node], to
     assert (request.sums[-1] == 0xABAB).all()
 
 
+def test_sizes_in_any_order_and_with_the_next_part_launched_before_the_last_ended(node: Callable[..., Node]) -> None:
+    its = node()
+    for seed, tokens in enumerate((64, 1000, 5, 1000, 300, 64)):
+        request = Request(tokens, reply_dtype=FP32, seed=seed)
+        assert its.compute(request) == [""]
+        assert np.array_equal(request.sums[:-1], expected(request, its.whole, HALVES))
+
+
+def test_there_is_room_for_half_of_an_odd_number_of_rows(node: Callable[..., Node]) -> None:
+    its = node(classes=(1, 3), max_tokens=3)
+    request = Request(3, reply_dtype=FP32)
+    assert its.compute(request) == [""]
+    assert np.array_equal(request.sums[:-1], expected(request, its.whole, HALVES))
+
+
 def test_many_requests_at_once_on_three_gpus(node: Callable[..., Node]) -> None:
     held = ((0,), (1, 2), (3,))
     its = node(held)
@@ -161,7 +204,9 @@ def test_what_one_gpu_has_needs_no_adding(node: Callable[..., Node]) -> None:
     assert np.array_equal(request.sums[:-1], expected(request, its.whole, HALVES))
 
 
-@pytest.mark.parametrize("name", ["cuGraphLaunch", "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuStreamWriteValue32"])
+@pytest.mark.parametrize(
+    "name", ["cuGraphLaunch", "cuLaunchKernel", "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuStreamWriteValue32"]
+)
 def test_a_call_that_fails_leaves_the_batch_to_others(node: Callable[..., Node], name: str) -> None:
     held = ((0, 1, 2, 3), (0, 1, 2, 3))
     its = node(held)
@@ -190,6 +235,33 @@ def test_a_gpu_that_is_lost_leaves_its_experts_to_those_with_copies(node: Callab
     its.engine.lose(1, False)
     assert its.compute(Request(64)) == [""]
     its.fake.sticky(0)
+
+
+@pytest.mark.parametrize("tokens", [64, 300])
+def test_a_gpu_that_hangs_while_it_adds_keeps_no_caller_and_no_place_of_another(
+    node: Callable[..., Node], tokens: int
+) -> None:
+    its = node()
+    job = its.submit(given_up := Request(tokens, reply_dtype=FP32))
+    its.turn_until_called("cuLaunchKernel", 2)
+    its.engine.lose(1, True)
+    its.engine.turn(its.now)
+    assert (job.answered, job.error) == (True, "device 1 is lost; use another replica")
+    requests = [Request(tokens, seed=seed).only((0, 1)) for seed in range(4)]
+    later = [its.submit(request) for request in requests]
+    deadline = time.monotonic() + 20
+    while not all(one.answered for one in later):
+        its.now += MS
+        its.engine.turn(its.now)
+        its.run_streams(0)
+        assert time.monotonic() < deadline
+    assert [one.error for one in later] == [""] * len(later)
+    for request in requests:
+        assert np.array_equal(request.sums[:-1], expected(request, its.whole, HALVES))
+    # The device goes on after all: it may still write there.
+    its.fake.run()
+    assert its.compute(request := Request(tokens).only((0, 1))) == [""]
+    assert (given_up.sums[-1] == 0xABAB).all()
 
 
 def test_what_a_lost_gpu_alone_had_is_refused(node: Callable[..., Node]) -> None:
