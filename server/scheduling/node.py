@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from expertd.server.options.config import InvalidOption
 from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.selfcheck import self_check
 
+T = TypeVar("T")
 Loads: TypeAlias = Mapping[int, Sequence[float]]
 """By layer, of every expert of the model."""
 
@@ -161,7 +162,8 @@ class Node:
                 continue
             kept = {at: had.index(expert) for at, expert in enumerate(its) if expert in had}
             new = part_of(weights, places(added, [expert for expert in its if expert not in had]))
-            await asyncio.to_thread(self.devices[place].backend.splice_layer, key, base if kept else None, kept, new)
+            splice = partial(self.devices[place].backend.splice_layer, key, base if kept else None, kept, new)
+            await _to_its_end(asyncio.create_task(asyncio.to_thread(splice)))
 
     async def drop(self, key: int) -> None:
         """Forget a layer, which no batch uses any more."""
@@ -241,6 +243,16 @@ class Node:
             self.room_for(experts),
             None if loads is None else [loads[expert] for expert in experts],
         )
+
+
+async def _to_its_end(work: asyncio.Task[T]) -> T:
+    """Its result. Who is cancelled waits for its end nevertheless: a thread goes on, and what it makes can be dropped
+    only then."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait((work,))
+        raise
 
 
 async def _executor_of(device: Device) -> Executor:
