@@ -240,7 +240,7 @@ void Engine::finish(std::unique_ptr<Batch> batch, uint64_t now) {
   if (batch->device_failed) tell_fault(batch->failure ? batch->failure->text : batch->fault);
   if (batch->stranded) return strand(std::move(batch));
   if (!batch->failure && !batch->for_nothing) {
-    admission_.computed(batch->tokens, seconds_between(batch->started_ns, now));
+    admission_.computed(batch->tokens, seconds_between(batch->started_ns, now), batch->express);
     batch->failure = miscounted(*batch);
     if (!batch->failure) tally_->computed(*batch);
   }

@@ -103,9 +103,10 @@ class Model:
 
     def finish(self, which: int, now: float) -> list[int]:
         tokens, numbers, started = self.under_way.pop(which)
-        if numbers is self.express_one:
+        express = numbers is self.express_one
+        if express:
             self.express_one = None
-        self.admission.computed(tokens, now - started)
+        self.admission.computed(tokens, now - started, express=express)
         return numbers
 
 
@@ -215,6 +216,44 @@ def test_order_and_bounds_are_those_of_the_python_queue(seed: int, identities: s
     assert sum(tally.refusal_seconds()[0]) == refusals
     for batch in batches:
         batch.fail("the test is over")
+
+
+def test_express_batches_tell_the_devices_rate_only_until_others_do() -> None:
+    engine, executor, inbox = make_engine(express=True)
+    clock = 0
+
+    def submit(tokens: int) -> Any:  # noqa: ANN401
+        return inbox.submit(engine, codec.encode_call(call(1, tokens)), "caller", None, None, "")
+
+    def turn() -> None:
+        settle(engine, clock)
+        settle(engine, clock)
+
+    def compute(tokens: int, seconds: float) -> None:
+        nonlocal clock
+        submit(tokens)
+        turn()
+        clock += int(seconds * 1e9)
+        finish(executor.fetch())
+        turn()
+
+    def seconds_for_700() -> float:
+        """That a request is told for which there is no room."""
+        for _ in range(2):
+            assert submit(400).refusal is None
+        return float(submit(700).refusal.retry_after)
+
+    for _ in range(3):
+        compute(1, 0.001)
+    assert seconds_for_700() == pytest.approx(700 / 1000)
+    turn()
+    clock += 40_000_000
+    for _ in range(2):
+        finish(executor.fetch())
+    turn()
+    for _ in range(50):
+        compute(1, 0.001)
+    assert seconds_for_700() == pytest.approx(700 / 10_000)
 
 
 def test_what_many_threads_submit_and_evict_is_answered_once_and_leaves_the_room_empty() -> None:
