@@ -272,6 +272,10 @@ void Engine::tell_fault(std::string fault) {
 }
 
 void Engine::strand(std::unique_ptr<Batch> batch) {
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& job : batch->jobs) ++kept_[job->request.placement.get()];
+  }
   for (const auto& job : batch->jobs)
     if (!std::exchange(job->answered, true)) refuse(*job, *batch->failure, /*over=*/false);
   stranded_.push_back(std::move(batch));
