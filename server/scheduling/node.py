@@ -14,6 +14,7 @@ from expertd._native import Executor, Failpoints, NodeExecutor, peer_adder
 from expertd.kernels.model.spread import Held, even_room, respread, spread
 from expertd.kernels.numerics.backend import Backend, DeviceMemory, LayerAddresses, LayerWeights, UnsupportedShape
 from expertd.kernels.weights.experts import ExpertMatrices
+from expertd.proto.base.errors import StalePlacement
 from expertd.server.options.config import InvalidOption
 from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.selfcheck import self_check
@@ -144,7 +145,8 @@ class Node:
     ) -> None:
         """Make another layer, of `experts`: what is not `added`, as `weights`, is `base`'s. Beside everything else.
 
-        `held` says who is to have which, where that was decided. Raises `UnsupportedShape`.
+        `held` says who is to have which, where that was decided. Raises `UnsupportedShape`, and `StalePlacement` when a
+        device was lost since `added` was read.
         """
         sound = [place for place, device in enumerate(self.devices) if device.lost is None]
         before = self._before(base)
@@ -161,7 +163,10 @@ class Node:
             if not its:
                 continue
             kept = {at: had.index(expert) for at, expert in enumerate(its) if expert in had}
-            new = part_of(weights, places(added, [expert for expert in its if expert not in had]))
+            lacks = [expert for expert in its if expert not in had]
+            if not set(lacks) <= set(added):
+                raise StalePlacement(f"layer {layer}: a device was lost meanwhile with experts that are to stay")
+            new = part_of(weights, places(added, lacks))
             splice = partial(self.devices[place].backend.splice_layer, key, base if kept else None, kept, new)
             await _to_its_end(asyncio.create_task(asyncio.to_thread(splice)))
 
