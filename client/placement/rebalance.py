@@ -56,8 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one of the servers, which is to own nothing, before it is drained; if it does not serve, its experts are"
         " placed elsewhere",
     )
-    parser.add_argument("--most-moves", type=_positive, metavar="N", help="experts to read at most, in a round")
-    parser.add_argument("--most-bytes", type=_positive, metavar="N", help="bytes to read at most, in a round")
+    parser.add_argument(
+        "--most-moves",
+        type=_positive,
+        metavar="N",
+        help="experts to move at most, in a round, beside those that nobody owns or that are parked on the way",
+    )
+    parser.add_argument("--most-bytes", type=_positive, metavar="N", help="the same in bytes of experts")
     parser.add_argument(
         "--below", type=_share, default=0.95, help="move only if balancedness is below this (default: 0.95)"
     )

@@ -31,7 +31,8 @@ CudaExecutor::CudaExecutor(const Driver& driver, Options options, std::shared_pt
       copier_(std::move(copier)),
       context_(driver, options_.device),
       streams_(driver, options_.express_rows, context_.reaches_registered()),
-      busy_(options_.depth + has_express(), false) {
+      busy_(options_.depth + has_express(), false),
+      most_rows_(busy_.size(), 0) {
   for (size_t i = 0; i < busy_.size(); i++) {
     size_t inward = 0, outward = 0;
     for (uint32_t tokens = 1; tokens <= most_tokens(i); tokens++) {
@@ -40,6 +41,7 @@ CudaExecutor::CudaExecutor(const Driver& driver, Options options, std::shared_pt
         const Layout largest = layout(its.rows, Dtype::kBFloat16, Dtype::kFloat32);
         inward = std::max(inward, its.parts * largest.inward_bytes());
         outward = std::max(outward, its.parts * largest.outward_bytes());
+        most_rows_[i] = std::max(most_rows_[i], its.rows);
       }
     }
     // What is added of several devices' sums goes out from there.
@@ -96,8 +98,7 @@ void CudaExecutor::add_graphs(const Layout& layout, const std::vector<void*>& gr
   std::copy(layer.begin(), layer.end(), captured.begin() + static_cast<size_t>(Name::kUpGate));
   std::vector<Steps> steps;
   for (size_t bay = 0; bay < bays_.size(); bay++) {
-    const uint32_t most = most_tokens(bay);
-    if (layout.tokens > std::max(cut(most, true).rows, cut(most, false).rows)) continue;  // it never has so many
+    if (layout.tokens > most_rows_[bay]) continue;  // it never has so many
     steps.push_back(make_steps(driver_, graphs, captured));
     for (const Graph& graph : steps.back()) graph.upload(streams_.for_rows(layout.tokens).get());
   }

@@ -120,7 +120,8 @@ class CudaExecutor final : public Executor {
   const Context context_;
   const Streams streams_;
   std::deque<Bay> bays_;
-  std::vector<bool> busy_;  // by bay
+  std::vector<bool> busy_;           // by bay
+  std::vector<uint32_t> most_rows_;  // by bay, of a part of any batch that comes to it
   Ledger ledger_;
   std::map<std::pair<size_t, Dtype>, LoneKernel> adders_;  // by parts and dtype
   std::list<Run> runs_;                                    // in the order in which they were started

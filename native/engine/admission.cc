@@ -52,10 +52,11 @@ bool Admission::release(Job& job) {
   return true;
 }
 
-void Admission::computed(uint64_t tokens, double seconds) {
+void Admission::computed(uint64_t tokens, double seconds, bool express) {
   const double rate = static_cast<double>(tokens) / std::max(seconds, 1e-6);
   const std::lock_guard lock(mutex_);
-  tokens_per_second_ += (rate - tokens_per_second_) * (tokens_per_second_ > 0 ? kNewestShare : 1.0);
+  double& average = express ? express_tokens_per_second_ : tokens_per_second_;
+  average += (rate - average) * (average > 0 ? kNewestShare : 1.0);
 }
 
 Amount Admission::waiting() const {
@@ -122,11 +123,13 @@ Refusal Admission::evicted(Measure bound, uint64_t held) const {
 
 // `tokens` fit into `room` once half of the queue is gone: a full queue soon fills up again.
 std::optional<double> Admission::delay(uint64_t tokens, uint64_t room) const {
-  if (tokens_per_second_ <= 0) return std::nullopt;
+  // Express batches are of few tokens, and beside others: they tell the rate only while nothing else does.
+  const double rate = tokens_per_second_ > 0 ? tokens_per_second_ : express_tokens_per_second_;
+  if (rate <= 0) return std::nullopt;
   const auto queued = static_cast<double>(waiting_.tokens);
   const double ahead =
       std::max(queued + static_cast<double>(tokens) - static_cast<double>(room), std::floor(queued / 2));
-  return std::clamp(ahead / tokens_per_second_, kShortestDelay, kLongestDelay);
+  return std::clamp(ahead / rate, kShortestDelay, kLongestDelay);
 }
 
 }  // namespace expertd

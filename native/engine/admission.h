@@ -41,8 +41,8 @@ class Admission {
   // Takes back a job's room; false if it was evicted.
   bool release(Job& job);
 
-  // Tells that the device took `seconds` for a batch of `tokens`.
-  void computed(uint64_t tokens, double seconds);
+  // Tells that the device took `seconds` for a batch of `tokens`, in the `express` place or not.
+  void computed(uint64_t tokens, double seconds, bool express);
   Amount waiting() const;
 
  private:
@@ -68,7 +68,7 @@ class Admission {
   mutable std::mutex mutex_;  // of all below
   Amount waiting_;
   std::map<std::string, Holding> holdings_;  // by identity
-  double tokens_per_second_ = 0;
+  double tokens_per_second_ = 0, express_tokens_per_second_ = 0;
 };
 
 }  // namespace expertd

@@ -117,10 +117,21 @@ void Engine::set_placement(PlacementPtr placement) {
 
 bool Engine::uses_before(uint64_t epoch) const {
   const std::lock_guard lock(mutex_);
-  return std::any_of(earlier_.begin(), earlier_.end(), [=](const auto& earlier) {
+  return std::any_of(earlier_.begin(), earlier_.end(), [&](const auto& earlier) {
     const PlacementPtr used = earlier.lock();
-    return used && used->epoch < epoch;
+    return used && used->epoch < epoch && is_used(used);
   });
+}
+
+bool Engine::is_used(const PlacementPtr& earlier) const {
+  const auto kept = kept_.find(earlier.get());
+  // The one here, those of stranded jobs, which never go, and the placement that it is beside, which counts by itself.
+  long others = 1 + (kept == kept_.end() ? 0 : kept->second);
+  for (const auto& one : earlier_) {
+    const PlacementPtr other = one.lock();
+    others += other && other->beside == earlier;
+  }
+  return earlier.use_count() > others;
 }
 
 void Engine::begin_placement() {

@@ -12,6 +12,7 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <unordered_map>
 #include <vector>
 
 #include "base/clock.h"
@@ -92,7 +93,8 @@ class Engine : public Owned {
   PlacementPtr placement() const;
   // For requests that come from now on.
   void set_placement(PlacementPtr placement);
-  // Whether requests may still use weights of placements before that of `epoch`.
+  // Whether requests may still use weights of placements before that of `epoch`. What a device that hangs has does not
+  // count.
   bool uses_before(uint64_t epoch) const;
 
   // Checks a request whose tensors are in its message. Refuses what must not wait or be computed, or sets what of
@@ -130,6 +132,8 @@ class Engine : public Owned {
   // Whether to look again at once; then what was found, and sleeping.
   bool spins(uint64_t now);
   void sleep(uint64_t now);
+  // Whether others than stranded jobs have it, for who has the lock.
+  bool is_used(const PlacementPtr& earlier) const;
   std::optional<Refusal> check_head(const Message& message, Job* job);
   // As if the placement had changed.
   void begin_placement();
@@ -179,11 +183,12 @@ class Engine : public Owned {
   std::atomic<bool> abandoned_{false};
   Admission admission_;
 
-  mutable std::mutex mutex_;  // of the five below; never held while anything else is waited for
+  mutable std::mutex mutex_;  // of the six below; never held while anything else is waited for
   std::optional<std::string> closed_because_;
   bool refusing_ = true;
   PlacementPtr placement_;
   std::vector<std::weak_ptr<const Placement>> earlier_;  // that somebody uses
+  std::unordered_map<const Placement*, long> kept_;      // by how many stranded jobs
   std::optional<std::string> fault_;
 
   // The thread's alone.

@@ -61,7 +61,8 @@ class NodeExecutor::PieceJob final : public Job {
   PieceJob(Piece& piece, const OwnedLayer& owned, Dtype dtype, std::shared_ptr<Sums> memory)
       : whole_(piece.whole), memory_(std::move(memory)) {
     const Admitted& its = whole_->request;
-    request = {.placement = its.placement,
+    // `whole_` keeps it, on a device that hangs for ever.
+    request = {.placement = PlacementPtr(PlacementPtr(), its.placement.get()),
                .owned = &owned,
                .request_id = its.request_id,
                .layer = its.layer,

@@ -240,7 +240,7 @@ void Engine::finish(std::unique_ptr<Batch> batch, uint64_t now) {
   if (batch->device_failed) tell_fault(batch->failure ? batch->failure->text : batch->fault);
   if (batch->stranded) return strand(std::move(batch));
   if (!batch->failure && !batch->for_nothing) {
-    admission_.computed(batch->tokens, seconds_between(batch->started_ns, now));
+    admission_.computed(batch->tokens, seconds_between(batch->started_ns, now), batch->express);
     batch->failure = miscounted(*batch);
     if (!batch->failure) tally_->computed(*batch);
   }
@@ -272,6 +272,10 @@ void Engine::tell_fault(std::string fault) {
 }
 
 void Engine::strand(std::unique_ptr<Batch> batch) {
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& job : batch->jobs) ++kept_[job->request.placement.get()];
+  }
   for (const auto& job : batch->jobs)
     if (!std::exchange(job->answered, true)) refuse(*job, *batch->failure, /*over=*/false);
   stranded_.push_back(std::move(batch));

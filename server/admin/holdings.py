@@ -13,7 +13,7 @@ from functools import partial
 from expertd._native import Engine
 from expertd.kernels.model.spread import Held, even_room
 from expertd.kernels.numerics.backend import UnsupportedShape
-from expertd.kernels.weights.checkpoint import CheckpointError
+from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
 from expertd.kernels.weights.experts import layer_bytes, load_layer
 from expertd.proto.base.errors import InvalidBatch, Overloaded, ServerFault, StalePlacement, Unavailable
 from expertd.proto.codec import UpdateProgress
@@ -141,7 +141,9 @@ class Holdings:
         former = self.generations
         self._begin(generations)
         switched = time.monotonic()
-        await asyncio.shield(self._tasks.start(self._retire(former), "freeing weights"))
+        # By now: what a later switch gives up, requests of this one may use.
+        gone, closed = former.keys - self.generations.keys, former.checkpoints - self.generations.checkpoints
+        await asyncio.shield(self._tasks.start(self._retire(self.epoch, gone, closed), "freeing weights"))
         return time.monotonic() - switched
 
     def lose(self, device: Device, reason: str, *, hangs: bool) -> None:
@@ -156,14 +158,13 @@ class Holdings:
         self.generations = left.at(max(time.time_ns() // 1000, self.epoch + 1))
         self._tell(self.generations)
 
-    async def _retire(self, former: Generations) -> None:
-        epoch = self.epoch
+    async def _retire(self, epoch: int, keys: set[int], checkpoints: set[Checkpoint]) -> None:
+        """Free what placements before that of `epoch` had."""
         while self._engine.uses_before(epoch):
             await asyncio.sleep(LOOK_SECONDS)
-        for key in former.keys - self.generations.keys:
+        for key in keys:
             await self._drop(key)
-        kept = {one.checkpoint for one in self.generations.all}
-        for checkpoint in {one.checkpoint for one in former.all} - kept:
+        for checkpoint in checkpoints:
             checkpoint.close()
 
     async def _drop(self, key: int) -> None:

@@ -46,6 +46,8 @@ class LocalDoor:
         self._tasks = new_tasks()
         self._ends: dict[int, asyncio.Future[None]] = {}
         """By lane: done when nobody uses its memory any more."""
+        self._kept: list[_Memory] = []
+        """What is never unmapped."""
 
     @property
     def mapped_bytes(self) -> int:
@@ -154,7 +156,7 @@ class LocalDoor:
                 raise
         # Not pinned: what the GPU would copy from the segment is in its own memory.
         on_gpu = await self.gpu.open(handover.descriptors[1], handover.gpu_bytes)
-        return _Memory(owner, segment, (on_gpu.close,), on_gpu)
+        return _Memory(owner, segment, Release((on_gpu.close,)), on_gpu)
 
     def _begin(self, peer: socket.socket, memory: _Memory) -> asyncio.Future[None]:
         """Have the lane served; done when nobody uses its memory any more. Raises `InvalidBatch`."""
@@ -177,7 +179,10 @@ class LocalDoor:
         return over
 
     async def _give_back(self, memory: _Memory) -> None:
-        await self.gpu.release(memory.release)
+        if not await self.gpu.release(memory.release):
+            log.error("the segment of %s stays mapped: a device that hangs may use it", memory.owner.caller)
+            self._kept.append(memory)
+            return
         await asyncio.to_thread(memory.segment.close)
         self._room.give_back(memory.owner.share)
 

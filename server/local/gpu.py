@@ -6,16 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TypeAlias
 
 import torch
 
 from expertd.kernels.memory.gpu import GpuMemory, GpuMemoryError
 from expertd.proto.base.errors import InvalidBatch, NotPermitted, ServerFault
-from expertd.server.scheduling.node import Node
+from expertd.server.scheduling.node import Device, Node
 
-Release: TypeAlias = Sequence[Callable[[], object]]
-"""Gives memory back, step by step, after the last batch that uses it."""
 PORTABLE = 1
 """cudaHostRegisterPortable: for all devices of this process."""
 PIN_STEP = 2 << 20
@@ -41,6 +38,15 @@ class Cuda:
         return GpuMemory.open(descriptor, size, self.device)
 
 
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Gives memory back after the last batch that uses it."""
+
+    steps: Sequence[Callable[[], object]]
+    users: Sequence[Device] = ()
+    """That may copy from and to it for themselves."""
+
+
 class Gpu:
     """Lets the device use memory, and gives it back. A server that computes on the CPU has no `cuda`."""
 
@@ -60,20 +66,15 @@ class Gpu:
         """Let a GPU copy from and to `memory` directly. Raises `ServerFault`."""
         if (cuda := self.cuda) is None:
             return None
-        release: list[Callable[[], object]] = [self._synchronize]
+        steps: list[Callable[[], object]] = []
         # In steps: while CUDA pins a GiB, nothing is launched.
         for piece in pieces_of(memory):
             code = await self._node.chores.call(partial(cuda.register, piece))
             if code != 0:
-                await self.release(release)
+                await self.release(Release(steps))
                 raise ServerFault(f"the segment's {len(memory)} bytes cannot be pinned: CUDA error {code}")
-            release.append(partial(cuda.unregister, piece))
-        return release
-
-    def _synchronize(self) -> None:
-        """Each has copied for itself."""
-        for device in self._node.sound:
-            device.backend.synchronize()
+            steps.append(partial(cuda.unregister, piece))
+        return Release(steps, self._node.sound)
 
     async def open(self, descriptor: int, size: int) -> GpuMemory:
         """Map a caller's memory of this GPU; its `close` gives it back. Raises `InvalidBatch`."""
@@ -82,9 +83,17 @@ class Gpu:
         except GpuMemoryError as error:
             raise InvalidBatch(f"the {size} bytes of GPU memory cannot be mapped: {error}") from None
 
-    async def release(self, release: Release | None) -> None:
-        for step in release or ():
+    async def release(self, release: Release | None) -> bool:
+        """Whether memory is given back: what a device that hangs may yet use has to stay as it is."""
+        if release is None:
+            return True
+        if release.users:
+            await self._node.each(lambda backend: backend.synchronize())
+        if any(device.hangs for device in release.users):
+            return False
+        for step in release.steps:
             await self._node.chores.call(step)
+        return True
 
 
 def pieces_of(memory: memoryview) -> Iterator[memoryview]:

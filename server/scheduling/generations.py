@@ -53,6 +53,10 @@ class Generations:
     def keys(self) -> set[int]:
         return set().union(*(one.keys for one in self.all))
 
+    @property
+    def checkpoints(self) -> set[Checkpoint]:
+        return {one.checkpoint for one in self.all}
+
     def only(self, computable: Callable[[int], set[int]]) -> Generations:
         """The same without experts that are not `computable`, those of a layer by its key."""
         now = [replace(one, shard=one.shard.only(computable)) for one in self.all]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -14,10 +15,12 @@ from expertd._native import Executor, Failpoints, NodeExecutor, peer_adder
 from expertd.kernels.model.spread import Held, even_room, respread, spread
 from expertd.kernels.numerics.backend import Backend, DeviceMemory, LayerAddresses, LayerWeights, UnsupportedShape
 from expertd.kernels.weights.experts import ExpertMatrices
+from expertd.proto.base.errors import StalePlacement, Unavailable
 from expertd.server.options.config import InvalidOption
 from expertd.server.scheduling.device import DeviceOwner
 from expertd.server.scheduling.selfcheck import self_check
 
+T = TypeVar("T")
 Loads: TypeAlias = Mapping[int, Sequence[float]]
 """By layer, of every expert of the model."""
 
@@ -32,9 +35,29 @@ class Device:
     owner: DeviceOwner = field(init=False)
     lost: str | None = None
     """Why it computes nothing any more."""
+    hangs: bool = False
+    """Whether it is lost and may yet use what it was given."""
+    _loss: asyncio.Event = field(init=False, default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.owner = DeviceOwner(self.backend, "" if self.number == 0 else f"-{self.number}")
+
+    def lose(self, reason: str) -> None:
+        self.lost = reason
+        self._loss.set()
+
+    async def outcome(self, work: asyncio.Future[T]) -> T:
+        """Of what threads have the backend do, which goes on without whoever waits for it. Raises `Unavailable` when
+        the device is lost before."""
+        loss = asyncio.ensure_future(self._loss.wait())
+        try:
+            await asyncio.wait((work, loss), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            loss.cancel()
+            work.add_done_callback(asyncio.Future.exception)
+        if not work.done():
+            raise Unavailable(f"device {self.number} was lost meanwhile: {self.lost}")
+        return work.result()
 
 
 class Node:
@@ -143,7 +166,8 @@ class Node:
     ) -> None:
         """Make another layer, of `experts`: what is not `added`, as `weights`, is `base`'s. Beside everything else.
 
-        `held` says who is to have which, where that was decided. Raises `UnsupportedShape`.
+        `held` says who is to have which, where that was decided. Raises `UnsupportedShape`; `StalePlacement` when a
+        device was lost since `added` was read, `Unavailable` when one is lost meanwhile.
         """
         sound = [place for place, device in enumerate(self.devices) if device.lost is None]
         before = self._before(base)
@@ -160,28 +184,42 @@ class Node:
             if not its:
                 continue
             kept = {at: had.index(expert) for at, expert in enumerate(its) if expert in had}
-            new = part_of(weights, places(added, [expert for expert in its if expert not in had]))
-            await asyncio.to_thread(self.devices[place].backend.splice_layer, key, base if kept else None, kept, new)
+            lacks = [expert for expert in its if expert not in had]
+            if not set(lacks) <= set(added):
+                raise StalePlacement(f"layer {layer}: a device was lost meanwhile with experts that are to stay")
+            new = part_of(weights, places(added, lacks))
+            splice = partial(self.devices[place].backend.splice_layer, key, base if kept else None, kept, new)
+            making = asyncio.get_running_loop().run_in_executor(None, splice)
+            await _to_its_end(asyncio.create_task(self.devices[place].outcome(making)))
 
     async def drop(self, key: int) -> None:
         """Forget a layer, which no batch uses any more."""
         self.held.pop(key, None)
-        for device in self.sound:
-            await device.owner.call(partial(device.backend.drop_layer, key))
+        await self.each(lambda backend: backend.drop_layer(key))
+
+    async def each(self, ask: Callable[[Backend], T]) -> dict[int, T]:
+        """What sound devices say, by their numbers, but for those that are lost before they say it."""
+        asked = {device: device.owner.call(partial(ask, device.backend)) for device in self.sound}
+        said = {}
+        for device, answer in asked.items():
+            with contextlib.suppress(Unavailable):
+                said[device.number] = await device.outcome(answer)
+        return said
 
     def shares(self, key: int, among: Sequence[int]) -> list[list[int]]:
         """Of the experts `among` a layer's, those of each device."""
         return [[expert for expert in its if expert in among] for its in self.held[key]]
 
     async def check(self, key: int, sample: Mapping[int, ExpertMatrices], *, serving: bool = False) -> float:
-        """The largest error of a layer's experts, on every device that has them. Raises `SelfCheckFailed`."""
+        """The largest error of a layer's experts, on every device that has them. Raises `SelfCheckFailed`, and
+        `Unavailable` when a device is lost meanwhile."""
         worst = 0.0
         # One after another: they may capture graphs.
         for device, its in zip(self.devices, self.held[key], strict=True):
             there = {its.index(expert): matrices for expert, matrices in sample.items() if expert in its}
             if there and device.lost is None:
                 check = partial(self_check, device.backend, key, there, serving=serving)
-                worst = max(worst, await device.owner.call(check))
+                worst = max(worst, await device.outcome(device.owner.call(check)))
         return worst
 
     async def warm_up(self) -> None:
@@ -193,7 +231,7 @@ class Node:
 
     async def memory(self) -> dict[int, DeviceMemory]:
         """By the numbers of those devices that have memory of their own."""
-        found = {device.number: await device.owner.call(device.backend.memory) for device in self.sound}
+        found = await self.each(lambda backend: backend.memory())
         return {number: memory for number, memory in found.items() if memory is not None}
 
     async def begin(self, failpoints: Failpoints | None) -> Executor:
@@ -223,10 +261,11 @@ class Node:
 
     def lose(self, device: Device, reason: str) -> None:
         """From now on a device computes nothing."""
-        device.lost = reason
+        device.lose(reason)
 
     def forsake(self, device: Device, *, hangs: bool) -> None:
         """Have nothing computed on a lost device any more, once nobody is told of it any more."""
+        device.hangs = device.hangs or hangs
         if self._executor is not None:
             self._executor.lose(self.devices.index(device), hangs=hangs)
 
@@ -241,6 +280,16 @@ class Node:
             self.room_for(experts),
             None if loads is None else [loads[expert] for expert in experts],
         )
+
+
+async def _to_its_end(work: asyncio.Task[T]) -> T:
+    """Its result. Who is cancelled waits for its end nevertheless: a thread goes on, and what it makes can be dropped
+    only then."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait((work,))
+        raise
 
 
 async def _executor_of(device: Device) -> Executor:

@@ -65,13 +65,23 @@ class Watchdog:
         self._set_serving(False)
 
     def condemn_device(self, device: Device, reason: str) -> None:
-        """Use a device no more, or, where there is no other one, the server."""
+        """Use a device no more, or, where there is no other one, the server. What it has may come to its end yet, for
+        `timeout` seconds."""
         if device.lost is not None:
             return
         if self._node.sound == (device,):
             self.condemn(reason)
         else:
             self._lose(device, reason, False)
+            sign = device.owner.pass_through(partial(self._sign, device))
+            sign.add_done_callback(asyncio.Future.exception)
+            asyncio.get_running_loop().call_later(self._timeout, self._judge, device, sign)
+
+    def _judge(self, device: Device, sign: asyncio.Future[None]) -> None:
+        """Give up what a lost device has, unless it has come to its end."""
+        if not sign.done():
+            log.error("device %d, which is lost, has not answered for %g s either", device.number, self._timeout)
+            self._node.forsake(device, hangs=True)
 
     def _suspect(self) -> None:
         """A batch failed: the device is asked at once. A fault of one batch alone changes nothing."""

@@ -780,6 +780,14 @@ def test_how_batches_are_cut(make: Callable[..., Bench], fake: Fake) -> None:
     assert bench.start(Request(1201)).error == "1201 tokens: a batch has 1 to 1200"
 
 
+def test_parts_of_the_largest_batch_may_be_smaller_than_a_whole_one(make: Callable[..., Bench]) -> None:
+    bench = make(classes=(1, 64, 256, 300), max_tokens=700)
+    assert parts_of(bench, 700) == (3, 256, 256)
+    assert parts_of(bench, 300) == (1, 300, 300)
+    for tokens in (300, 700):
+        bench.check(bench.compute(one := Request(tokens)), one)
+
+
 @pytest.mark.parametrize("hidden_dtype", [FP8, BF16])
 @pytest.mark.parametrize("reply_dtype", [BF16, FP32])
 @pytest.mark.parametrize("sizes", [(65,), (300,), (512,), (3, 60, 200, 1, 100)])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from expertd._native import Batch, CallbackExecutor, Engine, Inbox, Tally
+from expertd._native import Batch, CallbackExecutor, Engine, Inbox, NodeExecutor, OwnedLayer, Tally
 from expertd.kernels.numerics.backend import TokenBatch
 from expertd.proto import codec
 from expertd.proto.base.errors import Overloaded
@@ -103,9 +103,10 @@ class Model:
 
     def finish(self, which: int, now: float) -> list[int]:
         tokens, numbers, started = self.under_way.pop(which)
-        if numbers is self.express_one:
+        express = numbers is self.express_one
+        if express:
             self.express_one = None
-        self.admission.computed(tokens, now - started)
+        self.admission.computed(tokens, now - started, express=express)
         return numbers
 
 
@@ -217,6 +218,44 @@ def test_order_and_bounds_are_those_of_the_python_queue(seed: int, identities: s
         batch.fail("the test is over")
 
 
+def test_express_batches_tell_the_devices_rate_only_until_others_do() -> None:
+    engine, executor, inbox = make_engine(express=True)
+    clock = 0
+
+    def submit(tokens: int) -> Any:  # noqa: ANN401
+        return inbox.submit(engine, codec.encode_call(call(1, tokens)), "caller", None, None, "")
+
+    def turn() -> None:
+        settle(engine, clock)
+        settle(engine, clock)
+
+    def compute(tokens: int, seconds: float) -> None:
+        nonlocal clock
+        submit(tokens)
+        turn()
+        clock += int(seconds * 1e9)
+        finish(executor.fetch())
+        turn()
+
+    def seconds_for_700() -> float:
+        """That a request is told for which there is no room."""
+        for _ in range(2):
+            assert submit(400).refusal is None
+        return float(submit(700).refusal.retry_after)
+
+    for _ in range(3):
+        compute(1, 0.001)
+    assert seconds_for_700() == pytest.approx(700 / 1000)
+    turn()
+    clock += 40_000_000
+    for _ in range(2):
+        finish(executor.fetch())
+    turn()
+    for _ in range(50):
+        compute(1, 0.001)
+    assert seconds_for_700() == pytest.approx(700 / 10_000)
+
+
 def test_what_many_threads_submit_and_evict_is_answered_once_and_leaves_the_room_empty() -> None:
     tally = Tally((1, 2), 4, (1.0,), (1.0,))
     engine, executor, _ = make_engine(tally)
@@ -258,6 +297,40 @@ def test_what_many_threads_submit_and_evict_is_answered_once_and_leaves_the_room
     assert set(answers) <= {0, OVERLOADED}
     assert answers[OVERLOADED] == tally.evictions > 0
     assert (engine.queued_tokens, engine.queued_bytes, tally.in_flight) == (0, 0, 0)
+
+
+def test_what_a_device_that_hangs_has_is_not_waited_for_but_what_others_have_is() -> None:
+    halves = [OwnedLayer(1, (place,), experts_text="", key=1) for place in (0, 1)]
+    layer = OwnedLayer(1, (0, 1), experts_text="0-1", key=1, devices=halves)
+    devices: list[Any] = [CallbackExecutor(DEPTH), CallbackExecutor(DEPTH)]
+    node, inbox = NodeExecutor(devices), make_engine()[2]
+    engine = Engine(
+        placement_of(layers=(1,), owned=[layer]),
+        max_batch_tokens=MAX_BATCH,
+        max_queued_tokens=MAX_QUEUED,
+        max_queued_bytes=MAX_BYTES,
+        tally=Tally((1,), 4, (1.0,), (1.0,)),
+    )
+    engine.use(node)
+    engine.open()
+    for one in (call(1, 300, top_k=2), call(2, 400)):
+        inbox.submit(engine, codec.encode_call(one), "caller", None, None, "")
+        settle(engine)
+        settle(engine)
+    engine.placement = placement_of(layers=(1,), owned=[layer], epoch=2)
+    both, alone, hung = devices[0].fetch(), devices[0].fetch(), devices[1].fetch()
+    assert (both.tokens, alone.tokens, hung.tokens) == (300, 400, 300)
+    node.lose(1, hangs=True)
+    settle(engine)
+    assert [answer.refusal.text for answer in inbox.drain()] == ["device 1 is lost; use another replica"]
+    assert engine.uses_before(2)
+    alone.finish([400], 0.0, 0.0, 0.0)
+    settle(engine)
+    settle(engine)
+    assert [answer.refusal for answer in inbox.drain()] == [None]
+    assert not engine.uses_before(2)
+    for batch in (both, hung):
+        batch.fail("the test is over")
 
 
 def test_what_ran_out_in_the_queue_is_not_computed() -> None:

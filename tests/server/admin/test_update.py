@@ -35,11 +35,12 @@ from expertd.proto.base.errors import (
 )
 from expertd.server.admin.counting import OUTCOMES
 from expertd.server.admin.service import AdminDoor
+from expertd.server.admin.update import Updater
 from expertd.server.app import Server
 from expertd.server.options.config import InvalidOption
 from tests.docs.fences import ROOT, Fence
 from tests.support.coordinators import LAYER, QUICK, expected, routing, tokens
-from tests.support.serving import ANY_PORT, call_for, door, random_batch, running_server
+from tests.support.serving import ANY_PORT, call_for, door, random_batch, running_server, until
 
 PLAIN = ClientSecurity()
 
@@ -173,7 +174,8 @@ async def slow_server(model: Path) -> Any:  # noqa: ANN401
             backend.go_on.set()
 
 
-WANTED = {1: range(16), 2: range(16)}
+EVERY = tuple(range(16))
+WANTED = {1: EVERY, 2: EVERY}
 
 
 def told(server: Server, name: str, **labels: str) -> float:
@@ -229,7 +231,25 @@ async def test_one_at_a_time_and_who_leaves_leaves_it_as_it_was(small_model: Pat
         assert told(server, "updates_in_flight") == 0
         await update(server, WANTED)
         assert outcomes(server) == {"ok": 1, "cancelled": 1, "resource_exhausted": 1}
-        assert server.info.experts == {1: tuple(range(16)), 2: tuple(range(16))}
+        assert server.info.experts == WANTED
+
+
+async def test_what_is_being_made_is_dropped_once_it_is_made(small_model: Path) -> None:
+    async def change(server: Server) -> None:
+        async for _ in Updater(server.holdings).run(server.info.placement_epoch, WANTED, {}):
+            pass
+
+    async with slow_server(small_model) as (server, backend):
+        changing = asyncio.create_task(change(server))
+        await until(lambda: backend.spliced == 2)
+        changing.cancel()
+        await asyncio.sleep(0.05)
+        assert server.holdings.busy
+        backend.go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await changing
+        assert held(server) == serving(server)
+        assert not server.holdings.busy
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("no memory"), None], ids=["backend", "checkpoint"])

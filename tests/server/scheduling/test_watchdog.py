@@ -3,6 +3,7 @@
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -12,9 +13,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from expertd.client.tools.cluster import LocalCluster
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.kernels.numerics.backend import TokenBatch, Underway
+from expertd.kernels.torch.backend import TorchBackend
 from expertd.proto.codec import ShardInfo
 from expertd.server.app import Server
 from expertd.server.failpoints import VARIABLE
+from expertd.server.scheduling.node import Device, Node
+from expertd.server.scheduling.watchdog import Watchdog
 from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server, until
 
 TIMEOUT = 1.0
@@ -121,3 +125,23 @@ async def test_an_error_of_one_batch_alone_costs_that_batch_and_nothing_else(sma
         server.device.submit = submit
         await asyncio.sleep(2 * TIMEOUT)
         assert len((await execute(request_for(server, batch()))).partials) == 3 * 256 * 4
+
+
+async def test_what_a_condemned_device_has_is_given_up_unless_it_answers() -> None:
+    node = Node({number: TorchBackend() for number in range(3)}, most=3)
+    engine: Any = SimpleNamespace(await_turn=lambda: None)
+    lost: list[tuple[Device, str, bool]] = []
+
+    def lose(device: Device, reason: str, hangs: bool) -> None:
+        lost.append((device, reason, hangs))
+        node.lose(device, reason)
+
+    watchdog = Watchdog(node, engine, TIMEOUT, lost.append, lost.append, lose)  # type: ignore[arg-type]
+    _, answering, silent = node.devices
+    answering.owner.start()
+    for device in (answering, silent):
+        watchdog.condemn_device(device, "the GPU had an error")
+    await until(lambda: silent.hangs)
+    assert lost == [(answering, "the GPU had an error", False), (silent, "the GPU had an error", False)]
+    assert not answering.hangs
+    answering.owner.stop()

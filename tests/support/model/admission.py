@@ -21,12 +21,13 @@ class Admission:
         self._queue = queue
         self._bounds = {"tokens": max_tokens, "bytes": max_bytes}
         self._newest_last: list[Job] = []
-        self._tokens_per_second = 0.0
+        self._rates = {False: 0.0, True: 0.0}
+        """Tokens per second, of express batches and of others."""
 
-    def computed(self, tokens: int, seconds: float) -> None:
+    def computed(self, tokens: int, seconds: float, *, express: bool) -> None:
         """Tell that the device took `seconds` for a batch of `tokens`."""
-        rate = tokens / max(seconds, 1e-6)
-        self._tokens_per_second += (rate - self._tokens_per_second) * (NEWEST_SHARE if self._tokens_per_second else 1.0)
+        rate, average = tokens / max(seconds, 1e-6), self._rates[express]
+        self._rates[express] += (rate - average) * (NEWEST_SHARE if average else 1.0)
 
     def put(self, job: Job) -> list[tuple[Job, Overloaded]]:
         """Let `job` wait, and return those that left for it, with what they are told. Raises `Overloaded`."""
@@ -70,10 +71,12 @@ class Admission:
 
     def _delay(self, tokens: int, room: int) -> float | None:
         """Seconds until `tokens` fit into `room`, half of the queue being gone: a full queue soon fills up again."""
-        if not self._tokens_per_second:
+        # Express batches are of few tokens, and beside others: they tell the rate only while nothing else does.
+        rate = self._rates[False] or self._rates[True]
+        if not rate:
             return None
         ahead = max(self._queue.tokens + tokens - room, self._queue.tokens // 2)
-        return min(max(ahead / self._tokens_per_second, SHORTEST_DELAY), LONGEST_DELAY)
+        return min(max(ahead / rate, SHORTEST_DELAY), LONGEST_DELAY)
 
 
 def _of(jobs: Sequence[Job], what: str, identity: str | None = None) -> int:

@@ -1,0 +1,74 @@
+"""When weights that a server no longer answers with are freed."""
+
+import asyncio
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+from expertd.kernels.model.config import MoeConfig
+from expertd.server.admin.holdings import Holdings
+from expertd.server.scheduling.generations import Generation, Generations
+from expertd.server.scheduling.shard import Shard
+from expertd.server.telemetry.metrics import Metrics
+from tests.support.serving import until
+
+
+class StandInNode:
+    """Has all experts of all layers, and notes which are dropped."""
+
+    def __init__(self) -> None:
+        self.dropped: list[int] = []
+
+    def computable(self, key: int) -> set[int]:
+        return {0, 1}
+
+    async def drop(self, key: int) -> None:
+        self.dropped.append(key)
+
+
+class StandInEngine:
+    """Has a request under way at each epoch of `used`."""
+
+    closed_because = None
+
+    def __init__(self) -> None:
+        self.placement = SimpleNamespace(epoch=1)
+        self.used: set[int] = set()
+
+    def tell(self, generations: Generations) -> None:
+        self.placement = SimpleNamespace(epoch=generations.serving.shard.placement_epoch)
+
+    def uses_before(self, epoch: int) -> bool:
+        return any(used < epoch for used in self.used)
+
+
+class StandInCheckpoint:
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def generations_of(keys: Mapping[int, int], checkpoint: StandInCheckpoint) -> Generations:
+    """Layers of two experts each, with their keys."""
+    config = cast(MoeConfig, SimpleNamespace(moe_layers=(1, 2)))
+    shard = Shard(config, "a model", 1, dict.fromkeys(keys, (0, 1)), keys=keys)
+    return Generations(Generation(shard, cast(Any, checkpoint), cast(Any, None)))
+
+
+async def test_weights_wait_for_the_requests_of_the_switch_that_gave_them_up() -> None:
+    node, engine, first, second = StandInNode(), StandInEngine(), StandInCheckpoint(), StandInCheckpoint()
+    begun = generations_of({1: 1, 2: 2}, first)
+    held = Holdings(begun, cast(Any, node), cast(Any, engine), Metrics(), engine.tell)
+    engine.used = {held.epoch}
+    earlier = asyncio.create_task(held.switch(generations_of({1: 3, 2: 2}, first)))
+    await until(lambda: held.epoch > 1)
+    engine.used.add(held.epoch)
+    later = asyncio.create_task(held.switch(generations_of({1: 3}, second)))
+    await until(lambda: held.generations.keys == {3})
+    engine.used.remove(1)
+    await earlier
+    assert (node.dropped, first.closed) == ([1], False)
+    engine.used.clear()
+    await later
+    assert (node.dropped, first.closed, second.closed) == ([1, 2], True, False)
