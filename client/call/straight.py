@@ -100,13 +100,15 @@ class StraightCall:
         if self._soon is not None and not all(answer.done() for answer in self._answers):
             # Once the loop is closed, nothing is sent any more.
             with contextlib.suppress(RuntimeError):
-                self._soon(self._cancel)
+                self._soon(partial(_cancel, self._answers))
         for member, tokens in self._tokens:
             if not self._counted:
                 self._count(member, "cancelled", time.perf_counter() - self._begun)
             self._end(member, tokens, GIVEN_UP)
         self._call.drop()
         self._caller.count(self._tokens, -1)
+        # Those that give up refer to this, and would keep its memory until Python looks for such rings.
+        self._giving_up, self._out, self._messages, self._answers = [], None, [], []
 
     def give_up(self) -> None:
         """Have the thread that waits for answers wait no longer. Any thread."""
@@ -155,17 +157,14 @@ class StraightCall:
 
     def _exchange(self) -> None:
         """By the event loop, as what follows."""
+        answers = self._answers
         for part, number, request_id, message in () if self._closed else self._messages:
             exchange = self._servers[number].member.transport.exchange(request_id, message)
             answer = asyncio.ensure_future(exchange)
             answer.add_done_callback(partial(self._take, part))
-            self._answers.append(answer)
+            answers.append(answer)
         if self._closed:
-            self._cancel()
-
-    def _cancel(self) -> None:
-        for answer in self._answers:
-            answer.cancel()
+            _cancel(answers)
 
     def _take(self, part: int, answer: asyncio.Future[bytes]) -> None:
         error = Cancelled("its sending was cancelled") if answer.cancelled() else answer.exception()
@@ -223,6 +222,11 @@ class StraightCall:
         except ExpertdError as error:
             return (member, dispatch), error
         return (member, dispatch), Answer(dispatch, result, address, seconds)
+
+
+def _cancel(answers: Sequence[asyncio.Future[bytes]]) -> None:
+    for answer in answers:
+        answer.cancel()
 
 
 def at_once(function: Callable[[], object]) -> None:
