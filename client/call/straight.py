@@ -60,7 +60,7 @@ class StraightCall:
         self._call = call
         self._servers = {server.member.number: server for server in servers}
         self._timeout = self._left = timeout
-        self._closed = False
+        self._closed = self._given_up = False
         parts = [(self._servers[number].member, tokens) for number, tokens in call.planned]
         self._tokens = parts
         self._watch: Watch | None = None
@@ -111,7 +111,8 @@ class StraightCall:
         self._giving_up, self._out, self._messages, self._answers = [], None, [], []
 
     def give_up(self) -> None:
-        """Have the thread that waits for answers wait no longer. Any thread."""
+        """Have the thread that is in `sums` wait no longer, and raise `Cancelled`. Any thread."""
+        self._given_up = True
         for member, _ in self._giving_up:
             self._call.lose(member.number)
 
@@ -131,12 +132,15 @@ class StraightCall:
     def sums(self) -> tuple[Tensor, tuple[ServerReport, ...]] | None:
         """[..., H] of the output dtype; None when a part has failed.
 
-        What is not `answered` yet it waits for on this thread, at most as long as an attempt may take.
+        What is not `answered` yet it waits for on this thread, at most as long as an attempt may take. Raises
+        `Cancelled` once it is given up, unless it has its answers.
         """
         out = self._out
         parts = self._call.finish(self._left, None if out is None else out.view(-1, self._shape[-1]))
         self._counted = parts is not None
         if parts is None:
+            if self._given_up:
+                raise GIVEN_UP.again()
             return None
         if out is None:
             out = kept(self._call, self._shape, self._caller.config.output_dtype)
