@@ -204,7 +204,7 @@ class StraightCall:
             self._attempts.end(member.transport.address, tokens, error)
 
     def _outcome(self, index: int, part: _native.CallPart) -> tuple[Part, Outcome]:
-        number, tokens, ids, weights, _, _, _, seconds = part
+        number, tokens, ids, weights, _, _, _, seconds, _ = part
         server = self._servers[number]
         member, count = server.member, len(tokens) // 8
         dispatch = Dispatch(

@@ -225,6 +225,26 @@ class Padded(GrpcTransport):
         return answer.SerializeToString()
 
 
+class Another(GrpcTransport):
+    """Gives out an answer as one to the next request."""
+
+    async def exchange(self, request_id: int, message: bytes) -> bytes:
+        answer = pb.ExecuteResponse.FromString(await super().exchange(request_id, message))
+        answer.request_id = request_id + 1
+        answer.checksum = _native.crc32c(answer.partials, _native.crc32c(answer.request_id.to_bytes(8, "little")))
+        return answer.SerializeToString()
+
+
+async def test_an_answer_to_another_request_is_not_taken(small_model: Path) -> None:
+    config = replace(QUICK, max_attempts=1, **BY_MESSAGES)
+    async with (
+        running_server(small_model, ALL) as server,
+        Coordinator([str(server.address)], config, open_transport=Another) as moe,
+    ):
+        with pytest.raises(ServerFault, match=r"the answer is to request \d+; request \d+ was sent"):
+            await moe.execute(**routed(5))
+
+
 @pytest.mark.parametrize(
     ("transport", "complaint"),
     [
