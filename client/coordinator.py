@@ -295,7 +295,8 @@ class Coordinator:
         caller = self._connected()
         if self._stream_calls is not None:
             self._stream_calls.check()
-        caller.membership.holdings.ownership.check_layer(as_layer(layer))
+        layer = as_layer(layer)
+        caller.membership.holdings.ownership.check_layer(layer)
         tokens = as_tokens("hidden", hidden, self.model.hidden_size)
         ids, weights = self._route(layer, tokens, logits, topk_ids, topk_weights)
         return RoutedCall(caller, layer, tokens, ids, weights, hidden.shape)

@@ -363,6 +363,16 @@ async def test_hidden_states_of_every_dtype_are_quantised_alike(
         assert transports[0].long == 0
 
 
+@pytest.mark.parametrize("way", [{}, BY_MESSAGES, THE_LONG_WAY], ids=["lanes", "messages", "long"])
+async def test_a_layer_may_be_an_integer_of_any_kind(small_model: Path, way: dict[str, Any]) -> None:
+    async with (
+        running_server(small_model, ALL) as server,
+        Coordinator([str(server.address)], replace(QUICK, **way)) as moe,
+    ):
+        right = (await moe.execute(**routed(5))).output
+        assert torch.equal((await moe.execute(**routed(5) | {"layer": torch.tensor(LAYER)})).output, right)
+
+
 @WAYS
 async def test_a_token_without_experts_gets_zeros_and_a_pair_left_out_is_nobodys(
     small_model: Path, way: dict[str, Any]
