@@ -181,8 +181,8 @@ class Coordinator:
     ) -> asyncio.Task[MoeResult]:
         """Begin what `execute` does, for a caller who has other things to do meanwhile: `await` it for the result.
 
-        Where it can, it has sent hidden states when it returns. Wrong arguments are raised at once. Cancelling the task
-        gives the call up.
+        Hidden states must stay as they are until there is a result: what fails is sent again from them. Wrong arguments
+        are raised at once. Cancelling the task gives the call up.
         """
         self._check_loop()
         meter = self._meter(layer)
