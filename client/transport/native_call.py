@@ -81,7 +81,7 @@ class Watch:
 
     def end(self) -> None:
         for segment, slot in self._slots:
-            segment.unwatch(slot)
+            segment.unwatch(slot, self.look)
 
 
 class OneOwner:
