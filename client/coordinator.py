@@ -181,8 +181,8 @@ class Coordinator:
     ) -> asyncio.Task[MoeResult]:
         """Begin what `execute` does, for a caller who has other things to do meanwhile: `await` it for the result.
 
-        Where it can, it has sent hidden states when it returns. Wrong arguments are raised at once. Cancelling the task
-        gives the call up.
+        Hidden states must stay as they are until there is a result: what fails is sent again from them. Wrong arguments
+        are raised at once. Cancelling the task gives the call up.
         """
         self._check_loop()
         meter = self._meter(layer)
@@ -295,7 +295,8 @@ class Coordinator:
         caller = self._connected()
         if self._stream_calls is not None:
             self._stream_calls.check()
-        caller.membership.holdings.ownership.check_layer(as_layer(layer))
+        layer = as_layer(layer)
+        caller.membership.holdings.ownership.check_layer(layer)
         tokens = as_tokens("hidden", hidden, self.model.hidden_size)
         ids, weights = self._route(layer, tokens, logits, topk_ids, topk_weights)
         return RoutedCall(caller, layer, tokens, ids, weights, hidden.shape)

@@ -132,7 +132,8 @@ class SyncCoordinator:
             pending = moe.submit(layer, hidden, topk_ids=ids, topk_weights=weights)
             y = shared_expert(hidden) + pending.result().output
 
-        Where it can, it has sent hidden states when it returns. Wrong arguments are raised at once, or by `result`.
+        Hidden states must stay as they are until there is a result: what fails is sent again from them. Wrong arguments
+        are raised at once, or by `result`.
         """
         loop, hand_over = self._running(), None
         if isinstance(hidden, Tensor) and hidden.is_cuda:

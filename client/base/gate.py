@@ -45,7 +45,7 @@ def load_gates(checkpoint: Checkpoint, layers: Iterable[int]) -> dict[int, Gate]
             weight=checkpoint.read(family.gate_weight(layer), (experts, width), torch.bfloat16, torch.float32),
             correction_bias=bias(layer)
             if family.has_correction_bias and table is None
-            else torch.zeros(experts, dtype=torch.float32),
+            else torch.zeros(experts, dtype=torch.float32, device="cpu"),
             table=table,
         )
 

@@ -34,8 +34,8 @@ class Activations:
             if not self._scales.isfinite().all():
                 check_finite(tokens)
             return
-        hidden = self._hidden = torch.empty(tokens.shape, dtype=FP8)
-        scales = self._scales = torch.empty(num_tokens, self.width // BLOCK, dtype=torch.float32)
+        hidden = self._hidden = torch.empty(tokens.shape, dtype=FP8, device="cpu")
+        scales = self._scales = torch.empty(num_tokens, self.width // BLOCK, dtype=torch.float32, device="cpu")
 
         def quantize(rows: slice) -> None:
             if not quantize_into(tokens[rows], hidden[rows], scales[rows]):

@@ -107,8 +107,8 @@ def renormalize(sums: Tensor, ids: Tensor, weights: Tensor, missing: Sequence[Wo
     `ids` and `weights` [T, k] are the whole call's. A token that lost all its experts keeps zeros. The number of tokens
     that lost an expert.
     """
-    lost = torch.zeros(len(ids), dtype=torch.float32)
-    affected = torch.zeros(len(ids), dtype=torch.bool)
+    lost = torch.zeros(len(ids), dtype=torch.float32, device="cpu")
+    affected = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
     for part in missing:
         lost.index_add_(0, part.tokens, part.weights.sum(dim=1))
         affected[part.tokens[(part.expert_ids >= 0).any(dim=1)]] = True

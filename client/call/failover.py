@@ -65,7 +65,7 @@ class LayerCall:
         `Superseded` where its weights are gone.
         """
         try:
-            return await self._place(Work(torch.arange(len(ids)), ids, weights), attempt=1)
+            return await self._place(Work(torch.arange(len(ids), device="cpu"), ids, weights), attempt=1)
         finally:
             self._config.metrics.spent(self.effort.retries, self.effort.failovers, self.effort.hedges)
 

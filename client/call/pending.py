@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from threading import Lock
 
 from expertd.client.base.loop_thread import LoopThread
 from expertd.client.call.result import MoeResult
 from expertd.client.call.routed import RoutedCall
-from expertd.client.call.straight import StraightCall
+from expertd.client.call.straight import GIVEN_UP, StraightCall
 from expertd.client.telemetry.meter import CallMeter
 from expertd.proto.base.errors import Cancelled
 
@@ -27,6 +28,7 @@ class PendingCall:
         self._hand_over = hand_over
         self._loop = loop
         self._meter = meter
+        self._collecting = Lock()
         self._result: MoeResult | BaseException | None = None
         self._straight: StraightCall | None = None
         self._future: Future[MoeResult] | None = None
@@ -38,34 +40,54 @@ class PendingCall:
 
     def result(self) -> MoeResult:
         """Wait for the result on this thread. Raises what `Coordinator.execute` does; the same one when asked again."""
-        if self._result is None:
+        with self._collecting:
             try:
-                with self._meter.counting():
-                    self._result = self._collect()
-                self._meter.answered(self._result.output, self._result.degraded_tokens, self._result.waited)
-                if self._hand_over is not None:
-                    self._hand_over(self._result)
+                if self._result is None:
+                    self._result = self._counted()
+            except Cancelled as error:
+                # By its caller, where that is known already.
+                self._result = self._result or error
             except BaseException as error:
                 self._result = error
-                raise
             finally:
                 # Ctrl-C while waiting: the call must not go on without anybody who wants it.
-                self.cancel()
+                self._close()
         if isinstance(self._result, BaseException):
             raise self._result
         return self._result
 
     def cancel(self) -> None:
-        """Give it up, unless it has its result: servers that have not begun with it will not."""
+        """Give it up, unless it has its result: servers that have not begun with it will not. Any thread."""
         if self._result is None:
             self._result = Cancelled("the call was cancelled by its caller")
+        if self._collecting.acquire(blocking=False):
+            try:
+                self._close()
+            finally:
+                self._collecting.release()
+            return
+        # Whoever collects it closes it, too.
         if self._straight is not None:
-            self._straight.close()
+            self._straight.give_up()
         if self._future is not None:
             self._future.cancel()
 
     def __del__(self) -> None:
         self.cancel()
+
+    def _close(self) -> None:
+        if self._straight is not None:
+            self._straight.close()
+        if self._future is not None:
+            self._future.cancel()
+
+    def _counted(self) -> MoeResult:
+        with self._meter.counting():
+            result = self._collect()
+        self._meter.answered(result.output, result.degraded_tokens, result.waited)
+        if self._hand_over is not None:
+            self._hand_over(result)
+        return result
 
     def _collect(self) -> MoeResult:
         if self._straight is not None:
@@ -75,4 +97,10 @@ class PendingCall:
             self._future = self._loop.start(self._call.finish(self._straight.outcomes()))
             self._straight.close()
         assert self._future is not None
-        return self._future.result()
+        if self._result is not None:
+            # Cancelled before there was this to cancel.
+            self._future.cancel()
+        try:
+            return self._future.result()
+        except CancelledError:
+            raise GIVEN_UP.again() from None

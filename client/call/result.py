@@ -45,7 +45,8 @@ class ServerReport:
     tokens: int
     pairs: int
     round_trip: float
-    """Seconds from sending to the decoded answer; of a split batch, the longest part's."""
+    """Seconds from sending to the decoded answer; of a split batch, the longest part's. What came through shared memory
+    before anybody waited for it has what `timings` say."""
     timings: StageTimings
     """The server's own account; of a split batch, the slowest part's."""
 

@@ -60,7 +60,7 @@ class StraightCall:
         self._call = call
         self._servers = {server.member.number: server for server in servers}
         self._timeout = self._left = timeout
-        self._closed = False
+        self._closed = self._given_up = False
         parts = [(self._servers[number].member, tokens) for number, tokens in call.planned]
         self._tokens = parts
         self._watch: Watch | None = None
@@ -100,16 +100,19 @@ class StraightCall:
         if self._soon is not None and not all(answer.done() for answer in self._answers):
             # Once the loop is closed, nothing is sent any more.
             with contextlib.suppress(RuntimeError):
-                self._soon(self._cancel)
+                self._soon(partial(_cancel, self._answers))
         for member, tokens in self._tokens:
             if not self._counted:
                 self._count(member, "cancelled", time.perf_counter() - self._begun)
             self._end(member, tokens, GIVEN_UP)
         self._call.drop()
         self._caller.count(self._tokens, -1)
+        # Those that give up refer to this, and would keep its memory until Python looks for such rings.
+        self._giving_up, self._out, self._messages, self._answers = [], None, [], []
 
     def give_up(self) -> None:
-        """Have the thread that waits for answers wait no longer. Any thread."""
+        """Have the thread that is in `sums` wait no longer, and raise `Cancelled`. Any thread."""
+        self._given_up = True
         for member, _ in self._giving_up:
             self._call.lose(member.number)
 
@@ -129,12 +132,15 @@ class StraightCall:
     def sums(self) -> tuple[Tensor, tuple[ServerReport, ...]] | None:
         """[..., H] of the output dtype; None when a part has failed.
 
-        What is not `answered` yet it waits for on this thread, at most as long as an attempt may take.
+        What is not `answered` yet it waits for on this thread, at most as long as an attempt may take. Raises
+        `Cancelled` once it is given up, unless it has its answers.
         """
         out = self._out
         parts = self._call.finish(self._left, None if out is None else out.view(-1, self._shape[-1]))
         self._counted = parts is not None
         if parts is None:
+            if self._given_up:
+                raise GIVEN_UP.again()
             return None
         if out is None:
             out = kept(self._call, self._shape, self._caller.config.output_dtype)
@@ -155,17 +161,14 @@ class StraightCall:
 
     def _exchange(self) -> None:
         """By the event loop, as what follows."""
+        answers = self._answers
         for part, number, request_id, message in () if self._closed else self._messages:
             exchange = self._servers[number].member.transport.exchange(request_id, message)
             answer = asyncio.ensure_future(exchange)
             answer.add_done_callback(partial(self._take, part))
-            self._answers.append(answer)
+            answers.append(answer)
         if self._closed:
-            self._cancel()
-
-    def _cancel(self) -> None:
-        for answer in self._answers:
-            answer.cancel()
+            _cancel(answers)
 
     def _take(self, part: int, answer: asyncio.Future[bytes]) -> None:
         error = Cancelled("its sending was cancelled") if answer.cancelled() else answer.exception()
@@ -201,7 +204,7 @@ class StraightCall:
             self._attempts.end(member.transport.address, tokens, error)
 
     def _outcome(self, index: int, part: _native.CallPart) -> tuple[Part, Outcome]:
-        number, tokens, ids, weights, _, _, _, seconds = part
+        number, tokens, ids, weights, _, _, _, seconds, _ = part
         server = self._servers[number]
         member, count = server.member, len(tokens) // 8
         dispatch = Dispatch(
@@ -223,6 +226,11 @@ class StraightCall:
         except ExpertdError as error:
             return (member, dispatch), error
         return (member, dispatch), Answer(dispatch, result, address, seconds)
+
+
+def _cancel(answers: Sequence[asyncio.Future[bytes]]) -> None:
+    for answer in answers:
+        answer.cancel()
 
 
 def at_once(function: Callable[[], object]) -> None:

@@ -18,6 +18,9 @@ from expertd.proto.lane.layout import tokens_within
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
+MOST_SECONDS = 1e9
+"""That a call can be waited for: nanoseconds have 64 bits."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorConfig:
@@ -101,6 +104,9 @@ class CoordinatorConfig:
         for name in ("connect_timeout", "call_timeout", "attempt_timeout", "max_attempts"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
+        for name in ("call_timeout", "attempt_timeout"):
+            if not getattr(self, name) <= MOST_SECONDS:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {MOST_SECONDS:.0f} seconds")
         for name in ("chunk_bytes", "shared_memory_chunk_bytes", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

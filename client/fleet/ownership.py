@@ -52,7 +52,9 @@ def resolve_ownership(servers: Sequence[tuple[str, ShardInfo]]) -> Ownership:
     config = MoeConfig(**first.config)  # type: ignore[arg-type]
     check_replicas(servers, config)
     layers = {layer for _, shard in servers for layer in shard.layers}
-    owned = {layer: torch.zeros(len(servers), config.n_routed_experts, dtype=torch.bool) for layer in layers}
+    owned = {
+        layer: torch.zeros(len(servers), config.n_routed_experts, dtype=torch.bool, device="cpu") for layer in layers
+    }
     for index, (_, shard) in enumerate(servers):
         for layer in shard.layers:
             owned[layer][index, list(shard.experts[layer])] = True

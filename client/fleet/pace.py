@@ -87,10 +87,10 @@ class Pace:
             model_fingerprint=shard.model_fingerprint,
             placement_epoch=None,
             layer=layer,
-            hidden=torch.zeros(1, width, dtype=torch.bfloat16),
+            hidden=torch.zeros(1, width, dtype=torch.bfloat16, device="cpu"),
             scales=None,
-            expert_ids=torch.tensor([[expert]], dtype=torch.int32),
-            weights=torch.zeros(1, 1, dtype=torch.float32),
+            expert_ids=torch.tensor([[expert]], dtype=torch.int32, device="cpu"),
+            weights=torch.zeros(1, 1, dtype=torch.float32, device="cpu"),
             reply_dtype=torch.bfloat16,
             timeout=TRIAL_TIMEOUT,
         )

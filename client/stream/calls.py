@@ -87,7 +87,7 @@ class StreamCalls:
         # Has the device's context made, and made this thread's.
         torch.zeros(1, device=self._device, dtype=torch.float32)
         lanes = await self._open_all(members, terms)
-        owners = torch.searchsorted(torch.tensor(numbers), chosen).to(torch.int32)
+        owners = torch.searchsorted(torch.tensor(numbers, device="cpu"), chosen).to(torch.int32)
         if self._terms is None:
             self._tasks.keep(self._watch, "watching stream-ordered calls")
         await asyncio.to_thread(self.synchronize)

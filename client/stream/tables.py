@@ -56,7 +56,7 @@ class Tables:
 
     def renew(self, lanes: list[StreamLane], owners: Tensor) -> None:
         """While the device does nothing with them."""
-        places = torch.zeros(self.places.shape, dtype=torch.int64)
+        places = torch.zeros(self.places.shape, dtype=torch.int64, device="cpu")
         places[: len(lanes)] = torch.from_numpy(np.stack([lane.places() for lane in lanes]))
         self.places.copy_(places)
         self.owners.copy_(owners)

@@ -12,7 +12,7 @@ from torch import Tensor
 from expertd import _native
 from expertd.client.transport.handover import closed
 from expertd.proto import codec
-from expertd.proto.base.errors import DeadlineExceeded, ExpertdError
+from expertd.proto.base.errors import DeadlineExceeded, ExpertdError, ServerFault
 from expertd.proto.codec import ExecuteCall, ExecuteResult, RawResponse
 
 
@@ -53,7 +53,7 @@ def outcome_of(
     address: str, part: _native.CallPart, width: int, dtype: torch.dtype, timeout: float | None, *, checked: bool
 ) -> ExecuteResult | ExpertdError | None:
     """What became of a part of a call that went the straight way; None when it was never sent."""
-    _, tokens, _, _, state, reply, sums, _ = part
+    _, tokens, _, _, state, reply, sums, _, request_id = part
     match state:
         case _native.PartState.FULL:
             return None
@@ -63,6 +63,10 @@ def outcome_of(
             return DeadlineExceeded(f"{address}: no answer within {timeout} s")
     try:
         shared = torch.frombuffer(bytearray(sums), dtype=torch.uint8) if sums else None
-        return codec.decode_result(codec.parse_response(reply), len(tokens) // 8, width, dtype, shared, checked=checked)
+        response, count = codec.parse_response(reply), len(tokens) // 8
+        result = codec.decode_result(response, count, width, dtype, shared, checked=checked)
+        if result.request_id != request_id:
+            raise ServerFault(f"the answer is to request {result.request_id}; request {request_id} was sent")
+        return result
     except ExpertdError as error:
         return error.again(f"{address}: ")

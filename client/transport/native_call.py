@@ -81,15 +81,15 @@ class Watch:
 
     def end(self) -> None:
         for segment, slot in self._slots:
-            segment.unwatch(slot)
+            segment.unwatch(slot, self.look)
 
 
 class OneOwner:
     """Sends whole calls to one server, which is described anew when it has changed."""
 
     def __init__(self) -> None:
-        self._made_of: object = None
-        self._owners: list[_native.Owner] = []
+        self._made: tuple[object, list[_native.Owner]] = None, []
+        """What it was described by, and how; replaced as one, since several threads begin calls."""
 
     def begin(
         self,
@@ -107,18 +107,20 @@ class OneOwner:
         """
         sizes = chunk_bytes, call.hidden.shape[1], call.hidden.dtype, call.reply_dtype
         made_of = segments, call.model_fingerprint, call.placement_epoch, sizes
-        if self._made_of != made_of:
+        known, owners = self._made
+        if known != made_of:
             lanes, reply_room = [segment.lane for segment in segments], segments[0].reply_room if segments else 0
             chunk_tokens = MOST_TOKENS if chunk_bytes is None else tokens_within(chunk_bytes, *sizes[1:])
             owner = _native.Owner(
                 0, lanes, call.model_fingerprint, call.placement_epoch, chunk_tokens, reply_room, checked
             )
-            self._made_of, self._owners = made_of, [owner]
+            owners = [owner]
+            self._made = made_of, owners
         traceparents = (call.traceparent,) if call.traceparent else ()
         terms = Terms(call.layer, call.hidden.dtype, call.reply_dtype, call.request_id, call.timeout, traceparents)
         ids, weights = call.expert_ids.contiguous(), call.weights.contiguous()
         return _native.StraightCall.begin(
-            self._owners,
+            owners,
             call.hidden,
             ids,
             weights,

@@ -180,8 +180,10 @@ class Segment:
         """Have `look` called by the event loop when a looped call that others posted is done, or the lane has ended."""
         self._watched[number] = look
 
-    def unwatch(self, number: int) -> None:
-        self._watched.pop(number, None)
+    def unwatch(self, number: int, look: Callable[[], None]) -> None:
+        """Call `look` no more; the slot may be another call's by now, with a `look` of its own."""
+        if self._watched.get(number) == look:
+            del self._watched[number]
 
     def close(self) -> None:
         """End the lane; calls in flight fail with `Unavailable`."""

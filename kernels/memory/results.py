@@ -19,5 +19,5 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     count = prod(shape)
     size = count * dtype.itemsize
     if size < LEAST_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(_native.Room(size), dtype=dtype, count=count).reshape(shape)

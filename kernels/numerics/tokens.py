@@ -81,7 +81,7 @@ def split_by_owner(ids: Tensor, weights: Tensor, owner: Tensor) -> tuple[list[tu
     tokens, top_k = ids.shape
     room = tokens * top_k
     ids, weights = ids.contiguous(), weights.contiguous()
-    out = torch.empty(room, dtype=torch.int64), ids.new_empty(room, top_k), weights.new_empty(room, top_k)
+    out = torch.empty(room, dtype=torch.int64, device="cpu"), ids.new_empty(room, top_k), weights.new_empty(room, top_k)
     sizes, orphans = native.split(
         vector(ids, torch.int32, room),
         vector(weights, torch.float32, room),
@@ -107,7 +107,7 @@ def count_pairs(ids: Tensor) -> dict[int, int]:
 def sum_into(out: Tensor, parts: Sequence[Addend]) -> None:
     """Write to each row of `out` [T, H] of any float dtype its parts, added in FP32 to 0 in the order of `parts`."""
     if out.dtype not in (torch.bfloat16, torch.float32):
-        total = torch.empty(out.shape, dtype=torch.float32)
+        total = torch.empty_like(out, dtype=torch.float32)
         sum_into(total, parts)
         out.copy_(total)
         return

@@ -113,7 +113,7 @@ class Checkpoint:
 
     def load(self, stored: StoredTensor) -> Tensor:
         """Read a tensor, or an entry of one, of a dtype that is known."""
-        out = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        out = torch.empty(stored.shape, dtype=DTYPES[stored.dtype], device="cpu")
         self.read_into(stored, out)
         return out
 

@@ -33,7 +33,7 @@ def tensor_digest(stored: StoredTensor, content: Tensor) -> bytes:
 def read_digest(checkpoint: Checkpoint, stored: StoredTensor) -> bytes:
     """The `tensor_digest` of a tensor that is read for nothing else. Raises `CheckpointError`."""
     digest = hashlib.sha256(header(stored))
-    buffer = torch.empty(min(CHUNK, stored.num_bytes), dtype=torch.uint8)
+    buffer = torch.empty(min(CHUNK, stored.num_bytes), dtype=torch.uint8, device="cpu")
     for start in range(0, stored.num_bytes, CHUNK):
         part = buffer[: stored.num_bytes - start]
         checkpoint.read_range(stored, start, part)

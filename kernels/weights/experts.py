@@ -102,10 +102,10 @@ def load_layer(
     config = checkpoint.config
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     weights = LayerWeights(
-        up_gate=torch.empty(len(experts), 2 * inner, hidden, dtype=dtype),
-        up_gate_scales=torch.ones(len(experts), 2 * inner // BLOCK, hidden // BLOCK, dtype=torch.float32),
-        down=torch.empty(len(experts), hidden, inner, dtype=dtype),
-        down_scales=torch.ones(len(experts), hidden // BLOCK, inner // BLOCK, dtype=torch.float32),
+        up_gate=torch.empty(len(experts), 2 * inner, hidden, dtype=dtype, device="cpu"),
+        up_gate_scales=torch.ones(len(experts), 2 * inner // BLOCK, hidden // BLOCK, dtype=torch.float32, device="cpu"),
+        down=torch.empty(len(experts), hidden, inner, dtype=dtype, device="cpu"),
+        down_scales=torch.ones(len(experts), hidden // BLOCK, inner // BLOCK, dtype=torch.float32, device="cpu"),
         swiglu_limit=config.swiglu_limit,
     )
 

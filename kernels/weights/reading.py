@@ -62,7 +62,9 @@ def read_values(checkpoint: Checkpoint, source: Source) -> dict[str, Tensor]:
 def _content(source: Source, weight: Tensor) -> Tensor:
     """Where to read to: right into `weight`, where that is served byte for byte as it is stored."""
     stored = source.stored
-    return weight if source.as_served and weight.dtype == stored else torch.empty(source.weight.shape, dtype=stored)
+    if source.as_served and weight.dtype == stored:
+        return weight
+    return torch.empty(source.weight.shape, dtype=stored, device="cpu")
 
 
 def _serve_plain(stored: StoredTensor, matrix: Tensor, target: Target) -> None:

@@ -46,7 +46,7 @@ def _entries(checkpoint: Checkpoint) -> Iterator[StoredTensor]:
 def _sampled(checkpoint: Checkpoint, stored: StoredTensor) -> bytes:
     digest = hashlib.sha256(header(stored))
     for start, size in _places(stored):
-        page = torch.empty(size, dtype=torch.uint8)
+        page = torch.empty(size, dtype=torch.uint8, device="cpu")
         checkpoint.read_range(stored, start, page)
         digest.update(bytes_of(page))
     return digest.digest()

@@ -161,7 +161,7 @@ py::list parts(const Begun& begun) {
                                 bytes_of(begun.live().ids_of(part)), bytes_of(begun.live().weights_of(part)),
                                 part.state, py::bytes(part.answer.data(), part.answer.size()),
                                 replied && part.lane ? py::bytes(sums, begun.live().sums_bytes(part)) : py::bytes(),
-                                static_cast<double>(part.spent_ns) / 1e9));
+                                static_cast<double>(part.spent_ns) / 1e9, part.request_id));
   }
   return parts;
 }

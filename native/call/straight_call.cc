@@ -49,6 +49,13 @@ bool is_choice(std::span<const int32_t> row, size_t experts) {
   return true;
 }
 
+// What an answer that came at an unknown time has taken at least: what its server says, if that can be.
+int64_t spent_by_server(const CallPart& part) {
+  const StageSeconds& spent = part.response.seconds;
+  const double said = (spent.decode + spent.queue + spent.copy_in + spent.compute + spent.copy_out) * 1e9;
+  return static_cast<int64_t>(std::min(static_cast<double>(part.spent_ns), std::max(0.0, said)));
+}
+
 bool are_choices(const Routed& routed) {
   for (size_t token = 0; token < routed.tokens; ++token) {
     if (!is_choice(routed.ids.subspan(token * routed.top_k, routed.top_k), routed.shares.experts)) return false;
@@ -365,6 +372,7 @@ Wait StraightCall::wait_for(size_t index, int64_t deadline_ns) {
   CallPart& part = parts_[index];
   if (end_if_lost(index)) return Wait::kDone;
   if (!part.lane) return wait_for_message(index, deadline_ns) ? Wait::kDone : Wait::kExpired;
+  part.awaited |= !part.lane->done(part.slot);
   const Wait how = part.lane->wait(part.slot, deadline_ns);
   if (how == Wait::kDone) {
     fetch(part);
@@ -392,6 +400,7 @@ bool StraightCall::collect() {
     } else if (ended) {
       part.state = PartState::kEnded;
     } else {
+      part.awaited = true;
       all = false;
     }
   }
@@ -452,6 +461,7 @@ void StraightCall::fetch(CallPart& part) const {
   part.reply = *std::move(reply);
   part.answer = part.reply;
   accept(part);
+  if (!part.awaited && part.state == PartState::kAnswered) part.spent_ns = spent_by_server(part);
 }
 
 // Reads the answer of a part, and looks whether it is what was asked for.

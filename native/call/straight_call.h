@@ -80,6 +80,7 @@ struct CallPart {
   const std::byte* sums = nullptr;  // `sums_bytes`, in the lane's memory or the answer
   PartState state = PartState::kPlanned;
   int64_t begun_ns = 0, spent_ns = 0;
+  bool awaited = false;       // in a lane: it was looked at before it was done, so that it is known when that was
   std::string reply{};        // of a lane
   std::string_view answer{};  // the same, or that to a message
   Response response{};

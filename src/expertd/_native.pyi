@@ -566,8 +566,9 @@ Stages: TypeAlias = tuple[float, float, float, float, float]
 """Seconds of decode, queue, copy_in, compute and copy_out."""
 PartReport: TypeAlias = tuple[int, int, int, float, Stages]
 """Number of the server, tokens, pairs, and seconds from posting to the reply."""
-CallPart: TypeAlias = tuple[int, bytes, bytes, bytes, PartState, bytes, bytes, float]
-"""Number of the server; int64 tokens, int32 ids and float32 weights; what became of it; reply, sums and seconds."""
+CallPart: TypeAlias = tuple[int, bytes, bytes, bytes, PartState, bytes, bytes, float, int]
+"""Number of the server; int64 tokens, int32 ids and float32 weights; what became of it; reply, sums, seconds; request
+id."""
 
 class KeptSums:
     """[T, H] of the replies' dtype in a lane's memory, which is another call's once the last view of it is gone."""

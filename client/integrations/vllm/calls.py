@@ -58,7 +58,7 @@ def _dispatch(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str
             failures.fail(context, error)
     opened = next(_numbers)
     _open[opened] = _Open(method, pending, rows)
-    return torch.tensor(opened, dtype=torch.int64)
+    return torch.tensor(opened, dtype=torch.int64, device="cpu")
 
 
 def _combine(call: Tensor, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def _combine(call: Tensor, x: Tensor) -> Tensor:
 
 
 def _fake_dispatch(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 def _fake_combine(call: Tensor, x: Tensor) -> Tensor:

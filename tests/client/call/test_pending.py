@@ -22,6 +22,7 @@ from tests.support.serving import Gate, running_server, until
 
 ALL = range(16)
 CONFIGS = [QUICK, replace(QUICK, shared_memory_bytes=0)]
+LONG_WAY = replace(QUICK, hedge_quantile=0.99)
 NAMES = ["shared-memory", "grpc"]
 
 
@@ -101,6 +102,30 @@ async def test_what_nobody_collects_is_cancelled(small_model: Path) -> None:
         await until(lambda: all(free_bytes(segment) == segment.size for segment in segments_of(transport)))
         with pytest.raises(Cancelled, match="by its caller"):
             first.result()
+        await asyncio.to_thread(moe.close)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, LONG_WAY], ids=[*NAMES, "long"])
+async def test_a_call_is_cancelled_while_another_thread_waits_for_it(
+    small_model: Path, config: CoordinatorConfig
+) -> None:
+    registry = CollectorRegistry()
+    patient = replace(config, attempt_timeout=600.0, call_timeout=600.0, metrics=CoordinatorMetrics(registry))
+    async with running_server(small_model, ALL) as server:
+        moe = SyncCoordinator([str(server.address)], patient)
+        await asyncio.to_thread(moe.connect)
+        member = moe._coordinator._connected().membership.members[0]
+        gate = Gate(server)
+        pending = moe.submit(LAYER, tokens(20), **choices())
+        waiting = asyncio.create_task(asyncio.to_thread(pending.result))
+        await until(lambda: bool(gate.reached) and pending._collecting.locked())
+        pending.cancel()
+        with pytest.raises(Cancelled, match="by its caller"):
+            await asyncio.wait_for(waiting, 20)
+        await until(lambda: member.outstanding_tokens == 0 and not member.under_way)
+        assert member.in_use
+        assert registry.get_sample_value("expertd_coordinator_calls_total", {"outcome": "cancelled"}) == 1
+        gate.open()
         await asyncio.to_thread(moe.close)
 
 

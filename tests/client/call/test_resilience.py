@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -289,6 +290,9 @@ def test_the_synchronous_twin_finds_servers_too() -> None:
         ({"on_missing": "zero"}, "on_missing is 'zero'; choose from error, renormalize"),
         ({"hedge_quantile": 1.0}, "hedge_quantile is 1.0; it must be from 0.5 to below 1"),
         ({"retry_ratio": -1.0}, "retry_ratio is -1.0; it must not be negative"),
+        ({"call_timeout": math.inf}, "call_timeout is inf; it must be at most 1000000000 seconds"),
+        ({"attempt_timeout": math.inf}, "attempt_timeout is inf; it must be at most 1000000000 seconds"),
+        ({"attempt_timeout": math.nan}, "attempt_timeout is nan; it must be at most"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], complaint: str) -> None:

@@ -40,6 +40,8 @@ SHARED = CoordinatorConfig(shared_results=True)
 FP8_REPLIES = CoordinatorConfig(reply_dtype=torch.float8_e4m3fn)
 SIZES = (1, 7, 1100)
 """The last in parts whose sums are added while others are computed."""
+ROUNDING = 1e-8
+"""Seconds: round trips are whole nanoseconds."""
 BY_MESSAGES: dict[str, Any] = {"shared_memory_bytes": 0}
 THE_LONG_WAY = BY_MESSAGES | {"hedge_quantile": 0.99}
 WAYS = pytest.mark.parametrize("way", [{}, BY_MESSAGES], ids=["lanes", "messages"])
@@ -121,7 +123,7 @@ async def test_results_are_those_of_the_long_way_bit_for_bit(
             assert [(one.address, one.tokens, one.pairs) for one in result.servers] == [
                 (one.address, one.tokens, one.pairs) for one in right.servers
             ]
-            assert all(one.round_trip > one.timings.total > 0 for one in result.servers)
+            assert all(one.round_trip + ROUNDING > one.timings.total > 0 for one in result.servers)
         assert [transport.long for transport in transports] == [0, 0]
         assert all_free(transports)
         assert all(member.outstanding_tokens == 0 for member in moe._connected().membership.members.values())
@@ -221,6 +223,26 @@ class Padded(GrpcTransport):
         answer = pb.ExecuteResponse.FromString(await super().exchange(request_id, message))
         answer.partials += bytes(4)
         return answer.SerializeToString()
+
+
+class Another(GrpcTransport):
+    """Gives out an answer as one to the next request."""
+
+    async def exchange(self, request_id: int, message: bytes) -> bytes:
+        answer = pb.ExecuteResponse.FromString(await super().exchange(request_id, message))
+        answer.request_id = request_id + 1
+        answer.checksum = _native.crc32c(answer.partials, _native.crc32c(answer.request_id.to_bytes(8, "little")))
+        return answer.SerializeToString()
+
+
+async def test_an_answer_to_another_request_is_not_taken(small_model: Path) -> None:
+    config = replace(QUICK, max_attempts=1, **BY_MESSAGES)
+    async with (
+        running_server(small_model, ALL) as server,
+        Coordinator([str(server.address)], config, open_transport=Another) as moe,
+    ):
+        with pytest.raises(ServerFault, match=r"the answer is to request \d+; request \d+ was sent"):
+            await moe.execute(**routed(5))
 
 
 @pytest.mark.parametrize(
@@ -339,6 +361,16 @@ async def test_hidden_states_of_every_dtype_are_quantised_alike(
         for variant in (call, strided, call | {"topk_ids": call["topk_ids"].int()}):
             assert torch.equal((await moe.execute(**variant)).output, right)
         assert transports[0].long == 0
+
+
+@pytest.mark.parametrize("way", [{}, BY_MESSAGES, THE_LONG_WAY], ids=["lanes", "messages", "long"])
+async def test_a_layer_may_be_an_integer_of_any_kind(small_model: Path, way: dict[str, Any]) -> None:
+    async with (
+        running_server(small_model, ALL) as server,
+        Coordinator([str(server.address)], replace(QUICK, **way)) as moe,
+    ):
+        right = (await moe.execute(**routed(5))).output
+        assert torch.equal((await moe.execute(**routed(5) | {"layer": torch.tensor(LAYER)})).output, right)
 
 
 @WAYS
@@ -504,3 +536,39 @@ async def test_a_signal_ends_the_wait_of_a_thread(small_model: Path) -> None:
         gate.open()
         assert moe.execute(**routed(3)).output.isfinite().all()
         await asyncio.to_thread(moe.close)
+
+
+@WAYS
+@pytest.mark.parametrize("held", [0, 1, None], ids=["first-slow", "second-slow", "looks-late"])
+async def test_round_trips_end_with_answers_and_not_with_looks_at_them(
+    small_model: Path, way: dict[str, Any], held: int | None
+) -> None:
+    async with running_servers(small_model, HALVES) as servers:
+        moe = SyncCoordinator(addresses(servers), replace(QUICK, **way))
+        await asyncio.to_thread(moe.connect)
+        gate = None if held is None else Gate(servers[held])
+        quick = [server for index, server in enumerate(servers) if index != held]
+        begun = time.perf_counter()
+        pending = moe.submit(**routed(20))
+        waiting = None if gate is None else asyncio.create_task(asyncio.to_thread(pending.result))
+        await until(lambda: all(count_of(server, "ok") == 1 for server in quick))
+        answered = time.perf_counter() - begun
+        await asyncio.sleep(answered + 0.5)
+        if gate is not None:
+            gate.open()
+        result = await (asyncio.to_thread(pending.result) if waiting is None else waiting)
+        seconds = {one.address: one.round_trip for one in result.servers}
+        assert all(seconds[str(server.address)] < answered + 0.5 for server in quick)
+        await asyncio.to_thread(moe.close)
+
+
+async def test_round_trips_of_tasks_end_with_answers_though_the_event_loop_was_busy(small_model: Path) -> None:
+    async with running_server(small_model, ALL) as server, Coordinator([str(server.address)], QUICK) as moe:
+        begun = time.perf_counter()
+        task = moe.submit(**routed(20))
+        while count_of(server, "ok") < 1:
+            time.sleep(0.01)
+        answered = time.perf_counter() - begun
+        time.sleep(answered + 0.5)
+        (report,) = (await task).servers
+        assert report.round_trip < answered + 0.5

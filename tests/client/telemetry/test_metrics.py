@@ -16,7 +16,7 @@ from expertd.proto.base.errors import InvalidBatch, Overloaded, ServerFault
 from expertd.server.rpc.incoming import Incoming
 from tests.support.coordinators import LAYER, QUICK, call, routing, tokens
 from tests.support.fleets import HALVES, addresses, flat, running_replicas, running_servers, stop
-from tests.support.serving import Answers, running_server, until
+from tests.support.serving import Answers, Gate, running_server, until
 
 ALL = range(16)
 
@@ -197,6 +197,22 @@ async def test_attempts_that_were_given_up_are_told(small_model: Path) -> None:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(call(moe), 0.2)
     assert attempts(registry) == {(str(server.address), "grpc", "cancelled"): 1}
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shared_memory"])
+async def test_what_a_thread_gave_up_is_told_as_cancelled(
+    small_model: Path, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertd.client.call.routed.LONG_ELEMENTS", 0)
+    config, registry = counted(QUICK if transport == "shared_memory" else replace(QUICK, shared_memory_bytes=0))
+    async with running_server(small_model, ALL) as server, Coordinator([str(server.address)], config) as moe:
+        gate = Gate(server)
+        calling = asyncio.create_task(call(moe))
+        await until(lambda: bool(gate.reached))
+        calling.cancel()
+        await until(lambda: bool(attempts(registry)))
+        gate.open()
+        assert attempts(registry) == {(str(server.address), transport, "cancelled"): 1}
 
 
 def test_servers_that_were_asked_long_ago_are_forgotten() -> None:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from expertd import _native
-from expertd.client.transport.native_call import Terms
+from expertd.client.transport import native_call
+from expertd.client.transport.native_call import OneOwner, Terms
 from expertd.kernels.numerics.quantize import FP8
+from expertd.proto import codec
+from tests.support.serving import call_of, random_batch
 
 TOKENS, WIDTH, TOP_K = 3, 256, 2
 TERMS = Terms(1, FP8, torch.bfloat16, 1, None)
@@ -91,3 +94,23 @@ def test_sums_have_a_place_of_their_shape() -> None:
     ):
         with pytest.raises(ValueError, match=complaint):
             call.finish(0.0, out)
+
+
+def fingerprint_sent(server: OneOwner, fingerprint: str) -> str:
+    call = server.begin(call_of(random_batch(3, WIDTH, 4, TOP_K), model_fingerprint=fingerprint), checked=False)
+    assert call is not None
+    ((_, _, _, message),) = call.messages
+    return bytes(codec.parse_request(message).model_fingerprint).decode()
+
+
+def test_a_server_that_another_thread_describes_anew_is_not_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = OneOwner()
+
+    def after_another(*said: Any) -> Terms:  # noqa: ANN401
+        monkeypatch.undo()
+        assert fingerprint_sent(server, "other") == "other"
+        return Terms(*said)
+
+    assert fingerprint_sent(server, "model") == "model"
+    monkeypatch.setattr(native_call, "Terms", after_another)
+    assert fingerprint_sent(server, "model") == "model"

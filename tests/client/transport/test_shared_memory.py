@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -439,3 +440,15 @@ async def test_calls_survive_servers_that_stop(small_model: Path) -> None:
 def test_options_that_cannot_work_are_refused(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         CoordinatorConfig(**fields)
+
+
+async def test_a_call_that_ends_late_leaves_the_next_one_in_its_slot_watched(small_model: Path) -> None:
+    looks: list[str] = []
+    former, latter = partial(looks.append, "former"), partial(looks.append, "latter")
+    async with running_server(small_model, ALL) as server, Coordinator([str(server.address)], DEFAULT) as moe:
+        (segment,) = segments_of(transport_of(moe))
+        segment.watch(64, former)
+        segment.watch(64, latter)
+        segment.unwatch(64, former)
+        segment.close()
+        assert looks == ["latter"]
