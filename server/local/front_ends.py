@@ -157,7 +157,8 @@ class _Link:
             self._on_listening()
         elif number in self._calls:
             self._calls[number].cancel()
-        else:
+        elif length:
+            # Without names it cancels a call whose answer it crossed.
             names, message = str(frame[CALL.size : CALL.size + length], "utf-8"), frame[CALL.size + length :]
             caller, _, identity = names.partition("\n")
             incoming = Incoming(message, caller, identity=identity)

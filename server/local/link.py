@@ -15,7 +15,8 @@ from expertd.server.options.config import Address, ServerConfig
 
 CALL = struct.Struct("<QH")
 """Before every message to the server: the call's number and the length of the names of the connection and, in a line of
-its own, of who has it, which come next. What comes again under a number cancels that call."""
+its own, of who has it, which come next. What comes again under a number, without names, cancels that call, if it is not
+answered by then."""
 ANSWER = struct.Struct("<Q")
 """Before every message of the server: the call's number."""
 CONTROL = 0
@@ -82,7 +83,9 @@ class ServerLink:
         if number == CONTROL:
             self._drain(float(message))
             return
-        future = self._waiting.pop(number)
+        future = self._waiting.pop(number, None)
+        if future is None:
+            return
         error = codec.parse_response(message).error
         if error is None:
             future.set_result(message)

@@ -5,6 +5,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from expertd.proto import codec
 from expertd.proto.base.errors import Cancelled, Overloaded, Unavailable
 from expertd.proto.codec import ExecuteCall, ExecuteResult, StageTimings
 from expertd.proto.lane.frames import Frames
+from expertd.server.local.front_ends import _Link
 from expertd.server.local.link import ANSWER, CALL, LOST_SECONDS, ServerLink, Settings
 from expertd.server.options.config import ServerConfig
+from expertd.server.rpc.incoming import Call, Incoming
 from tests.support.model.messages import encode_result
 from tests.support.serving import ANY_PORT, random_batch, until
 
@@ -96,6 +99,50 @@ async def test_a_cancelled_call_is_answered_by_the_server() -> None:
         stand.answer(other, 2, partials)
         result = codec.decode_result(codec.parse_response(await answer), 4, WIDTH, torch.float32)
         assert torch.equal(result.partials, partials)
+
+
+class Pending:
+    """An executor whose calls are answered by the test."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def submit(self, incoming: Incoming) -> Call:
+        number = codec.parse_request(incoming.message).request_id
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.calls.append(Call(number, None, answer, lambda: None))
+        return self.calls[-1]
+
+
+async def test_a_cancellation_that_crosses_its_answer_changes_nothing() -> None:
+    executor = Pending()
+    async with linked() as stand:
+        server = _Link(executor, 1 << 21, lambda: None)
+        stand.take = server._on_frame  # type: ignore[method-assign]
+        server.frames = stand.frames
+        for request_id in (1, 2):
+            number, answer = call(stand, request_id)
+            await until(lambda expected=request_id: len(executor.calls) == expected)  # type: ignore[misc]
+            # At once after the server has sent its answer, which nobody has read by then.
+            crossing = partial(lambda its, _: stand.link.cancel(its), number)
+            executor.calls[-1].answer.add_done_callback(crossing)
+            result = ExecuteResult(request_id, torch.zeros(4, WIDTH), {}, StageTimings())
+            executor.calls[-1].answer.set_result(encode_result(result))
+            assert codec.parse_response(await answer).request_id == request_id
+        assert len(executor.calls) == 2
+
+
+async def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
+    async with linked() as stand:
+        number, first = call(stand, 1)
+        await stand.next()
+        for _ in range(2):
+            stand.answer(number, 1, torch.zeros(4, WIDTH))
+        await first
+        other, second = call(stand, 2)
+        assert (await stand.next())[0] == other
+        stand.answer(other, 2, torch.zeros(4, WIDTH))
+        assert codec.parse_response(await second).request_id == 2
 
 
 async def test_errors_are_raised_with_their_delay() -> None:
