@@ -86,6 +86,8 @@ class ExecuteHandlers:
                         # The answer may wait for long; who answers keeps the request as long as it must.
                         del data
                         await share.room()
+                # A drain ends no more than the reading.
+                self._readers.discard(reader)
                 await conversation.idle()
             finally:
                 responses.put_nowait(None)

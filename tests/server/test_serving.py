@@ -24,6 +24,7 @@ from expertd.proto import codec
 from expertd.server.app import Server
 from expertd.server.assembly import assemble
 from expertd.server.options.config import InvalidOption, ServerConfig
+from expertd.server.rpc.conversation import Conversation
 from expertd.server.telemetry.metrics import Metrics
 from tests.support.serving import (
     Gate,
@@ -233,6 +234,31 @@ async def test_drain_turns_unhealthy_answers_what_is_in_flight_and_ends_streams(
         assert all(len(answer.partials) == 2000 * 256 * 4 for answer in answers)
         assert await stream.code() == grpc.StatusCode.OK
     assert not ready_file.exists()
+
+
+async def test_drain_answers_all_of_a_stream_whose_caller_has_sent_its_last_request(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, idle = asyncio.Event(), Conversation.idle
+
+    async def at_its_end(conversation: Conversation) -> None:
+        ended.set()
+        await idle(conversation)
+
+    monkeypatch.setattr(Conversation, "idle", at_its_end)
+    async with running_server(small_model, ALL) as server, open_channel(server) as channel:
+        gate = Gate(server)
+        stream = stream_method(channel)()
+        for number in range(5):
+            await stream.write(request_for(server, random_batch(1, 256, 16, 4), request_id=number))
+        await stream.done_writing()
+        await asyncio.wait_for(ended.wait(), 20)
+        server.handlers.execution.stop_reading()
+        gate.open()
+        answers = []
+        while (answer := await stream.read()) is not grpc.aio.EOF:
+            answers.append(answer.request_id)
+        assert sorted(answers) == [0, 1, 2, 3, 4]
 
 
 async def test_drain_answers_what_is_on_its_way_and_says_goaway_after_health_has_turned(small_model: Path) -> None:
