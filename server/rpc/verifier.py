@@ -95,8 +95,8 @@ def _chosen(
     _check_owned("layers", layers, list(owned))
     chosen = {layer: owned[layer] for layer in sorted(set(layers)) or owned}
     _check_owned("experts", experts, sorted(set().union(*chosen.values())))
-    if experts:
-        chosen = {layer: tuple(expert for expert in its if expert in experts) for layer, its in chosen.items()}
+    if wanted := set(experts):
+        chosen = {layer: tuple(expert for expert in its if expert in wanted) for layer, its in chosen.items()}
     return {layer: its for layer, its in chosen.items() if its}
 
 
