@@ -104,15 +104,18 @@ class Watchdog:
         # Through the engine and both threads, behind the batches that are under way.
         signs = {device: device.owner.pass_through(partial(self._sign, device)) for device in self._node.sound}
         await asyncio.wait(signs.values(), timeout=self._timeout)
-        troubled = {device: sign for device, sign in signs.items() if not sign.done() or sign.exception()}
-        if len(troubled) == len(signs):
-            await self._look_at_all(next(iter(signs.values())))
+        # Some may have been condemned meanwhile.
+        sound = {device: signs[device] for device in self._node.sound}
+        troubled = {device: sign for device, sign in sound.items() if not sign.done() or sign.exception()}
+        for sign in signs.values():
+            sign.add_done_callback(asyncio.Future.exception)
+        if len(troubled) == len(sound):
+            await self._look_at_all(next(iter((troubled or signs).values())))
             return
         for device, sign in troubled.items():
             error = sign.exception() if sign.done() else None
             silent = f"it has not answered for {self._timeout:g} s"
             self._lose(device, silent if error is None else f"{type(error).__name__}: {error}", error is None)
-            sign.add_done_callback(asyncio.Future.exception)
 
     async def _look_at_all(self, sign: asyncio.Future[None]) -> None:
         """No device is well, of which this is one's sign."""

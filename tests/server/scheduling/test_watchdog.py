@@ -18,7 +18,7 @@ from expertd.proto.codec import ShardInfo
 from expertd.server.app import Server
 from expertd.server.failpoints import VARIABLE
 from expertd.server.scheduling.node import Device, Node
-from expertd.server.scheduling.watchdog import Watchdog
+from expertd.server.scheduling.watchdog import DeviceLost, Watchdog
 from tests.support.serving import execute_method, open_channel, random_batch, request_for, running_server, until
 
 TIMEOUT = 1.0
@@ -144,4 +144,28 @@ async def test_what_a_condemned_device_has_is_given_up_unless_it_answers() -> No
     await until(lambda: silent.hangs)
     assert lost == [(answering, "the GPU had an error", False), (silent, "the GPU had an error", False)]
     assert not answering.hangs
+    answering.owner.stop()
+
+
+async def test_the_last_device_is_not_left_to_others_when_one_is_condemned_during_a_look() -> None:
+    node = Node({number: TorchBackend() for number in range(2)}, most=2)
+    engine: Any = SimpleNamespace(await_turn=lambda: None)
+    told: list[str | bool] = []
+    lost: list[Device] = []
+
+    def lose(device: Device, reason: str, hangs: bool) -> None:
+        lost.append(device)
+        node.lose(device, reason)
+
+    watchdog = Watchdog(node, engine, 0.2, told.append, told.append, lose)
+    answering, silent = node.devices
+    answering.owner.start()
+    looking = asyncio.create_task(watchdog._look())
+    await asyncio.sleep(0)
+    watchdog.condemn_device(answering, "the GPU had an error")
+    with pytest.raises(DeviceLost, match=r"the device has not answered for 0\.4 s"):
+        await looking
+    assert lost == [answering]
+    assert node.sound == (silent,)
+    assert told[:2] == ["the device has not answered for 0.2 s; use another replica", False]
     answering.owner.stop()
