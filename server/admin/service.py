@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from expertd.proto.base.errors import ExpertdError
+from expertd.proto.base.errors import ExpertdError, InvalidBatch
 from expertd.proto.codec.admin import (
     ADMIN,
     ReleaseRequest,
@@ -78,18 +78,19 @@ class AdminDoor:
         }
 
     async def _update_shard(self, request: UpdateRequest, context: Context) -> None:
+        epoch = request.placement_epoch
         wanted = {one.layer: tuple(one.experts) for one in request.layers}
         chosen = {
             one.layer: {its.number: tuple(its.experts) for its in one.devices} for one in request.layers if one.devices
         }
-        epoch = request.placement_epoch
-        updating = self._updater.run(epoch, wanted, chosen)
-        await self._tell("UpdateShard", f"epoch {epoch}: {words(wanted)}", updating, context)
+        async with self._audited("UpdateShard", f"epoch {epoch}: {words(wanted)}", context):
+            _check_names(request)
+            await self._tell(self._updater.run(epoch, wanted, chosen), context)
 
     async def _update_weights(self, request: WeightsRequest, context: Context) -> None:
         epoch, folder, fingerprint = request.placement_epoch, request.folder, request.model_fingerprint
-        updating = self._rollout.stage(epoch, folder, fingerprint)
-        await self._tell("UpdateWeights", f"epoch {epoch}: {folder!r} {fingerprint!r}", updating, context)
+        async with self._audited("UpdateWeights", f"epoch {epoch}: {folder!r} {fingerprint!r}", context):
+            await self._tell(self._rollout.stage(epoch, folder, fingerprint), context)
 
     async def _share_calls(self, request: ShareRequest, context: Context) -> UpdateDone:
         epoch, fingerprint, share = request.placement_epoch, request.model_fingerprint, request.share
@@ -101,8 +102,8 @@ class AdminDoor:
         releasing = self._rollout.release(epoch, fingerprint)
         return await self._do("ReleaseWeights", f"epoch {epoch}: {fingerprint!r}", releasing, context)
 
-    async def _tell(self, method: str, what: str, updating: AsyncGenerator[Progress, None], context: Context) -> None:
-        async with self._audited(method, what, context), contextlib.aclosing(updating):
+    async def _tell(self, updating: AsyncGenerator[Progress, None], context: Context) -> None:
+        async with contextlib.aclosing(updating):
             async for progress in updating:
                 await context.write(self._told(progress))
 
@@ -135,3 +136,14 @@ class AdminDoor:
             overlap_ns=round(overlap * 1e9),
             next_model_fingerprint="" if held.next is None else held.next.fingerprint,
         )
+
+
+def _check_names(request: UpdateRequest) -> None:
+    """Raise `InvalidBatch` where something is named twice, of which only one would count."""
+    layers = [one.layer for one in request.layers]
+    if layers != sorted(set(layers)):
+        raise InvalidBatch(f"layers are {layers}; they must ascend")
+    for one in request.layers:
+        devices = [its.number for its in one.devices]
+        if len(devices) != len(set(devices)):
+            raise InvalidBatch(f"devices of layer {one.layer} are {devices}; each may be named once")

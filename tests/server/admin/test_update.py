@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 import torch
 
@@ -33,6 +35,7 @@ from expertd.proto.base.errors import (
     Unauthenticated,
     UnknownExpert,
 )
+from expertd.proto.codec.admin import ADMIN, DeviceExperts, LayerExperts, UpdateRequest
 from expertd.server.admin.counting import OUTCOMES
 from expertd.server.admin.service import AdminDoor
 from expertd.server.admin.update import Updater
@@ -143,6 +146,33 @@ async def test_what_cannot_be_is_refused_by_name(
     async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
         with pytest.raises(error, match=complaint):
             await update(server, experts, epoch)
+
+
+@pytest.mark.parametrize(
+    ("layers", "complaint"),
+    [
+        ([(1, []), (1, [])], r"layers are \[1, 1\]; they must ascend"),
+        ([(2, []), (1, [])], r"layers are \[2, 1\]; they must ascend"),
+        ([(1, [0, 0])], r"devices of layer 1 are \[0, 0\]; each may be named once"),
+    ],
+)
+async def test_what_is_named_twice_is_refused(
+    small_model: Path, layers: list[tuple[int, list[int]]], complaint: str
+) -> None:
+    named = [
+        LayerExperts(layer=layer, experts=[0], devices=[DeviceExperts(number=one, experts=[0]) for one in devices])
+        for layer, devices in layers
+    ]
+    async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
+        before = server.info
+        request = UpdateRequest(placement_epoch=before.placement_epoch, layers=named)
+        async with grpc.aio.insecure_channel(admin_of(server)) as channel:
+            method: Any = channel.unary_stream(f"/{ADMIN}/UpdateShard", UpdateRequest.SerializeToString)
+            with pytest.raises(grpc.aio.AioRpcError, match=complaint) as refused:
+                async for _ in method(request):
+                    pass
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert server.info == before
 
 
 class Slow(TorchBackend):
