@@ -90,6 +90,7 @@ class Job {
   Job* previous = nullptr;    // in its lot, while it waits
   Job* next = nullptr;
   Lot* lot = nullptr;
+  uint64_t number = 0;  // in the order in which its queue's jobs came
 
   // Among its identity's, from its admission to a batch or a refusal; the admission's.
   std::optional<std::list<std::shared_ptr<Job>>::iterator> room;

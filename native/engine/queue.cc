@@ -13,6 +13,12 @@ Lot* lot_of(Line* line, const Kind& kind) {
   return found == line->lots.end() ? nullptr : &*found;
 }
 
+// Of the job that waits longest.
+const Lot& oldest_of(const Line& line) {
+  return *std::min_element(line.lots.begin(), line.lots.end(),
+                           [](const Lot& one, const Lot& other) { return one.first->number < other.first->number; });
+}
+
 template <typename Part>
 Part* append(std::list<Part>* parts, Part part) {
   parts->push_back(std::move(part));
@@ -43,6 +49,7 @@ void FairQueue::put(Job* job) {
   Lot* lot = lot_of(line, job->kind());
   if (lot == nullptr) lot = append(&line->lots, Lot{.kind = job->kind(), .line = line});
   job->lot = lot;
+  job->number = ++last_number_;
   job->next = nullptr;
   job->previous = lot->last;
   (lot->last ? lot->last->next : lot->first) = job;
@@ -79,7 +86,7 @@ std::vector<Job*> FairQueue::take(uint64_t max_tokens) {
   std::vector<Job*> taken;
   if (shares_.empty()) return taken;
   const Line& turn = shares_.front().lines.front();
-  const Kind kind = turn.lots.front().kind;
+  const Kind kind = oldest_of(turn).kind;
   const std::string identity = shares_.front().identity, caller = turn.caller;
   std::list<std::deque<Lot*>> sharing;
   for (Share& share : shares_) {

@@ -20,7 +20,7 @@ struct Lot {
   std::list<Lot>::iterator place = {};
 };
 
-// All that one connection has waiting; kinds in the order in which they began to wait.
+// All that one connection has waiting.
 struct Line {
   std::string caller;
   Share* share;
@@ -61,6 +61,7 @@ class FairQueue {
   std::list<Share> shares_;
   std::unordered_map<std::string, Share*> by_identity_;
   uint64_t tokens_ = 0;
+  uint64_t last_number_ = 0;
 };
 
 }  // namespace expertd

@@ -358,6 +358,35 @@ def test_what_ran_out_in_the_queue_is_not_computed() -> None:
     assert len(inbox) == 0
 
 
+def test_no_kind_of_a_connections_requests_waits_for_what_came_later() -> None:
+    engine, executor, inbox = make_engine()
+
+    def submit(layer: int) -> None:
+        # Two do not fit in a batch.
+        inbox.submit(engine, codec.encode_call(call(layer, 310, layer=layer)), "a", None, None, "")
+
+    def fetch() -> Any:  # noqa: ANN401
+        engine.turn(0)
+        settle(engine)
+        return executor.fetch()
+
+    under_way = []
+    for _ in range(DEPTH):
+        submit(1)
+        under_way.append(fetch())
+    for layer in (1, 2):
+        submit(layer)
+    for _ in range(4):
+        submit(1)
+        finish(under_way.pop(0))
+        under_way.append(fetch())
+    assert [batch.weights_key for batch in under_way] == [1, 1]
+    order = [answer.request_id for answer in inbox.drain()]
+    assert order == [1, 1, 1, 2]
+    for batch in under_way:
+        finish(batch)
+
+
 def test_what_ran_out_before_it_waited_did_not_wait() -> None:
     message = codec.encode_call(call(1, 500))
     waited = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -35,9 +36,9 @@ class Job:
         return (self.layer, self.batch.hidden.dtype, self.batch.expert_ids.shape[1], self.reply_dtype)
 
 
-Line: TypeAlias = dict[Kind, OrderedDict[Job, None]]
-"""What one connection has waiting. Ordered dictionaries are queues from whose middle a job leaves as quickly as from
-their ends."""
+Line: TypeAlias = dict[Kind, OrderedDict[Job, int]]
+"""What one connection has waiting, each job with its number in the order in which all came. Ordered dictionaries are
+queues from whose middle a job leaves as quickly as from their ends."""
 
 
 class FairQueue:
@@ -48,6 +49,7 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._waiting: dict[Hashable, dict[Hashable, Line]] = {}
+        self._numbers = itertools.count()
         self.tokens = 0
         self.num_bytes = 0
 
@@ -59,7 +61,7 @@ class FairQueue:
 
     def put(self, job: Job) -> None:
         line = self._waiting.setdefault(job.identity, {}).setdefault(job.caller, {})
-        line.setdefault(job.kind, OrderedDict())[job] = None
+        line.setdefault(job.kind, OrderedDict())[job] = next(self._numbers)
         self._count(job, 1)
 
     def remove(self, job: Job) -> bool:
@@ -87,7 +89,7 @@ class FairQueue:
             return []
         identity, share = next(iter(self._waiting.items()))
         caller, line = next(iter(share.items()))
-        kind = next(iter(line))
+        kind = min(line, key=lambda kind: next(iter(line[kind].values())))
         sharing = [deque(line[kind] for line in share.values() if kind in line) for share in self._waiting.values()]
         taken: list[Job] = []
         room = max_tokens
@@ -107,7 +109,7 @@ class FairQueue:
         self.num_bytes += sign * job.batch.num_bytes
 
 
-def _next_of(lots: deque[OrderedDict[Job, None]], room: int | None) -> Job | None:
+def _next_of(lots: deque[OrderedDict[Job, int]], room: int | None) -> Job | None:
     """The next job of an identity's callers, who take turns, of at most `room` tokens."""
     while lots:
         jobs = lots.popleft()
