@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -25,6 +26,8 @@ namespace {
 
 // Above this many bytes a request is checked, and a reply written, without Python's lock.
 constexpr size_t kLongBytes = 64 * 1024;
+// Seconds until a deadline that a clock in nanoseconds can tell from none.
+constexpr double kLongest = 1e9;
 
 std::string_view bytes_of(const py::handle& data) {
   return {PyBytes_AS_STRING(data.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(data.ptr()))};
@@ -139,7 +142,7 @@ class PyInbox : public Owned {
     if (submitted.cancels) return submitted;
     if (submitted.refusal) return turned_away(engine, std::move(submitted), caller, *job);
     if (time_remaining) {
-      job->expires_ns = job->arrived_ns + static_cast<uint64_t>(std::max(*time_remaining, 0.0) * 1e9);
+      job->expires_ns = job->arrived_ns + static_cast<uint64_t>(std::clamp(*time_remaining, 0.0, kLongest) * 1e9);
     }
     job->caller = std::move(caller);
     job->traceparent = submitted.traceparent;

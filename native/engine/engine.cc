@@ -208,7 +208,8 @@ std::optional<Refusal> Engine::submit(std::shared_ptr<Job> job) {
   if (auto refusal = check_open()) return refusal;
   job->admitted_ns = monotonic_ns();
   if (job->request.timeout_us != 0) {
-    const uint64_t expires = job->admitted_ns + job->request.timeout_us * 1000;
+    const uint64_t longest_us = (UINT64_MAX - job->admitted_ns) / 1000;
+    const uint64_t expires = job->admitted_ns + std::min(job->request.timeout_us, longest_us) * 1000;
     job->expires_ns = job->expires_ns == 0 ? expires : std::min(job->expires_ns, expires);
   }
   std::vector<Evicted> evicted;

@@ -358,6 +358,20 @@ def test_what_ran_out_in_the_queue_is_not_computed() -> None:
     assert len(inbox) == 0
 
 
+def test_the_longest_timeouts_do_not_run_out() -> None:
+    engine, executor, inbox = make_engine()
+    longest = replace(codec.parse_request(codec.encode_call(call(1, 1))), timeout_us=2**64 - 1)
+    inbox.submit(engine, codec.encode_request(longest), "a", None, None, "")
+    inbox.submit(engine, codec.encode_call(call(2, 1)), "a", None, 1e300, "")
+    engine.turn(time.monotonic_ns())
+    assert inbox.drain() == []
+    batch = executor.fetch()
+    assert batch.tokens == 2
+    finish(batch)
+    engine.turn(time.monotonic_ns())
+    assert [answer.refusal for answer in inbox.drain()] == [None, None]
+
+
 def test_no_kind_of_a_connections_requests_waits_for_what_came_later() -> None:
     engine, executor, inbox = make_engine()
 
