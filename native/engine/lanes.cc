@@ -100,8 +100,9 @@ bool Lanes::turn() {
   const bool draining = draining_.load(std::memory_order_relaxed);
   bool any_over = false;
   for (const auto& lane : lanes_) {
-    if (!lane->closing) worked |= take(lane);
-    lane->closing |= draining;
+    const size_t taken = lane->closing ? 0 : take(lane);
+    worked |= taken > 0;
+    lane->closing |= draining && taken < posted_.size();
     any_over |= lane->closing && lane->jobs.empty();
   }
   if (!any_over) return worked;
@@ -117,11 +118,11 @@ bool Lanes::turn() {
   return true;
 }
 
-bool Lanes::take(const std::shared_ptr<Lane>& lane) {
+size_t Lanes::take(const std::shared_ptr<Lane>& lane) {
   const size_t count = lane->ring->take(posted_);
   for (size_t i = 0; i < count && !lane->closing; ++i) take_one(lane, posted_[i]);
   if (!lane->ring->reason().empty() && !lane->closing) close(*lane, lane->ring->reason());
-  return count > 0;
+  return count;
 }
 
 void Lanes::take_one(const std::shared_ptr<Lane>& lane, const Posted& posted) {

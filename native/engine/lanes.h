@@ -72,7 +72,8 @@ class Lanes {
 
  private:
   void watch(int descriptor, void* lane);
-  bool take(const std::shared_ptr<Lane>& lane);
+  // How many entries there were.
+  size_t take(const std::shared_ptr<Lane>& lane);
   void take_one(const std::shared_ptr<Lane>& lane, const Posted& posted);
   // Lets a checked job wait, or answers it.
   void admit(const std::shared_ptr<LaneJob>& job, std::optional<Refusal> refusal);

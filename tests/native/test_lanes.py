@@ -81,8 +81,8 @@ class Caller:
         return codec.parse_response(answer)
 
 
-def connect(engine: Engine, name: str = "caller", **options: Any) -> Caller:  # noqa: ANN401
-    lane = ClientLane(SIZE, ENTRIES, spin_us=0)
+def connect(engine: Engine, name: str = "caller", *, entries: int = ENTRIES, **options: Any) -> Caller:  # noqa: ANN401
+    lane = ClientLane(SIZE, entries, spin_us=0)
     ours, theirs = socket.socketpair()
     with theirs:
         number = engine.add_lane(Mapping(lane.descriptor, SIZE), theirs.fileno(), name, **options)
@@ -484,6 +484,21 @@ def test_a_drain_answers_what_was_posted_and_ends_the_lanes() -> None:
     assert caller.reply(slot_of(caller, 0)).error is None
     assert over(engine) == [caller.number]
     poll(caller)
+
+
+def test_a_drain_answers_as_much_as_was_posted() -> None:
+    engine, executor = make_engine()
+    caller = connect(engine, entries=256)
+    slots = [caller.lane.data + 4096 * index for index in range(200)]
+    # Without tensors they are refused at once.
+    for slot in slots:
+        assert caller.lane.post(slot, codec.encode_call(call_for(1, 1)), ROOM)
+    engine.drain_lanes()
+    while not (ended := over(engine)):
+        turn(engine)
+    assert ended == [caller.number]
+    assert [caller.lane.reply(slot) is not None for slot in slots] == [True] * 200
+    assert executor is not None
 
 
 def test_when_all_are_disconnected_no_slot_is_done_before_the_device_is() -> None:
