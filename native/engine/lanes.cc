@@ -228,6 +228,8 @@ void LaneJob::complete() {
 void LaneJob::settle(Outcome outcome) {
   // Until then the device may write to the sums, and the caller must not take them for free.
   if (!outcome.over) return;
+  // An answer that was given before is not completed any more.
+  if (!outcome.told && !outcome.refusal) outcome.refusal = {Code::kUnavailable, "the server had given this call up"};
   if (outcome.refusal) {
     if (!lane_->cut.load()) turn_away(*outcome.refusal);
     return leave();

@@ -18,7 +18,7 @@ from torch import Tensor
 from expertd._native import Batch, CallbackExecutor, ClientLane, Engine, Mapping, Tally
 from expertd.kernels.numerics.quantize import FP8, quantize_activations
 from expertd.proto import codec
-from expertd.proto.base.errors import ExpertdError
+from expertd.proto.base.errors import ExpertdError, Unavailable
 from expertd.proto.codec import ExecuteCall, RawResponse
 from expertd.proto.codec.checksums import fields_checksum, fixed32
 from expertd.proto.lane.layout import aligned, lay_out, rows_bytes
@@ -499,6 +499,20 @@ def test_a_drain_answers_as_much_as_was_posted() -> None:
     assert ended == [caller.number]
     assert [caller.lane.reply(slot) is not None for slot in slots] == [True] * 200
     assert executor is not None
+
+
+def test_what_the_device_computes_after_all_is_no_answer_once_the_engine_has_given_up() -> None:
+    engine, executor = make_engine()
+    caller = connect(engine)
+    caller.place(slot := slot_of(caller, 0), call_for(1, 1))
+    turn(engine)
+    engine.abandon("the device is lost")
+    turn(engine)
+    fetch(executor).finish(pairs_of(call_for(1, 1)), 0, 0, 0)
+    turn(engine)
+    error = caller.reply(slot).error
+    assert error is not None
+    assert isinstance(codec.read_error(error), Unavailable)
 
 
 def test_when_all_are_disconnected_no_slot_is_done_before_the_device_is() -> None:
