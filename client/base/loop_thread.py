@@ -19,7 +19,8 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self._ending = threading.Lock()
+        # A garbage collector's run, which may be at any point of a thread that holds it, gives the loop work, too.
+        self._ending = threading.RLock()
         self._ended = False
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._thread.start()
