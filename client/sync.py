@@ -184,6 +184,7 @@ class SyncCoordinator:
             raise RuntimeError(
                 "the coordinator is not connected; use it in 'with SyncCoordinator(...) as moe:', or connect() first"
             )
+        self._loop.check_process()
         return self._loop
 
     def _stop(self) -> None:
