@@ -241,12 +241,15 @@ class Coordinator:
         calls = self.stream_calls
         await asyncio.to_thread(calls.synchronize)
         error = calls.take_error()
+        calls.report()
         if calls.is_stale:
             try:
                 await calls.renew()
             except ExpertdError as another:
                 # What came of it first says more.
                 error = error or another
+        # Others may have failed until then.
+        error = error or calls.take_error()
         if error is not None:
             raise error
 

@@ -210,7 +210,7 @@ def dispatch(
 
     `owners` [layers, E] int32: the server that has an expert, -1 for none. `sent` [2 S + 1] int64 gets, added, of each
     server the receipt that it owes and its pairs, and at last the pairs that nobody takes. Without COMPACT every server
-    gets all tokens, padded to `size_class`. Grid (groups + rows, S), with groups of GROUP rows, which are T with COMPACT
+    gets all tokens, padded to `size_class`. Grid (groups + rows, S), with groups of GROUP rows: T of them with COMPACT,
     and those of the class without.
     """
     program, server = tl.program_id(0), tl.program_id(1)
