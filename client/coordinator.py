@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expertd import _native
+from expertd.client.base.devices import as_device
 from expertd.client.base.loop_thread import LoopThread
 from expertd.client.call.arguments import as_layer, as_rows, as_tokens, check_finite
 from expertd.client.call.caller import Caller
@@ -215,7 +216,7 @@ class Coordinator:
             from expertd.client.stream.calls import StreamCalls
         except ImportError as error:
             raise NotPermitted(f"{error}: stream-ordered calls need Triton, which torch for CUDA brings") from None
-        calls = StreamCalls(caller, torch.device(device or "cuda"), max_tokens, timeout)
+        calls = StreamCalls(caller, as_device(device), max_tokens, timeout)
         try:
             await calls.renew()
         except BaseException:

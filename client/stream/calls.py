@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from expertd.client.base.devices import on_device
 from expertd.client.call.caller import Caller
 from expertd.client.call.choice import NOBODY
 from expertd.client.fleet.holdings import Known
@@ -34,9 +35,10 @@ class StreamCalls:
     """Of one coordinator, from one device. They follow each other, on whatever stream they are; graphs' must, too."""
 
     def __init__(self, caller: Caller, device: torch.device, max_tokens: int, timeout: float) -> None:
-        """Of at most `max_tokens` tokens; an answer may take `timeout` seconds. `renew` comes before the first call."""
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        """Of at most `max_tokens` tokens; an answer may take `timeout` seconds. `renew` comes before the first call.
+
+        `device` is one of `as_device`.
+        """
         if max_tokens < 1:
             raise InvalidBatch(f"max_tokens is {max_tokens}; it must be at least 1")
         if timeout <= 0:
@@ -182,7 +184,8 @@ class StreamCalls:
         self._stream = stream
 
     def _is_captured(self) -> bool:
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        with on_device(self._device):
+            return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _change(
         self, lanes: list[StreamLane], owners: Tensor, terms: Terms, servers: int, made_of: object
@@ -286,7 +289,7 @@ class StreamCalls:
     def _launch(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
         """`layer` is its row in the tables."""
         assert self._tables is not None
-        with self._launching:
+        with self._launching, on_device(self._device):
             if not self._is_captured():
                 self._wait_for_other_stream()
             enqueue(self._terms_now, self._tables, self._lanes, layer, hidden, ids, weights, out)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from expertd.client.base.devices import on_device
 from expertd.client.fleet.member import Member
 from expertd.client.stream import kernels
 from expertd.client.stream.terms import Terms, slot_bytes
@@ -246,7 +247,8 @@ class StreamLane:
             self._segment.memory[begin : begin + len(message)] = message
 
     def _pin(self) -> bool:
-        code = int(torch.cuda.cudart().cudaHostRegister(self._base, len(self._segment.memory), 0))
+        with on_device(self._terms.device):
+            code = int(torch.cuda.cudart().cudaHostRegister(self._base, len(self._segment.memory), 0))
         if code != 0:
             raise ServerFault(f"the {len(self._segment.memory)} bytes shared cannot be pinned: CUDA error {code}")
         return True
