@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expertd import _native
+from expertd.client.base.devices import as_device
 from expertd.client.base.loop_thread import LoopThread
 from expertd.client.call.arguments import as_layer, as_rows, as_tokens, check_finite
 from expertd.client.call.caller import Caller
@@ -215,7 +216,7 @@ class Coordinator:
             from expertd.client.stream.calls import StreamCalls
         except ImportError as error:
             raise NotPermitted(f"{error}: stream-ordered calls need Triton, which torch for CUDA brings") from None
-        calls = StreamCalls(caller, torch.device(device or "cuda"), max_tokens, timeout)
+        calls = StreamCalls(caller, as_device(device), max_tokens, timeout)
         try:
             await calls.renew()
         except BaseException:
@@ -241,12 +242,15 @@ class Coordinator:
         calls = self.stream_calls
         await asyncio.to_thread(calls.synchronize)
         error = calls.take_error()
+        calls.report()
         if calls.is_stale:
             try:
                 await calls.renew()
             except ExpertdError as another:
                 # What came of it first says more.
                 error = error or another
+        # Others may have failed until then.
+        error = error or calls.take_error()
         if error is not None:
             raise error
 

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from expertd.client.base.devices import as_device
 from expertd.client.base.loop_thread import LoopThread
 from expertd.client.call.pending import PendingCall
 from expertd.client.call.result import MoeResult
@@ -152,7 +153,9 @@ class SyncCoordinator:
         All that such calls will ever need is allocated and compiled here. `timeout`: seconds after which a server that
         has not answered is given up. Raises `NotPermitted` where a server is on another machine.
         """
-        self._running().wait(self._coordinator.prepare_stream(max_tokens, device, timeout=timeout))
+        # The current one is this thread's, not the event loop's.
+        chosen = as_device(device)
+        self._running().wait(self._coordinator.prepare_stream(max_tokens, chosen, timeout=timeout))
         self._coordinator.stream_calls.when_stale = self.check
 
     def on_stream(
@@ -184,6 +187,7 @@ class SyncCoordinator:
             raise RuntimeError(
                 "the coordinator is not connected; use it in 'with SyncCoordinator(...) as moe:', or connect() first"
             )
+        self._loop.check_process()
         return self._loop
 
     def _stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
@@ -15,12 +16,15 @@ END_SECONDS = 1.0
 
 
 class LoopThread:
-    """Runs from the beginning until `close`, after which methods raise `RuntimeError`. They are for other threads."""
+    """Runs from the beginning until `close`, after which methods raise `RuntimeError`, as they do in a forked
+    process, where the loop does not run. They are for other threads."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self._ending = threading.Lock()
+        # A garbage collector's run, which may be at any point of a thread that holds it, gives the loop work, too.
+        self._ending = threading.RLock()
         self._ended = False
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._thread.start()
 
@@ -49,6 +53,11 @@ class LoopThread:
             future.cancel()
             raise
 
+    def check_process(self) -> None:
+        """Raise `RuntimeError` in a process that was forked from the one it runs in."""
+        if os.getpid() != self._process:
+            raise RuntimeError("the coordinator was connected before this process was forked; connect after the fork")
+
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -56,6 +65,8 @@ class LoopThread:
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
         """While the loop takes anything: what came after it has looked at its last tasks would never be run."""
+        # First: in a forked process the lock may be one that nobody ever lets go of.
+        self.check_process()
         with self._ending:
             if self._ended:
                 raise RuntimeError("the event loop was closed by another thread")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from threading import Lock
@@ -73,7 +74,11 @@ class PendingCall:
             self._future.cancel()
 
     def __del__(self) -> None:
-        self.cancel()
+        """By the event loop: the thread that Python has this done on may hold any lock that cancelling takes."""
+        if self._result is None:
+            # Once the loop is closed, so is everything that the call has.
+            with contextlib.suppress(RuntimeError):
+                self._loop.soon(self.cancel)
 
     def _close(self) -> None:
         if self._straight is not None:

@@ -47,12 +47,14 @@ class Pace:
     def compare(self) -> None:
         """Weigh members by how long they take; set aside those that take far too long."""
         now = time.monotonic()
-        members = {member.number: member for member in self._members() if member.in_use and not member.slow}
+        members = {member.number: member for member in self._comparable() if not member.slow}
         known = {number: member.latency.known(now) for number, member in members.items()}
-        for number, slowness in compare(known).items():
+        left = len(members)
+        for number, slowness in sorted(compare(known).items(), key=lambda one: -one[1].ratio):
             member = members[number]
             member.weight = slowness.ratio
-            if slowness.is_outlier:
+            if slowness.is_outlier and left > 1:
+                left -= 1
                 address = member.transport.address
                 log.warning("%s takes %.1f times as long as others: it is asked only in need", address, slowness.ratio)
                 member.slow = True
@@ -63,10 +65,11 @@ class Pace:
         passed, pause = 0, TRIAL_SECONDS
         while passed < TRIALS and member in self._members():
             await asyncio.sleep(pause * random.uniform(0.75, 1.25))
-            others = [one for one in self._members() if one.in_use and not one.slow]
+            others = [one for one in self._comparable() if one is not member]
             if not others or not member.in_use:
                 continue
-            own, other = await asyncio.gather(self._trial(member), self._trial(random.choice(others)))
+            chosen = random.choice([one for one in others if not one.slow] or others)
+            own, other = await asyncio.gather(self._trial(member), self._trial(chosen))
             if own is None or other is None or own > TRIAL_RATIO * other + LEAST_SECONDS:
                 passed, pause = 0, min(2 * pause, LONGEST_TRIAL_SECONDS)
             else:
@@ -75,10 +78,14 @@ class Pace:
         member.slow, member.weight = False, 1.0
         log.warning("%s is as fast as others again", member.transport.address)
 
+    def _comparable(self) -> list[Member]:
+        """Members that are in use and own something."""
+        return [one for one in self._members() if one.in_use and one.shard is not None and one.shard.experts]
+
     async def _trial(self, member: Member) -> float | None:
-        """Seconds that one token takes; None without an answer."""
+        """Seconds that one token takes; None without an answer, or without an expert."""
         shard = member.shard
-        if shard is None:
+        if shard is None or not shard.experts:
             return None
         width = MoeConfig(**shard.config).hidden_size  # type: ignore[arg-type]
         layer, (expert, *_) = next(iter(shard.experts.items()))

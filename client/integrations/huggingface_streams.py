@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from expertd.client.sync import SyncCoordinator
-from expertd.proto.base.errors import NotPermitted
+from expertd.proto.base.errors import InvalidBatch, NotPermitted, Overloaded
 
 log = logging.getLogger(__name__)
 MOST_TOKENS = 1024
@@ -45,7 +45,7 @@ class Streams:
             return None
         try:
             self._moe.prepare_stream(self._most_tokens, device)
-        except NotPermitted as error:
+        except (NotPermitted, InvalidBatch, Overloaded) as error:
             log.info("no calls on the stream of %s: %s", device, error)
             return None
         return torch.cuda.Stream(device)

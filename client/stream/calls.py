@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from expertd.client.base.devices import on_device
 from expertd.client.call.caller import Caller
 from expertd.client.call.choice import NOBODY
 from expertd.client.fleet.holdings import Known
@@ -33,9 +35,10 @@ class StreamCalls:
     """Of one coordinator, from one device. They follow each other, on whatever stream they are; graphs' must, too."""
 
     def __init__(self, caller: Caller, device: torch.device, max_tokens: int, timeout: float) -> None:
-        """Of at most `max_tokens` tokens; an answer may take `timeout` seconds. `renew` comes before the first call."""
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        """Of at most `max_tokens` tokens; an answer may take `timeout` seconds. `renew` comes before the first call.
+
+        `device` is one of `as_device`.
+        """
         if max_tokens < 1:
             raise InvalidBatch(f"max_tokens is {max_tokens}; it must be at least 1")
         if timeout <= 0:
@@ -47,9 +50,16 @@ class StreamCalls:
         self._lanes: list[StreamLane] = []
         self._retired: list[StreamLane] = []
         """Which graphs may yet wait on."""
+        self._kept: list[Tables] = []
+        """Which graphs go on reading."""
         self._captured = False
         self._launching = threading.Lock()
-        """Held while a call's kernels are launched, and by a simulated device until they are done."""
+        """Held while a call's kernels are launched, by a simulated device until they are done, and while the tables
+        change."""
+        self._untold: ExpertdError | None = None
+        """Of lanes that are gone."""
+        self._failed: deque[tuple[Member, ExpertdError]] = deque()
+        """Servers that are to be asked what they own; any thread adds to it."""
         self._stream: torch.cuda.Stream | None = None
         """Of the last call."""
         self._made_of: object = None
@@ -90,24 +100,15 @@ class StreamCalls:
         owners = torch.searchsorted(torch.tensor(numbers, device="cpu"), chosen).to(torch.int32)
         if self._terms is None:
             self._tasks.keep(self._watch, "watching stream-ordered calls")
-        await asyncio.to_thread(self.synchronize)
-        former = self._retire()
-        if not self._captured:
-            for lane in self._retired:
-                lane.unpin()
-            self._retired = []
-        tables = self._tables
-        if tables is None or not tables.fit(len(lanes), terms):
-            # Graphs that were captured go on reading the former ones, by which nobody answers. These have room for all
-            # replicas: which of them are asked is drawn anew each time.
-            tables = Tables.empty(len(known.members), terms)
-        else:
-            for lane in former:
+        # New tables have room for all replicas: which of them are asked is drawn anew each time.
+        former, is_new = await asyncio.to_thread(self._change, lanes, owners, terms, len(known.members), made_of)
+        for lane in former:
+            lane.close()
+            if not is_new:
                 lane.release_gpu()
-        tables.renew(lanes, owners)
+        if not self._captured:
+            self._let_go()
         # Kernels are compiled for the tables' sizes.
-        is_new, self._tables = tables is not self._tables, tables
-        self._lanes, self._made_of, self._terms = lanes, made_of, terms
         if is_new and self._device.type == "cuda":
             self._warm_up()
 
@@ -119,7 +120,6 @@ class StreamCalls:
         if self._is_captured():
             self._captured = True
         else:
-            self._wait_for_other_stream()
             self.check()
             if self.when_stale is not None and self.is_stale:
                 self.when_stale()
@@ -133,16 +133,27 @@ class StreamCalls:
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was enqueued."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        else:
+        self._wait_for_device()
+        if self._device.type != "cuda":
             with self._launching:
                 pass
 
     def take_error(self) -> ExpertdError | None:
         """What became of the first call that failed since this was asked last, as far as it is known by now."""
-        errors = [error for lane in (*self._lanes, *self._retired) if (error := lane.take_error())]
-        return errors[0] if errors else None
+        error, self._untold = self._untold, None
+        for lane in (*self._lanes, *self._retired):
+            failure = lane.take_failure()
+            if failure is None:
+                continue
+            error = error or failure.error
+            if failure.is_of_server and lane in self._lanes and not lane.ended:
+                self._failed.append((lane.member, failure.error))
+        return error
+
+    def report(self) -> None:
+        """Have servers that failed asked what they own now. On the coordinator's event loop."""
+        while self._failed:
+            self._caller.membership.report(*self._failed.popleft())
 
     def check(self) -> None:
         """Raise it."""
@@ -152,12 +163,16 @@ class StreamCalls:
 
     async def close(self) -> None:
         """End all; what the device still waits for is released. Raises like `check`."""
-        self._retire()
+        former, self._lanes = self._lanes, []
+        self._retired += former
+        for lane in self._retired:
+            lane.close()
         await asyncio.to_thread(self.synchronize)
         await self._tasks.close()
-        for lane in self._retired:
-            lane.unpin()
-        self.check()
+        error = self.take_error()
+        self._let_go()
+        if error is not None:
+            raise error
 
     def _wait_for_other_stream(self) -> None:
         """Calls share memory: those of one stream begin when those of another are over."""
@@ -169,15 +184,42 @@ class StreamCalls:
         self._stream = stream
 
     def _is_captured(self) -> bool:
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        with on_device(self._device):
+            return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _retire(self) -> list[StreamLane]:
-        """The lanes so far, whose memory of the host graphs may yet wait on."""
-        former, self._lanes = self._lanes, []
-        self._retired += former
-        for lane in former:
+    def _change(
+        self, lanes: list[StreamLane], owners: Tensor, terms: Terms, servers: int, made_of: object
+    ) -> tuple[list[StreamLane], bool]:
+        """Have calls go to `lanes`, by the same tables if these have room, or by new ones for so many servers.
+
+        The lanes that they went to, and whether the tables are new.
+        """
+        with self._launching:
+            self._wait_for_device()
+            self._untold = self.take_error()
+            tables = self._tables
+            if tables is None or not tables.fit(len(lanes), terms):
+                # By the former ones nobody answers.
+                if tables is not None and self._captured:
+                    self._kept.append(tables)
+                tables = Tables.empty(servers, terms)
+            tables.renew(lanes, owners)
+            self._wait_for_device()
+            former, is_new = self._lanes, tables is not self._tables
+            self._retired += former
+            self._lanes, self._tables, self._terms, self._made_of = lanes, tables, terms, made_of
+            return former, is_new
+
+    def _wait_for_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _let_go(self) -> None:
+        """Of lanes that nothing waits on any more."""
+        for lane in self._retired:
             lane.close()
-        return former
+            lane.unpin()
+        self._retired = []
 
     def _state(self, known: Known) -> object:
         return known.ownership, tuple(member.in_use for member in known.members)
@@ -247,12 +289,15 @@ class StreamCalls:
     def _launch(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
         """`layer` is its row in the tables."""
         assert self._tables is not None
-        with self._launching:
+        with self._launching, on_device(self._device):
+            if not self._is_captured():
+                self._wait_for_other_stream()
             enqueue(self._terms_now, self._tables, self._lanes, layer, hidden, ids, weights, out)
 
     async def _watch(self) -> None:
         while True:
             now = time.monotonic()
+            self.report()
             for lane in (*self._lanes, *self._retired):
                 error = lane.look(now)
                 if error is not None and lane in self._lanes:

@@ -65,12 +65,24 @@ def _mine(ids, owners, token, tokens, server, top_k, E, K: tl.constexpr):
     return expert.to(tl.int32), known & (owner == server), inside & (expert != -1) & (owner == -1)
 
 
-@triton.jit(do_not_specialize=["tokens", "layer"])
+@triton.jit(do_not_specialize=["tokens", "layer", "blocks"])
 def compact(
-    ids, owners, places, rows, chosen, tokens, layer, top_k, E, C: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr
+    ids,
+    owners,
+    places,
+    rows,
+    chosen,
+    tokens,
+    layer,
+    blocks,
+    top_k,
+    E,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """For each server, `rows` [S, T] int32: which of its rows a token has, -1 for none; `chosen` [S] int32: the
-    smallest size class that holds them, whose other rows name no experts. Grid (S,)."""
+    smallest size class that holds them, whose other rows name no experts. `blocks` is a row's scales. Grid (S,)."""
     server = tl.program_id(0)
     count = 0
     for begin in range(0, tokens, CHUNK):
@@ -87,11 +99,15 @@ def compact(
     place = _place(places, server, size_class, C)
     ids_there = tl.load(place + IDS).to(tl.pointer_type(tl.int32))
     weights_there = tl.load(place + WEIGHTS).to(tl.pointer_type(tl.float32))
-    end = tl.load(place + TOKENS).to(tl.int32) * top_k
-    for begin in range(count * top_k, end, CHUNK):
+    end = tl.load(place + TOKENS).to(tl.int32)
+    for begin in range(count * top_k, end * top_k, CHUNK):
         at = begin + tl.arange(0, CHUNK)
-        tl.store(ids_there + at, -1, mask=at < end)
-        tl.store(weights_there + at, 0.0, mask=at < end)
+        tl.store(ids_there + at, -1, mask=at < end * top_k)
+        tl.store(weights_there + at, 0.0, mask=at < end * top_k)
+    scales_there = tl.load(place + SCALES).to(tl.pointer_type(tl.float32))
+    for begin in range(count * blocks, end * blocks, CHUNK):
+        at = begin + tl.arange(0, CHUNK)
+        tl.store(scales_there + at, 0.0, mask=at < end * blocks)
 
 
 @triton.jit
@@ -108,6 +124,14 @@ def _quantize(hidden, place, token, row, H: tl.constexpr, BLOCKS: tl.constexpr):
     scales_there = tl.load(place + SCALES).to(tl.pointer_type(tl.float32))
     tl.store(hidden_there + row.to(tl.int64) * H + at, scaled.to(tl.float8e4nv), mask=at < H)
     tl.store(scales_there + row * (H // BLOCK) + block, scale, mask=block < H // BLOCK)
+
+
+@triton.jit
+def _clear_scales(place, row, H: tl.constexpr, BLOCKS: tl.constexpr):
+    """Of a row that nobody wants: servers refuse NaN in any, which earlier calls may have left."""
+    block = tl.arange(0, BLOCKS)
+    scales_there = tl.load(place + SCALES).to(tl.pointer_type(tl.float32))
+    tl.store(scales_there + row.to(tl.int64) * (H // BLOCK) + block, 0.0, mask=block < H // BLOCK)
 
 
 @triton.jit
@@ -186,7 +210,8 @@ def dispatch(
 
     `owners` [layers, E] int32: the server that has an expert, -1 for none. `sent` [2 S + 1] int64 gets, added, of each
     server the receipt that it owes and its pairs, and at last the pairs that nobody takes. Without COMPACT every server
-    gets all tokens, padded to `size_class`. Grid (groups + T, S), with groups of GROUP rows.
+    gets all tokens, padded to `size_class`. Grid (groups + rows, S), with groups of GROUP rows: T of them with COMPACT,
+    and those of the class without.
     """
     program, server = tl.program_id(0), tl.program_id(1)
     if COMPACT:
@@ -207,6 +232,8 @@ def dispatch(
                 _quantize(hidden, place, token, row, H, BLOCKS)
             else:
                 _copy(hidden, place, token, row, H, BLOCKS)
+        elif FP8 and not COMPACT:
+            _clear_scales(place, token, H, BLOCKS)
 
 
 @triton.jit

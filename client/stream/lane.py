@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from expertd.client.base.devices import on_device
 from expertd.client.fleet.member import Member
 from expertd.client.stream import kernels
 from expertd.client.stream.terms import Terms, slot_bytes
@@ -37,6 +38,14 @@ SLOT_REQUEST, SLOT_REPLY = 4, 12
 """Of a slot, where the lengths of request and reply are."""
 GONE, TOO_LATE = 1, 2
 """What the word OVER says."""
+
+
+class Failure(NamedTuple):
+    """What became of a call."""
+
+    error: ExpertdError
+    is_of_server: bool
+    """Not of the caller, who named experts that nobody has."""
 
 
 class StreamLane:
@@ -146,7 +155,7 @@ class StreamLane:
         """Whether the server has nothing to answer, even if the GPU has not come to look at it."""
         return posted == self._word(kernels.ENDED) or self._word(kernels.ANSWERED) == 1
 
-    def take_error(self) -> ExpertdError | None:
+    def take_failure(self) -> Failure | None:
         """What became of the first call that failed since this was asked last; the GPU has done what was enqueued."""
         verdict, slot = self._word(kernels.TOLD), self._word(kernels.TOLD_SLOT)
         if verdict == 0:
@@ -154,13 +163,15 @@ class StreamLane:
         self._words[kernels.TOLD.value // 4] = 0
         if verdict == kernels.NOBODY_OWNS.value:
             layer = self._terms.layers[slot]
-            return UnknownExpert(
+            unknown = UnknownExpert(
                 f"layer {layer}: topk_ids names experts that no server has, or none of 0 to {self._terms.experts - 1}"
             )
+            return Failure(unknown, is_of_server=False)
         layer = self._terms.layers[(slot - self._slots) // self._slot_bytes // len(self._terms.sizes)]
         error = self._error(verdict, slot)
         text = str(error).removeprefix(f"{self.address}: ")
-        return type(error)(f"{self.address}: layer {layer}: {text}", retry_after=error.retry_after)
+        named = type(error)(f"{self.address}: layer {layer}: {text}", retry_after=error.retry_after)
+        return Failure(named, is_of_server=True)
 
     def close(self) -> None:
         """End it. What the GPU still waits for is released, as long as it is looked at."""
@@ -170,6 +181,7 @@ class StreamLane:
     def release_gpu(self) -> None:
         """The GPU writes no more hidden states to it, and reads no sums."""
         self._gpu = None
+        self._segment.release_gpu()
 
     def unpin(self) -> None:
         """Neither does it post or wait."""
@@ -235,7 +247,8 @@ class StreamLane:
             self._segment.memory[begin : begin + len(message)] = message
 
     def _pin(self) -> bool:
-        code = int(torch.cuda.cudart().cudaHostRegister(self._base, len(self._segment.memory), 0))
+        with on_device(self._terms.device):
+            code = int(torch.cuda.cudart().cudaHostRegister(self._base, len(self._segment.memory), 0))
         if code != 0:
             raise ServerFault(f"the {len(self._segment.memory)} bytes shared cannot be pinned: CUDA error {code}")
         return True

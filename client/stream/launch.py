@@ -38,14 +38,28 @@ def enqueue(
     servers, classes, simulated = tables.servers, len(terms.sizes), terms.device.type == "cpu"
     compact = servers > 1 and tokens > FEW_TOKENS
     size = next(index for index, size in enumerate(terms.sizes) if tokens <= size)
-    wide = _power_of_two(top_k)
+    wide, blocks = _power_of_two(top_k), terms.width // kernels.BLOCK.value
+    quantized = terms.hidden_dtype == FP8
     places, owners, rows, chosen = tables.places, tables.owners, tables.rows, tables.chosen
     if compact:
         kernels.compact[(servers,)](
-            ids, owners, places, rows, chosen, tokens, layer, top_k, terms.experts, classes, wide, CHUNK
+            ids,
+            owners,
+            places,
+            rows,
+            chosen,
+            tokens,
+            layer,
+            blocks if quantized else 0,
+            top_k,
+            terms.experts,
+            classes,
+            wide,
+            CHUNK,
         )
-    groups = -(-(tokens if compact else terms.sizes[size]) // kernels.GROUP.value)
-    kernels.dispatch[(groups + tokens, servers)](
+    sent = tokens if compact else terms.sizes[size]
+    groups = -(-sent // kernels.GROUP.value)
+    kernels.dispatch[(groups + sent, servers)](
         hidden,
         ids,
         weights,
@@ -64,8 +78,8 @@ def enqueue(
         servers,
         classes,
         wide,
-        _power_of_two(terms.width // kernels.BLOCK.value),
-        terms.hidden_dtype == FP8,
+        _power_of_two(blocks),
+        quantized,
         compact,
         num_warps=8,
     )

@@ -191,6 +191,10 @@ class Segment:
             self.lane.close()
             self._end()
 
+    def release_gpu(self) -> None:
+        """Keep the GPU memory no longer: no call is to use it any more."""
+        self._gpu = None
+
     def _on_done(self, number: int, future: asyncio.Future[RawResponse]) -> None:
         # The slot may have been answered meanwhile, and be another call's.
         if future.cancelled() and self._waiting.get(number, (None,))[0] is future:

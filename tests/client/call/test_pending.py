@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,29 @@ async def test_what_nobody_collects_is_cancelled(small_model: Path) -> None:
         await until(lambda: all(free_bytes(segment) == segment.size for segment in segments_of(transport)))
         with pytest.raises(Cancelled, match="by its caller"):
             first.result()
+        await asyncio.to_thread(moe.close)
+
+
+async def test_a_call_may_be_let_go_by_a_thread_that_holds_locks(small_model: Path) -> None:
+    """As by the garbage collector, which runs anywhere."""
+    metrics = CoordinatorMetrics(CollectorRegistry())
+    async with running_server(small_model, ALL) as server:
+        moe = SyncCoordinator([str(server.address)], replace(QUICK, metrics=metrics))
+        await asyncio.to_thread(moe.connect)
+        caller, gate = moe._coordinator._connected(), Gate(server)
+        pending = [moe.submit(LAYER, tokens(20), **choices())]
+
+        def let_go() -> None:
+            attempts = metrics.attempts
+            with caller._counting, moe._running()._ending, attempts._lock, attempts._seconds._lock:
+                pending.clear()
+
+        thread = threading.Thread(target=let_go, daemon=True)
+        thread.start()
+        await asyncio.to_thread(thread.join, 20)
+        assert not thread.is_alive()
+        await until(lambda: caller.membership.members[0].outstanding_tokens == 0)
+        gate.open()
         await asyncio.to_thread(moe.close)
 
 

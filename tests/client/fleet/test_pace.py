@@ -12,11 +12,12 @@ import pytest
 from expertd.client.coordinator import Coordinator
 from expertd.client.fleet import latency
 from expertd.client.fleet.latency import AS_FAST, Latency, Slowness, compare
-from expertd.client.fleet.pace import FIRST_TRIAL
+from expertd.client.fleet.pace import FIRST_TRIAL, Pace
 from expertd.kernels.oracle.reference import relative_error
+from expertd.proto.base.tasks import Tasks
 from expertd.proto.codec import parse_request
 from expertd.server.rpc.incoming import Incoming
-from tests.support.coordinators import QUICK, call, expected
+from tests.support.coordinators import LAYER, QUICK, call, expected
 from tests.support.fleets import addresses, computed_tokens, running_servers
 from tests.support.serving import Answers, running_server, until
 
@@ -134,6 +135,40 @@ async def test_a_late_replica_keeps_no_share_of_the_calls_and_gets_it_back(small
         for _ in range(12):
             await call(moe)
         assert computed_tokens(servers[0]) > computed
+
+
+async def test_one_server_at_least_is_not_slow(small_model: Path) -> None:
+    """Of two that are slow in different sizes the slower one is set aside, and tried against the other."""
+    async with (
+        running_servers(small_model, [ALL, ALL]) as servers,
+        Coordinator(addresses(servers), OVER_GRPC) as moe,
+    ):
+        first, second = members = list(moe._connected().membership.members.values())
+        for _ in range(latency.FEWEST):
+            first.answered(LAYER, 1, 1, 0.4)
+            second.answered(LAYER, 1, 1, 0.01)
+            first.answered(LAYER, 100, 1, 0.01)
+            second.answered(LAYER, 100, 1, 0.5)
+        tasks = Tasks()
+        Pace(lambda: members, tasks).compare()
+        assert [member.slow for member in members] == [False, True]
+        await until(lambda: not second.slow)
+        await tasks.close()
+
+
+async def test_a_slow_server_that_owns_nothing_any_more_fails_its_trials(small_model: Path) -> None:
+    async with (
+        running_servers(small_model, [ALL, ALL]) as servers,
+        Coordinator(addresses(servers), OVER_GRPC) as moe,
+    ):
+        members = list(moe._connected().membership.members.values())
+        whole = members[1].shard
+        assert whole is not None
+        members[1].shard = replace(whole, experts={})
+        pace = Pace(lambda: members, Tasks())
+        assert await pace._trial(members[0]) is not None
+        assert await pace._trial(members[1]) is None
+        assert pace._comparable() == members[:1]
 
 
 async def test_the_only_owner_is_asked_however_slow_it_is(small_model: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.coordinator import Coordinator
 from expertd.client.sync import SyncCoordinator
 from expertd.client.tools.cluster import Each, LocalCluster
@@ -22,6 +23,7 @@ pytestmark = no_gpu
 
 HIDDEN_STATES = tokens(2).float()
 IDS, WEIGHTS = routing(2)
+FP8 = CoordinatorConfig(output_dtype=torch.float32)
 CPU = ("--backend", "torch", "--threads", "1")
 
 
@@ -46,6 +48,28 @@ async def test_what_a_server_refuses_is_nan_and_raised_once(small_model: Path) -
         with wrong:
             await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)
         assert torch.equal(await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS), expected)
+        await moe.check()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+@pytest.mark.parametrize("count", [3, 258])
+async def test_a_call_of_nan_fails_alone(small_model: Path, count: int) -> None:
+    """Its scales stay where later calls have rows that a server has no experts for, or none at all."""
+    async with running_servers(small_model, HALVES) as servers, Coordinator(addresses(servers), FP8) as moe:
+        await moe.prepare_stream(count, "cpu", timeout=20.0)
+        hidden, (_, weights) = tokens(count).float(), routing(count)
+        spread = torch.tensor([0, 1, 8, 9]).repeat(count, 1)
+        assert (await on_stream(moe, torch.full_like(hidden, torch.nan), spread, weights)).isnan().all()
+        with pytest.raises(InvalidBatch, match="hidden_scales"):
+            await moe.check()
+        # The second server has an expert for the first token alone.
+        few = torch.tensor([0, 1, 2, 3]).repeat(count, 1)
+        few[0] = spread[0]
+        assert (await on_stream(moe, hidden, few, weights)).isfinite().all()
+        await moe.check()
+        # Rows that calls are padded with.
+        rest = count - 1
+        assert (await on_stream(moe, hidden[:rest], spread[:rest], weights[:rest])).isfinite().all()
         await moe.check()
 
 
