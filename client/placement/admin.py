@@ -76,7 +76,7 @@ def update_shard(
         layer: [DeviceExperts(number=number, experts=its) for number, its in parts.items()]
         for layer, parts in (devices or {}).items()
     }
-    layers = [LayerExperts(layer=layer, experts=its, devices=chosen.get(layer)) for layer, its in experts.items()]
+    layers = [LayerExperts(layer=layer, experts=experts[layer], devices=chosen.get(layer)) for layer in sorted(experts)]
     return _stream(address, security, "UpdateShard", UpdateRequest(placement_epoch=epoch, layers=layers))
 
 
