@@ -62,17 +62,17 @@ def _dispatch(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str
 
 
 def _combine(call: Tensor, x: Tensor) -> Tensor:
-    """Sums [T, H] like `x`: zeros for the rows of other ranks, NaN for those whose call failed."""
+    """Sums [T, H] like `x`: zeros for the rows of other ranks, and nothing but NaN once a call of the pass failed."""
     one, context = _open.pop(int(call)), get_forward_context()
     combined = torch.zeros_like(x)
-    rows = combined[one.rows]
     if one.pending is not None:
         try:
-            rows.copy_(one.pending.result().output)
+            combined[one.rows].copy_(one.pending.result().output)
         except (ExpertdError, ValueError) as error:
             failures.fail(context, error)
     if failures.failed(context):
-        rows.fill_(torch.nan)
+        # Other ranks' rows, too: vLLM counts NaN in one row of logits a request, which has several with guessed tokens.
+        combined.fill_(torch.nan)
     return combined
 
 

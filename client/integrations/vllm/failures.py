@@ -1,8 +1,8 @@
 """A call that failed fails the requests of its batch, and nothing else: vLLM would end with its engine.
 
-The worker fills the rows of a failed call with NaN, which spreads through the rest of the batch's pass, over tensor
-and pipeline parallel ranks, to the logits, where vLLM counts NaN by request. Its scheduler, wrapped here, ends those
-requests with an error, and forgets the blocks of its prefix cache that were written meanwhile.
+The worker fills all rows with NaN once a call has failed, which spreads through the rest of the batch's pass, over
+tensor and pipeline parallel ranks, to the logits, where vLLM counts NaN by request. Its scheduler, wrapped here, ends
+those requests with an error, and forgets the blocks of its prefix cache that were written meanwhile.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _told: tuple[float, str] = (float("-inf"), "")
 
 
 def fail(context: ForwardContext, error: Exception) -> None:
-    """From now on calls of this pass are not made, and their rows are NaN."""
+    """From now on calls of this pass are not made, and all its rows are NaN."""
     if not failed(context):
         context.additional_kwargs[FIELD] = str(error)
         _latest.append(f"{type(error).__name__}: {error}")

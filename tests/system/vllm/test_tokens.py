@@ -1,5 +1,6 @@
 """vLLM generates with experts on expertd servers what it generates with its own, in each of its ways to run."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from expertd.kernels.model.config import MoeConfig
 from tests.system.vllm.adapters import ATTENTION, below_best, write_adapter
 from tests.system.vllm.engines import TOKENS, generate, prompts, run, two_servers
+from tests.system.vllm.environment import ROOT, variables
 from tests.system.vllm.models import FAMILIES, continued
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -50,6 +52,10 @@ def test_a_compiled_graph_has_the_calls_in_it(python: Path, models: dict[str, Pa
     with two_servers(models["qwen3_moe"], tmp_path) as servers:
         remote = generate(python, models["qwen3_moe"], tmp_path, servers, enforce_eager=False)
     assert remote.tokens == [continued(prompt, TOKENS) for prompt in prompts()]
+
+
+def test_a_call_that_failed_leaves_nan_in_all_rows_of_its_batch(python: Path) -> None:
+    subprocess.run([python, ROOT / "tests/system/vllm/failing.py"], env=variables(), check=True)
 
 
 def test_what_cannot_be_with_remote_experts_is_refused_with_what_to_do(
