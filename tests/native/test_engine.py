@@ -286,7 +286,13 @@ def test_what_many_threads_submit_and_evict_is_answered_once_and_leaves_the_room
     threads = [threading.Thread(target=offer, args=item) for item in sizes.items()]
     worker = threading.Thread(target=compute)
     engine.start()
-    for thread in (*threads, worker):
+    worker.start()
+    threads[0].start()
+    # The first one's jobs fill the room: what others offer has to evict some.
+    while len(refused) < 300:
+        assert threads[0].is_alive()
+        time.sleep(0.001)
+    for thread in threads[1:]:
         thread.start()
     for thread in threads:
         thread.join(30)
