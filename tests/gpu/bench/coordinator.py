@@ -2,7 +2,8 @@
 
     python -m tests.gpu.bench.coordinator [--backend cutile] [--seconds 1.5] [--tokens 1 64 1024 16384]
 
-prints medians; those of gRPC beside an echo of the same bytes, one of each in turn.
+prints medians; those of gRPC beside an echo of the same bytes, one of each in turn. With --processes N: the tokens a
+second of so many callers at once, each a process of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
+import sys
+import time
 from collections.abc import Mapping
+from subprocess import PIPE
 
 import torch
 import uvloop
@@ -87,9 +91,49 @@ def from_a_thread(way: str, address: str, seconds: float, tokens: int) -> None:
         show(f"{way}, from a thread", tokens, in_turn_here({CALL: call}, seconds), last[0])
 
 
+async def worker(way: str, address: str, seconds: float, tokens: int) -> None:
+    """One of several callers: waits for a line, calls for `seconds`, and prints its tokens a second."""
+    async with Coordinator([address], WAYS[way]) as moe:
+        hidden, choice = arguments_of(tokens)
+        for _ in range(3):
+            await moe.execute(moe.layers[0], hidden, **choice)
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        started, calls = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            await moe.execute(moe.layers[0], hidden, **choice)
+            calls += 1
+        print(tokens * calls / (time.perf_counter() - started), flush=True)
+
+
+async def together(way: str, address: str, processes: int, seconds: float, tokens: int) -> float:
+    """Tokens a second of so many callers at once."""
+    command = (sys.executable, "-m", "tests.gpu.bench.coordinator", "--worker", way, address, str(seconds), str(tokens))
+    callers = [await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE) for _ in range(processes)]
+    pipes = [(caller.stdin, caller.stdout) for caller in callers if caller.stdin and caller.stdout]
+    for _, out in pipes:
+        await out.readline()
+    for into, _ in pipes:
+        into.write(b"\n")
+    rates = [float(await out.readline()) for _, out in pipes]
+    for caller in callers:
+        await caller.wait()
+    return sum(rates)
+
+
 async def main(arguments: argparse.Namespace) -> None:
     folder = write_demo_checkpoint(cache_folder() / "bench", bench_model(HIDDEN_SIZE, INTERMEDIATE_SIZE))
-    options = ["--backend", arguments.backend, "--shared-memory-bytes", str(16 << 30)]
+    options = ["--backend", arguments.backend, "--shared-memory-bytes", str(16 << 30), *arguments.options.split()]
+    if arguments.processes:
+        async with LocalCluster(folder, [f"0-{LOCAL_EXPERTS - 1}"], options) as cluster:
+            for way in arguments.ways:
+                for tokens in arguments.tokens:
+                    rate = await together(way, cluster.addresses[0], arguments.processes, arguments.seconds, tokens)
+                    print(
+                        f"{way:30} {tokens:6} tokens, {arguments.processes} processes: {rate:10.0f} tokens/s",
+                        flush=True,
+                    )
+        return
     async with running_echo() as echo, LocalCluster(folder, [f"0-{LOCAL_EXPERTS - 1}"], options) as cluster:
         (address,) = cluster.addresses
         config = WAYS["grpc"]
@@ -105,9 +149,14 @@ async def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     keep_freed_memory()
     torch.set_num_threads(1)
+    if sys.argv[1:2] == ["--worker"]:
+        uvloop.run(worker(sys.argv[2], sys.argv[3], float(sys.argv[4]), int(sys.argv[5])))
+        sys.exit()
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", default="cutile")
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--ways", nargs="+", default=USUAL, choices=WAYS)
     parser.add_argument("--tokens", type=int, nargs="+", default=(1, 64, 1024, 16384))
+    parser.add_argument("--processes", type=int, default=0, help="callers at once")
+    parser.add_argument("--options", default="", help="more of the server's")
     uvloop.run(main(parser.parse_args()))

@@ -117,12 +117,21 @@ async def transport_of(address: str, kind: str) -> tuple[GrpcTransport | SharedM
 
 
 async def worker(address: str, kind: str, tokens: int, callers: int, seconds: float) -> None:
-    """A caller process: waits for a line, then calls for `seconds`."""
+    """Waits for a line, then calls for `seconds`; "shm parts" from a thread, which cuts large calls."""
+    kind, _, in_parts = kind.partition(" ")
     transport, shard = await transport_of(address, kind)
-    calls = Calls(f"{kind}, {callers} callers", tokens)
+    calls = Calls(f"{kind}{' in parts' * bool(in_parts)}, {callers} callers", tokens)
     own = [replace(call_of(shard, tokens, True), request_id=number + 1) for number in range(callers)]
+
+    async def execute(call: ExecuteCall) -> None:
+        if in_parts and isinstance(transport, SharedMemoryTransport):
+            await asyncio.to_thread(transport.call, call)
+        else:
+            await transport.execute(call)
+
     for call in own:
         await transport.execute(call)
+        await execute(call)
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     started = time.perf_counter()
@@ -130,7 +139,7 @@ async def worker(address: str, kind: str, tokens: int, callers: int, seconds: fl
     async def caller(call: ExecuteCall) -> None:
         while time.perf_counter() - started < seconds:
             begun = time.perf_counter()
-            await transport.execute(call)
+            await execute(call)
             calls.seconds.append(time.perf_counter() - begun)
 
     await asyncio.gather(*map(caller, own))
@@ -229,8 +238,9 @@ async def main(arguments: argparse.Namespace) -> None:
         for kind in arguments.transports:
             for row in await together(address, [(kind, 4, 16)] * 4, arguments.seconds):
                 show(row)
-            for row in await together(address, [(kind, 1, 1), (kind, arguments.largest, 1)], arguments.seconds):
-                show(row)
+            for beside in (kind, "shm parts") if kind == "shm" else (kind,):
+                for row in await together(address, [(kind, 1, 1), (beside, arguments.largest, 1)], arguments.seconds):
+                    show(row)
             for row in await together(address, [(kind, 4096, 1)] * 4, arguments.seconds) if arguments.batches else ():
                 show(row)
     if cluster.exit_codes != [0]:
