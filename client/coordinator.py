@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -15,9 +16,8 @@ from expertd.client.base.loop_thread import LoopThread
 from expertd.client.call.arguments import as_layer, as_rows, as_tokens, check_finite
 from expertd.client.call.caller import Caller
 from expertd.client.call.pending import PendingCall
-from expertd.client.call.result import MoeResult
+from expertd.client.call.result import MoeResult, waited_for
 from expertd.client.call.routed import RoutedCall
-from expertd.client.call.straight import at_once
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.fleet.discovery import Discovery, as_discovery
 from expertd.client.fleet.membership import Membership
@@ -168,7 +168,7 @@ class Coordinator:
         meter = self._meter(layer)
         with meter.counting():
             result = await self._routed(layer, hidden, router_logits, topk_ids, topk_weights).execute()
-        meter.answered(result.output, result.degraded_tokens, result.waited)
+        self._count(meter, result)
         return result
 
     def submit(
@@ -189,14 +189,12 @@ class Coordinator:
         meter = self._meter(layer)
         with meter.counting():
             call = self._routed(layer, hidden, router_logits, topk_ids, topk_weights)
-            straight = None if call.is_long else call.begin(looped=True)
-            if straight is not None:
-                straight.send(at_once)
+            straight = None if call.is_long else call.begin()
 
         async def complete() -> MoeResult:
             with meter.counting():
                 result = await (call.execute() if straight is None else call.collect(straight))
-            meter.answered(result.output, result.degraded_tokens, result.waited)
+            self._count(meter, result)
             return result
 
         task = asyncio.get_running_loop().create_task(complete())
@@ -287,6 +285,11 @@ class Coordinator:
 
     def _meter(self, layer: int) -> CallMeter:
         return CallMeter(self.config.metrics, self.config.tracer, layer)
+
+    def _count(self, meter: CallMeter, result: MoeResult) -> None:
+        """The caller does not wait for it."""
+        waited = partial(waited_for, result.servers)
+        self.config.metrics.later(meter.answered(result.output, result.degraded_tokens, waited))
 
     def _routed(
         self,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from threading import Lock
 
 from expertd.client.base.loop_thread import LoopThread
-from expertd.client.call.result import MoeResult
+from expertd.client.call.result import MoeResult, waited_for
 from expertd.client.call.routed import RoutedCall
 from expertd.client.call.straight import GIVEN_UP, StraightCall
 from expertd.client.telemetry.meter import CallMeter
@@ -33,11 +34,9 @@ class PendingCall:
         self._result: MoeResult | BaseException | None = None
         self._straight: StraightCall | None = None
         self._future: Future[MoeResult] | None = None
-        self._straight = call.begin(looped=False)
+        self._straight = call.begin(loop.soon, looped=False)
         if self._straight is None:
             self._future = loop.start(call.finish())
-        else:
-            self._straight.send(loop.soon)
 
     def result(self) -> MoeResult:
         """Wait for the result on this thread. Raises what `Coordinator.execute` does; the same one when asked again."""
@@ -89,7 +88,8 @@ class PendingCall:
     def _counted(self) -> MoeResult:
         with self._meter.counting():
             result = self._collect()
-        self._meter.answered(result.output, result.degraded_tokens, result.waited)
+        count = self._meter.answered(result.output, result.degraded_tokens, partial(waited_for, result.servers))
+        count()
         if self._hand_over is not None:
             self._hand_over(result)
         return result

@@ -66,19 +66,19 @@ class MoeResult:
     model_fingerprint: str = ""
     """Of the weights that all of it was computed with."""
 
-    @property
-    def waited(self) -> Waited:
-        """For the slowest server."""
-        if not self.servers:
-            return Waited(0.0, 0.0, 0.0)
-        slowest = max(self.servers, key=lambda server: server.round_trip)
-        spent = slowest.timings
-        return Waited(slowest.round_trip, spent.queue, spent.copy_in + spent.compute + spent.copy_out)
-
     def __repr__(self) -> str:
         servers = ", ".join(f"{server.address} {server.round_trip * 1e3:.1f} ms" for server in self.servers)
         degraded = f"; {self.degraded_tokens} tokens lack experts" if self.degraded_tokens else ""
         return f"MoeResult(output {list(self.output.shape)} {self.output.dtype}; {servers}{degraded})"
+
+
+def waited_for(servers: Sequence[ServerReport]) -> Waited:
+    """The slowest of a call's."""
+    if not servers:
+        return Waited(0.0, 0.0, 0.0)
+    slowest = max(servers, key=lambda server: server.round_trip)
+    spent = slowest.timings
+    return Waited(slowest.round_trip, spent.queue, spent.copy_in + spent.compute + spent.copy_out)
 
 
 def experts_of(parts: Sequence[Work]) -> tuple[int, ...]:

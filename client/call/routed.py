@@ -44,22 +44,22 @@ class RoutedCall:
         self._straight: StraightCall | None = None
         self._given_up = False
 
-    def begin(self, *, looped: bool) -> StraightCall | None:
+    def begin(self, soon: Soon = at_once, *, looped: bool = True) -> StraightCall | None:
         """See `straight.begin`."""
         routed = self._tokens, self._ids, self._weights
-        return begin(self._caller, self._fingerprint, self._layer, *routed, self._shape, self._deadline, looped=looped)
+        rest = self._shape, self._deadline, soon
+        return begin(self._caller, self._fingerprint, self._layer, *routed, *rest, looped=looped)
 
     async def execute(self) -> MoeResult:
         """The result, on the event loop."""
         if self.is_long:
             return await self._execute_beside()
-        straight = self.begin(looped=True)
+        straight = self.begin()
         return await (self.finish() if straight is None else self.collect(straight))
 
     async def collect(self, straight: StraightCall) -> MoeResult:
         """The result of what was begun, of few tokens."""
         with straight:
-            straight.send(at_once)
             await straight.answered()
             result = self.result_of(straight)
             return await self.finish(straight.outcomes()) if result is None else result
@@ -78,11 +78,10 @@ class RoutedCall:
 
     def _go_straight(self, soon: Soon) -> MoeResult | Sequence[tuple[Part, Outcome]] | None:
         """The result, or what became of the parts if one has failed; None for the long way."""
-        straight = self._straight = self.begin(looped=False)
+        straight = self._straight = self.begin(soon, looped=False)
         if straight is None:
             return None
         with straight:
-            straight.send(soon)
             if self._given_up:
                 straight.give_up()
             return self.result_of(straight) or straight.outcomes()

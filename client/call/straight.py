@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -50,32 +50,40 @@ class StraightCall:
         shape: torch.Size,
         timeout: float,
         attempts: AttemptSpans | None,
+        soon: Soon,
+        *,
+        looped: bool,
     ) -> None:
-        # Here servers compute already: what can be done before their answers is done now.
-        config = caller.config
-        self._shape = shape
-        self._out = None if call.in_place else empty(shape, config.output_dtype)
-        self._caller = caller
-        self._layer = layer
         self._call = call
         self._servers = {server.member.number: server for server in servers}
-        self._timeout = self._left = timeout
+        self._soon = soon
+        self._watch: Watch | None = None
         self._closed = self._given_up = False
+        self._answers: list[asyncio.Future[bytes]] = []
+        self._errors: dict[int, ExpertdError] = {}
+        self._messages = call.messages
         parts = [(self._servers[number].member, tokens) for number, tokens in call.planned]
         self._tokens = parts
-        self._watch: Watch | None = None
-        self._messages = call.messages
-        self._soon: Soon | None = None
-        self._answers: list[asyncio.Future[bytes]] = []
-        self._attempts = attempts
-        self._errors: dict[int, ExpertdError] = {}
-        self._counted = False
-        self._begun = time.perf_counter()
         self._giving_up = [
             (member, partial(self._lose, member)) for member in {member.number: member for member, _ in parts}.values()
         ]
         for member, give_up in self._giving_up:
             member.under_way.add(give_up)
+        if self._messages:
+            soon(self._exchange)
+        # Here servers compute already: what can be done before their answers is done now.
+        config = caller.config
+        self._shape = shape
+        self._out = None if call.in_place else empty(shape, config.output_dtype)
+        self._rows = None if self._out is None else self._out.view(-1, shape[-1])
+        self._caller = caller
+        self._layer = layer
+        self._timeout = self._left = timeout
+        self._attempts = attempts
+        self._counted = False
+        # Nor does the caller wait for what is counted of its answers.
+        self._account = config.metrics.later if looped else at_once
+        self._begun = time.perf_counter()
         caller.count(parts, 1)
         caller.budget.earn(len(parts))
         config.metrics.fan_out(len(self._giving_up))
@@ -97,7 +105,7 @@ class StraightCall:
             self._watch.end()
         for member, give_up in self._giving_up:
             member.under_way.discard(give_up)
-        if self._soon is not None and not all(answer.done() for answer in self._answers):
+        if self._messages and not all(answer.done() for answer in self._answers):
             # Once the loop is closed, nothing is sent any more.
             with contextlib.suppress(RuntimeError):
                 self._soon(partial(_cancel, self._answers))
@@ -108,19 +116,14 @@ class StraightCall:
         self._call.drop()
         self._caller.count(self._tokens, -1)
         # Those that give up refer to this, and would keep its memory until Python looks for such rings.
-        self._giving_up, self._out, self._messages, self._answers = [], None, [], []
+        self._giving_up, self._messages, self._answers = [], [], []
+        self._out = self._rows = None
 
     def give_up(self) -> None:
         """Have the thread that is in `sums` wait no longer, and raise `Cancelled`. Any thread."""
         self._given_up = True
         for member, _ in self._giving_up:
             self._call.lose(member.number)
-
-    def send(self, soon: Soon) -> None:
-        """Have the event loop send what lanes do not carry; do nothing when called again."""
-        if self._messages and self._soon is None:
-            self._soon = soon
-            soon(self._exchange)
 
     async def answered(self) -> None:
         """Wait on the event loop, which is that of the lanes, at most as long as an attempt may take."""
@@ -136,7 +139,7 @@ class StraightCall:
         `Cancelled` once it is given up, unless it has its answers.
         """
         out = self._out
-        parts = self._call.finish(self._left, None if out is None else out.view(-1, self._shape[-1]))
+        parts = self._call.finish(self._left, self._rows)
         self._counted = parts is not None
         if parts is None:
             if self._given_up:
@@ -144,7 +147,14 @@ class StraightCall:
             return None
         if out is None:
             out = kept(self._call, self._shape, self._caller.config.output_dtype)
-        return out, by_server(self._report(*part) for part in parts)
+        reports = [
+            ServerReport(self._address(number), tokens, pairs, seconds, StageTimings(*stages))
+            for number, tokens, pairs, seconds, stages in parts
+        ]
+        for member, tokens in self._tokens if self._attempts is not None else ():
+            self._end(member, tokens)
+        self._account(partial(self._answered, [(part[0], report) for part, report in zip(parts, reports, strict=True)]))
+        return out, by_server(reports)
 
     def outcomes(self) -> list[tuple[Part, Outcome]]:
         """What became of each part, in a copy of its own."""
@@ -184,15 +194,15 @@ class StraightCall:
         if self._watch is not None:
             self._watch.look()
 
-    def _report(
-        self, number: int, tokens: int, pairs: int, seconds: float, stages: tuple[float, float, float, float, float]
-    ) -> ServerReport:
-        member = self._servers[number].member
-        member.transport.heard = time.monotonic()
-        member.answered(self._layer, tokens, pairs, seconds)
-        self._count(member, "ok", seconds)
-        self._end(member, tokens)
-        return ServerReport(member.transport.address, tokens, pairs, seconds, StageTimings(*stages))
+    def _address(self, number: int) -> str:
+        return self._servers[number].member.transport.address
+
+    def _answered(self, reports: Iterable[tuple[int, ServerReport]]) -> None:
+        for number, report in reports:
+            member = self._servers[number].member
+            member.transport.heard = time.monotonic()
+            member.answered(self._layer, report.tokens, report.pairs, report.round_trip)
+            self._count(member, "ok", report.round_trip)
 
     def _count(self, member: Member, outcome: str, seconds: float) -> None:
         transport = "shared_memory" if self._servers[member.number].segments else "grpc"
@@ -247,14 +257,15 @@ def begin(
     weights: Tensor,
     shape: torch.Size,
     deadline: float,
+    soon: Soon,
     *,
     looped: bool,
 ) -> StraightCall | None:
     """Send all parts of a call of [T, H] hidden states on the CPU, [T, k] ids and weights; None for the long way.
 
-    Experts are those of the weights with this `fingerprint`. `shape` is that of the output. With `looped` the call is
-    `answered` on the lanes' event loop, and otherwise waited for on any thread. Arguments that are
-    wrong are for the long way to find.
+    Experts are those of the weights with this `fingerprint`. `shape` is that of the output. What lanes do not carry is
+    sent by the event loop, `soon`. With `looped` the call is `answered` on that loop, where this is called then, and
+    otherwise waited for on any thread. Arguments that are wrong are for the long way to find.
     """
     config, top_k = caller.config, ids.shape[1]
     common = (
@@ -285,4 +296,6 @@ def begin(
     call = _native.StraightCall.begin(
         owners, tokens, ids, weights, terms, chosen=chosen, looped=looped, in_place=in_place
     )
-    return None if call is None else StraightCall(caller, layer, call, servers, shape, timeout, attempts)
+    if call is None:
+        return None
+    return StraightCall(caller, layer, call, servers, shape, timeout, attempts, soon, looped=looped)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -40,11 +40,13 @@ class CallMeter:
             self._failed("cancelled")
             raise
 
-    def answered(self, output: Tensor, degraded_tokens: int, waited: Waited) -> None:
-        """[..., H], whose tokens lack experts where they are degraded."""
+    def answered(self, output: Tensor, degraded_tokens: int, waited: Callable[[], Waited]) -> Callable[[], None]:
+        """End with an output [..., H], whose tokens lack experts where they are degraded; call what this returns for
+        the metrics to have it, and to ask what was `waited`."""
         tokens, seconds = math.prod(output.shape[:-1]), time.perf_counter() - self._started
-        self._metrics.answered(tokens, degraded_tokens, seconds, waited, trace_of(self._span))
+        trace = trace_of(self._span)
         self._end()
+        return lambda: self._metrics.answered(tokens, degraded_tokens, seconds, waited(), trace)
 
     def _failed(self, outcome: str) -> None:
         self._metrics.failed(outcome)

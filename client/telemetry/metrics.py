@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
@@ -61,6 +63,10 @@ class CoordinatorMetrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        self._late: deque[Callable[[], None]] = deque()
+        if registry is not None:
+            # Before the others, which are then right.
+            registry.register(_Before(self._count_late))
         self._calls = counter(
             "expertd_coordinator_calls",
             "Calls of a layer by outcome: ok, or the gRPC status of the error that was raised.",
@@ -132,6 +138,20 @@ class CoordinatorMetrics:
             "Times that what finds and watches servers in the background began again after a failure.",
         )
 
+    def later(self, count: Callable[[], None]) -> None:
+        """Have the running event loop count something once it has gone on with what waits for it; any scrape has it."""
+        self._late.append(count)
+        asyncio.get_running_loop().call_soon(self._count_late)
+
+    def _count_late(self) -> None:
+        """Any thread."""
+        while True:
+            try:
+                count = self._late.popleft()
+            except IndexError:
+                return
+            count()
+
     def answered(self, tokens: int, degraded: int, seconds: float, waited: Waited, trace: str) -> None:
         """A call of `tokens` tokens has its output; `degraded` of them lack experts.
 
@@ -182,6 +202,17 @@ class CoordinatorMetrics:
     def background_restarted(self) -> None:
         """What goes on for ever in the background began again."""
         self._restarts.inc()
+
+
+class _Before(Collector):
+    """Has something done before a scrape."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self._do = do
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        self._do()
+        return iter(())
 
 
 class _Certificates(Collector):

@@ -17,6 +17,7 @@ import torch
 from grpc_health.v1 import health_pb2
 
 from expertd._native import response_id
+from expertd.client.base.begun import Begun
 from expertd.client.transport.answer import answer
 from expertd.client.transport.interface import Silent
 from expertd.client.transport.native_call import OneOwner
@@ -265,7 +266,8 @@ class _Stream:
         self._address = address
         self._hear = hear
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
-        self._outbox: asyncio.Queue[tuple[bytes, asyncio.Future[bytes] | None]] = asyncio.Queue()
+        self._outbox: asyncio.Queue[tuple[bytes | Begun, asyncio.Future[bytes] | None]] = asyncio.Queue()
+        self._unwritten = 0
         self._tasks = Tasks()
         self._reader = self._tasks.start(self._read(), f"reading the answers of {address}")
         self._writer = self._tasks.start(self._write(), f"writing to {address}")
@@ -281,14 +283,22 @@ class _Stream:
         answer.add_done_callback(partial(self._settle, request_id, len(request)))
         self._waiting[request_id] = answer
         self.bytes_in_flight += len(request)
-        self._outbox.put_nowait((request, answer))
+        if self._unwritten:
+            self._put(request, answer)
+        else:
+            # Now: before the writer wakes up, the loop does whatever else it has to do.
+            self._put(Begun(self._call.write(request)), None)
         return answer
+
+    def _put(self, message: bytes | Begun, answer: asyncio.Future[bytes] | None) -> None:
+        self._unwritten += 1
+        self._outbox.put_nowait((message, answer))
 
     def _settle(self, request_id: int, num_bytes: int, answer: asyncio.Future[bytes]) -> None:
         del self._waiting[request_id]
         self.bytes_in_flight -= num_bytes
         if answer.cancelled():
-            self._outbox.put_nowait((codec.encode_cancellation(request_id), None))
+            self._put(codec.encode_cancellation(request_id), None)
 
     async def close(self) -> None:
         self._call.cancel()
@@ -300,8 +310,11 @@ class _Stream:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
                 message, answer = await self._outbox.get()
-                if answer is None or not answer.done():
+                if isinstance(message, Begun):
+                    await message
+                elif answer is None or not answer.done():
                     await self._call.write(message)
+                self._unwritten -= 1
                 del message, answer
 
     async def _read(self) -> None:

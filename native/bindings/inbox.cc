@@ -26,6 +26,8 @@ namespace {
 
 // Above this many bytes a request is checked, and a reply written, without Python's lock.
 constexpr size_t kLongBytes = 64 * 1024;
+// The same of the checksum of a reply that nobody has to wait for but its caller: some 100 us.
+constexpr size_t kLongAlone = 1 << 20;
 // Seconds until a deadline that a clock in nanoseconds can tell from none.
 constexpr double kLongest = 1e9;
 
@@ -40,29 +42,35 @@ class PyJob final : public Job {
   PyJob(std::shared_ptr<Inbox> inbox, py::object message, py::object context)
       : inbox(std::move(inbox)), message(std::move(message)), context(std::move(context)) {}
 
-  // A long answer is made in the bytes that Python gets, so that it is not copied once more.
-  bool is_slow() const override { return request.reply_bytes() > kLongBytes; }
+  bool is_slow() const override { return is_long() && !response_; }
+
+  bool is_slow_to_complete() const override {
+    return is_long() && !(alone && !request.rounds() && request.reply_bytes() <= kLongAlone);
+  }
 
   void make_room() override {
-    head_ = reply_head(request, request.reply_bytes());
-    // Of the same length whatever the numbers will be.
-    const size_t length = head_.size() + request.reply_bytes() + reply_tail(request, {}, 0).size();
-    char* answer;
-    if (is_slow()) {
+    if (!is_long()) {
+      short_.resize(length());
+    } else if (!response_) {
       const py::gil_scoped_acquire locked;
-      response_ =
-          py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(length)));
-      if (!response_) return PyErr_Clear();
-      answer = PyBytes_AS_STRING(response_.ptr());
-    } else {
-      short_.resize(length);
-      answer = short_.data();
+      reserve();
+      if (!response_) return;
     }
-    put_reply(reinterpret_cast<std::byte*>(answer + head_.size()));
+    char* const answer = is_long() ? PyBytes_AS_STRING(response_.ptr()) : short_.data();
+    put_reply(reinterpret_cast<std::byte*>(answer + head().size()));
+  }
+
+  // Makes room for a long answer now, with Python's lock; where there is no memory, `make_room` tries again.
+  void reserve() {
+    if (!is_long()) return;
+    response_ =
+        py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(length())));
+    if (!response_) PyErr_Clear();
   }
 
   void complete() override {
-    std::memcpy(reinterpret_cast<char*>(reply) - head_.size(), head_.data(), head_.size());
+    const std::string first = head();
+    std::memcpy(reinterpret_cast<char*>(reply) - first.size(), first.data(), first.size());
     const std::string tail =
         reply_tail(request, seconds, reply_checksum(request.request_id, reply, request.reply_bytes()));
     std::memcpy(reply + request.reply_bytes(), tail.data(), tail.size());
@@ -88,7 +96,12 @@ class PyJob final : public Job {
   py::object context;  // what the caller wants back with the answer
 
  private:
-  std::string head_;
+  // A long answer is made in the bytes that Python gets, so that it is not copied once more.
+  bool is_long() const { return request.reply_bytes() > kLongBytes; }
+  std::string head() const { return reply_head(request, request.reply_bytes()); }
+  // Of the same length whatever the numbers will be.
+  size_t length() const { return head().size() + request.reply_bytes() + reply_tail(request, {}, 0).size(); }
+
   std::vector<char> short_;
   py::object response_;
 };
@@ -146,6 +159,8 @@ class PyInbox : public Owned {
     }
     job->caller = std::move(caller);
     job->traceparent = submitted.traceparent;
+    // Who waits for nobody else has its room while this thread has Python's lock.
+    if (inbox_->size() == 0) job->reserve();
     job->ticket = inbox_->open(job);
     submitted.refusal = engine.submit(job);
     if (submitted.refusal) {

@@ -52,9 +52,9 @@ class Job {
   virtual void make_room() = 0;
   // Writes what the answer has besides its sums, which are in place.
   virtual void complete() = 0;
-  // Whether those two may take long, or wait for Python's lock: then a thread of the pool calls them.
+  // Whether the first may take long, or wait for Python's lock: then a thread of the pool calls it.
   virtual bool is_slow() const = 0;
-  // The same of the second one alone.
+  // The same of the second.
   virtual bool is_slow_to_complete() const { return is_slow(); }
   // Tells the caller. On any thread; after an outcome that is over, nothing more comes.
   virtual void settle(Outcome outcome) = 0;
@@ -86,6 +86,7 @@ class Job {
   std::shared_ptr<Job> self;  // while the engine holds it
   bool cancelled = false;     // by its caller while the device used its tensors
   bool answered = false;      // with an error, before the device was done with them
+  bool alone = false;         // when the device was done with it, there was nothing else to do
   bool evicted = false;       // for another identity's
   Job* previous = nullptr;    // in its lot, while it waits
   Job* next = nullptr;

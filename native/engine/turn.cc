@@ -245,7 +245,9 @@ void Engine::finish(std::unique_ptr<Batch> batch, uint64_t now) {
     if (!batch->failure) tally_->computed(*batch);
   }
   const DeviceSeconds& device = batch->seconds;
+  const bool alone = batch->jobs.size() == 1 && under_way_.empty() && queue_.empty() && small_.empty();
   for (const auto& job : batch->jobs) {
+    job->alone = alone;
     job->seconds = {.decode = seconds_between(job->arrived_ns, job->admitted_ns),
                     .queue = seconds_between(job->admitted_ns, now) - device.copy_in - device.compute - device.copy_out,
                     .copy_in = device.copy_in,

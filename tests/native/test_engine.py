@@ -137,6 +137,25 @@ def test_who_wants_no_expert_gets_zeros_without_the_device(tokens: int) -> None:
     assert result.receipt == {}
 
 
+def test_a_lone_request_with_a_long_answer_waits_for_no_other_thread() -> None:
+    engine, executor, inbox = make_engine()
+    tokens = 200
+    for number in (1, 2):
+        inbox.submit(engine, codec.encode_call(call(number, tokens)), "caller", None, None, "")
+        engine.turn(time.monotonic_ns())
+        started = threading.Timer(5, executor.interrupt)
+        started.start()
+        batch = executor.fetch()
+        started.cancel()
+        assert batch is not None, "it is not on the device yet"
+        torch.frombuffer(batch.requests()[0][4], dtype=torch.float32).fill_(2.0)
+        finish(batch)
+        engine.turn(time.monotonic_ns())
+        (answer,) = inbox.drain()
+        result = codec.decode_result(codec.parse_response(answer.response), tokens, WIDTH, torch.float32)
+        assert result.partials.eq(2.0).all()
+
+
 @pytest.mark.parametrize("express", [False, True])
 @pytest.mark.parametrize("identities", ["x", "xyz"])
 @pytest.mark.parametrize("seed", range(20))

@@ -252,3 +252,18 @@ def test_what_calls_spent_is_added_up() -> None:
 def test_coordinators_that_export_nothing_do_not_collide() -> None:
     assert CoordinatorConfig().metrics is not CoordinatorConfig().metrics
     assert CoordinatorConfig() == CoordinatorConfig()
+
+
+async def test_what_is_counted_later_is_in_the_next_scrape_and_counted_once() -> None:
+    registry = CollectorRegistry()
+    metrics, name = CoordinatorMetrics(registry), "expertd_coordinator_tokens_total"
+
+    def answer(size: int) -> None:
+        metrics.later(lambda: metrics.answered(size, 0, 0.02, Waited(0.02, 0.0, 0.0), ""))
+
+    answer(3)
+    assert registry.get_sample_value(name) == 3
+    answer(4)
+    await asyncio.sleep(0)
+    assert metrics._tokens._value.get() == 7, "the event loop has counted it, without a scrape"
+    assert registry.get_sample_value(name) == 7

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -11,6 +12,7 @@ from expertd.client.transport import grpc_streams
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.interface import Silent
 from expertd.proto.base.errors import Unavailable
+from expertd.proto.codec import parse_response
 from tests.support.serving import call_for, random_batch, running_server
 from tests.support.wire import Wire
 
@@ -32,6 +34,37 @@ async def test_a_reader_that_fails_is_seen_and_fails_those_who_wait(
         await transport.close()
     assert f"reading the answers of {server.address} failed" in caplog.text
     assert "LookupError: a bug" in caplog.text
+
+
+async def test_a_request_is_written_before_its_caller_waits_and_others_after_it(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_server(small_model, range(16)) as server:
+        transport = GrpcTransport(str(server.address))
+        call = call_for(server, random_batch(2, 256, 16, 4))
+        await transport.execute(call)
+        stream = transport._channels[0]._stream
+        assert stream is not None
+        written: list[bytes] = []
+        write = stream._call.write
+
+        async def note(message: bytes) -> None:
+            written.append(message)
+            await write(message)
+
+        monkeypatch.setattr(stream._call, "write", note)
+        messages = [transport._message(replace(call, request_id=number)) for number in (11, 12, 13)]
+        answers = [transport.exchange(number, message) for number, message in zip((11, 12, 13), messages, strict=True)]
+        assert written == messages[:1]
+        found = await asyncio.gather(*answers)
+        assert written == messages
+        assert [parse_response(one).request_id for one in found] == [11, 12, 13]
+        # Nothing is on its way any more: the next one is written at once again.
+        await asyncio.sleep(0.05)
+        last = transport.exchange(14, transport._message(replace(call, request_id=14)))
+        assert len(written) == 4
+        await last
+        await transport.close()
 
 
 async def test_a_server_that_takes_long_to_shake_hands_is_reached(small_model: Path) -> None:
