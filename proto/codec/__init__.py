@@ -24,7 +24,6 @@ from expertd.proto.codec.response import (
 )
 from expertd.proto.codec.shard import (
     DIGEST_BYTES,
-    ENVELOPE_BYTES,
     SERVICE,
     DeviceInfo,
     GenerationInfo,
