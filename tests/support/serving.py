@@ -71,27 +71,27 @@ class Gate:
 
 
 class Answers:
-    """Stands at a server's gRPC handlers: `answer` says what a request gets, or raises its error."""
+    """Stands before a server's engine: `answer` says what a request gets, or raises its error."""
 
     def __init__(self, server: Server, answer: Callable[[Incoming], Awaitable[bytes]]) -> None:
         self._answer = answer
-        self._server = server
-        self._executor = server.handlers.execution.executor
-        server.handlers.execution.executor = self
+        self._executor = server.executor
+        self._submit = server.executor.submit
+        server.executor.submit = self.submit  # type: ignore[method-assign]
 
     def submit(self, incoming: Incoming) -> Call:
         request = codec.parse_request(incoming.message)
         if request.cancels is not None:
-            return self._executor.submit(incoming)
+            return self._submit(incoming)
         answer = asyncio.ensure_future(self._answer(incoming))
         return Call(request.request_id, None, answer, answer.cancel)
 
     def leave(self) -> None:
-        self._server.handlers.execution.executor = self._executor
+        self._executor.submit = self._submit  # type: ignore[method-assign]
 
     async def real(self, incoming: Incoming) -> bytes:
         """What the server answers by itself."""
-        return await self._executor.submit(incoming).answer
+        return await self._submit(incoming).answer
 
 
 def door(server: Server, kind: type[D]) -> D:
