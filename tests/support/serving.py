@@ -25,6 +25,7 @@ from expertd.server.assembly import assemble
 from expertd.server.options.config import Address, ServerConfig
 from expertd.server.rpc.incoming import Call, Incoming
 from expertd.server.telemetry.metrics import Metrics
+from tests.support.model.requests import parse_request
 
 D = TypeVar("D")
 ANY_PORT = Address("127.0.0.1", 0)
@@ -80,7 +81,7 @@ class Answers:
         server.executor.submit = self.submit  # type: ignore[method-assign]
 
     def submit(self, incoming: Incoming) -> Call:
-        request = codec.parse_request(incoming.message)
+        request = parse_request(incoming.message)
         if request.cancels is not None:
             return self._submit(incoming)
         answer = asyncio.ensure_future(self._answer(incoming))
