@@ -139,8 +139,6 @@ class Server:
             self.metrics.export(self.metrics.device_busy, self.metrics.device_memory)
             self._tell_memory(memory)
             self.tasks.keep(self._watch_memory, "watching the GPU's memory")
-        for door in self.doors:
-            await door.until_listening()
         self.engine.placement = self.shard.placement(self.config.max_tokens_per_request, self.node.parts)
         self.engine.use(await self.node.begin(self.failpoints))
         self.engine.start()
@@ -150,8 +148,7 @@ class Server:
         if self.admin is not None:
             self.ready_file.addresses["admin"] = str(self.admin.address)
         self.set_serving(True)
-        through = f"{self.security}, {self.config.front_ends} front ends" if self.config.front_ends else self.security
-        log.info("serving on %s (%s), metrics on http://%s/metrics", self.address, through, self.metrics_address)
+        log.info("serving on %s (%s), metrics on http://%s/metrics", self.address, self.security, self.metrics_address)
         for gpu_watch in self.gpu_watches:
             self.tasks.keep(gpu_watch.run, "watching the GPU's health")
         self.ready.set()

@@ -19,7 +19,6 @@ from expertd.kernels.model.ranges import describe_experts
 from expertd.kernels.weights.checkpoint import Checkpoint
 from expertd.kernels.weights.ledger import Ledger
 from expertd.proto import codec
-from expertd.proto.codec import ShardInfo
 from expertd.server.admin import counting
 from expertd.server.admin.holdings import Holdings
 from expertd.server.admin.service import AdminDoor
@@ -28,7 +27,6 @@ from expertd.server.failpoints import failpoints_from_environment
 from expertd.server.hardware.gpu_health import GpuHealth
 from expertd.server.hardware.nvml import load_nvml
 from expertd.server.local.door import LocalDoor
-from expertd.server.local.front_ends import FrontEnds
 from expertd.server.local.gpu import Cuda, Gpu
 from expertd.server.local.handover import handover_socket
 from expertd.server.options.config import Address, ServerConfig
@@ -40,7 +38,6 @@ from expertd.server.rpc.executor import EngineExecutor
 from expertd.server.rpc.handlers import ExpertShardHandlers
 from expertd.server.rpc.health import SERVICE as HEALTH
 from expertd.server.rpc.health import Health
-from expertd.server.rpc.incoming import Executor
 from expertd.server.rpc.limits import SmallMessages, server_options
 from expertd.server.rpc.security import ServerSecurity
 from expertd.server.rpc.tickets import Tickets
@@ -168,11 +165,11 @@ def assemble(
         return server
 
     def add_port(server: grpc.aio.Server, address: Address) -> int:
-        obstacle = None if front_ends else obstacle_to_bind(address)
+        obstacle = obstacle_to_bind(address)
         if obstacle is not None:
             # gRPC would say so in lines of its own as well.
             raise OSError(obstacle)
-        port = (front_ends or security).add_port(server, address)
+        port = security.add_port(server, address)
         if config.unix_socket is not None:
             security.add_unix_socket(server, config.unix_socket)
         return port
@@ -186,10 +183,9 @@ def assemble(
     holdings = Holdings(generations, node, engine, metrics, tell)
     executor.update = lambda: holdings.progress
     local = _local_door(config, metrics, socket_name, tickets, engine, Gpu(node, cuda))
-    front_ends = _front_ends(config, metrics, info, executor)
     entrance = GrpcDoor(config.listen, execution, make_grpc_server, add_port)
     admin = _admin_door(config, holdings, metrics)
-    doors = tuple(door for door in (local, entrance, front_ends, admin) if door is not None)
+    doors = tuple(door for door in (local, entrance, admin) if door is not None)
     return Server(
         config=config,
         metrics=metrics,
@@ -232,14 +228,6 @@ def _admin_door(config: ServerConfig, holdings: Holdings, metrics: Metrics) -> A
     counting.export(metrics, holdings)
     own = replace(config, listen=config.admin_listen, auth_token_file=config.admin_token_file)
     return AdminDoor(config.admin_listen, holdings, ServerSecurity(own, metrics.security_file_errors.inc))
-
-
-def _front_ends(config: ServerConfig, metrics: Metrics, info: ShardInfo, executor: Executor) -> FrontEnds | None:
-    if not config.front_ends:
-        return None
-    front_ends = FrontEnds(config, info.max_message_bytes, executor, metrics.new_tasks)
-    metrics.front_ends.set_function(lambda: front_ends.listening)
-    return front_ends
 
 
 def _pages(

@@ -4,12 +4,8 @@ from expertd.proto.codec.checksums import bytes_checksum
 from expertd.proto.codec.raw import (
     CANCELLATION_ID,
     EMPTY,
-    RawRequest,
     RawResponse,
     encode_cancellation,
-    encode_request,
-    not_a_request,
-    parse_request,
     parse_response,
 )
 from expertd.proto.codec.request import ExecuteCall, encode_call
@@ -24,7 +20,6 @@ from expertd.proto.codec.response import (
 )
 from expertd.proto.codec.shard import (
     DIGEST_BYTES,
-    ENVELOPE_BYTES,
     SERVICE,
     DeviceInfo,
     GenerationInfo,

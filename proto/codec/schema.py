@@ -30,7 +30,6 @@ class MessageSchema:
     def __init__(self, message: type[Message], most_fields: int) -> None:
         """Messages of more fields, known or not, are malformed: what reading one costs is bounded before it is read."""
         self._most_fields = most_fields
-        self.full_name = message.DESCRIPTOR.full_name
         fields: list[Any] = sorted(message.DESCRIPTOR.fields, key=attrgetter("number"))
         self.names = tuple(field.name for field in fields)
         self.fields: wire.Schema = {

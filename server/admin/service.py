@@ -56,8 +56,6 @@ class AdminDoor:
         await self._server.start()
         log.info("administration on %s (%s)", self.address, self._security)
 
-    async def until_listening(self) -> None: ...
-
     def disconnect(self) -> None:
         """No memory is shared here."""
 

@@ -68,8 +68,6 @@ class LocalDoor:
         asyncio.get_running_loop().add_reader(self._engine.lanes_fileno(), self._take_ended)
         self._accepting = self._tasks.keep(self._accept, "accepting local connections")
 
-    async def until_listening(self) -> None: ...
-
     def disconnect(self) -> None:
         self._engine.disconnect_lanes()
 

@@ -131,10 +131,6 @@ class ServerConfig:
         default=1024, metadata=_told("connections at once; further ones are closed as they come", int)
     )
     max_streams: int = field(default=1024, metadata=_told("calls and streams at once on one connection", int))
-    front_ends: int = field(
-        default=0,
-        metadata=_told("processes that take the calls on --listen for the server; 0: it takes them itself", int),
-    )
     backend: str = field(default="auto", metadata=_told("compute backend: auto, torch (CPU) or cutile (GPU)"))
     devices: tuple[int, ...] | None = field(
         default=None,
@@ -246,7 +242,7 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InvalidOption(f"{flag(name)} is {value}; it must be greater than 0")
-        for name in ("shared_memory_bytes", "spin_us", "front_ends"):
+        for name in ("shared_memory_bytes", "spin_us"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InvalidOption(f"{flag(name)} is {value}; it must be at least 0")

@@ -8,14 +8,15 @@ from functools import partial
 
 from expertd.proto import codec
 from expertd.proto.base.errors import ExpertdError
-from expertd.server.rpc.incoming import Call, Executor, Incoming
+from expertd.server.rpc.executor import EngineExecutor
+from expertd.server.rpc.incoming import Call, Incoming
 
 
 class Conversation:
     """What the requests of one caller's stream have in common. Lives on the event loop."""
 
     def __init__(
-        self, caller: str, identity: str, executor: Executor, respond: Callable[[bytes | None, int], object]
+        self, caller: str, identity: str, executor: EngineExecutor, respond: Callable[[bytes | None, int], object]
     ) -> None:
         """`respond` is called once for every message: with the response, if there is to be one, and its length."""
         self._caller = caller
@@ -60,10 +61,10 @@ class Conversation:
         self._changed.set()
         if self._by_id.get(call.request_id) is call:
             del self._by_id[call.request_id]
-        self._respond(response_of(call), num_bytes)
+        self._respond(_response_of(call), num_bytes)
 
 
-def response_of(call: Call) -> bytes:
+def _response_of(call: Call) -> bytes:
     """The response to a call that is answered, what is wrong with the request in it."""
     error = call.answer.exception()
     if error is None:

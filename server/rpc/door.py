@@ -20,10 +20,7 @@ class Door(Protocol):
     """A way for calls to come in."""
 
     async def listen(self) -> None:
-        """Let callers in, or begin to. Raises `InvalidOption` when its place is not to be had."""
-
-    async def until_listening(self) -> None:
-        """Wait for the end of what `listen` began."""
+        """Let callers in. Raises `InvalidOption` when its place is not to be had."""
 
     def disconnect(self) -> None:
         """Take shared memory from all callers at once, since the device may still write to it."""
@@ -62,8 +59,6 @@ class GrpcDoor:
 
     async def listen(self) -> None:
         await self._server.start()
-
-    async def until_listening(self) -> None: ...
 
     def disconnect(self) -> None:
         """Over gRPC no memory is shared."""

@@ -1,4 +1,4 @@
-"""`Execute` and `ExecuteStream`: hand in, await, send, wherever the answers come from."""
+"""`Execute` and `ExecuteStream`: hand in, await, send."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from expertd.proto.base.errors import ExpertdError
 from expertd.proto.base.loopback import UNIX
 from expertd.server.rpc.backlog import Backlog
 from expertd.server.rpc.conversation import Conversation
+from expertd.server.rpc.executor import EngineExecutor
 from expertd.server.rpc.identity import Identities
-from expertd.server.rpc.incoming import Executor, Incoming
+from expertd.server.rpc.incoming import Incoming
 
 Context: TypeAlias = grpc.aio.ServicerContext[object, object]
 BACKLOG_FACTOR = 2
@@ -25,10 +26,10 @@ BACKLOG_FACTOR = 2
 
 
 class ExecuteHandlers:
-    """The two RPCs of one process, and the calls and streams that are open."""
+    """The two RPCs with tensors, and the calls and streams that are open."""
 
-    def __init__(self, executor: Executor, max_queued_bytes: int, identities: Identities) -> None:
-        self.executor = executor
+    def __init__(self, executor: EngineExecutor, max_queued_bytes: int, identities: Identities) -> None:
+        self._executor = executor
         self.identities = identities
         self._readers: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
@@ -55,7 +56,7 @@ class ExecuteHandlers:
     async def execute(self, data: bytes, context: Context) -> bytes:
         self.track()
         identity = self.identities.of(context)
-        call = self.executor.submit(
+        call = self._executor.submit(
             Incoming(data, context.peer(), context.time_remaining(), _span_of(context), identity)
         )
         # gRPC keeps the frames of what aborts a call until garbage is collected.
@@ -75,7 +76,7 @@ class ExecuteHandlers:
         peer = context.peer()
         caller = f"{peer} stream {next(self._streams)}" if peer.startswith(UNIX) else peer
         identity = self.identities.of(context)
-        conversation = Conversation(caller, identity, self.executor, lambda *response: responses.put_nowait(response))
+        conversation = Conversation(caller, identity, self._executor, lambda *response: responses.put_nowait(response))
 
         async def read() -> None:
             try:

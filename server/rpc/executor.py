@@ -48,6 +48,7 @@ class EngineExecutor:
             raise Unavailable(reason)
 
     def submit(self, incoming: Incoming) -> Call:
+        """Hand in a message. Never raises: what is wrong with it is its answer."""
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         submitted = self._inbox.submit(
             self.engine,

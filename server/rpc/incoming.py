@@ -1,11 +1,10 @@
-"""A request as it comes in, by whichever door, and what answers it."""
+"""A request as it comes in, and its answer."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +34,3 @@ class Call:
     """The response, or an `ExpertdError`."""
     cancel: Callable[[], object]
     """Have it answered with `Cancelled`, soon or once the device is done with it."""
-
-
-class Executor(Protocol):
-    """What answers requests: this process's engine, or another process."""
-
-    def submit(self, incoming: Incoming) -> Call:
-        """Hand in a message. Never raises: what is wrong with it is its answer."""

@@ -1,4 +1,4 @@
-"""How gRPC is to serve callers and front ends, and what of their messages is not read."""
+"""How gRPC is to serve callers, and what of their messages is not read."""
 
 from __future__ import annotations
 
@@ -31,19 +31,13 @@ HANDSHAKE_MS = 5_000
 """For TLS, and for HTTP/2's first words."""
 IDLE_MS = 60_000
 """Without a call or stream; whoever watches health has one. Clients connect anew when they need to."""
-MAX_INT = 2**31 - 1
-UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-"""Options of a front end's channel to its server, which has limits of its own."""
 
 
-def server_options(config: ServerConfig, max_message_bytes: int, *, front_end: bool = False) -> list[tuple[str, int]]:
-    """Options of the `grpc.aio.server` of a server or of one of its front ends."""
-    behind = 0 if front_end else config.front_ends
+def server_options(config: ServerConfig, max_message_bytes: int) -> list[tuple[str, int]]:
+    """Options of a server's `grpc.aio.server`."""
     return [
-        # Beside those of callers, a server's front ends have one each.
-        ("grpc.max_allowed_incoming_connections", config.max_connections + behind),
-        # What all callers of a front end ask of the server comes over one connection.
-        ("grpc.max_concurrent_streams", MAX_INT if behind else config.max_streams),
+        ("grpc.max_allowed_incoming_connections", config.max_connections),
+        ("grpc.max_concurrent_streams", config.max_streams),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         # A few KiB that were compressed can be as many MiB.
@@ -57,7 +51,7 @@ def server_options(config: ServerConfig, max_message_bytes: int, *, front_end: b
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.max_connection_idle_ms", IDLE_MS),
         # With it a second server on the same port would silently share its calls.
-        ("grpc.so_reuseport", int(front_end)),
+        ("grpc.so_reuseport", 0),
     ]
 
 

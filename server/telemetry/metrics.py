@@ -102,7 +102,6 @@ class Metrics:
         self.in_flight = gauge("expertd_requests_in_flight", "Requests being answered.")
         self.weights_bytes = gauge("expertd_weights_bytes", "Bytes of expert weights loaded.")
         self.shared_memory_bytes = gauge("expertd_shared_memory_bytes", "Bytes of callers' memory mapped here.")
-        self.front_ends = gauge("expertd_front_ends", "Front ends that listen.")
         self.layers_loaded = gauge("expertd_layers_loaded", "Layers whose weights are loaded.")
         self.startup = gauge(
             "expertd_startup_seconds", "Seconds that the start spent waiting for each of its phases.", ["phase"]

@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         words = name.split()
         if arguments[: len(words)] == words:
             if name == "serve" and SILENCED:
-                # It is gRPC that knows why a caller's TLS handshake failed. Empty: as if unset, for front ends as well.
-                os.environ[GRPC_VERBOSITY] = ""
+                # It is gRPC that knows why a caller's TLS handshake failed.
+                os.environ.pop(GRPC_VERBOSITY, None)
             if name == "serve":
                 # Torch's threads would spin while they wait, and so keep the CPU from those of other servers.
                 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

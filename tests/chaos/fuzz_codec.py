@@ -18,6 +18,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from tests.support.model.messages import decode_call
+from tests.support.model.requests import parse_request
 
 WIDTH, TOP_K, MAX_TOKENS = 256, 4, 8
 
@@ -30,7 +31,7 @@ def read(data: bytes) -> None:
 
 
 def _as_request(data: bytes) -> None:
-    call = decode_call(codec.parse_request(data), WIDTH, TOP_K, MAX_TOKENS)
+    call = decode_call(parse_request(data), WIDTH, TOP_K, MAX_TOKENS)
     assert call.hidden.shape == (len(call.expert_ids), WIDTH)
 
 

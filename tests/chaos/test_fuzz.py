@@ -25,6 +25,7 @@ from expertd.proto.codec import wire
 from tests.chaos.fleet import Fleet, ServerProcess
 from tests.chaos.scale import scaled
 from tests.support.model.messages import encode_result
+from tests.support.model.requests import parse_request
 from tests.support.serving import random_batch, request_for
 
 MESSAGES = scaled(100_000, 2_000)
@@ -168,7 +169,7 @@ def _overwritten(message: bytes, places: Sequence[tuple[float, int]]) -> bytes:
 def _wants_an_answer(message: bytes) -> bool:
     """Whether it is a request, or nothing that can be read, and not the cancellation of one."""
     try:
-        return codec.parse_request(message).cancels is None
+        return parse_request(message).cancels is None
     except (InvalidBatch, ServerFault):
         return True
 

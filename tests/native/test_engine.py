@@ -18,6 +18,7 @@ from expertd.proto.base.errors import Overloaded
 from expertd.proto.codec import ExecuteCall
 from tests.support.model.admission import Admission
 from tests.support.model.queue import Job, Next, Queues, next_batch
+from tests.support.model.requests import encode_request, parse_request
 from tests.support.native.placements import placement_of
 
 OVERLOADED = 8
@@ -385,8 +386,8 @@ def test_what_ran_out_in_the_queue_is_not_computed() -> None:
 
 def test_the_longest_timeouts_do_not_run_out() -> None:
     engine, executor, inbox = make_engine()
-    longest = replace(codec.parse_request(codec.encode_call(call(1, 1))), timeout_us=2**64 - 1)
-    inbox.submit(engine, codec.encode_request(longest), "a", None, None, "")
+    longest = replace(parse_request(codec.encode_call(call(1, 1))), timeout_us=2**64 - 1)
+    inbox.submit(engine, encode_request(longest), "a", None, None, "")
     inbox.submit(engine, codec.encode_call(call(2, 1)), "a", None, 1e300, "")
     engine.turn(time.monotonic_ns())
     assert inbox.drain() == []

@@ -23,6 +23,7 @@ from expertd.proto.codec import ExecuteCall, RawResponse
 from expertd.proto.codec.checksums import fields_checksum, fixed32
 from expertd.proto.lane.layout import aligned, lay_out, rows_bytes
 from tests.support.model.messages import SharedSegment, decode_call
+from tests.support.model.requests import encode_request, parse_request
 from tests.support.native.placements import placement_of
 from tests.support.serving import call_of, random_batch
 
@@ -329,7 +330,7 @@ def test_offsets_are_refused_in_the_words_of_the_python_rules(
 ) -> None:
     engine, _ = make_engine()
     caller = connect(engine, gpu_address=1 << 40 if gpu_bytes else 0, gpu_bytes=gpu_bytes)
-    raw = codec.parse_request(codec.encode_call(call_for(5, 2), segment_offset, gpu_offset))
+    raw = parse_request(codec.encode_call(call_for(5, 2), segment_offset, gpu_offset))
     fields = {name: getattr(raw, name) for name in raw.__dataclass_fields__} | {"sums_offset": sums_offset}
     if not inline:
         fields |= dict.fromkeys(("hidden", "hidden_scales", "expert_ids", "weights"), memoryview(b""))
@@ -347,7 +348,7 @@ def test_offsets_are_refused_in_the_words_of_the_python_rules(
         # It can be read, and holds zeros.
         expected = "expert_ids[0] is [0, 0]; a token may name an expert at most once"
     slot = slot_of(caller, 0)
-    assert caller.lane.post(slot, codec.encode_request(raw), ROOM)
+    assert caller.lane.post(slot, encode_request(raw), ROOM)
     turn(engine)
     answer = caller.reply(slot).error
     assert answer is not None

@@ -16,6 +16,7 @@ from expertd.proto.base.errors import ExpertdError
 from expertd.proto.codec import ExecuteCall, wire
 from expertd.server.scheduling.shard import Shard
 from tests.support.model.messages import decode_call
+from tests.support.model.requests import parse_request
 from tests.support.model.rules import admit
 
 EXECUTOR = CallbackExecutor(1 << 20)
@@ -55,7 +56,7 @@ def engine() -> Engine:
 
 def by_python(data: bytes) -> TokenBatch | ExpertdError:
     try:
-        raw = codec.parse_request(data)
+        raw = parse_request(data)
         call = decode_call(raw, CONFIG.hidden_size, CONFIG.num_experts_per_tok, MAX_TOKENS, None)
         return admit(SHARD, call)
     except ExpertdError as error:

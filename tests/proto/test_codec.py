@@ -12,9 +12,10 @@ from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base import errors
 from expertd.proto.base.errors import ExpertdError, InvalidBatch, Overloaded, ServerFault, error_from_status
-from expertd.proto.codec import DeviceInfo, ExecuteCall, ExecuteResult, RawRequest, RawResponse, ShardInfo, StageTimings
+from expertd.proto.codec import DeviceInfo, ExecuteCall, ExecuteResult, RawResponse, ShardInfo, StageTimings
 from expertd.proto.codec.schema import REQUEST, RESPONSE, MessageSchema
 from tests.support.model.messages import decode_call, encode_result
+from tests.support.model.requests import RawRequest, encode_request, parse_request
 
 WIDTH, TOP_K = 256, 4
 NONE, ONE = pb.ExpertList(), pb.ExpertList(experts=[1])
@@ -46,7 +47,7 @@ def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
 @pytest.mark.parametrize("hidden_dtype", codec.HIDDEN_DTYPES)
 def test_a_call_survives_the_wire(hidden_dtype: torch.dtype) -> None:
     call = example_call(hidden_dtype)
-    back = decode_call(codec.parse_request(codec.encode_call(call)), WIDTH, TOP_K, max_tokens=3)
+    back = decode_call(parse_request(codec.encode_call(call)), WIDTH, TOP_K, max_tokens=3)
     for field in ("hidden", "expert_ids", "weights"):
         assert_same_bits(getattr(call, field), getattr(back, field))
     if call.scales is None:
@@ -61,10 +62,10 @@ def test_a_call_survives_the_wire(hidden_dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("hidden_dtype", codec.HIDDEN_DTYPES)
 def test_a_request_that_was_read_is_written_as_it_was(hidden_dtype: torch.dtype) -> None:
-    request = codec.parse_request(codec.encode_call(example_call(hidden_dtype)))
-    assert codec.parse_request(codec.encode_request(request)) == request
+    request = parse_request(codec.encode_call(example_call(hidden_dtype)))
+    assert parse_request(encode_request(request)) == request
     moved = replace(request, hidden=codec.EMPTY, segment_offset=0, gpu_offset=256, cancels=3, placement_epoch=None)
-    assert codec.parse_request(codec.encode_request(moved)) == moved
+    assert parse_request(encode_request(moved)) == moved
 
 
 def test_a_call_of_views_is_sent_contiguously() -> None:
@@ -75,7 +76,7 @@ def test_a_call_of_views_is_sent_contiguously() -> None:
 
 def test_an_absent_placement_epoch_is_not_zero() -> None:
     call = replace(example_call(torch.bfloat16), placement_epoch=None, timeout=None)
-    back = decode_call(codec.parse_request(codec.encode_call(call)), WIDTH, TOP_K, max_tokens=3)
+    back = decode_call(parse_request(codec.encode_call(call)), WIDTH, TOP_K, max_tokens=3)
     assert back.placement_epoch is None
     assert back.timeout is None
 
@@ -135,7 +136,7 @@ def test_a_refusal_is_raised_by_the_reader() -> None:
 
 def test_bytes_that_are_no_message_are_refused() -> None:
     with pytest.raises(InvalidBatch, match=r"the 3 bytes received are no expertd\.v1\.ExecuteRequest"):
-        codec.parse_request(b"\xff\xff\xff")
+        parse_request(b"\xff\xff\xff")
 
 
 def test_a_shard_survives_the_wire() -> None:

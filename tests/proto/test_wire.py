@@ -13,6 +13,7 @@ from expertd.proto.base.errors import InvalidBatch, ServerFault
 from expertd.proto.codec import ExecuteCall, ExecuteResult, StageTimings, wire
 from expertd.proto.codec.schema import REQUEST, RESPONSE
 from tests.support.model.messages import decode_call, encode_result
+from tests.support.model.requests import RawRequest, parse_request
 
 uint32 = st.integers(0, 2**32 - 1)
 uint64 = st.integers(0, 2**64 - 1)
@@ -49,7 +50,7 @@ responses = st.builds(
 )
 
 
-def assert_read_alike(raw: codec.RawRequest, message: pb.ExecuteRequest) -> None:
+def assert_read_alike(raw: RawRequest, message: pb.ExecuteRequest) -> None:
     for field in message.DESCRIPTOR.fields:
         ours: Any = getattr(raw, field.name)
         theirs = getattr(message, field.name)
@@ -76,7 +77,7 @@ def fields_of(data: bytes) -> list[bytes]:
 
 @given(message=requests)
 def test_requests_are_read_as_the_generated_class_reads_them(message: pb.ExecuteRequest) -> None:
-    assert_read_alike(codec.parse_request(message.SerializeToString()), message)
+    assert_read_alike(parse_request(message.SerializeToString()), message)
 
 
 @given(message=requests, data=st.data())
@@ -92,7 +93,7 @@ def test_any_field_order_unknown_fields_and_repeated_fields_are_understood(
     ]
     pieces = data.draw(st.permutations(fields_of(message.SerializeToString()) + unknown))
     mixed = REQUEST.write({"layer": 6}, begin=REQUEST.write({"layer": 5}, begin=b"".join(pieces)))
-    raw = codec.parse_request(mixed)
+    raw = parse_request(mixed)
     assert_read_alike(raw, pb.ExecuteRequest.FromString(mixed))
     assert raw.layer == 6
 
@@ -172,16 +173,16 @@ def test_truncated_requests_are_refused_exactly_when_the_generated_class_refuses
     except Exception:
         # Those that begin with their checksum were altered.
         with pytest.raises((InvalidBatch, ServerFault), match=r"bytes received are no expertd\.v1\.ExecuteRequest"):
-            codec.parse_request(cut)
+            parse_request(cut)
     else:
-        assert_read_alike(codec.parse_request(cut), expected)
+        assert_read_alike(parse_request(cut), expected)
 
 
 @settings(max_examples=500)
 @given(garbage=st.binary(max_size=60))
 def test_garbage_is_read_like_the_generated_class_or_refused(garbage: bytes) -> None:
     try:
-        raw = codec.parse_request(garbage)
+        raw = parse_request(garbage)
         codec.parse_response(garbage)
     except (InvalidBatch, ServerFault):
         return
@@ -207,6 +208,6 @@ def test_reading_and_writing_copy_no_tensor() -> None:
     )
     data = codec.encode_call(call)
     start = torch.frombuffer(data, dtype=torch.uint8).data_ptr()
-    back = decode_call(codec.parse_request(data), 128, 2, 4)
+    back = decode_call(parse_request(data), 128, 2, 4)
     for tensor in (back.hidden, back.expert_ids, back.weights):
         assert start <= tensor.data_ptr() < start + len(data)

@@ -17,7 +17,6 @@ from expertd.proto.base.errors import DeadlineExceeded, ExpertdError, ServerFaul
 from expertd.proto.codec import ShardInfo
 from expertd.server.failpoints import SECONDS, VARIABLE, parse_failpoints
 from expertd.server.options.config import InvalidOption
-from expertd.server.rpc.executor import EngineExecutor
 from tests.support.serving import call_for, random_batch, running_server, until
 
 EXPERTS = range(16)
@@ -68,7 +67,6 @@ def test_what_cannot_be_meant_is_refused(text: str, complaint: str) -> None:
 async def test_without_the_variable_a_server_has_none_of_it(small_model: Path) -> None:
     async with running_server(small_model, range(16)) as server:
         assert server.failpoints is None
-        assert type(server.handlers.execution.executor) is EngineExecutor
         assert type(server.backend).__name__ == "TorchBackend"
 
 

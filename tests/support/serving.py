@@ -25,6 +25,7 @@ from expertd.server.assembly import assemble
 from expertd.server.options.config import Address, ServerConfig
 from expertd.server.rpc.incoming import Call, Incoming
 from expertd.server.telemetry.metrics import Metrics
+from tests.support.model.requests import parse_request
 
 D = TypeVar("D")
 ANY_PORT = Address("127.0.0.1", 0)
@@ -71,27 +72,27 @@ class Gate:
 
 
 class Answers:
-    """Stands at a server's gRPC handlers: `answer` says what a request gets, or raises its error."""
+    """Stands before a server's engine: `answer` says what a request gets, or raises its error."""
 
     def __init__(self, server: Server, answer: Callable[[Incoming], Awaitable[bytes]]) -> None:
         self._answer = answer
-        self._server = server
-        self._executor = server.handlers.execution.executor
-        server.handlers.execution.executor = self
+        self._executor = server.executor
+        self._submit = server.executor.submit
+        server.executor.submit = self.submit  # type: ignore[method-assign]
 
     def submit(self, incoming: Incoming) -> Call:
-        request = codec.parse_request(incoming.message)
+        request = parse_request(incoming.message)
         if request.cancels is not None:
-            return self._executor.submit(incoming)
+            return self._submit(incoming)
         answer = asyncio.ensure_future(self._answer(incoming))
         return Call(request.request_id, None, answer, answer.cancel)
 
     def leave(self) -> None:
-        self._server.handlers.execution.executor = self._executor
+        self._executor.submit = self._submit  # type: ignore[method-assign]
 
     async def real(self, incoming: Incoming) -> bytes:
         """What the server answers by itself."""
-        return await self._executor.submit(incoming).answer
+        return await self._submit(incoming).answer
 
 
 def door(server: Server, kind: type[D]) -> D:

@@ -20,13 +20,13 @@ from opentelemetry.trace import SpanKind, StatusCode, Tracer
 
 from expertd.client.coordinator import Coordinator
 from expertd.client.tools.cluster import LocalCluster
-from expertd.proto import codec
 from expertd.proto.base.errors import Unavailable
 from expertd.server.rpc.incoming import Incoming
 from expertd.server.telemetry.metrics import STAGES
 from expertd.server.telemetry.tracing import RequestTracer
 from tests.support.coordinators import EXACT, LAYER, call, routing, tokens
 from tests.support.fleets import addresses
+from tests.support.model.requests import parse_request
 from tests.support.serving import Answers, execute_method, open_channel, random_batch, request_for, running_server
 
 HALVES = (range(8), range(8, 16))
@@ -140,7 +140,7 @@ async def test_what_is_not_sampled_is_not_sent_along(small_model: Path, recorder
     ):
 
         async def watch(incoming: Incoming) -> bytes:
-            seen.append(incoming.traceparent + str(codec.parse_request(incoming.message).traceparent, "ascii"))
+            seen.append(incoming.traceparent + str(parse_request(incoming.message).traceparent, "ascii"))
             return await answers.real(incoming)
 
         answers = Answers(server, watch)

@@ -57,8 +57,6 @@ class Plan:
     coordinators: tuple[str, ...]
     births: dict[str, str]
     """Failpoints by place."""
-    front_ends: frozenset[str]
-    """Places whose servers have them."""
     faults: tuple[Fault, ...]
     mortal: tuple[str, ...]
     """Places that faults may strike; mostly one replica of each shard is spared, and then no call may fail."""
@@ -97,9 +95,8 @@ def draw(seed: int) -> Plan:
         fault = Fault(kind, chance.choice(choices), at, chance.uniform(0.3, SECONDS - at))
         if not any(_collide(fault, other) for other in faults):
             faults.append(fault)
-    front_ends = frozenset(chance.sample([place(LOW, 0), place(HIGH, 0)], int(chance.random() < 0.4)))
     ordered = tuple(sorted(faults, key=lambda fault: fault.at))
-    return Plan(seed, tuple(names), births, front_ends, ordered, tuple(victims))
+    return Plan(seed, tuple(names), births, ordered, tuple(victims))
 
 
 def _births(chance: random.Random, victims: list[str], coordinators: list[str]) -> dict[str, str]:

@@ -25,7 +25,6 @@ from tests.support.wire import Wire
 
 HURRIED = ("--device-timeout", "0.3")
 """For failpoints that have the device stick."""
-FRONT_ENDS = ("--front-ends", "1")
 NUMBERS = itertools.count()
 
 
@@ -49,7 +48,7 @@ def fingerprint_of(model: Path) -> str:
 class Place:
     """One server at a time, and how callers reach whichever it is."""
 
-    def __init__(self, name: str, fleet: Fleet, models: Models, folder: Path, options: tuple[str, ...]) -> None:
+    def __init__(self, name: str, fleet: Fleet, models: Models, folder: Path) -> None:
         self.name = name
         self.shard = shard_of(name)
         self.tcp, self.unix = Wire(""), Wire("")
@@ -59,7 +58,6 @@ class Place:
         self._fleet = fleet
         self._models = models
         self._folder = folder
-        self._options = options
         self._changing = asyncio.Lock()
         """Faults may overlap: two servers could start here, of which one is never ended and keeps its callers."""
 
@@ -73,7 +71,7 @@ class Place:
             if self.server is not None:
                 return
             socket = self._folder / f"{next(NUMBERS)}.sock"
-            options = (*self._options, "--unix-socket", str(socket), *(HURRIED if "stuck" in failpoints else ()))
+            options = ("--unix-socket", str(socket), *(HURRIED if "stuck" in failpoints else ()))
             self.server = await self._fleet.start(
                 SHARDS[self.shard],
                 faults=failpoints,
@@ -117,10 +115,7 @@ class Stage:
         self._folder = folder
         self._fleet = Fleet(models.first, folder)
         self._stack = AsyncExitStack()
-        self.places = {
-            name: Place(name, self._fleet, models, folder, FRONT_ENDS if name in plan.front_ends else ())
-            for name in plan.places
-        }
+        self.places = {name: Place(name, self._fleet, models, folder) for name in plan.places}
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self._fleet)

@@ -24,7 +24,7 @@ CALM_SECONDS, FAULT_SECONDS = 1.0, 3.5
 LEFT_WITHIN = 2.0
 SLACK = 0.5
 """Seconds that a busy machine may take beside."""
-WIRES = ("grpc", "unix", "front-ends")
+WIRES = ("grpc", "unix")
 LANES = ("default", "thread", "unix-lane")
 
 
@@ -72,17 +72,15 @@ class Load:
 @contextlib.asynccontextmanager
 async def load(way: str, models: Models, *, slow: bool = False) -> AsyncIterator[tuple[Load, Stage]]:
     """Calls that go one way, all of them answered and right."""
-    name = "grpc" if way == "front-ends" else way
-    front_ends = frozenset({VICTIM} if way == "front-ends" else ())
-    plan = Plan(0, (name,), {VICTIM: "slow"} if slow else {}, front_ends, (), (VICTIM,))
+    plan = Plan(0, (way,), {VICTIM: "slow"} if slow else {}, (), (VICTIM,))
     with tempfile.TemporaryDirectory(prefix="expertd-chaos-") as folder:
         async with (
             Stage(plan, models, Path(folder)) as stage,
-            Speaker(name, stage.servers_file(name), None, models.first, hurried=False) as speaker,
+            Speaker(way, stage.servers_file(way), None, models.first, hurried=False) as speaker,
         ):
             found = Load(speaker)
             place = stage.places[VICTIM]
-            victim = place.unix.address if name.startswith("unix") else place.tcp.address
+            victim = place.unix.address if way.startswith("unix") else place.tcp.address
             async with asyncio.TaskGroup() as group:
                 for _ in range(CALLERS):
                     group.create_task(found.call(victim))
@@ -110,7 +108,7 @@ async def under(kind: str, way: str, models: Models) -> tuple[Load, float]:
     ("kind", "way"),
     # What is frozen and not here is in tests/client/call/test_silence.py.
     [
-        *(("freeze", way) for way in ("unix", "unix-lane", "front-ends")),
+        *(("freeze", way) for way in ("unix", "unix-lane")),
         *((kind, way) for kind in ("no_requests", "no_replies") for way in WIRES),
     ],
 )

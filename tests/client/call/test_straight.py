@@ -25,13 +25,13 @@ from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.shared_memory import SharedMemoryTransport
 from expertd.kernels.numerics.quantize import dequantize_activations, quantize_activations
 from expertd.kernels.oracle.reference import relative_error
-from expertd.proto import codec
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import DeadlineExceeded, InvalidBatch, ServerFault, Unavailable
 from expertd.proto.codec import ExecuteCall, ExecuteResult
 from expertd.server.app import Server
 from tests.support.coordinators import EXACT, HIDDEN, LAYER, QUICK, expected, free_bytes, routing, segments_of, tokens
 from tests.support.fleets import HALVES, addresses, flat, running_replicas, running_servers
+from tests.support.model.requests import encode_request, parse_request
 from tests.support.serving import Gate, count_of, running_server, until
 
 ALL = range(16)
@@ -192,9 +192,9 @@ class OtherDtype(GrpcTransport):
         self._dtype = dtype
 
     async def exchange(self, request_id: int, message: bytes) -> bytes:
-        request = codec.parse_request(message)
+        request = parse_request(message)
         altered = replace(request, reply_dtype=self._dtype, fields_checksum=None, tensors_checksum=None)
-        return await super().exchange(request_id, codec.encode_request(altered))
+        return await super().exchange(request_id, encode_request(altered))
 
 
 class Cut(GrpcTransport):

@@ -15,10 +15,10 @@ from expertd.client.fleet.latency import AS_FAST, Latency, Slowness, compare
 from expertd.client.fleet.pace import FIRST_TRIAL, Pace
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.tasks import Tasks
-from expertd.proto.codec import parse_request
 from expertd.server.rpc.incoming import Incoming
 from tests.support.coordinators import LAYER, QUICK, call, expected
 from tests.support.fleets import addresses, computed_tokens, running_servers
+from tests.support.model.requests import parse_request
 from tests.support.serving import Answers, running_server, until
 
 ALL = range(16)

@@ -12,7 +12,7 @@ from expertd import _native
 from expertd.client.transport import native_call
 from expertd.client.transport.native_call import OneOwner, Terms
 from expertd.kernels.numerics.quantize import FP8
-from expertd.proto import codec
+from tests.support.model.requests import parse_request
 from tests.support.serving import call_of, random_batch
 
 TOKENS, WIDTH, TOP_K = 3, 256, 2
@@ -100,7 +100,7 @@ def fingerprint_sent(server: OneOwner, fingerprint: str) -> str:
     call = server.begin(call_of(random_batch(3, WIDTH, 4, TOP_K), model_fingerprint=fingerprint), checked=False)
     assert call is not None
     ((_, _, _, message),) = call.messages
-    return bytes(codec.parse_request(message).model_fingerprint).decode()
+    return bytes(parse_request(message).model_fingerprint).decode()
 
 
 def test_a_server_that_another_thread_describes_anew_is_not_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:

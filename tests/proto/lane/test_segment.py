@@ -10,6 +10,7 @@ from expertd.proto.base.errors import InvalidBatch
 from expertd.proto.codec import ExecuteCall
 from expertd.proto.lane.layout import Layout, lay_out
 from tests.support.model.messages import ReceivedCall, SharedSegment, decode_call
+from tests.support.model.requests import parse_request
 from tests.support.serving import random_batch
 
 FP8, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
@@ -55,7 +56,7 @@ def call_of() -> ExecuteCall:
 def decoded(segment: SharedSegment | None, **offsets: int | None) -> ReceivedCall:
     fields: dict[str, Any] = {"segment_offset": 0} | offsets
     message = codec.encode_call(call_of(), **fields)
-    return decode_call(codec.parse_request(message), WIDTH, TOP_K, 100, segment)
+    return decode_call(parse_request(message), WIDTH, TOP_K, 100, segment)
 
 
 def test_a_call_is_read_from_both_memories_and_its_partials_have_their_place() -> None:

@@ -11,7 +11,6 @@ import torch
 from expertd.kernels.torch.backend import TorchBackend
 from expertd.proto.base.errors import ServerFault
 from expertd.server.local.door import LocalDoor
-from expertd.server.local.front_ends import FrontEnds
 from expertd.server.local.gpu import PIN_STEP, Gpu
 from expertd.server.scheduling.node import Node
 from tests.support.local_caller import accepted, handing_over, sealed_memory
@@ -37,14 +36,13 @@ class Limited(StandInCuda):
         del self.pinned[address_of(memory)]
 
 
-async def test_what_cannot_be_pinned_is_refused_from_callers_alone(small_model: Path) -> None:
-    async with running_server(small_model, range(16), shared_memory_bytes=1 << 20, front_ends=1) as server:
+async def test_what_cannot_be_pinned_is_refused_and_calls_go_over_grpc(small_model: Path) -> None:
+    async with running_server(small_model, range(16), shared_memory_bytes=1 << 20) as server:
         door(server, LocalDoor).gpu.cuda = Limited(most=0)
         async with handing_over(server, [sealed_memory()]) as caller:
             error = (await caller.answer()).error
         assert (error.code, door(server, LocalDoor).mapped_bytes) == (grpc.StatusCode.INTERNAL.value[0], 0)
         assert error.message == "the segment's 65536 bytes cannot be pinned: CUDA error 2"
-        assert door(server, FrontEnds).listening == 1
         async with open_channel(server) as channel:
             assert (await execute_method(channel)(request_for(server, random_batch(4, 256, 16, 4)))).partials
 

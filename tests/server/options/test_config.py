@@ -56,7 +56,6 @@ def test_defaults_listen_on_loopback_only() -> None:
         (["--max-batch-tokens", "100"], "--max-batch-tokens is 100; it must be at least --max-tokens-per-request 4096"),
         (["--shadow-check-rate", "1.5"], r"--shadow-check-rate is 1\.5; it must be from 0 to 1"),
         (["--shadow-check-rate", "nan"], "--shadow-check-rate is nan; it must be from 0 to 1"),
-        (["--front-ends", "-1"], "--front-ends is -1; it must be at least 0"),
         (["--max-queued-tokens", "100"], "--max-queued-tokens is 100; it must be at least"),
     ],
 )

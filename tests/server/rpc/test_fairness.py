@@ -11,13 +11,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import pytest
 import torch
 
 from expertd.kernels.numerics.backend import TokenBatch, Underway
 from expertd.proto import codec
 from expertd.server.app import Server
-from expertd.server.rpc.incoming import Call, Incoming
+from expertd.server.rpc.incoming import Incoming
 from tests.support.certificates import Authority
 from tests.support.serving import (
     Answers,
@@ -120,30 +119,6 @@ async def test_a_caller_that_proves_nothing_is_its_address_or_its_user(small_mod
     ):
         found = await identities(server, (one, bearer("x")), (other, None), (local, None))
     assert found == ["ipv4:127.0.0.1", "ipv4:127.0.0.1", f"user {os.geteuid()}"]
-
-
-async def test_front_ends_pass_identities_on(
-    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens = tmp_path / "tokens"
-    tokens.write_text("first-secret\nsecond-secret\n")
-    async with (
-        running_server(small_model, ALL, auth_token_file=tokens, front_ends=1) as server,
-        connection(str(server.address)) as channel,
-    ):
-        seen: list[str] = []
-        submit = server.executor.submit
-
-        def note(incoming: Incoming) -> Call:
-            seen.append(incoming.identity)
-            return submit(incoming)
-
-        monkeypatch.setattr(server.executor, "submit", note)
-        request = request_for(server, random_batch(1, 256, 16, 4))
-        for token in ("first-secret", "second-secret", "first-secret"):
-            assert (await execute_method(channel)(request, metadata=bearer(token))).partials
-    assert seen[0] == seen[2] != seen[1]
-    assert all(one.startswith("token ") for one in seen)
 
 
 async def test_lanes_are_their_tokens_too(small_model: Path, tmp_path: Path) -> None:

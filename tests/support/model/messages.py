@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertd.proto import expert_shard_pb2 as pb
 from expertd.proto.base.errors import InvalidBatch, ServerFault
-from expertd.proto.codec import ExecuteCall, ExecuteResult, RawRequest, StageTimings, not_a_request
+from expertd.proto.codec import ExecuteCall, ExecuteResult, StageTimings
 from expertd.proto.codec.checksums import bytes_checksum, fields_checksum, fixed32, sums_checksum
 from expertd.proto.codec.schema import RESPONSE
 from expertd.proto.codec.tensors import (
@@ -24,6 +24,7 @@ from expertd.proto.codec.tensors import (
     sums_from_bytes,
 )
 from expertd.proto.lane.layout import ALIGNMENT, QUANTIZATION_BLOCK, Layout, lay_out
+from tests.support.model.requests import RawRequest, not_a_request
 
 
 @dataclass(frozen=True, slots=True)
