@@ -31,7 +31,7 @@ class RemoteExperts(RoutedExperts):  # type: ignore[misc]
         settings = read(vllm_config.additional_config)
         if settings is None or _is_draft(prefix, vllm_config.model_config):
             return super()._get_quant_method(prefix, quant_config, moe_config)
-        self._refuse_unsupported()
+        self._refuse_unsupported(vllm_config.model_config)
         graphs.split(vllm_config.compilation_config)
         failures.count_nans()
         if vllm_config.lora_config is not None:
@@ -47,10 +47,11 @@ class RemoteExperts(RoutedExperts):  # type: ignore[misc]
             pass
         yield from (name for name, _ in self.named_parameters())
 
-    def _refuse_unsupported(self) -> None:
-        """Raises `ValueError` for what servers would compute differently, or not at all."""
+    def _refuse_unsupported(self, model: ModelConfig) -> None:
+        """Raises `ValueError` for what servers would compute differently, or not at all, or fail in silence."""
         moe, parallel = self.moe_config, self.moe_config.moe_parallel_config
         for wrong, name, instead in (
+            (model.runner_type == "pooling", "--runner pooling", "vLLM would answer NaN when a call to them failed"),
             (parallel.use_ep, "--enable-expert-parallel", "leave it out: the expertd servers are expert parallel"),
             (parallel.enable_eplb, "--enable-eplb", "use 'expertd rebalance', which moves the servers' experts"),
             (parallel.pcp_size > 1, "--prefill-context-parallel-size", "leave it at 1"),

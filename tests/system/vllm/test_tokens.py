@@ -58,14 +58,19 @@ def test_a_call_that_failed_leaves_nan_in_all_rows_of_its_batch(python: Path) ->
     subprocess.run([python, ROOT / "tests/system/vllm/failing.py"], env=variables(), check=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("--enable-expert-parallel", {"enable_expert_parallel": True, "tensor_parallel_size": 2}),
+        ("--runner pooling", {"runner": "pooling"}),
+    ],
+)
 def test_what_cannot_be_with_remote_experts_is_refused_with_what_to_do(
-    python: Path, models: dict[str, Path], tmp_path: Path
+    python: Path, models: dict[str, Path], tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
-    done = run(
-        python, models["qwen3_moe"], tmp_path, "127.0.0.1:1", enable_expert_parallel=True, tensor_parallel_size=2
-    )
+    done = run(python, models["qwen3_moe"], tmp_path, "127.0.0.1:1", **options)
     assert done.returncode != 0
-    assert "--enable-expert-parallel cannot be used with experts on expertd servers" in done.stdout
+    assert f"{name} cannot be used with experts on expertd servers" in done.stdout
 
 
 def test_servers_of_another_model_are_refused_before_the_first_token(
