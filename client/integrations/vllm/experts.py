@@ -100,7 +100,6 @@ class RemoteMethod(FusedMoEMethodBase):  # type: ignore[misc]
             nothing.weight_loader = _pass_over
             layer.register_parameter(name, nothing)
         self.layer = extract_layer_index(layer.layer_name)
-        calls.remember(layer.layer_name, self)
 
     def get_fused_moe_quant_config(self, _: object) -> None:
         return None
@@ -124,10 +123,10 @@ class RemoteMethod(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: Tensor | None,
     ) -> Tensor:
         """x [T, H], weights and ids [T, k]; returns [T, H] like x, which vLLM adds over tensor parallel ranks."""
-        number = torch.ops.expertd.dispatch(x, topk_weights, topk_ids, layer.layer_name)
+        number = calls.dispatch(x, topk_weights, topk_ids, layer.layer_name)
         if shared_experts is not None:
             shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-        combined: Tensor = torch.ops.expertd.combine(number, x)
+        combined: Tensor = calls.combine(number, x)
         return combined
 
 

@@ -54,8 +54,9 @@ def test_a_compiled_graph_has_the_calls_in_it(python: Path, models: dict[str, Pa
     assert remote.tokens == [continued(prompt, TOKENS) for prompt in prompts()]
 
 
-def test_a_call_that_failed_leaves_nan_in_all_rows_of_its_batch(python: Path) -> None:
-    subprocess.run([python, ROOT / "tests/system/vllm/failing.py"], env=variables(), check=True)
+@pytest.mark.parametrize("program", ["failing", "apart"])
+def test_calls_that_fail_and_those_of_two_engines(python: Path, program: str) -> None:
+    subprocess.run([python, ROOT / f"tests/system/vllm/{program}.py"], env=variables(), check=True)
 
 
 @pytest.mark.parametrize(
