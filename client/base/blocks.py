@@ -51,3 +51,7 @@ def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(
         min(MOST_WORKERS, cores), "expertd-block", initializer=compute_alone, initargs=(torch.get_num_threads(),)
     )
+
+
+# A child has no threads of its parent's.
+os.register_at_fork(after_in_child=_workers.cache_clear)

@@ -1,4 +1,7 @@
-"""The exchange between the most loaded device and another that evens out most for each expert that must be read."""
+"""The exchange between the most loaded device and another that evens out most for each expert that must be read.
+
+A third device may make room for it.
+"""
 
 from __future__ import annotations
 
@@ -59,10 +62,14 @@ class Options:
     cells: tuple[tuple[int, bool], ...] = ()
     """Devices that begin or cease to hold the expert."""
     moves: float = 0
+    dropped: tuple[int, int] | None = None
+    """A device and an expert of which it gives up a copy, whichever option is taken."""
 
     def apply(self, index: int, held: Booleans) -> None:
         for device, holds in self.cells:
             held[device, self.experts[index]] = holds
+        if self.dropped is not None:
+            held[self.dropped] = False
 
 
 def exchange(state: State) -> Booleans | None:
@@ -109,7 +116,7 @@ def _between(state: State, full: int, other: int) -> list[tuple[Options, Options
     held = state.held
     gives, takes = np.flatnonzero(held[full] & ~held[other]), np.flatnonzero(held[other] & ~held[full])
     is_free = bool(held[other].sum() < state.slots[other])
-    rooms = [_drops(state, other), *([_nothing(state)] if is_free else [])]
+    rooms = [_drops(state, other), *([_nothing(state)] if is_free else _passes(state, full, other))]
     given = [_moves(state, gives, full, other), _options(state, gives, ((other, True),), 1)]
     # Without a free slot somebody must hold something that it would not keep.
     taken = _moves(state, takes, other, full, moves=1 if is_free else 2)
@@ -131,6 +138,23 @@ def _drops(state: State, source: int, moves: float = 0) -> Options:
     """Experts of which there are other copies."""
     experts = np.flatnonzero(state.held[source] & (state.held.sum(axis=0) > 1))
     return _options(state, experts, ((source, False),), moves)
+
+
+def _passes(state: State, full: int, other: int) -> list[Options]:
+    """Experts that `other` could pass on to a third device, which gives up the copy that is least asked for.
+
+    It is none that the full device has, of which an option would change the copies twice.
+    """
+    copies = state.held & (state.held.sum(axis=0) > 1) & ~state.held[full]
+    copies[[full, other]] = False
+    experts = np.flatnonzero(copies.any(axis=0))
+    if not len(experts):
+        return []
+    least = int(experts[state.load[experts].argmin()])
+    third = min(np.flatnonzero(copies[:, least]).tolist(), key=lambda device: float(state.shares[:, device].sum()))
+    dropped = _options(state, np.array([least]), ((third, False),), 0).change
+    passed = _moves(state, np.flatnonzero(state.held[other] & ~state.held[third]), other, third)
+    return [Options(passed.experts, passed.change + dropped, passed.cells, 1, (third, least))]
 
 
 def _options(state: State, experts: Integers, cells: tuple[tuple[int, bool], ...], moves: float) -> Options:

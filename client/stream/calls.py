@@ -24,11 +24,13 @@ from expertd.client.stream.tables import Tables
 from expertd.client.stream.terms import Terms
 from expertd.kernels.cutile.base.shape import SHAPE_CLASSES
 from expertd.kernels.numerics.quantize import FP8
-from expertd.proto.base.errors import ExpertdError, InvalidBatch, Unavailable
+from expertd.proto.base.errors import ExpertdError, InvalidBatch, Overloaded, Unavailable
 from expertd.proto.base.tasks import Tasks
 
 LOOK_SECONDS = 0.05
 """Between two looks for calls that will not be answered."""
+GIVEN_BACK_SECONDS = 5.0
+"""In which a server has room again for as much as it had of lanes that were closed."""
 
 
 class StreamCalls:
@@ -96,7 +98,7 @@ class StreamCalls:
         members = [self._caller.membership.members[number] for number in numbers]
         # Has the device's context made, and made this thread's.
         torch.zeros(1, device=self._device, dtype=torch.float32)
-        lanes = await self._open_all(members, terms)
+        lanes = await self._open_beside_or_after(members, terms)
         owners = torch.searchsorted(torch.tensor(numbers, device="cpu"), chosen).to(torch.int32)
         if self._terms is None:
             self._tasks.keep(self._watch, "watching stream-ordered calls")
@@ -256,6 +258,24 @@ class StreamCalls:
                 f"layer {layer}: no server in use owns experts {missing[:8]}; start one, and prepare again"
             )
         return chosen
+
+    async def _open_beside_or_after(self, members: list[Member], terms: Terms) -> list[StreamLane]:
+        """Lanes to all. Those that calls go to now end before, where a server has no room for both."""
+        try:
+            return await self._open_all(members, terms)
+        except Overloaded:
+            if all(lane.ended for lane in self._lanes):
+                raise
+        for lane in self._lanes:
+            lane.close()
+        end = time.monotonic() + GIVEN_BACK_SECONDS
+        while True:
+            try:
+                return await self._open_all(members, terms)
+            except Overloaded:
+                if time.monotonic() > end:
+                    raise
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def _open_all(self, members: list[Member], terms: Terms) -> list[StreamLane]:
         opened = await asyncio.gather(*(self._open(member, terms) for member in members), return_exceptions=True)

@@ -24,6 +24,7 @@ class GpuMemory:
     def __init__(self, handle: Any, size: int, device: torch.device) -> None:  # noqa: ANN401
         """Map all `size` bytes of the allocation `handle`. Raises `GpuMemoryError`."""
         self.size = size
+        self._device = device
         self.address = int(_call("cuMemAddressReserve", size, 0, 0, 0))
         try:
             _call("cuMemMap", self.address, size, 0, handle, 0)
@@ -74,7 +75,8 @@ class GpuMemory:
         part = _Part(self, self.address + offset, length)
         if released is not None:
             weakref.finalize(part, released).atexit = False
-        return torch.as_tensor(part)
+        # Named, as torch would copy it to a default device that the program has set.
+        return torch.as_tensor(part, device=self._device)
 
 
 class _Part:

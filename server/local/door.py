@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import socket
@@ -44,6 +45,7 @@ class LocalDoor:
         self._engine = engine
         self.gpu = gpu
         self._tasks = new_tasks()
+        self._connections = itertools.count(1)
         self._ends: dict[int, asyncio.Future[None]] = {}
         """By lane: done when nobody uses its memory any more."""
         self._kept: list[_Memory] = []
@@ -126,15 +128,17 @@ class LocalDoor:
         handover = await receive(peer)
         try:
             process, user_id = peer_of(peer)
+            # A process of another PID namespace has no number here.
+            who = f"process {process}" if process else f"connection {next(self._connections)}"
             guest = self._tickets.redeem(handover.ticket)
             caller, identity = guest.peer, guest.identity or user(user_id)
             if caller.startswith(UNIX):
                 # Connections over a unix socket have no names to tell callers apart by.
-                caller = f"{caller} process {process}"
+                caller = f"{caller} {who}"
             if handover.gpu_bytes:
                 self.gpu.require()
             segment_bytes = check_segment(handover.descriptors[0])
-            share = self._room.take(process, segment_bytes + handover.gpu_bytes)
+            share = self._room.take(who, segment_bytes + handover.gpu_bytes)
             owner = _Owner(caller, identity, share, guest.of_peer)
             try:
                 return await self._map(handover, segment_bytes, owner)

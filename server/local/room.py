@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from expertd.proto.base.errors import Overloaded
 
-MAX_LANES, MAX_PROCESS_LANES = 256, 16
-"""Of all callers together, and of one process."""
+MAX_LANES, MAX_CALLER_LANES = 256, 16
+"""Of all callers together, and of one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Share:
     """What one lane has of it."""
 
-    process: int
+    caller: str
     num_bytes: int
 
 
@@ -22,7 +22,7 @@ class Room:
     """Counts shares, from before their memory is mapped until it is given back."""
 
     def __init__(self, max_bytes: int) -> None:
-        """Of all callers together; one process may have half of it."""
+        """Of all callers together; one may have half of it."""
         self._max_bytes = max_bytes
         self._shares: set[Share] = set()
 
@@ -30,9 +30,9 @@ class Room:
     def taken_bytes(self) -> int:
         return sum(share.num_bytes for share in self._shares)
 
-    def take(self, process: int, num_bytes: int) -> Share:
+    def take(self, caller: str, num_bytes: int) -> Share:
         """Raises `Overloaded`, which names the bound."""
-        own = [share.num_bytes for share in self._shares if share.process == process]
+        own = [share.num_bytes for share in self._shares if share.caller == caller]
         left = self._max_bytes - self.taken_bytes
         if num_bytes > left:
             raise Overloaded(f"the segment has {num_bytes} bytes; {left} are left of --shared-memory-bytes")
@@ -40,13 +40,13 @@ class Room:
         if num_bytes > left:
             raise Overloaded(
                 f"the segment has {num_bytes} bytes; {left} are left of the half of --shared-memory-bytes"
-                f" that process {process} may have"
+                f" that {caller} may have"
             )
-        if len(own) >= MAX_PROCESS_LANES:
-            raise Overloaded(f"process {process} has {len(own)} lanes, as many as one may have")
+        if len(own) >= MAX_CALLER_LANES:
+            raise Overloaded(f"{caller} has {len(own)} lanes, as many as one may have")
         if len(self._shares) >= MAX_LANES:
             raise Overloaded(f"there are {len(self._shares)} lanes, as many as there may be")
-        share = Share(process, num_bytes)
+        share = Share(caller, num_bytes)
         self._shares.add(share)
         return share
 

@@ -257,3 +257,11 @@ async def test_memory_is_one_for_all_that_map_it_and_exists_as_long_as_any() -> 
     del part
     assert released
     assert torch.cuda.mem_get_info(GPU)[0] >= free + (6 << 20)
+
+
+async def test_tensors_lie_in_the_memory_whatever_the_default_device() -> None:
+    memory, descriptor = GpuMemory.create(1 << 20, GPU)
+    os.close(descriptor)
+    with torch.device("cpu"):
+        view = memory.tensor(256, 4)
+    assert (view.device, view.data_ptr()) == (GPU, memory.address + 256)

@@ -38,7 +38,6 @@ using google::protobuf::Value;
 constexpr int kBlock = 128;
 constexpr int kMessagesInFlight = 4;
 constexpr uint64_t kLaneBytes = 64 << 20;
-constexpr uint32_t kLaneVersion = 3;
 constexpr auto kTimeout = std::chrono::seconds(60);
 
 // --- Numbers as the contract wants them ------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ void Lane::Write(uint64_t at, std::string_view bytes) { std::memcpy(memory_.get(
 void Lane::WriteHeader() {
   const struct {
     uint64_t magic = 0x4c64747265707865;
-    uint32_t version = 3, entries = kEntries;
+    uint32_t version = kLaneVersion, entries = kEntries;
     uint64_t ring = kRing, data = kData;
   } header;
   std::memcpy(memory_.get(), &header, sizeof header);

@@ -10,6 +10,9 @@
 
 #include "expert_shard.pb.h"
 
+// Of the lane that is spoken here.
+inline constexpr uint32_t kLaneVersion = 3;
+
 // Closes its file at the end.
 class File {
  public:

@@ -18,7 +18,6 @@ from expertd.proto.base.errors import ExpertdError
 if TYPE_CHECKING:
     from expertd.client.integrations.vllm.experts import RemoteMethod
 
-_methods: dict[str, RemoteMethod] = {}
 _open: dict[int, _Open] = {}
 _numbers = itertools.count(1)
 
@@ -30,10 +29,6 @@ class _Open:
     method: RemoteMethod
     pending: PendingCall | None
     rows: slice
-
-
-def remember(layer_name: str, method: RemoteMethod) -> None:
-    _methods[layer_name] = method
 
 
 def tokens_of(context: ForwardContext, rows: int) -> int:
@@ -48,7 +43,9 @@ def tokens_of(context: ForwardContext, rows: int) -> int:
 
 def _dispatch(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
     """x [T, H], weights and ids [T, k]; returns the number of the call, for `_combine`."""
-    method, context = _methods[layer_name], get_forward_context()
+    context = get_forward_context()
+    # Of the engine whose pass it is: another one of the process has layers of the same names.
+    method: RemoteMethod = context.no_compile_layers[layer_name].routed_experts.quant_method
     rows = share(tokens_of(context, x.shape[0]), method.rank, method.ranks)
     pending = None
     if rows.stop > rows.start and method.fleet is not None and not failures.failed(context):
@@ -87,3 +84,4 @@ def _fake_combine(call: Tensor, x: Tensor) -> Tensor:
 for _function, _fake in ((_dispatch, _fake_dispatch), (_combine, _fake_combine)):
     _name = f"expertd::{_function.__name__.removeprefix('_')}"
     torch.library.custom_op(_name, _function, mutates_args=()).register_fake(_fake)
+dispatch, combine = torch.ops.expertd.dispatch, torch.ops.expertd.combine

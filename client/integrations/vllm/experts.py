@@ -31,7 +31,7 @@ class RemoteExperts(RoutedExperts):  # type: ignore[misc]
         settings = read(vllm_config.additional_config)
         if settings is None or _is_draft(prefix, vllm_config.model_config):
             return super()._get_quant_method(prefix, quant_config, moe_config)
-        self._refuse_unsupported()
+        self._refuse_unsupported(vllm_config.model_config)
         graphs.split(vllm_config.compilation_config)
         failures.count_nans()
         if vllm_config.lora_config is not None:
@@ -47,10 +47,11 @@ class RemoteExperts(RoutedExperts):  # type: ignore[misc]
             pass
         yield from (name for name, _ in self.named_parameters())
 
-    def _refuse_unsupported(self) -> None:
-        """Raises `ValueError` for what servers would compute differently, or not at all."""
+    def _refuse_unsupported(self, model: ModelConfig) -> None:
+        """Raises `ValueError` for what servers would compute differently, or not at all, or fail in silence."""
         moe, parallel = self.moe_config, self.moe_config.moe_parallel_config
         for wrong, name, instead in (
+            (model.runner_type == "pooling", "--runner pooling", "vLLM would answer NaN when a call to them failed"),
             (parallel.use_ep, "--enable-expert-parallel", "leave it out: the expertd servers are expert parallel"),
             (parallel.enable_eplb, "--enable-eplb", "use 'expertd rebalance', which moves the servers' experts"),
             (parallel.pcp_size > 1, "--prefill-context-parallel-size", "leave it at 1"),
@@ -99,7 +100,6 @@ class RemoteMethod(FusedMoEMethodBase):  # type: ignore[misc]
             nothing.weight_loader = _pass_over
             layer.register_parameter(name, nothing)
         self.layer = extract_layer_index(layer.layer_name)
-        calls.remember(layer.layer_name, self)
 
     def get_fused_moe_quant_config(self, _: object) -> None:
         return None
@@ -123,10 +123,10 @@ class RemoteMethod(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: Tensor | None,
     ) -> Tensor:
         """x [T, H], weights and ids [T, k]; returns [T, H] like x, which vLLM adds over tensor parallel ranks."""
-        number = torch.ops.expertd.dispatch(x, topk_weights, topk_ids, layer.layer_name)
+        number = calls.dispatch(x, topk_weights, topk_ids, layer.layer_name)
         if shared_experts is not None:
             shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-        combined: Tensor = torch.ops.expertd.combine(number, x)
+        combined: Tensor = calls.combine(number, x)
         return combined
 
 

@@ -23,7 +23,7 @@ SHARED_TOKENS = 16
 
 
 class Fleet:
-    """One connection of this process to the servers, for all of its layers."""
+    """One connection of this process to the servers, for all layers of an engine."""
 
     def __init__(self, settings: Settings, model: MoeConfig) -> None:
         """Waits until every expert of `model` has an owner, `settings.wait` seconds at most.
@@ -88,8 +88,8 @@ def _connected(settings: Settings) -> SyncCoordinator:
         time.sleep(TRY_SECONDS)
 
 
-_fleets: dict[MoeConfig, Fleet] = {}
-"""One a process, but for tests with several models."""
+_fleets: list[tuple[Settings, MoeConfig, Fleet]] = []
+"""One for each engine of the process, or for several whose servers and model are the same."""
 
 
 def fleet_of(settings: Settings, hf_config: Any) -> Fleet:  # noqa: ANN401
@@ -98,6 +98,9 @@ def fleet_of(settings: Settings, hf_config: Any) -> Fleet:  # noqa: ANN401
     Raises what `Fleet` does, and `ValueError` for a model that expertd cannot serve.
     """
     model = MoeConfig.from_hf(hf_config.to_dict())
-    if model not in _fleets:
-        _fleets[model] = Fleet(settings, model)
-    return _fleets[model]
+    for *of, fleet in _fleets:
+        if of == [settings, model]:
+            return fleet
+    fleet = Fleet(settings, model)
+    _fleets.append((settings, model, fleet))
+    return fleet

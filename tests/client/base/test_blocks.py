@@ -1,12 +1,28 @@
 """Blocks of rows on worker threads."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
 from expertd.client.base.blocks import BLOCK_TOKENS, COPY_BYTES, copy_bytes, start_blocks
+
+FORKING = """
+import asyncio, os
+from expertd.client.base.blocks import BLOCK_TOKENS, start_blocks
+
+async def work():
+    await asyncio.wait_for(asyncio.gather(*start_blocks(2 * BLOCK_TOKENS, print)), 20)
+
+asyncio.run(work())
+if (child := os.fork()) == 0:
+    asyncio.run(work())
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1] != 0)
+"""
 
 
 @pytest.mark.parametrize("tokens", [1, BLOCK_TOKENS, BLOCK_TOKENS + 1, 5 * BLOCK_TOKENS - 1])
@@ -30,6 +46,10 @@ async def test_an_error_in_a_block_reaches_the_caller() -> None:
 
     with pytest.raises(ValueError, match="the second block"):
         await asyncio.gather(*start_blocks(BLOCK_TOKENS + 1, work))
+
+
+def test_a_child_has_threads_of_its_own() -> None:
+    subprocess.run([sys.executable, "-c", FORKING], check=True, timeout=100)
 
 
 @pytest.mark.parametrize("size", [0, 1, COPY_BYTES, COPY_BYTES + 1, 3 * COPY_BYTES + 5])

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DeepseekV3Config
 
 from expertd.client.fleet.discovery import DnsServers, FileServers, StaticServers
-from expertd.client.integrations.vllm.fleet import check_same, share
-from expertd.client.integrations.vllm.settings import WAIT_SECONDS, read
+from expertd.client.integrations.vllm import fleet
+from expertd.client.integrations.vllm.fleet import check_same, fleet_of, share
+from expertd.client.integrations.vllm.settings import WAIT_SECONDS, Settings, read
 from expertd.kernels.model.config import MoeConfig
 from expertd.proto.base.errors import ModelMismatch
 
@@ -71,6 +73,31 @@ def test_the_first_field_in_which_models_differ_is_named() -> None:
     check_same(ours, MoeConfig())
     with pytest.raises(ModelMismatch, match=r"moe_intermediate_size is 2048 in vLLM's model and 1024 on the expertd"):
         check_same(ours, replace(ours, moe_intermediate_size=1024))
+
+
+class Connected:
+    """In a fleet's place."""
+
+    def __init__(self, settings: Settings, model: MoeConfig) -> None:
+        self.of = settings, model
+
+
+def test_engines_of_a_process_share_a_fleet_only_where_servers_settings_and_model_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet, "Fleet", Connected)
+    monkeypatch.setattr(fleet, "_fleets", [])
+    model = DeepseekV3Config()
+
+    def one(servers: str, hf_config: DeepseekV3Config = model, **more: float) -> object:
+        settings = read({"expertd": {"servers": servers} | more}, {})
+        assert settings is not None
+        return fleet_of(settings, hf_config)
+
+    first = one("a:1")
+    assert one("a:1") is first
+    others = [one("b:1"), one("a:1", call_timeout=5.0), one("a:1", DeepseekV3Config(moe_intermediate_size=1024))]
+    assert len({id(each) for each in (first, *others)}) == 4
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

@@ -124,6 +124,17 @@ def test_full_servers_without_copies_cannot_move_anything() -> None:
     assert loads_of(np.array([9.0, 9, 1, 1]), swapped).max() == pytest.approx(10)
 
 
+@pytest.mark.parametrize("devices", [None, np.full(4, 8)])
+def test_little_room_is_used_again_when_other_experts_are_hot(devices: Integers | None) -> None:
+    """Copies of experts that are no longer hot make room, on whichever device."""
+    random, held = np.random.default_rng(5), halves(32, 256)
+    for _ in range(4):
+        heat = random.permutation(1 / np.arange(1.0, 257))
+        (held,) = replan(heat[None], held[None], np.full((1, 32), 9), devices=devices)
+    loads = loads_of(heat, held, devices)
+    assert loads.max() < 1.12 * loads.mean()
+
+
 def test_moves_go_where_they_buy_most() -> None:
     heat = np.array([[9.0, 9, 1, 1, 1, 1, 1, 1], [3, 2, 1, 1, 1, 1, 1, 1]])
     present, slots = np.stack([halves(4, 8)] * 2), np.full((2, 4), 3)

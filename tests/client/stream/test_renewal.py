@@ -12,13 +12,15 @@ import torch
 
 from expertd.client.coordinator import Coordinator
 from expertd.client.placement.admin import update_shard
+from expertd.client.stream import calls
 from expertd.client.stream.tables import Tables
 from expertd.client.transport.gpu_room import GpuRoom
 from expertd.client.transport.security import ClientSecurity
 from expertd.kernels.oracle.reference import relative_error
-from expertd.proto.base.errors import ExpertdError, InvalidBatch
+from expertd.proto.base.errors import ExpertdError, InvalidBatch, Overloaded, Unavailable
 from expertd.server.admin.service import AdminDoor
 from expertd.server.app import Server
+from expertd.server.local.door import LocalDoor
 from tests.support.coordinators import EXACT, EXPERTS, LAYER, on_stream, routing, tokens
 from tests.support.fence.markers import no_gpu
 from tests.support.fleets import HALVES, addresses, running_servers
@@ -80,15 +82,39 @@ async def test_what_failed_before_is_told_after(small_model: Path) -> None:
 async def test_graphs_keep_the_tables_that_they_read(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running_server(small_model, ALL) as server, Coordinator([str(server.address)], EXACT) as moe:
         await moe.prepare_stream(8, "cpu", timeout=20.0)
-        calls = moe.stream_calls
-        assert calls._tables is not None
-        read = weakref.ref(calls._tables.places)
-        calls._captured = True
+        captured = moe.stream_calls
+        assert captured._tables is not None
+        read = weakref.ref(captured._tables.places)
+        captured._captured = True
         monkeypatch.setattr(Tables, "fit", lambda *_: False)
-        await calls.renew()
+        await captured.renew()
         gc.collect()
         assert read() is not None
-        assert read() is not calls._tables.places
+        assert read() is not captured._tables.places
+
+
+async def test_lanes_are_renewed_where_there_is_no_room_for_both(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_server(small_model, ALL) as server, Coordinator([str(server.address)], EXACT) as moe:
+        await moe.prepare_stream(8, "cpu", timeout=20.0)
+        expected = await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)
+        local = door(server, LocalDoor)
+        lane_bytes = local.mapped_bytes
+        # A process may have half of it.
+        monkeypatch.setattr(local._room, "_max_bytes", 3 * lane_bytes)
+        await moe.stream_calls.renew()
+        assert torch.equal(await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS), expected)
+        monkeypatch.setattr(calls, "GIVEN_BACK_SECONDS", 0.2)
+        monkeypatch.setattr(local._room, "_max_bytes", lane_bytes)
+        with pytest.raises(Overloaded, match="of the half of --shared-memory-bytes"):
+            await moe.stream_calls.renew()
+        assert (await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS)).isnan().all()
+        monkeypatch.setattr(local._room, "_max_bytes", 2 * lane_bytes)
+        with pytest.raises(Unavailable):
+            await moe.check()
+        assert torch.equal(await on_stream(moe, HIDDEN_STATES, IDS, WEIGHTS), expected)
+        await moe.check()
 
 
 class Memory:

@@ -375,6 +375,16 @@ async def test_a_process_has_a_bounded_part(server: Server, monkeypatch: pytest.
         pass
 
 
+async def test_callers_that_have_no_process_id_here_have_a_part_each(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await until(lambda: door(server, LocalDoor).mapped_bytes == 0)
+    monkeypatch.setattr("expertd.server.local.door.peer_of", lambda connection: (0, os.geteuid()))
+    async with contextlib.AsyncExitStack() as lanes:
+        for _ in range(9):
+            await lanes.enter_async_context(accepted(server))
+
+
 async def test_a_server_with_a_unix_socket_takes_segments_beside_it(small_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "expertd.sock"
     async with running_server(small_model, range(16), unix_socket=path) as server:

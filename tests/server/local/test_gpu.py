@@ -1,7 +1,6 @@
 """Memory that the GPU cannot pin is refused, and calls come in by the other doors."""
 
 import asyncio
-import threading
 from pathlib import Path
 
 import grpc
@@ -13,6 +12,7 @@ from expertd.proto.base.errors import ServerFault
 from expertd.server.local.door import LocalDoor
 from expertd.server.local.gpu import PIN_STEP, Gpu
 from expertd.server.scheduling.node import Node
+from tests.support.hanging import Hanging
 from tests.support.local_caller import accepted, handing_over, sealed_memory
 from tests.support.native.stand_in_gpu import StandInCuda
 from tests.support.serving import door, execute_method, open_channel, random_batch, request_for, running_server, until
@@ -101,18 +101,6 @@ async def test_every_sound_device_is_waited_for_before_memory_is_given_back() ->
     assert set(events[:-1]) == {"device 1", "device 2"}
     assert events[-1] == "unregistered"
     node.stop()
-
-
-class Hanging(TorchBackend):
-    """Does not answer until it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked, self.go_on = threading.Event(), threading.Event()
-
-    def synchronize(self) -> None:
-        self.asked.set()
-        assert self.go_on.wait(30)
 
 
 async def test_memory_that_a_hung_device_may_use_stays_and_others_go_on_meanwhile() -> None:

@@ -1,15 +1,14 @@
 """A server's devices as one, while some of them are lost."""
 
 import asyncio
-import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 
 import pytest
 
-from expertd.kernels.numerics.backend import LayerWeights
 from expertd.kernels.torch.backend import TorchBackend
 from expertd.proto.base.errors import StalePlacement, Unavailable
 from expertd.server.scheduling.node import Node
+from tests.support.hanging import Hanging
 from tests.support.serving import random_weights, until
 
 LAYER, OTHER, EXPERTS = 1, 7, (0, 1, 2, 3)
@@ -25,27 +24,6 @@ async def test_a_layer_is_not_made_without_the_experts_that_a_lost_device_had() 
     with pytest.raises(StalePlacement, match="layer 1: a device was lost meanwhile with experts that are to stay"):
         await node.splice(OTHER, LAYER, LAYER, wanted, (4,), random_weights(1, 256, 128))
     node.stop()
-
-
-class Hanging(TorchBackend):
-    """Does not come back from what is asked of it until it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked, self.go_on = threading.Event(), threading.Event()
-
-    def _hang(self) -> None:
-        self.asked.set()
-        assert self.go_on.wait(30)
-
-    def drop_layer(self, layer: int) -> None:
-        self._hang()
-
-    def memory(self) -> None:
-        self._hang()
-
-    def splice_layer(self, layer: int, base: int | None, kept: Mapping[int, int], added: LayerWeights) -> None:
-        self._hang()
 
 
 def splice(node: Node) -> Awaitable[None]:

@@ -54,18 +54,24 @@ def test_a_compiled_graph_has_the_calls_in_it(python: Path, models: dict[str, Pa
     assert remote.tokens == [continued(prompt, TOKENS) for prompt in prompts()]
 
 
-def test_a_call_that_failed_leaves_nan_in_all_rows_of_its_batch(python: Path) -> None:
-    subprocess.run([python, ROOT / "tests/system/vllm/failing.py"], env=variables(), check=True)
+@pytest.mark.parametrize("program", ["failing", "apart"])
+def test_calls_that_fail_and_those_of_two_engines(python: Path, program: str) -> None:
+    subprocess.run([python, ROOT / f"tests/system/vllm/{program}.py"], env=variables(), check=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("--enable-expert-parallel", {"enable_expert_parallel": True, "tensor_parallel_size": 2}),
+        ("--runner pooling", {"runner": "pooling"}),
+    ],
+)
 def test_what_cannot_be_with_remote_experts_is_refused_with_what_to_do(
-    python: Path, models: dict[str, Path], tmp_path: Path
+    python: Path, models: dict[str, Path], tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
-    done = run(
-        python, models["qwen3_moe"], tmp_path, "127.0.0.1:1", enable_expert_parallel=True, tensor_parallel_size=2
-    )
+    done = run(python, models["qwen3_moe"], tmp_path, "127.0.0.1:1", **options)
     assert done.returncode != 0
-    assert "--enable-expert-parallel cannot be used with experts on expertd servers" in done.stdout
+    assert f"{name} cannot be used with experts on expertd servers" in done.stdout
 
 
 def test_servers_of_another_model_are_refused_before_the_first_token(
