@@ -259,6 +259,7 @@ def _pages(
     metrics.queue_tokens.set_function(lambda: engine.queued_tokens)
     metrics.ready.set_function(lambda: engine.closed_because is None)
     metrics.placement.info(placement_of(info))
+    metrics.weights_bytes.set_function(lambda: node.num_bytes)
     metrics.placement_epoch.set_function(lambda: engine.placement.epoch)
     metrics.owned.set_function(journal.owned_shares)
     if config.per_expert_metrics:

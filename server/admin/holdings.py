@@ -156,6 +156,7 @@ class Holdings:
         # Devices may have been lost since somebody began to make these.
         left = generations.only(self._node.computable)
         self.generations = left.at(max(time.time_ns() // 1000, self.epoch + 1))
+        self.metrics.layers_loaded.set(len(self.generations.serving.shard.layers))
         self._tell(self.generations)
 
     async def _retire(self, epoch: int, keys: set[int], checkpoints: set[Checkpoint]) -> None:

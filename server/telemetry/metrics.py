@@ -100,10 +100,10 @@ class Metrics:
         )
         self.ready = gauge("expertd_ready", "1 while requests are accepted, 0 while starting or draining.")
         self.in_flight = gauge("expertd_requests_in_flight", "Requests being answered.")
-        self.weights_bytes = gauge("expertd_weights_bytes", "Bytes of expert weights loaded.")
+        self.weights_bytes = gauge("expertd_weights_bytes", "Bytes of expert weights held.")
         self.shared_memory_bytes = gauge("expertd_shared_memory_bytes", "Bytes of callers' memory mapped here.")
         self.front_ends = gauge("expertd_front_ends", "Front ends that listen.")
-        self.layers_loaded = gauge("expertd_layers_loaded", "Layers whose weights are loaded.")
+        self.layers_loaded = gauge("expertd_layers_loaded", "Layers whose weights serve: loaded and checked.")
         self.startup = gauge(
             "expertd_startup_seconds", "Seconds that the start spent waiting for each of its phases.", ["phase"]
         )

@@ -242,6 +242,22 @@ async def test_updates_are_counted_with_what_they_read(small_model: Path) -> Non
             told(server, "updates_in_flight")
 
 
+async def test_what_is_told_of_weights_follows_what_is_held(small_model: Path) -> None:
+    def told_of_weights(server: Server) -> tuple[float | None, float | None]:
+        told = server.metrics.registry.get_sample_value
+        return told("expertd_weights_bytes"), told("expertd_layers_loaded")
+
+    expert = 3 * (256 * 128 + 2 * 4)
+    async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
+        assert told_of_weights(server) == (16 * expert, 2)
+        await update(server, {1: range(10)})
+        assert told_of_weights(server) == (18 * expert, 2)
+        await update(server, {2: ()})
+        assert told_of_weights(server) == (10 * expert, 1)
+        await update(server, {1: range(4)})
+        assert told_of_weights(server) == (4 * expert, 1)
+
+
 async def test_one_at_a_time_and_who_leaves_leaves_it_as_it_was(small_model: Path) -> None:
     async with slow_server(small_model) as (server, backend):
         before = server.info
