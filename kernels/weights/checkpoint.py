@@ -67,7 +67,10 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """A folder with `config.json` and `safetensors` files. Reads are thread-safe and touch only the bytes asked for."""
+    """A folder with `config.json` and `safetensors` files. Reads are thread-safe and touch only the bytes asked for.
+
+    They raise `CheckpointError` for what is not there, or cannot be read.
+    """
 
     def __init__(self, folder: Path) -> None:
         check_path("folder", folder)
@@ -143,14 +146,19 @@ class Checkpoint:
         return tuple(sorted(filter(self.config.family.owns, self._files)))
 
     def file_states(self) -> dict[str, list[int]]:
-        """Size and time of change [bytes, ns] of every file that tells of an expert or gate; [0, 0]: missing."""
+        """Size and time of change [bytes, ns] of every file that tells of an expert or gate; [0, 0]: out of reach."""
         names = {self._files[name] for name in self.moe_tensors} | {"config.json", INDEX}
         return {name: _state(self.folder / name) for name in sorted(names)}
 
     def _fill(self, stored: StoredTensor, start: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
-            count = os.preadv(self._descriptor(stored.file), [view[done:]], stored.start + start + done)
+            try:
+                count = os.preadv(self._descriptor(stored.file), [view[done:]], stored.start + start + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{stored.file}: tensor {stored.name} cannot be read: {error.strerror}"
+                ) from error
             if count == 0:
                 raise CheckpointError(
                     f"{stored.file}: tensor {stored.name}: expected {stored.num_bytes} bytes, found {start + done}"
@@ -195,7 +203,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def _state(file: Path) -> list[int]:
     try:
         found = file.stat()
-    except FileNotFoundError:
+    except OSError:
         return [0, 0]
     return [found.st_size, found.st_mtime_ns]
 

@@ -15,7 +15,7 @@ from expertd.kernels.model.spread import Held, even_room
 from expertd.kernels.numerics.backend import UnsupportedShape
 from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
 from expertd.kernels.weights.experts import layer_bytes, load_layer
-from expertd.proto.base.errors import InvalidBatch, Overloaded, ServerFault, StalePlacement, Unavailable
+from expertd.proto.base.errors import ExpertdError, InvalidBatch, Overloaded, ServerFault, StalePlacement, Unavailable
 from expertd.proto.codec import UpdateProgress
 from expertd.server.scheduling.generations import Generation, Generations
 from expertd.server.scheduling.loading import read_again
@@ -80,10 +80,13 @@ class Holdings:
         self.busy, made = True, Made()
         try:
             yield made
+        except ExpertdError:
+            # Some are an `OSError`, too.
+            raise
         except UnsupportedShape as error:
             raise InvalidBatch(f"nothing was changed: {error}") from error
-        except (CheckpointError, SelfCheckFailed, RuntimeError) as error:
-            # Such as a GPU without memory.
+        except (CheckpointError, SelfCheckFailed, RuntimeError, OSError) as error:
+            # Such as a GPU without memory, or a folder that is gone.
             raise ServerFault(f"nothing was changed: {error}") from error
         finally:
             self.busy, self.progress = False, None

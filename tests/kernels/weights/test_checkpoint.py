@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import threading
@@ -376,6 +377,24 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with Checkpoint(tmp_path) as checkpoint:
         assert _refusal(lambda: checkpoint.find(BIAS)) == f"{tmp_path / 'folder'} cannot be read: Is a directory"
+
+
+def test_a_file_that_vanishes_after_its_header_was_read_is_named(tmp_path: Path) -> None:
+    folder = _write(tmp_path, {SINGLE: _tensors()})
+    with Checkpoint(folder) as checkpoint:
+        stored = checkpoint.find(BIAS)
+        (folder / SINGLE).unlink()
+        refusal = _refusal(lambda: checkpoint.load(stored))
+    assert refusal == f"{folder / SINGLE}: tensor {BIAS} cannot be read: No such file or directory"
+
+
+def test_files_out_of_reach_have_no_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> os.stat_result:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with Checkpoint(folder) as checkpoint:
+        monkeypatch.setattr(Path, "stat", refuse)
+        assert set(map(tuple, checkpoint.file_states().values())) == {(0, 0)}
 
 
 def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:

@@ -1,11 +1,16 @@
 """When weights that a server no longer answers with are freed."""
 
 import asyncio
+import re
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+from prometheus_client import CollectorRegistry
+
 from expertd.kernels.model.config import MoeConfig
+from expertd.proto.base.errors import ExpertdError, Unavailable
 from expertd.server.admin.holdings import Holdings
 from expertd.server.scheduling.generations import Generation, Generations
 from expertd.server.scheduling.shard import Shard
@@ -54,6 +59,23 @@ def generations_of(keys: Mapping[int, int], checkpoint: StandInCheckpoint) -> Ge
     config = cast(MoeConfig, SimpleNamespace(moe_layers=(1, 2)))
     shard = Shard(config, "a model", 1, dict.fromkeys(keys, (0, 1)), keys=keys)
     return Generations(Generation(shard, cast(Any, checkpoint), cast(Any, None)))
+
+
+@pytest.mark.parametrize(
+    ("raised", "heard"),
+    [
+        (Unavailable("a device was lost"), "Unavailable: a device was lost"),
+        (FileNotFoundError(2, "No such file", "/model"), "ServerFault: nothing was changed: .* '/model'"),
+    ],
+)
+async def test_what_a_change_fails_with_has_a_name(raised: Exception, heard: str) -> None:
+    engine = StandInEngine()
+    begun = generations_of({1: 1}, StandInCheckpoint())
+    held = Holdings(begun, cast(Any, StandInNode()), cast(Any, engine), Metrics(CollectorRegistry()), engine.tell)
+    with pytest.raises(ExpertdError) as found:
+        async with held.changing(1):
+            raise raised
+    assert re.fullmatch(heard, f"{type(found.value).__name__}: {found.value}")
 
 
 async def test_weights_wait_for_the_requests_of_the_switch_that_gave_them_up() -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -317,6 +319,24 @@ async def test_what_fails_half_way_changes_nothing(small_model: Path, tmp_path: 
         assert held(server) == serving(server)
         assert outcomes(server) == {"internal": 1}
         assert told(server, "update_seconds_count") == 0
+
+
+async def test_a_file_that_cannot_be_read_is_named_and_changes_nothing(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
+        before = server.info
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "preadv", fail)
+            with pytest.raises(ServerFault, match=r"nothing was changed: /.*\.safetensors: .* Input/output error"):
+                await update(server, WANTED)
+        assert server.info == before
+        assert held(server) == serving(server)
+        assert outcomes(server) == {"internal": 1}
+        await update(server, WANTED)
 
 
 async def test_who_may_and_who_did(small_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
