@@ -66,6 +66,21 @@ class StoredTensor:
         )
 
 
+class _Opened:
+    """An open file, closed once nobody has it any more: a number that was closed may be another file's by then."""
+
+    def __init__(self, file: Path) -> None:
+        self._descriptor = os.open(file, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        # Not there where it could not be opened.
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, view: memoryview, start: int) -> int:
+        return os.preadv(self._descriptor, [view], start)
+
+
 class Checkpoint:
     """A folder with `config.json` and `safetensors` files. Reads are thread-safe and touch only the bytes asked for.
 
@@ -78,7 +93,7 @@ class Checkpoint:
         self.config = MoeConfig.from_json(folder / "config.json")
         self._files = self._read_index()
         self._headers: dict[str, dict[str, StoredTensor]] = {}
-        self._descriptors: dict[Path, int] = {}
+        self._opened: dict[Path, _Opened] = {}
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.folder)!r})"
@@ -90,9 +105,8 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Close the files; later reads open them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        """Close the files, each when the reads of it that are under way have ended; later reads open them again."""
+        self._opened.clear()
 
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint names a tensor like this."""
@@ -154,7 +168,7 @@ class Checkpoint:
         done = 0
         while done < len(view):
             try:
-                count = os.preadv(self._descriptor(stored.file), [view[done:]], stored.start + start + done)
+                count = self._open(stored.file).read(view[done:], stored.start + start + done)
             except OSError as error:
                 raise CheckpointError(
                     f"{stored.file}: tensor {stored.name} cannot be read: {error.strerror}"
@@ -186,13 +200,10 @@ class Checkpoint:
             self._headers[file] = _parse_header(self.folder / file)
         return self._headers[file]
 
-    def _descriptor(self, file: Path) -> int:
-        if file not in self._descriptors:
-            # setdefault: another thread may have opened the file meanwhile; the spare descriptor is closed.
-            opened = os.open(file, os.O_RDONLY)
-            if self._descriptors.setdefault(file, opened) != opened:
-                os.close(opened)
-        return self._descriptors[file]
+    def _open(self, file: Path) -> _Opened:
+        opened = self._opened.get(file)
+        # setdefault: another thread may have opened the file meanwhile; the spare one is closed.
+        return self._opened.setdefault(file, _Opened(file)) if opened is None else opened
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

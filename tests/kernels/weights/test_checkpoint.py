@@ -243,6 +243,26 @@ def test_close_closes_every_file_and_may_be_repeated(folder: Path) -> None:
     assert _open_descriptors(folder) == 0
 
 
+def test_close_leaves_a_read_that_is_under_way_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _write(tmp_path / "model", {SINGLE: _tensors()})
+    other = tmp_path / "other"
+    other.write_bytes(bytes((folder / SINGLE).stat().st_size))
+    checkpoint = Checkpoint(folder)
+    preadv, opened = os.preadv, []
+
+    def late(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        checkpoint.close()
+        opened.append(os.open(other, os.O_RDONLY))
+        return preadv(descriptor, buffers, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", late)
+        read = checkpoint.read(BIAS, (16,), F32)
+    os.close(opened[0])
+    assert _same_bits(read, _tensors()[BIAS])
+    assert _open_descriptors(folder) == 0
+
+
 def test_leaving_the_block_with_an_error_closes_every_file(folder: Path) -> None:
     def read_two() -> None:
         with Checkpoint(folder) as checkpoint:
