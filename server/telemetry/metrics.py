@@ -158,7 +158,7 @@ class Metrics:
         # What not every server has: `export` it where it is there.
         self.updates = Counter(
             "expertd_placement_updates",
-            "Changes of what is owned by outcome: ok, or the gRPC status of the error; cancelled when who asked left.",
+            "Changes of what is owned by outcome: ok, the error's gRPC status, or cancelled before anything changed.",
             ["outcome"],
             registry=None,
         )

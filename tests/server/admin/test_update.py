@@ -282,6 +282,17 @@ async def test_one_at_a_time_and_who_leaves_leaves_it_as_it_was(small_model: Pat
         assert server.info.experts == WANTED
 
 
+async def test_who_does_not_hear_the_end_has_changed_it(small_model: Path) -> None:
+    async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
+        updating = Updater(server.holdings).run(server.info.placement_epoch, WANTED, {})
+        async for progress in updating:
+            if progress.overlap is not None:
+                break
+        await updating.aclose()
+        assert server.info.experts == WANTED
+        assert outcomes(server) == {"ok": 1}
+
+
 async def test_what_is_being_made_is_dropped_once_it_is_made(small_model: Path) -> None:
     async def change(server: Server) -> None:
         async for _ in Updater(server.holdings).run(server.info.placement_epoch, WANTED, {}):
