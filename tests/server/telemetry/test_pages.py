@@ -124,6 +124,18 @@ async def test_other_paths_are_not_found(small_model: Path) -> None:
         assert await asyncio.to_thread(get, server, "/nothing") == (404, "no /nothing; try /")
 
 
+async def test_an_address_that_is_none_is_refused(small_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running_server(small_model, ALL) as server:
+        port = server.metrics_address.port
+        for method in ("GET", "HEAD"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"{method} //[ HTTP/1.1\r\n\r\n".encode())
+            assert await reader.read() == b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            writer.close()
+        assert await asyncio.to_thread(get, server, "/healthz") == (200, "alive\n")
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 async def look(server: Server, picture: Path, scheme: str) -> dict[str, Any]:
     """What tests/browser/look.js sees."""
     find_program("chromium", package="chromium")
