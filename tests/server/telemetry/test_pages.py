@@ -80,7 +80,7 @@ async def test_the_snapshot_tells_what_happened(small_model: Path) -> None:
 
 async def test_rates_look_back_no_further_than_the_server_lives_or_a_minute(small_model: Path) -> None:
     async with busy_server(small_model) as server:
-        now = time.time()
+        now = time.monotonic()
         server.pages.status = replace(server.pages.status, clock=lambda: now + 30)
         half = json.loads((await asyncio.to_thread(get, server, "/status.json"))[1])
         server.pages.status = replace(server.pages.status, clock=lambda: now + 3600)
@@ -88,6 +88,18 @@ async def test_rates_look_back_no_further_than_the_server_lives_or_a_minute(smal
     assert 30 < half["span"] < 60
     assert half["requests_per_second"] == pytest.approx(3 / half["span"])
     assert (later["span"], later["requests_per_second"], later["stages"]) == (60, 0, {})
+
+
+async def test_a_clock_of_the_day_that_is_set_back_makes_nothing_younger(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with busy_server(small_model) as server:
+        day = time.time
+        monkeypatch.setattr(time, "time", lambda: day() - 3600)
+        now = server.pages.status.snapshot()
+    assert now["time"] < day() - 3500
+    assert 0 < now["span"] <= now["uptime"] < 600
+    assert now["requests_per_second"] == pytest.approx(3 / now["span"])
 
 
 async def test_probes_follow_the_life_of_the_server(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
