@@ -41,7 +41,7 @@ from expertd.server.rpc.handlers import ExpertShardHandlers
 from expertd.server.rpc.health import SERVICE as HEALTH
 from expertd.server.rpc.health import Health
 from expertd.server.rpc.incoming import Executor
-from expertd.server.rpc.limits import SmallMessages, server_options
+from expertd.server.rpc.limits import SmallMessages, check_largest_request, server_options
 from expertd.server.rpc.security import ServerSecurity
 from expertd.server.rpc.tickets import Tickets
 from expertd.server.rpc.verifier import Verifier
@@ -85,6 +85,7 @@ def assemble(
     security = ServerSecurity(config, metrics.security_file_errors.inc)
     metrics.certificates.set_function(security.certificate_ends)
     checkpoint = Checkpoint(config.model)
+    check_largest_request(config, checkpoint.config)
     with Console(stderr=True).status("looking at the checkpoint"):
         ledger = Ledger(checkpoint, config.manifest)
     shard = Shard(
