@@ -136,6 +136,8 @@ class DeviceMemory:
     """Held by tensors of this process."""
     reserved: int
     """Held by this process for tensors, those that exist included."""
+    reusable: int
+    """Of what is held, that new tensors can have."""
 
 
 def spliced(base: Sequence[Tensor], kept: Mapping[int, int], added: Sequence[Tensor], room: int) -> list[Tensor]:

@@ -195,7 +195,7 @@ class Holdings:
         size = shard.config.expert_bytes * shard.weight_dtype.itemsize
         count, room = len(self._node.sound), self._node.room
         needed = size * sum(max(room, even_room(len(experts), count)) for experts in changed.values() if experts)
-        left = min(one.free + one.reserved - one.allocated for one in memory.values())
+        left = min(one.free + one.reusable for one in memory.values())
         if needed > left:
             raise Overloaded(
                 f"{len(changed)} new layers take {needed} bytes beside the old ones and {left} are free; change the"

@@ -215,7 +215,7 @@ class Metrics:
         )
         self.device_memory = Gauge(
             "expertd_device_memory_bytes",
-            "GPU memory: size, free, allocated to tensors, reserved by the process for tensors.",
+            "GPU memory: size, free, allocated to tensors, reserved by the process for tensors, reusable of that.",
             ["device", "kind"],
             registry=None,
         )

@@ -221,6 +221,7 @@ def test_memory_holds_the_weights(tmp_path: Path) -> None:
     memory = made.memory()
     assert weights.num_experts * weights.expert_bytes <= memory.allocated <= memory.reserved <= memory.size
     assert 0 < memory.free <= memory.size - memory.reserved
+    assert 0 <= memory.reusable <= memory.reserved - memory.allocated
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 1300])

@@ -22,7 +22,7 @@ from expertd.client.coordinator import Coordinator
 from expertd.client.placement.admin import update_shard
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.security import ClientSecurity
-from expertd.kernels.numerics.backend import LayerWeights
+from expertd.kernels.numerics.backend import DeviceMemory, LayerWeights
 from expertd.kernels.oracle.reference import relative_error
 from expertd.kernels.torch.backend import TorchBackend
 from expertd.kernels.weights.checkpoint import Checkpoint
@@ -347,6 +347,28 @@ async def test_a_file_that_cannot_be_read_is_named_and_changes_nothing(
         assert server.info == before
         assert held(server) == serving(server)
         assert outcomes(server) == {"internal": 1}
+        await update(server, WANTED)
+
+
+class OnDevice(TorchBackend):
+    """Like one with memory of its own, of which CUDA graphs hold most."""
+
+    reusable = 1 << 20
+
+    def memory(self) -> DeviceMemory:  # type: ignore[override]
+        return DeviceMemory(size=1 << 40, free=1 << 20, allocated=0, reserved=1 << 39, reusable=self.reusable)
+
+
+async def test_new_layers_have_what_is_free_and_reusable(small_model: Path) -> None:
+    backend = OnDevice()
+    async with running_server(
+        small_model, range(8), admin_listen=ANY_PORT, choose=lambda *_: (backend, "a test")
+    ) as server:
+        before = server.info
+        with pytest.raises(Overloaded, match=r"2 new layers take .* and 2097152 are free"):
+            await update(server, WANTED)
+        assert server.info == before
+        backend.reusable = 4 << 20
         await update(server, WANTED)
 
 

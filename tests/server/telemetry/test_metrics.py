@@ -47,7 +47,7 @@ from tests.support.serving import (
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| ([\w, ]*)\|", re.MULTILINE)
 ALL = range(16)
-MEMORY = DeviceMemory(size=4096, free=1024, allocated=512, reserved=2048)
+MEMORY = DeviceMemory(size=4096, free=1024, allocated=512, reserved=2048, reusable=256)
 
 
 class OnDevice(TorchBackend):
