@@ -38,7 +38,7 @@ from expertd.server.rpc.executor import EngineExecutor
 from expertd.server.rpc.handlers import ExpertShardHandlers
 from expertd.server.rpc.health import SERVICE as HEALTH
 from expertd.server.rpc.health import Health
-from expertd.server.rpc.limits import SmallMessages, server_options
+from expertd.server.rpc.limits import SmallMessages, check_largest_request, server_options
 from expertd.server.rpc.security import ServerSecurity
 from expertd.server.rpc.tickets import Tickets
 from expertd.server.rpc.verifier import Verifier
@@ -82,6 +82,7 @@ def assemble(
     security = ServerSecurity(config, metrics.security_file_errors.inc)
     metrics.certificates.set_function(security.certificate_ends)
     checkpoint = Checkpoint(config.model)
+    check_largest_request(config, checkpoint.config)
     with Console(stderr=True).status("looking at the checkpoint"):
         ledger = Ledger(checkpoint, config.manifest)
     shard = Shard(
@@ -247,6 +248,7 @@ def _pages(
     metrics.queue_tokens.set_function(lambda: engine.queued_tokens)
     metrics.ready.set_function(lambda: engine.closed_because is None)
     metrics.placement.info(placement_of(info))
+    metrics.weights_bytes.set_function(lambda: node.num_bytes)
     metrics.placement_epoch.set_function(lambda: engine.placement.epoch)
     metrics.owned.set_function(journal.owned_shares)
     if config.per_expert_metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
@@ -54,8 +55,9 @@ class LayerWeights:
         return (self.up_gate, self.up_gate_scales, self.down, self.down_scales)
 
     @property
-    def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+    def expert_bytes(self) -> int:
+        """Of each expert; known of none, too."""
+        return sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in self.tensors)
 
     @property
     def addresses(self) -> LayerAddresses:
@@ -208,3 +210,6 @@ class Backend(Protocol):
 
     def memory(self) -> DeviceMemory | None:
         """The memory of the device; None for a CPU, whose memory the operating system accounts for."""
+
+    def count_usable(self) -> int | None:
+        """Bytes of it that new tensors can have. Looks through all that there are: not for every few seconds."""

@@ -60,6 +60,9 @@ class TorchBackend:
     def prepare_adding(self, devices: int) -> None:
         """Nothing to do: sums are in host memory."""
 
+    def count_usable(self) -> None:
+        """The operating system knows."""
+
     def memory(self) -> None:
         """A CPU has none of its own."""
 

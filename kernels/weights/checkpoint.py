@@ -66,8 +66,26 @@ class StoredTensor:
         )
 
 
+class _Opened:
+    """An open file, closed once nobody has it any more: a number that was closed may be another file's by then."""
+
+    def __init__(self, file: Path) -> None:
+        self._descriptor = os.open(file, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        # Not there where it could not be opened.
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, view: memoryview, start: int) -> int:
+        return os.preadv(self._descriptor, [view], start)
+
+
 class Checkpoint:
-    """A folder with `config.json` and `safetensors` files. Reads are thread-safe and touch only the bytes asked for."""
+    """A folder with `config.json` and `safetensors` files. Reads are thread-safe and touch only the bytes asked for.
+
+    They raise `CheckpointError` for what is not there, or cannot be read.
+    """
 
     def __init__(self, folder: Path) -> None:
         check_path("folder", folder)
@@ -75,7 +93,7 @@ class Checkpoint:
         self.config = MoeConfig.from_json(folder / "config.json")
         self._files = self._read_index()
         self._headers: dict[str, dict[str, StoredTensor]] = {}
-        self._descriptors: dict[Path, int] = {}
+        self._opened: dict[Path, _Opened] = {}
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.folder)!r})"
@@ -87,9 +105,8 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Close the files; later reads open them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        """Close the files, each when the reads of it that are under way have ended; later reads open them again."""
+        self._opened.clear()
 
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint names a tensor like this."""
@@ -143,14 +160,19 @@ class Checkpoint:
         return tuple(sorted(filter(self.config.family.owns, self._files)))
 
     def file_states(self) -> dict[str, list[int]]:
-        """Size and time of change [bytes, ns] of every file that tells of an expert or gate; [0, 0]: missing."""
+        """Size and time of change [bytes, ns] of every file that tells of an expert or gate; [0, 0]: out of reach."""
         names = {self._files[name] for name in self.moe_tensors} | {"config.json", INDEX}
         return {name: _state(self.folder / name) for name in sorted(names)}
 
     def _fill(self, stored: StoredTensor, start: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
-            count = os.preadv(self._descriptor(stored.file), [view[done:]], stored.start + start + done)
+            try:
+                count = self._open(stored.file).read(view[done:], stored.start + start + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{stored.file}: tensor {stored.name} cannot be read: {error.strerror}"
+                ) from error
             if count == 0:
                 raise CheckpointError(
                     f"{stored.file}: tensor {stored.name}: expected {stored.num_bytes} bytes, found {start + done}"
@@ -178,13 +200,10 @@ class Checkpoint:
             self._headers[file] = _parse_header(self.folder / file)
         return self._headers[file]
 
-    def _descriptor(self, file: Path) -> int:
-        if file not in self._descriptors:
-            # setdefault: another thread may have opened the file meanwhile; the spare descriptor is closed.
-            opened = os.open(file, os.O_RDONLY)
-            if self._descriptors.setdefault(file, opened) != opened:
-                os.close(opened)
-        return self._descriptors[file]
+    def _open(self, file: Path) -> _Opened:
+        opened = self._opened.get(file)
+        # setdefault: another thread may have opened the file meanwhile; the spare one is closed.
+        return self._opened.setdefault(file, _Opened(file)) if opened is None else opened
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -195,7 +214,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def _state(file: Path) -> list[int]:
     try:
         found = file.stat()
-    except FileNotFoundError:
+    except OSError:
         return [0, 0]
     return [found.st_size, found.st_mtime_ns]
 

@@ -84,7 +84,7 @@ void Tally::answered(const Job& job, double encode) {
     pairs += request.pairs[local];
   }
   add(pairs_, pairs);
-  answers_.add({unix_time(), job.tokens(), seconds});
+  answers_.add({static_cast<double>(monotonic_ns()) * 1e-9, job.tokens(), seconds});
   if (!tells_of(job.traceparent)) return;
   Told told = told_of(job);
   told.pairs = pairs;

@@ -88,7 +88,7 @@ class Tally : public Owned {
   static constexpr size_t kAnswers = 1000, kRefusals = 20;  // the latest, remembered
 
   struct Answer {
-    double time = 0;  // Unix time in seconds
+    double time = 0;  // in seconds of the monotonic clock: their ages are asked for
     uint64_t tokens = 0;
     Stages seconds{};
   };

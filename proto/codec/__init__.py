@@ -35,5 +35,6 @@ from expertd.proto.codec.shard import (
     decode_shard,
     encode_shard,
     message_bytes,
+    tensor_bytes,
 )
 from expertd.proto.codec.tensors import DTYPE_CODES, DTYPES, HIDDEN_DTYPES, REPLY_DTYPES, flat_bytes

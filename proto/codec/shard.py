@@ -272,6 +272,11 @@ def decode_report(message: pb.VerifyShardResponse) -> dict[str, int | float | st
 
 def message_bytes(tokens: int, hidden_size: int, top_k: int) -> int:
     """Upper bound of the length of a request or response for `tokens` tokens, in bytes."""
-    request = tokens * (hidden_size * 2 + top_k * 8)
+    request = tensor_bytes(tokens, hidden_size, top_k)
     response = tokens * hidden_size * 4
     return max(request, response) + ENVELOPE_BYTES
+
+
+def tensor_bytes(tokens: int, hidden_size: int, top_k: int) -> int:
+    """Of a request's tensors at most, which are those of BF16."""
+    return tokens * (hidden_size * 2 + top_k * 8)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 from expertd.proto.base.errors import ExpertdError
-from expertd.server.admin.holdings import Holdings
+from expertd.server.admin.holdings import Change, Holdings
 from expertd.server.scheduling.generations import Generations
 from expertd.server.telemetry.metrics import Metrics
 
@@ -35,15 +35,17 @@ def _shares(generations: Generations) -> Iterator[tuple[tuple[str], tuple[float]
 
 
 @contextlib.contextmanager
-def counted(metrics: Metrics) -> Iterator[None]:
+def counted(metrics: Metrics) -> Iterator[Change]:
     """Around an update: what became of it, and what one that was carried out took."""
+    change = Change()
     started, outcome = time.perf_counter(), "internal"
     try:
-        yield
+        yield change
         outcome = "ok"
         metrics.update_seconds.observe(time.perf_counter() - started)
     except (asyncio.CancelledError, GeneratorExit):
-        outcome = "cancelled"
+        # Who left after the switch did not hear of its end; it stays nevertheless.
+        outcome = "ok" if change.switched else "cancelled"
         raise
     except ExpertdError as error:
         outcome = error.code.name.lower()

@@ -8,6 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from expertd._native import Engine
@@ -15,7 +16,7 @@ from expertd.kernels.model.spread import Held, even_room
 from expertd.kernels.numerics.backend import UnsupportedShape
 from expertd.kernels.weights.checkpoint import Checkpoint, CheckpointError
 from expertd.kernels.weights.experts import layer_bytes, load_layer
-from expertd.proto.base.errors import InvalidBatch, Overloaded, ServerFault, StalePlacement, Unavailable
+from expertd.proto.base.errors import ExpertdError, InvalidBatch, Overloaded, ServerFault, StalePlacement, Unavailable
 from expertd.proto.codec import UpdateProgress
 from expertd.server.scheduling.generations import Generation, Generations
 from expertd.server.scheduling.loading import read_again
@@ -35,6 +36,15 @@ Chosen = Mapping[int, Mapping[int, tuple[int, ...]]]
 """By layer, experts by the number of the device that is to have them."""
 Made = dict[int, int]
 """By layer, what the backend knows a new one by."""
+
+
+@dataclass(eq=False)
+class Change:
+    """One of what is held."""
+
+    made: Made = field(default_factory=dict)
+    switched: bool = False
+    """Whether requests are answered with it."""
 
 
 class Holdings:
@@ -66,7 +76,7 @@ class Holdings:
         return self._engine.placement.epoch
 
     @contextlib.asynccontextmanager
-    async def changing(self, epoch: int) -> AsyncIterator[Made]:
+    async def changing(self, epoch: int, change: Change) -> AsyncIterator[None]:
         """Around a change of what is held at `epoch`. Layers that were made and are not held after it are dropped.
 
         Raises `StalePlacement`, `Overloaded`, `Unavailable` or `ServerFault`, and what is raised within.
@@ -77,17 +87,21 @@ class Holdings:
             raise StalePlacement(f"placement_epoch is {epoch}; the current one is {self.epoch}")
         if self.busy:
             raise Overloaded("another update is running; wait for its end or cancel it")
-        self.busy, made = True, Made()
+        self.busy = True
         try:
-            yield made
+            yield
+        except ExpertdError:
+            # Some are an `OSError`, too.
+            raise
         except UnsupportedShape as error:
             raise InvalidBatch(f"nothing was changed: {error}") from error
-        except (CheckpointError, SelfCheckFailed, RuntimeError) as error:
-            # Such as a GPU without memory.
-            raise ServerFault(f"nothing was changed: {error}") from error
+        except (CheckpointError, SelfCheckFailed, RuntimeError, OSError) as error:
+            # Such as a GPU without memory, or a folder that is gone.
+            what = "the change was made, and what it gave up is not freed" if change.switched else "nothing was changed"
+            raise ServerFault(f"{what}: {error}") from error
         finally:
             self.busy, self.progress = False, None
-            for key in set(made.values()) - self.generations.keys:
+            for key in set(change.made.values()) - self.generations.keys:
                 await self._drop(key)
 
     async def make(
@@ -135,11 +149,13 @@ class Holdings:
         """As it is of all layers of a shard that is held."""
         return {layer: self._node.arrangement(shard.key(layer)) for layer in shard.layers}
 
-    async def switch(self, generations: Generations) -> float:
-        """Answer with other ones from now on. When nobody uses what is not among them any more, it is freed, and the
-        seconds until then are returned; whoever waits may leave before."""
+    async def switch(self, generations: Generations, change: Change, what: str) -> float:
+        """Answer with other ones from now on; `what` that means is for the log. When nobody uses what is not among them
+        any more, it is freed, and the seconds until then are returned; whoever waits may leave before."""
         former = self.generations
         self._begin(generations)
+        change.switched = True
+        log.info("epoch %d: %s", self.epoch, what)
         switched = time.monotonic()
         # By now: what a later switch gives up, requests of this one may use.
         gone, closed = former.keys - self.generations.keys, former.checkpoints - self.generations.checkpoints
@@ -156,6 +172,7 @@ class Holdings:
         # Devices may have been lost since somebody began to make these.
         left = generations.only(self._node.computable)
         self.generations = left.at(max(time.time_ns() // 1000, self.epoch + 1))
+        self.metrics.layers_loaded.set(len(self.generations.serving.shard.layers))
         self._tell(self.generations)
 
     async def _retire(self, epoch: int, keys: set[int], checkpoints: set[Checkpoint]) -> None:
@@ -171,14 +188,14 @@ class Holdings:
         await self._node.drop(key)
 
     async def _check_memory(self, changed: Owned) -> None:
-        memory = await self._node.memory()
-        if not memory:
+        usable = await self._node.count_usable()
+        if not usable:
             return
         shard = self.generations.serving.shard
         size = shard.config.expert_bytes * shard.weight_dtype.itemsize
         count, room = len(self._node.sound), self._node.room
         needed = size * sum(max(room, even_room(len(experts), count)) for experts in changed.values() if experts)
-        left = min(one.free + one.reserved - one.allocated for one in memory.values())
+        left = min(usable)
         if needed > left:
             raise Overloaded(
                 f"{len(changed)} new layers take {needed} bytes beside the old ones and {left} are free; change the"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,11 +14,9 @@ from expertd.kernels.weights.experts import stored_dtypes
 from expertd.kernels.weights.ledger import Ledger
 from expertd.proto.base.errors import InvalidBatch, ModelMismatch
 from expertd.server.admin.counting import counted
-from expertd.server.admin.holdings import Holdings, Made
+from expertd.server.admin.holdings import Change, Holdings
 from expertd.server.admin.update import Progress
 from expertd.server.scheduling.generations import Generation, Generations
-
-log = logging.getLogger(__name__)
 
 
 class Rollout:
@@ -33,15 +30,15 @@ class Rollout:
 
     async def stage(self, epoch: int, folder: str, fingerprint: str) -> AsyncGenerator[Progress, None]:
         """Take the weights in `folder` as the next generation, whose `fingerprint` this must be, if it is not empty."""
-        with counted(self._held.metrics):
-            async with contextlib.aclosing(self._stage(epoch, folder, fingerprint)) as staging:
+        with counted(self._held.metrics) as change:
+            async with contextlib.aclosing(self._stage(epoch, folder, fingerprint, change)) as staging:
                 async for progress in staging:
                     yield progress
 
     async def share(self, epoch: int, fingerprint: str, share: float) -> None:
         """Have this share of calls use the next generation."""
-        with counted(self._held.metrics):
-            async with self._held.changing(epoch):
+        with counted(self._held.metrics) as change:
+            async with self._held.changing(epoch, change):
                 held = self._held.generations
                 if not 0.0 <= share <= 1.0:
                     raise InvalidBatch(f"share is {share}; it must be from 0 to 1")
@@ -49,18 +46,18 @@ class Rollout:
                     raise ModelMismatch(
                         f"model_fingerprint is {fingerprint!r}; the next generation is {_name(held.next)}"
                     )
-                await self._held.switch(replace(held, share=share))
-                log.info("epoch %d: %g of calls for weights %s", self._held.epoch, share, fingerprint)
+                what = f"{share:g} of calls for weights {fingerprint}"
+                await self._held.switch(replace(held, share=share), change, what)
 
     async def release(self, epoch: int, fingerprint: str) -> None:
         """Free the weights of a generation that no call should use."""
-        with counted(self._held.metrics):
-            async with self._held.changing(epoch):
-                await self._held.switch(_without(self._held.generations, fingerprint))
-                log.info("epoch %d: weights %s are released", self._held.epoch, fingerprint)
+        with counted(self._held.metrics) as change:
+            async with self._held.changing(epoch, change):
+                left = _without(self._held.generations, fingerprint)
+                await self._held.switch(left, change, f"weights {fingerprint} are released")
 
-    async def _stage(self, epoch: int, folder: str, fingerprint: str) -> AsyncGenerator[Progress, None]:
-        async with self._held.changing(epoch) as made:
+    async def _stage(self, epoch: int, folder: str, fingerprint: str, change: Change) -> AsyncGenerator[Progress, None]:
+        async with self._held.changing(epoch, change):
             held = self._held.generations
             if held.next is not None:
                 raise ModelMismatch(f"there is a next generation already, {_name(held.next)}: release it first")
@@ -68,16 +65,18 @@ class Rollout:
             try:
                 source = await asyncio.to_thread(_generation, checkpoint, held.serving, fingerprint)
                 arranged = self._held.arranged(held.serving.shard)
-                making = self._held.make(source, source.shard.experts, {}, made, arranged)
+                making = self._held.make(source, source.shard.experts, {}, change.made, arranged)
                 async with contextlib.aclosing(making):
                     async for progress in making:
                         yield Progress(progress)
-                new = replace(source, shard=replace(source.shard, keys=Made(made)), num_bytes=progress.total_bytes)
-                overlap = await self._held.switch(Generations(held.serving, new))
+                new = replace(
+                    source, shard=replace(source.shard, keys=dict(change.made)), num_bytes=progress.total_bytes
+                )
+                what = f"weights {new.fingerprint} of {folder} are the next generation"
+                overlap = await self._held.switch(Generations(held.serving, new), change, what)
             finally:
                 if checkpoint not in [one.checkpoint for one in self._held.generations.all]:
                     checkpoint.close()
-            log.info("epoch %d: weights %s of %s are the next generation", self._held.epoch, new.fingerprint, folder)
         yield Progress(progress, overlap)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 
@@ -11,11 +10,9 @@ from expertd.kernels.model.ranges import format_ranges
 from expertd.proto.base.errors import InvalidBatch, ModelMismatch
 from expertd.proto.codec import UpdateProgress
 from expertd.server.admin.counting import counted
-from expertd.server.admin.holdings import Arranged, Chosen, Holdings, Made, Owned
+from expertd.server.admin.holdings import Arranged, Change, Chosen, Holdings, Made, Owned
 from expertd.server.scheduling.generations import Generations
 from expertd.server.scheduling.shard import Shard
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +34,27 @@ class Updater:
         """Own `wanted` of its layers, on devices as is `chosen` for some, and of all others what is owned at `epoch`.
 
         Raises `InvalidBatch`, `StalePlacement`, `ModelMismatch`, `Overloaded`, `Unavailable` or `ServerFault`; then, as
-        when it is closed before the last `Progress`, nothing has changed.
+        when it is closed before all layers are ready, nothing has changed. When it is closed later, all may have.
         """
-        with counted(self._held.metrics):
-            async with contextlib.aclosing(self._run(epoch, wanted, chosen)) as updating:
+        with counted(self._held.metrics) as change:
+            async with contextlib.aclosing(self._run(epoch, wanted, chosen, change)) as updating:
                 async for progress in updating:
                     yield progress
 
-    async def _run(self, epoch: int, wanted: Owned, chosen: Chosen) -> AsyncGenerator[Progress, None]:
-        async with self._held.changing(epoch) as made:
+    async def _run(self, epoch: int, wanted: Owned, chosen: Chosen, change: Change) -> AsyncGenerator[Progress, None]:
+        async with self._held.changing(epoch, change):
             serving = self._held.generations.serving
             if self._held.generations.next is not None:
                 raise ModelMismatch("there are two generations of weights; release one before experts move")
             _check(serving.shard, wanted)
             arranged = self._held.arrange(wanted, chosen)
             changed = _changes(serving.shard, wanted, self._held.arranged(serving.shard), arranged)
-            making = self._held.make(serving, changed, serving.shard.experts, made, arranged)
+            making = self._held.make(serving, changed, serving.shard.experts, change.made, arranged)
             async with contextlib.aclosing(making):
                 async for progress in making:
                     yield Progress(progress)
-            shard = _with(serving.shard, changed, made)
-            overlap = await self._held.switch(Generations(replace(serving, shard=shard)))
-            log.info("epoch %d: %s", self._held.epoch, words(changed))
+            shard = _with(serving.shard, changed, change.made)
+            overlap = await self._held.switch(Generations(replace(serving, shard=shard)), change, words(changed))
         yield Progress(progress, overlap)
 
 

@@ -246,6 +246,11 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InvalidOption(f"{flag(name)} is {value}; it must be at least 0")
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            most = 2**63 - 1 if option.name.endswith("_bytes") else 2**31 - 1
+            if isinstance(value, int) and value > most:
+                raise InvalidOption(f"{flag(option.name)} is {value}; it must be at most {most}")
         for name in ("max_batch_tokens", "max_queued_tokens"):
             value = getattr(self, name)
             if value < self.max_tokens_per_request:

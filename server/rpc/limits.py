@@ -11,8 +11,9 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from expertd.kernels.model.config import MoeConfig
 from expertd.proto import codec
-from expertd.server.options.config import ServerConfig
+from expertd.server.options.config import InvalidOption, ServerConfig
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -31,6 +32,25 @@ HANDSHAKE_MS = 5_000
 """For TLS, and for HTTP/2's first words."""
 IDLE_MS = 60_000
 """Without a call or stream; whoever watches health has one. Clients connect anew when they need to."""
+MAX_INT = 2**31 - 1
+"""Of gRPC's options, and bytes of a message."""
+
+
+def check_largest_request(config: ServerConfig, model: MoeConfig) -> None:
+    """Raise `InvalidOption` where no message could carry the largest request or its answer, or no queue hold it."""
+    tokens, width, top_k = config.max_tokens_per_request, model.hidden_size, model.num_experts_per_tok
+    largest = codec.message_bytes(tokens, width, top_k)
+    if largest > MAX_INT:
+        raise InvalidOption(
+            f"--max-tokens-per-request is {tokens}: with the model's hidden size of {width} messages would have up to"
+            f" {largest} bytes; at most {MAX_INT} can be sent"
+        )
+    tensors = codec.tensor_bytes(tokens, width, top_k)
+    if tensors > config.max_queued_bytes:
+        raise InvalidOption(
+            f"--max-queued-bytes is {config.max_queued_bytes}; it must be at least {tensors}, what a request of"
+            f" --max-tokens-per-request {tokens} has with the model's hidden size of {width}"
+        )
 
 
 def server_options(config: ServerConfig, max_message_bytes: int) -> list[tuple[str, int]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from expertd.proto.base.errors import NotPermitted, Unauthenticated
-from expertd.proto.base.loopback import check_here
+from expertd.proto.base.loopback import UNIX, check_here
 from expertd.proto.codec import Registration
 from expertd.proto.lane.layout import LANE_VERSION
 
@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 TICKET_BYTES = 32
 TICKET_SECONDS = 10
 MAX_TICKETS, MAX_PEER_TICKETS = 1024, 16
-"""Of all callers together, and of one connection."""
+"""Of all callers together, and of one connection. Connections over unix sockets all have one name, and gRPC does not
+tell the process at the other end: as one they may have all, more than anybody asks for within a handover."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,11 @@ class Guest:
     of_peer: bool
     """Whether it hands over memory of another GPU than the server's, as it says."""
     expires: float
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """By which tickets are counted."""
+        return self.peer, self.identity
 
 
 class Tickets:
@@ -68,9 +74,9 @@ class Tickets:
             raise NotPermitted("this server shares no memory; start it with --shared-memory-bytes above 0")
         self._check_here(peer)
         self._forget_old()
-        held = Counter(guest.peer for guest in self._issued.values())
-        if held[peer] >= MAX_PEER_TICKETS:
-            self._drop_oldest(peer)
+        held = Counter(guest.name for guest in self._issued.values())
+        if not peer.startswith(UNIX) and held[peer, identity] >= MAX_PEER_TICKETS:
+            self._drop_oldest((peer, identity))
         elif len(self._issued) >= MAX_TICKETS:
             self._drop_oldest(max(held, key=lambda name: held[name]))
         ticket = secrets.token_bytes(TICKET_BYTES)
@@ -86,8 +92,8 @@ class Tickets:
             raise Unauthenticated("the ticket is unknown, used or too old; ask RegisterSharedMemory for another one")
         return self._issued.pop(ticket)
 
-    def _drop_oldest(self, peer: str) -> None:
-        del self._issued[next(ticket for ticket, guest in self._issued.items() if guest.peer == peer)]
+    def _drop_oldest(self, name: tuple[str, str]) -> None:
+        del self._issued[next(ticket for ticket, guest in self._issued.items() if guest.name == name)]
 
     def _forget_old(self) -> None:
         now = self._clock()

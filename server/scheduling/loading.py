@@ -98,7 +98,6 @@ async def load_layers(
             with adding_seconds(metrics.startup.labels("self_check")):
                 error = await node.check(layer, sample)
             worst = max(worst, error)
-            metrics.weights_bytes.inc(weights.num_bytes)
             metrics.layers_loaded.inc()
             log.debug("layer %d: self-check error %.2e", layer, error)
             if time.perf_counter() > told + PROGRESS_SECONDS:

@@ -37,6 +37,8 @@ class Device:
     """Why it computes nothing any more."""
     hangs: bool = False
     """Whether it is lost and may yet use what it was given."""
+    weights: dict[int, int] = field(default_factory=dict)
+    """By layer's key, bytes of the experts that it has."""
     _loss: asyncio.Event = field(init=False, default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -88,6 +90,12 @@ class Node:
         """Of the hardware, for people."""
         name = self.devices[0].backend.device
         return name if len(self.devices) == 1 else f"{len(self.devices)} x {name}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all experts that sound devices have, each copy. Asked on any thread."""
+        # A list is made in one step; the dictionary may change between two.
+        return sum(sum(list(device.weights.values())) for device in self.sound)
 
     @property
     def sound(self) -> tuple[Device, ...]:
@@ -153,6 +161,8 @@ class Node:
                 for device, its in zip(self.devices, self.held[key], strict=True)
             )
         )
+        for device, its in zip(self.devices, self.held[key], strict=True):
+            device.weights[key] = len(its) * weights.expert_bytes
 
     async def splice(
         self,
@@ -191,11 +201,14 @@ class Node:
             splice = partial(self.devices[place].backend.splice_layer, key, base if kept else None, kept, new)
             making = asyncio.get_running_loop().run_in_executor(None, splice)
             await _to_its_end(asyncio.create_task(self.devices[place].outcome(making)))
+            self.devices[place].weights[key] = len(its) * weights.expert_bytes
 
     async def drop(self, key: int) -> None:
         """Forget a layer, which no batch uses any more."""
         self.held.pop(key, None)
         await self.each(lambda backend: backend.drop_layer(key))
+        for device in self.devices:
+            device.weights.pop(key, None)
 
     async def each(self, ask: Callable[[Backend], T]) -> dict[int, T]:
         """What sound devices say, by their numbers, but for those that are lost before they say it."""
@@ -233,6 +246,11 @@ class Node:
         """By the numbers of those devices that have memory of their own."""
         found = await self.each(lambda backend: backend.memory())
         return {number: memory for number, memory in found.items() if memory is not None}
+
+    async def count_usable(self) -> list[int]:
+        """Bytes that new tensors can have, of each of those devices."""
+        found = await self.each(lambda backend: backend.count_usable())
+        return [size for size in found.values() if size is not None]
 
     async def begin(self, failpoints: Failpoints | None) -> Executor:
         """What an engine is to use, now that all is loaded."""

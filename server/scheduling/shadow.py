@@ -22,6 +22,9 @@ from expertd.server.telemetry.metrics import Metrics
 log = logging.getLogger(__name__)
 BOUNDS = {"torch": 5e-3, "cutile": 6e-2}
 """Relative error of one token, by backend: replies may be BF16, and cutile rounds BF16 hidden states to FP8 as well."""
+FLUSHED = 448 * 2.0**-126
+"""A right value that is smaller may be zero: the scale of an FP8 block of such values, a 448th of the largest, is below
+FP32's smallest normal number, and devices may take that for zero. BF16 has but a few coarse numbers there."""
 STOP_SECONDS = 1.0
 """For a check that is running: its files may be out of reach."""
 
@@ -68,32 +71,39 @@ class ShadowCheck:
     def _check(self, fingerprint: str, layer: int, token: TokenBatch, answer: Tensor) -> str:
         """The outcome."""
         expected = answer.float().new_zeros(answer.shape)
-        chosen = [expert for expert in token.expert_ids[0].tolist() if expert >= 0]
-        for expert in chosen:
+        unsure = torch.full_like(expected, FLUSHED)
+        ids, weights = token.expert_ids[0].tolist(), token.weights[0].tolist()
+        chosen = {expert: weight for expert, weight in zip(ids, weights, strict=True) if expert >= 0}
+        for expert, weight in chosen.items():
             matrices = self.read(fingerprint, layer, expert)
             if matrices is None:
                 return "dropped"
             expected += expert_reference(token, expert, matrices)
-        error = _error(answer, expected)
+            # Of what goes into down_proj; it is weighed before or after.
+            unsure += FLUSHED * max(1.0, abs(weight)) * matrices.down.abs().sum(1)
+        error = _error(answer, expected, unsure)
         self._errors.observe(math.inf if math.isnan(error) else error)
         if error <= self._bound:
             return "ok"
         log.error(
             "shadow check: layer %d, experts %s: relative error %.3g exceeds %g; run 'expertd verify' on this server",
             layer,
-            chosen,
+            list(chosen),
             error,
             self._bound,
         )
         return "mismatch"
 
 
-def _error(answer: Tensor, expected: Tensor) -> float:
-    """Relative; what callers send that is not finite must not come back finite, and says nothing else of the server."""
+def _error(answer: Tensor, expected: Tensor, unsure: Tensor) -> float:
+    """Relative, of differences beyond what is `unsure`; what callers send that is not finite must not come back finite,
+    and says nothing else of the server."""
     finite = expected.isfinite()
     if answer[~finite].isfinite().any():
         return math.inf
-    return relative_error(answer[finite], expected[finite])
+    wanted = expected[finite].double()
+    beyond = ((answer[finite] - wanted).abs() - unsure[finite]).clamp(min=0.0)
+    return relative_error(wanted + beyond, wanted)
 
 
 def tensors_of(sample: Sample) -> tuple[TokenBatch, Tensor]:

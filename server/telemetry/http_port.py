@@ -109,7 +109,11 @@ class HttpPort:
         method, _, target = first.partition(" ")
         if method not in ("GET", "HEAD"):
             return Answer(HTTPStatus.METHOD_NOT_ALLOWED, (("Allow", "GET, HEAD"),), b"").encode(with_body=True)
-        url = urlsplit(target.partition(" ")[0])
+        try:
+            url = urlsplit(target.partition(" ")[0])
+        except ValueError:
+            # Such as a bracket that is not closed.
+            return Answer(HTTPStatus.BAD_REQUEST, (), b"").encode(with_body=True)
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
         try:
             answer = await self._answer(Request(url.path, url.query, headers))

@@ -33,7 +33,7 @@ class Answered:
     """One answered request, for the status page."""
 
     time: float
-    """Unix time in seconds."""
+    """As `time.monotonic` tells it."""
     tokens: int
     seconds: tuple[float, ...]
     """Of each of `metrics.STAGES`."""

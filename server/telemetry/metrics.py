@@ -100,9 +100,9 @@ class Metrics:
         )
         self.ready = gauge("expertd_ready", "1 while requests are accepted, 0 while starting or draining.")
         self.in_flight = gauge("expertd_requests_in_flight", "Requests being answered.")
-        self.weights_bytes = gauge("expertd_weights_bytes", "Bytes of expert weights loaded.")
+        self.weights_bytes = gauge("expertd_weights_bytes", "Bytes of expert weights held.")
         self.shared_memory_bytes = gauge("expertd_shared_memory_bytes", "Bytes of callers' memory mapped here.")
-        self.layers_loaded = gauge("expertd_layers_loaded", "Layers whose weights are loaded.")
+        self.layers_loaded = gauge("expertd_layers_loaded", "Layers whose weights serve: loaded and checked.")
         self.startup = gauge(
             "expertd_startup_seconds", "Seconds that the start spent waiting for each of its phases.", ["phase"]
         )
@@ -157,7 +157,7 @@ class Metrics:
         # What not every server has: `export` it where it is there.
         self.updates = Counter(
             "expertd_placement_updates",
-            "Changes of what is owned by outcome: ok, or the gRPC status of the error; cancelled when who asked left.",
+            "Changes of what is owned by outcome: ok, the error's gRPC status, or cancelled before anything changed.",
             ["outcome"],
             registry=None,
         )

@@ -33,8 +33,9 @@ class Status:
     closed_because: Callable[[], str | None]
     devices: Callable[[], list[dict[str, Any]]] = list
     """What computes, and how it is."""
-    clock: Callable[[], float] = time.time
-    started: float = dataclasses.field(default_factory=time.time)
+    clock: Callable[[], float] = time.monotonic
+    """Of ages: that of the day may be set back."""
+    started: float = dataclasses.field(default_factory=time.monotonic)
 
     def snapshot(self) -> dict[str, Any]:
         """All of it as JSON values; times in seconds."""
@@ -53,7 +54,7 @@ class Status:
             "routed_experts": info.routed_experts,
             "ready": self.closed_because() is None,
             "reason": self.closed_because(),
-            "time": now,
+            "time": time.time(),
             "uptime": now - self.started,
             "queue": {"tokens": self.queued_tokens(), "capacity": self.config.max_queued_tokens},
             "in_flight": self.journal.in_flight,

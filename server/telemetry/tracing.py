@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider as AnyProvider
 
 EXPORT_SECONDS = 5.0
+MAX_INT = 2**63 - 1
 Attributes = Mapping[str, str | int]
 
 
@@ -75,7 +76,13 @@ class RequestTracer:
         caller = self._propagator.extract({"traceparent": traceparent})
         if not get_current_span(caller).get_span_context().trace_flags.sampled:
             return None
-        return self._tracer.start_span("expertd.request", caller, SpanKind.SERVER, attributes, start_time=begin)
+        sent = {name: _sendable(value) for name, value in attributes.items()}
+        return self._tracer.start_span("expertd.request", caller, SpanKind.SERVER, sent, start_time=begin)
+
+
+def _sendable(value: str | int) -> str | int:
+    """OTLP's integers have 64 bits with a sign, and request ids 64 without: those beyond go as text."""
+    return str(value) if isinstance(value, int) and value > MAX_INT else value
 
 
 def _nanoseconds(seconds: float) -> int:

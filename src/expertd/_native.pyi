@@ -365,7 +365,7 @@ class Tally:
         """The requests that ended since the last time, and how many were dropped because there were too many."""
 
     def answers(self) -> list[tuple[float, int, tuple[float, ...]]]:
-        """Unix time, tokens and `Told.seconds` of the latest 1000 answers."""
+        """Monotonic time in seconds, tokens and `Told.seconds` of the latest 1000 answers."""
 
     def refusals(self) -> list[Told]:
         """The latest 20."""

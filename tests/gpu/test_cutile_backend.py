@@ -219,8 +219,10 @@ def test_unsupported_shapes_are_named(tmp_path: Path) -> None:
 def test_memory_holds_the_weights(tmp_path: Path) -> None:
     made, weights = backend(tmp_path)
     memory = made.memory()
-    assert weights.num_bytes <= memory.allocated <= memory.reserved <= memory.size
+    assert weights.num_experts * weights.expert_bytes <= memory.allocated <= memory.reserved <= memory.size
     assert 0 < memory.free <= memory.size - memory.reserved
+    usable = made.count_usable() - memory.free
+    assert 0 <= usable <= memory.reserved - memory.allocated
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 1300])

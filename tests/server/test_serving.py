@@ -163,7 +163,7 @@ async def test_a_full_server_reads_nothing_of_what_it_refuses(small_model: Path)
 async def test_a_caller_who_does_not_read_is_not_read_from(small_model: Path) -> None:
     count, tokens = 300, 100
     async with (
-        running_server(small_model, ALL, max_queued_bytes=1 << 20) as server,
+        running_server(small_model, ALL, max_tokens_per_request=tokens, max_queued_bytes=1 << 20) as server,
         open_channel(server) as channel,
     ):
         stream = stream_method(channel)()

@@ -27,6 +27,7 @@ from expertd.kernels.cutile.run.adding import capture_adders
 from expertd.kernels.cutile.run.batch import DeviceBatch, start_batch
 from expertd.kernels.cutile.run.cache import log_toolchain, warn_unless_kept
 from expertd.kernels.cutile.run.capture import Graphs
+from expertd.kernels.memory.segments import reusable
 from expertd.kernels.model.config import BLOCK
 from expertd.kernels.numerics.backend import (
     FEW_TOKENS,
@@ -176,10 +177,18 @@ class CutileBackend:
             reserved=torch.cuda.memory_reserved(self._device),
         )
 
+    def count_usable(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free + reusable(torch.cuda.memory_snapshot(), self._device_number)
+
+    @property
+    def _device_number(self) -> int:
+        return torch.cuda.current_device() if self._device.index is None else self._device.index
+
     def _allocate(self, weights: LayerWeights) -> None:
         most = min(self._max_tokens, self._max_batch_tokens, tokens_within_reach(self._shape, self._max_top_k))
         self._executor = CudaExecutor(
-            torch.cuda.current_device() if self._device.index is None else self._device.index,
+            self._device_number,
             depth=self.depth,
             hidden_size=self._shape.hidden_size,
             num_experts=self._shape.num_experts,

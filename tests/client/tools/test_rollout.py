@@ -14,7 +14,9 @@ from expertd.client.tools.rollout import Fleet, InvalidRollout, add_arguments, r
 from expertd.client.transport.security import ClientSecurity
 from expertd.kernels.oracle.reference import relative_error
 from expertd.proto.base.errors import ModelMismatch
+from expertd.server.admin.holdings import Change
 from expertd.server.app import Server
+from expertd.server.scheduling.generations import Generations
 from tests.docs.fences import ROOT, Fence
 from tests.support.coordinators import QUICK, call, expected
 from tests.support.families import SMALL
@@ -87,7 +89,8 @@ async def test_it_goes_on_from_what_servers_have(servers: list[Server], next_mod
     assert servers[0].info.placement_epoch == epoch
     await whole.use(1.0)
     # One was released, and then it was stopped.
-    await servers[0].holdings.switch(type(servers[0].holdings.generations)(servers[0].holdings.generations.all[1]))
+    held = servers[0].holdings
+    await held.switch(Generations(held.generations.all[1]), Change(), "released")
     await whole.release()
     assert generations(servers) == [(1, 0.0)] * 2
     assert len({one.info.model_fingerprint for one in servers}) == 1

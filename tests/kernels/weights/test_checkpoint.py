@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import threading
@@ -242,6 +243,26 @@ def test_close_closes_every_file_and_may_be_repeated(folder: Path) -> None:
     assert _open_descriptors(folder) == 0
 
 
+def test_close_leaves_a_read_that_is_under_way_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _write(tmp_path / "model", {SINGLE: _tensors()})
+    other = tmp_path / "other"
+    other.write_bytes(bytes((folder / SINGLE).stat().st_size))
+    checkpoint = Checkpoint(folder)
+    preadv, opened = os.preadv, []
+
+    def late(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        checkpoint.close()
+        opened.append(os.open(other, os.O_RDONLY))
+        return preadv(descriptor, buffers, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", late)
+        read = checkpoint.read(BIAS, (16,), F32)
+    os.close(opened[0])
+    assert _same_bits(read, _tensors()[BIAS])
+    assert _open_descriptors(folder) == 0
+
+
 def test_leaving_the_block_with_an_error_closes_every_file(folder: Path) -> None:
     def read_two() -> None:
         with Checkpoint(folder) as checkpoint:
@@ -376,6 +397,24 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with Checkpoint(tmp_path) as checkpoint:
         assert _refusal(lambda: checkpoint.find(BIAS)) == f"{tmp_path / 'folder'} cannot be read: Is a directory"
+
+
+def test_a_file_that_vanishes_after_its_header_was_read_is_named(tmp_path: Path) -> None:
+    folder = _write(tmp_path, {SINGLE: _tensors()})
+    with Checkpoint(folder) as checkpoint:
+        stored = checkpoint.find(BIAS)
+        (folder / SINGLE).unlink()
+        refusal = _refusal(lambda: checkpoint.load(stored))
+    assert refusal == f"{folder / SINGLE}: tensor {BIAS} cannot be read: No such file or directory"
+
+
+def test_files_out_of_reach_have_no_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> os.stat_result:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with Checkpoint(folder) as checkpoint:
+        monkeypatch.setattr(Path, "stat", refuse)
+        assert set(map(tuple, checkpoint.file_states().values())) == {(0, 0)}
 
 
 def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:

@@ -1,12 +1,18 @@
 """When weights that a server no longer answers with are freed."""
 
 import asyncio
+import re
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+from prometheus_client import CollectorRegistry
+
 from expertd.kernels.model.config import MoeConfig
-from expertd.server.admin.holdings import Holdings
+from expertd.proto.base.errors import ExpertdError, Unavailable
+from expertd.server.admin.counting import counted
+from expertd.server.admin.holdings import Change, Holdings
 from expertd.server.scheduling.generations import Generation, Generations
 from expertd.server.scheduling.shard import Shard
 from expertd.server.telemetry.metrics import Metrics
@@ -56,15 +62,32 @@ def generations_of(keys: Mapping[int, int], checkpoint: StandInCheckpoint) -> Ge
     return Generations(Generation(shard, cast(Any, checkpoint), cast(Any, None)))
 
 
+@pytest.mark.parametrize(
+    ("raised", "heard"),
+    [
+        (Unavailable("a device was lost"), "Unavailable: a device was lost"),
+        (FileNotFoundError(2, "No such file", "/model"), "ServerFault: nothing was changed: .* '/model'"),
+    ],
+)
+async def test_what_a_change_fails_with_has_a_name(raised: Exception, heard: str) -> None:
+    engine = StandInEngine()
+    begun = generations_of({1: 1}, StandInCheckpoint())
+    held = Holdings(begun, cast(Any, StandInNode()), cast(Any, engine), Metrics(CollectorRegistry()), engine.tell)
+    with pytest.raises(ExpertdError) as found:
+        async with held.changing(1, Change()):
+            raise raised
+    assert re.fullmatch(heard, f"{type(found.value).__name__}: {found.value}")
+
+
 async def test_weights_wait_for_the_requests_of_the_switch_that_gave_them_up() -> None:
     node, engine, first, second = StandInNode(), StandInEngine(), StandInCheckpoint(), StandInCheckpoint()
     begun = generations_of({1: 1, 2: 2}, first)
     held = Holdings(begun, cast(Any, node), cast(Any, engine), Metrics(), engine.tell)
     engine.used = {held.epoch}
-    earlier = asyncio.create_task(held.switch(generations_of({1: 3, 2: 2}, first)))
+    earlier = asyncio.create_task(held.switch(generations_of({1: 3, 2: 2}, first), Change(), ""))
     await until(lambda: held.epoch > 1)
     engine.used.add(held.epoch)
-    later = asyncio.create_task(held.switch(generations_of({1: 3}, second)))
+    later = asyncio.create_task(held.switch(generations_of({1: 3}, second), Change(), ""))
     await until(lambda: held.generations.keys == {3})
     engine.used.remove(1)
     await earlier
@@ -72,3 +95,25 @@ async def test_weights_wait_for_the_requests_of_the_switch_that_gave_them_up() -
     engine.used.clear()
     await later
     assert (node.dropped, first.closed, second.closed) == ([1, 2], True, False)
+
+
+async def test_who_leaves_after_the_switch_leaves_a_change_that_was_made(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    metrics, engine = Metrics(CollectorRegistry()), StandInEngine()
+    begun = generations_of({1: 1}, StandInCheckpoint())
+    held = Holdings(begun, cast(Any, StandInNode()), cast(Any, engine), metrics, engine.tell)
+    engine.used = {held.epoch}
+
+    async def change() -> None:
+        with counted(metrics) as change:
+            async with held.changing(1, change):
+                await held.switch(generations_of({1: 2}, StandInCheckpoint()), change, "layer 1: 0-1")
+
+    changing = asyncio.create_task(change())
+    await until(lambda: held.epoch > 1)
+    changing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await changing
+    assert f"epoch {held.epoch}: layer 1: 0-1" in caplog.text
+    assert [metrics.updates.labels(outcome)._value.get() for outcome in ("ok", "cancelled")] == [1, 0]
+    engine.used.clear()

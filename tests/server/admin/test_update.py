@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -242,6 +244,22 @@ async def test_updates_are_counted_with_what_they_read(small_model: Path) -> Non
             told(server, "updates_in_flight")
 
 
+async def test_what_is_told_of_weights_follows_what_is_held(small_model: Path) -> None:
+    def told_of_weights(server: Server) -> tuple[float | None, float | None]:
+        told = server.metrics.registry.get_sample_value
+        return told("expertd_weights_bytes"), told("expertd_layers_loaded")
+
+    expert = 3 * (256 * 128 + 2 * 4)
+    async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
+        assert told_of_weights(server) == (16 * expert, 2)
+        await update(server, {1: range(10)})
+        assert told_of_weights(server) == (18 * expert, 2)
+        await update(server, {2: ()})
+        assert told_of_weights(server) == (10 * expert, 1)
+        await update(server, {1: range(4)})
+        assert told_of_weights(server) == (4 * expert, 1)
+
+
 async def test_one_at_a_time_and_who_leaves_leaves_it_as_it_was(small_model: Path) -> None:
     async with slow_server(small_model) as (server, backend):
         before = server.info
@@ -262,6 +280,17 @@ async def test_one_at_a_time_and_who_leaves_leaves_it_as_it_was(small_model: Pat
         await update(server, WANTED)
         assert outcomes(server) == {"ok": 1, "cancelled": 1, "resource_exhausted": 1}
         assert server.info.experts == WANTED
+
+
+async def test_who_does_not_hear_the_end_has_changed_it(small_model: Path) -> None:
+    async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
+        updating = Updater(server.holdings).run(server.info.placement_epoch, WANTED, {})
+        async for progress in updating:
+            if progress.overlap is not None:
+                break
+        await updating.aclose()
+        assert server.info.experts == WANTED
+        assert outcomes(server) == {"ok": 1}
 
 
 async def test_what_is_being_made_is_dropped_once_it_is_made(small_model: Path) -> None:
@@ -301,6 +330,46 @@ async def test_what_fails_half_way_changes_nothing(small_model: Path, tmp_path: 
         assert held(server) == serving(server)
         assert outcomes(server) == {"internal": 1}
         assert told(server, "update_seconds_count") == 0
+
+
+async def test_a_file_that_cannot_be_read_is_named_and_changes_nothing(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with running_server(small_model, range(8), admin_listen=ANY_PORT) as server:
+        before = server.info
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "preadv", fail)
+            with pytest.raises(ServerFault, match=r"nothing was changed: /.*\.safetensors: .* Input/output error"):
+                await update(server, WANTED)
+        assert server.info == before
+        assert held(server) == serving(server)
+        assert outcomes(server) == {"internal": 1}
+        await update(server, WANTED)
+
+
+class OnDevice(TorchBackend):
+    """Like one with memory of its own."""
+
+    usable = 2 << 20
+
+    def count_usable(self) -> int:  # type: ignore[override]
+        return self.usable
+
+
+async def test_new_layers_have_what_tensors_can_have(small_model: Path) -> None:
+    backend = OnDevice()
+    async with running_server(
+        small_model, range(8), admin_listen=ANY_PORT, choose=lambda *_: (backend, "a test")
+    ) as server:
+        before = server.info
+        with pytest.raises(Overloaded, match=r"2 new layers take .* and 2097152 are free"):
+            await update(server, WANTED)
+        assert server.info == before
+        backend.usable = 5 << 20
+        await update(server, WANTED)
 
 
 async def test_who_may_and_who_did(small_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

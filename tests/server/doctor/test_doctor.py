@@ -150,7 +150,7 @@ def test_memory_must_suffice_and_should_leave_some(free: int, level: str) -> Non
 def test_memory_is_that_of_the_wanted_layers_and_experts() -> None:
     model = MoeConfig()
     assert (
-        random_weights(3, 256, 128).num_bytes == 3 * MoeConfig(hidden_size=256, moe_intermediate_size=128).expert_bytes
+        random_weights(3, 256, 128).expert_bytes == MoeConfig(hidden_size=256, moe_intermediate_size=128).expert_bytes
     )
     wanted = ServerConfig(model=Path("m"), experts=tuple(range(32)))
     on_gpu, loading = host.check_memory(wanted, model, 2_000_000_000, 140_000_000_000)

@@ -48,6 +48,18 @@ def test_whoever_takes_all_tickets_keeps_nobody_out() -> None:
         tickets.redeem(ticket)
 
 
+def test_whoever_asks_over_a_unix_socket_keeps_none_of_the_others_there_out() -> None:
+    tickets = Tickets("@name")
+    unproven = tickets.issue("unix:").ticket
+    for _ in range(MAX_TICKETS - 1):
+        tickets.issue("unix:")
+    tickets.redeem(unproven)
+    proven = tickets.issue("unix:", "token").ticket
+    for _ in range(2 * MAX_TICKETS):
+        tickets.issue("unix:", "another token")
+    tickets.redeem(proven)
+
+
 @pytest.mark.parametrize(
     ("peer", "here"),
     [

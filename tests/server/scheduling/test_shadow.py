@@ -62,6 +62,30 @@ async def test_a_damaged_expert_is_counted_and_named(small_model: Path, caplog: 
     assert "shadow check: layer 1, experts [7]: relative error 0.05 exceeds 0.005" in caplog.text
 
 
+@pytest.mark.parametrize("reply_dtype", [torch.float32, torch.bfloat16])
+async def test_sums_too_small_for_their_type_are_no_alarm(small_model: Path, reply_dtype: torch.dtype) -> None:
+    batch = random_batch(1, HIDDEN, EXPERTS, TOP_K, absent=0.0)
+    batch.weights.fill_(2.0**-132)
+    async with running_server(small_model, range(EXPERTS), shadow_check_rate=1.0) as server:
+        async with open_channel(server) as channel:
+            await execute(channel, server, batch, reply_dtype=reply_dtype)
+        await until(server, "ok", 1)
+        assert shadow_checks(server, "mismatch") == 0
+
+
+@pytest.mark.parametrize("weight", [2.0**-100, 1.0, 2.0**100])
+async def test_zeros_in_place_of_sums_are_an_alarm(small_model: Path, weight: float) -> None:
+    batch = random_batch(1, HIDDEN, EXPERTS, TOP_K, absent=0.0)
+    batch.weights.fill_(weight)
+    async with running_server(small_model, range(EXPERTS), shadow_check_rate=1.0) as server:
+        assert isinstance(server.backend, TorchBackend)
+        for layer in server.backend._layers[1]:
+            layer.zero_()
+        async with open_channel(server) as channel:
+            await execute(channel, server, batch)
+        await until(server, "mismatch", 1)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("reply_dtype", [torch.float32, torch.bfloat16])
 async def test_hidden_states_that_are_not_finite_are_no_alarm(

@@ -80,7 +80,7 @@ async def test_the_snapshot_tells_what_happened(small_model: Path) -> None:
 
 async def test_rates_look_back_no_further_than_the_server_lives_or_a_minute(small_model: Path) -> None:
     async with busy_server(small_model) as server:
-        now = time.time()
+        now = time.monotonic()
         server.pages.status = replace(server.pages.status, clock=lambda: now + 30)
         half = json.loads((await asyncio.to_thread(get, server, "/status.json"))[1])
         server.pages.status = replace(server.pages.status, clock=lambda: now + 3600)
@@ -88,6 +88,18 @@ async def test_rates_look_back_no_further_than_the_server_lives_or_a_minute(smal
     assert 30 < half["span"] < 60
     assert half["requests_per_second"] == pytest.approx(3 / half["span"])
     assert (later["span"], later["requests_per_second"], later["stages"]) == (60, 0, {})
+
+
+async def test_a_clock_of_the_day_that_is_set_back_makes_nothing_younger(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with busy_server(small_model) as server:
+        day = time.time
+        monkeypatch.setattr(time, "time", lambda: day() - 3600)
+        now = server.pages.status.snapshot()
+    assert now["time"] < day() - 3500
+    assert 0 < now["span"] <= now["uptime"] < 600
+    assert now["requests_per_second"] == pytest.approx(3 / now["span"])
 
 
 async def test_probes_follow_the_life_of_the_server(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +134,18 @@ async def test_a_stuck_event_loop_is_not_alive(small_model: Path) -> None:
 async def test_other_paths_are_not_found(small_model: Path) -> None:
     async with running_server(small_model, ALL) as server:
         assert await asyncio.to_thread(get, server, "/nothing") == (404, "no /nothing; try /")
+
+
+async def test_an_address_that_is_none_is_refused(small_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running_server(small_model, ALL) as server:
+        port = server.metrics_address.port
+        for method in ("GET", "HEAD"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"{method} //[ HTTP/1.1\r\n\r\n".encode())
+            assert await reader.read() == b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            writer.close()
+        assert await asyncio.to_thread(get, server, "/healthz") == (200, "alive\n")
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 async def look(server: Server, picture: Path, scheme: str) -> dict[str, Any]:
