@@ -18,10 +18,11 @@ from grpc_health.v1 import health_pb2
 
 from expertd._native import response_id
 from expertd.client.base.begun import Begun
-from expertd.client.transport.answer import answer
+from expertd.client.transport.answer import answer, finished, in_time
 from expertd.client.transport.interface import Silent
-from expertd.client.transport.native_call import OneOwner
+from expertd.client.transport.native_call import OneOwner, stays
 from expertd.client.transport.security import ClientSecurity
+from expertd.kernels.numerics.quantize import FP8
 from expertd.proto import codec
 from expertd.proto.base.errors import ExpertdError, ServerFault, Unavailable, error_from_status
 from expertd.proto.base.tasks import Tasks
@@ -113,19 +114,20 @@ class GrpcTransport:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def execute(self, call: ExecuteCall) -> ExecuteResult:
-        return await answer(self.address, call, self._parsed(call.request_id, self._message(call)))
+        begun = None if call.hidden.is_cuda else self._server.begin(call, checked=self.checked)
+        message = codec.encode_call(call, checked=self.checked) if begun is None else begun.messages[0][3]
+        exchange = self.exchange(call.request_id, message)
+        if begun is None or call.reply_dtype == FP8 or stays(call.hidden, call.reply_dtype):
+            # Partials are left in the message.
+            return await answer(self.address, call, _parsed(exchange))
+        begun.answer(0, await in_time(self.address, call, exchange))
+        result = finished(self.address, call, begun, 0.0, checked=self.checked)
+        assert result is not None, "messages need no room"
+        return result
 
     def exchange(self, request_id: int, message: bytes) -> Awaitable[bytes]:
         channel = min(self._channels, key=attrgetter("bytes_in_flight"))
         return channel.exchange(request_id, message)
-
-    async def _parsed(self, request_id: int, message: bytes) -> RawResponse:
-        return codec.parse_response(await self.exchange(request_id, message))
-
-    def _message(self, call: ExecuteCall) -> bytes:
-        """The request, written by native code where that can."""
-        begun = None if call.hidden.is_cuda else self._server.begin(call, checked=self.checked)
-        return codec.encode_call(call, checked=self.checked) if begun is None else begun.messages[0][3]
 
     async def register_shared_memory(self, timeout: float, gpu: str = "") -> Registration:
         """Where to hand over memory, beside it that of the GPU with this UUID if one is given.
@@ -341,6 +343,10 @@ class _Stream:
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(ended.again())
+
+
+async def _parsed(exchange: Awaitable[bytes]) -> RawResponse:
+    return codec.parse_response(await exchange)
 
 
 def _as_error(address: str, error: grpc.aio.AioRpcError) -> ExpertdError:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import cast
 
 import torch
 
 from expertd import _native
-from expertd.client.transport.answer import answer, outcome_of
+from expertd.client.transport.answer import answer, finished
 from expertd.client.transport.grpc_streams import GrpcTransport
-from expertd.client.transport.native_call import LONG_ELEMENTS, OneOwner, Watch, kept
+from expertd.client.transport.native_call import LONG_ELEMENTS, OneOwner, Watch
 from expertd.client.transport.segment import Segment, Slot, layout_of
 from expertd.client.transport.segment_pool import SegmentPool
 from expertd.kernels.memory.gpu import stream_of
-from expertd.kernels.memory.results import empty
-from expertd.kernels.numerics.quantize import FP8
-from expertd.kernels.numerics.tokens import count_pairs
-from expertd.proto.base.errors import ExpertdError, ServerFault, Unavailable
-from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo, StageTimings
+from expertd.proto.base.errors import Unavailable
+from expertd.proto.codec import ExecuteCall, ExecuteResult, ShardInfo
 
 CHUNK_BYTES = 32 << 20
 """Of one request's sums: while a server has some, others are written, or their sums are added."""
@@ -149,24 +145,10 @@ class SharedMemoryTransport:
 
     def _finish(self, call: ExecuteCall, begun: _native.StraightCall, timeout: float | None) -> ExecuteResult | None:
         """The result of what was begun, waited for at most so many seconds. Raises its error; None without room."""
-        dtype = torch.float32 if call.reply_dtype == FP8 else call.reply_dtype
-        out = None if begun.in_place else empty(call.hidden.shape, dtype)
-        # While a thread is here, the server computes.
-        receipt = count_pairs(call.expert_ids)
-        reports = begun.finish(timeout, out)
-        if reports is not None:
-            partials = kept(begun, call.hidden.shape, dtype) if out is None else out
+        result = finished(self.address, call, begun, timeout, checked=self._checked)
+        if result is not None:
             self.heard = time.monotonic()
-            longest = max((report[4] for report in reports), key=sum)
-            return ExecuteResult(call.request_id, partials, receipt, StageTimings(*longest))
-        sizes = call.hidden.shape[1], call.reply_dtype, call.timeout
-        outcomes = [outcome_of(self.address, part, *sizes, checked=self._checked) for part in begun.parts()]
-        for outcome in outcomes:
-            if isinstance(outcome, ExpertdError):
-                raise outcome
-        if len(outcomes) > 1 and None not in outcomes:
-            raise ServerFault(f"{self.address}: a part's answer is not what was asked for")
-        return None if None in outcomes else cast(ExecuteResult, outcomes[0])
+        return result
 
     async def until_not_serving(self) -> Unavailable:
         return await self.grpc.until_not_serving()

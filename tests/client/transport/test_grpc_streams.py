@@ -12,7 +12,7 @@ from expertd.client.transport import grpc_streams
 from expertd.client.transport.grpc_streams import GrpcTransport
 from expertd.client.transport.interface import Silent
 from expertd.proto.base.errors import Unavailable
-from expertd.proto.codec import parse_response
+from expertd.proto.codec import encode_call, parse_response
 from tests.support.serving import call_for, random_batch, running_server
 from tests.support.wire import Wire
 
@@ -53,7 +53,7 @@ async def test_a_request_is_written_before_its_caller_waits_and_others_after_it(
             await write(message)
 
         monkeypatch.setattr(stream._call, "write", note)
-        messages = [transport._message(replace(call, request_id=number)) for number in (11, 12, 13)]
+        messages = [encode_call(replace(call, request_id=number)) for number in (11, 12, 13)]
         answers = [transport.exchange(number, message) for number, message in zip((11, 12, 13), messages, strict=True)]
         assert written == messages[:1]
         found = await asyncio.gather(*answers)
@@ -61,7 +61,7 @@ async def test_a_request_is_written_before_its_caller_waits_and_others_after_it(
         assert [parse_response(one).request_id for one in found] == [11, 12, 13]
         # Nothing is on its way any more: the next one is written at once again.
         await asyncio.sleep(0.05)
-        last = transport.exchange(14, transport._message(replace(call, request_id=14)))
+        last = transport.exchange(14, encode_call(replace(call, request_id=14)))
         assert len(written) == 4
         await last
         await transport.close()
