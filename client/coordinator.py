@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -16,7 +15,7 @@ from expertd.client.base.loop_thread import LoopThread
 from expertd.client.call.arguments import as_layer, as_rows, as_tokens, check_finite
 from expertd.client.call.caller import Caller
 from expertd.client.call.pending import PendingCall
-from expertd.client.call.result import MoeResult, waited_for
+from expertd.client.call.result import MoeResult, ended
 from expertd.client.call.routed import RoutedCall
 from expertd.client.config.coordinator import CoordinatorConfig
 from expertd.client.fleet.discovery import Discovery, as_discovery
@@ -288,8 +287,7 @@ class Coordinator:
 
     def _count(self, meter: CallMeter, result: MoeResult) -> None:
         """The caller does not wait for it."""
-        waited = partial(waited_for, result.servers)
-        self.config.metrics.later(meter.answered(result.output, result.degraded_tokens, waited))
+        self.config.metrics.later(ended(meter, result))
 
     def _routed(
         self,

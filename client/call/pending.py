@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from functools import partial
 from threading import Lock
 
 from expertd.client.base.loop_thread import LoopThread
-from expertd.client.call.result import MoeResult, waited_for
+from expertd.client.call.result import MoeResult, ended
 from expertd.client.call.routed import RoutedCall
 from expertd.client.call.straight import GIVEN_UP, StraightCall
 from expertd.client.telemetry.meter import CallMeter
@@ -34,7 +33,7 @@ class PendingCall:
         self._result: MoeResult | BaseException | None = None
         self._straight: StraightCall | None = None
         self._future: Future[MoeResult] | None = None
-        self._straight = call.begin(loop.soon, looped=False)
+        self._straight = call.begin(loop.soon)
         if self._straight is None:
             self._future = loop.start(call.finish())
 
@@ -88,8 +87,7 @@ class PendingCall:
     def _counted(self) -> MoeResult:
         with self._meter.counting():
             result = self._collect()
-        count = self._meter.answered(result.output, result.degraded_tokens, partial(waited_for, result.servers))
-        count()
+        ended(self._meter, result)()
         if self._hand_over is not None:
             self._hand_over(result)
         return result

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from expertd.client.base.blocks import BLOCK_TOKENS, start_blocks
 from expertd.client.call.dispatch import Dispatch, Work, combine, contributions
+from expertd.client.telemetry.meter import CallMeter
 from expertd.client.telemetry.metrics import Waited
 from expertd.proto.codec import ExecuteResult, StageTimings
 
@@ -72,7 +74,12 @@ class MoeResult:
         return f"MoeResult(output {list(self.output.shape)} {self.output.dtype}; {servers}{degraded})"
 
 
-def waited_for(servers: Sequence[ServerReport]) -> Waited:
+def ended(meter: CallMeter, result: MoeResult) -> Callable[[], None]:
+    """End the call that `meter` has measured; what this returns counts it, and does not keep its output."""
+    return meter.answered(result.output, result.degraded_tokens, partial(_waited_for, result.servers))
+
+
+def _waited_for(servers: Sequence[ServerReport]) -> Waited:
     """The slowest of a call's."""
     if not servers:
         return Waited(0.0, 0.0, 0.0)

@@ -16,7 +16,7 @@ from expertd.client.call.caller import Caller, Superseded
 from expertd.client.call.dispatch import renormalize
 from expertd.client.call.failover import LayerCall
 from expertd.client.call.result import Effort, MoeResult, combine_all, experts_of, report
-from expertd.client.call.straight import Outcome, Part, Soon, StraightCall, at_once, begin
+from expertd.client.call.straight import Outcome, Part, Soon, StraightCall, begin
 from expertd.client.fleet.groups import name_experts
 from expertd.client.transport.native_call import LONG_ELEMENTS
 from expertd.kernels.memory.results import empty
@@ -44,11 +44,10 @@ class RoutedCall:
         self._straight: StraightCall | None = None
         self._given_up = False
 
-    def begin(self, soon: Soon = at_once, *, looped: bool = True) -> StraightCall | None:
+    def begin(self, soon: Soon | None = None) -> StraightCall | None:
         """See `straight.begin`."""
         routed = self._tokens, self._ids, self._weights
-        rest = self._shape, self._deadline, soon
-        return begin(self._caller, self._fingerprint, self._layer, *routed, *rest, looped=looped)
+        return begin(self._caller, self._fingerprint, self._layer, *routed, self._shape, self._deadline, soon)
 
     async def execute(self) -> MoeResult:
         """The result, on the event loop."""
@@ -78,7 +77,7 @@ class RoutedCall:
 
     def _go_straight(self, soon: Soon) -> MoeResult | Sequence[tuple[Part, Outcome]] | None:
         """The result, or what became of the parts if one has failed; None for the long way."""
-        straight = self._straight = self.begin(soon, looped=False)
+        straight = self._straight = self.begin(soon)
         if straight is None:
             return None
         with straight:

@@ -32,6 +32,7 @@ from expertd.proto.codec import ExecuteResult, StageTimings
 
 GIVEN_UP = Cancelled("the call was given up")
 Part = tuple[Member, Dispatch]
+Stages = tuple[float, float, float, float, float]
 Soon = Callable[[Callable[[], object]], object]
 """Has the event loop call something."""
 Outcome = Answer | ExpertdError | None
@@ -50,13 +51,11 @@ class StraightCall:
         shape: torch.Size,
         timeout: float,
         attempts: AttemptSpans | None,
-        soon: Soon,
-        *,
-        looped: bool,
+        soon: Soon | None,
     ) -> None:
         self._call = call
         self._servers = {server.member.number: server for server in servers}
-        self._soon = soon
+        self._soon = soon or at_once
         self._watch: Watch | None = None
         self._closed = self._given_up = False
         self._answers: list[asyncio.Future[bytes]] = []
@@ -70,7 +69,7 @@ class StraightCall:
         for member, give_up in self._giving_up:
             member.under_way.add(give_up)
         if self._messages:
-            soon(self._exchange)
+            self._soon(self._exchange)
         # Here servers compute already: what can be done before their answers is done now.
         config = caller.config
         self._shape = shape
@@ -82,7 +81,7 @@ class StraightCall:
         self._attempts = attempts
         self._counted = False
         # Nor does the caller wait for what is counted of its answers.
-        self._account = config.metrics.later if looped else at_once
+        self._account = config.metrics.later if soon is None else at_once
         self._begun = time.perf_counter()
         caller.count(parts, 1)
         caller.budget.earn(len(parts))
@@ -147,14 +146,10 @@ class StraightCall:
             return None
         if out is None:
             out = kept(self._call, self._shape, self._caller.config.output_dtype)
-        reports = [
-            ServerReport(self._address(number), tokens, pairs, seconds, StageTimings(*stages))
-            for number, tokens, pairs, seconds, stages in parts
-        ]
-        for member, tokens in self._tokens if self._attempts is not None else ():
+        for member, tokens in self._tokens:
             self._end(member, tokens)
-        self._account(partial(self._answered, [(part[0], report) for part, report in zip(parts, reports, strict=True)]))
-        return out, by_server(reports)
+        self._account(partial(self._answered, parts))
+        return out, by_server(self._report(*part) for part in parts)
 
     def outcomes(self) -> list[tuple[Part, Outcome]]:
         """What became of each part, in a copy of its own."""
@@ -194,15 +189,16 @@ class StraightCall:
         if self._watch is not None:
             self._watch.look()
 
-    def _address(self, number: int) -> str:
-        return self._servers[number].member.transport.address
+    def _report(self, number: int, tokens: int, pairs: int, seconds: float, stages: Stages) -> ServerReport:
+        address = self._servers[number].member.transport.address
+        return ServerReport(address, tokens, pairs, seconds, StageTimings(*stages))
 
-    def _answered(self, reports: Iterable[tuple[int, ServerReport]]) -> None:
-        for number, report in reports:
+    def _answered(self, parts: Iterable[tuple[int, int, int, float, Stages]]) -> None:
+        for number, tokens, pairs, seconds, _ in parts:
             member = self._servers[number].member
             member.transport.heard = time.monotonic()
-            member.answered(self._layer, report.tokens, report.pairs, report.round_trip)
-            self._count(member, "ok", report.round_trip)
+            member.answered(self._layer, tokens, pairs, seconds)
+            self._count(member, "ok", seconds)
 
     def _count(self, member: Member, outcome: str, seconds: float) -> None:
         transport = "shared_memory" if self._servers[member.number].segments else "grpc"
@@ -257,15 +253,13 @@ def begin(
     weights: Tensor,
     shape: torch.Size,
     deadline: float,
-    soon: Soon,
-    *,
-    looped: bool,
+    soon: Soon | None,
 ) -> StraightCall | None:
     """Send all parts of a call of [T, H] hidden states on the CPU, [T, k] ids and weights; None for the long way.
 
-    Experts are those of the weights with this `fingerprint`. `shape` is that of the output. What lanes do not carry is
-    sent by the event loop, `soon`. With `looped` the call is `answered` on that loop, where this is called then, and
-    otherwise waited for on any thread. Arguments that are wrong are for the long way to find.
+    Experts are those of the weights with this `fingerprint`. `shape` is that of the output. With `soon`, which has the
+    lanes' event loop send what lanes do not carry, the call is waited for on any thread; without, this is called on
+    that loop, and the call is `answered` there. Arguments that are wrong are for the long way to find.
     """
     config, top_k = caller.config, ids.shape[1]
     common = (
@@ -294,8 +288,8 @@ def begin(
     as_asked = config.shared_results and config.reply_dtype == config.output_dtype
     in_place = as_asked and stays(tokens, config.reply_dtype)
     call = _native.StraightCall.begin(
-        owners, tokens, ids, weights, terms, chosen=chosen, looped=looped, in_place=in_place
+        owners, tokens, ids, weights, terms, chosen=chosen, looped=soon is None, in_place=in_place
     )
     if call is None:
         return None
-    return StraightCall(caller, layer, call, servers, shape, timeout, attempts, soon, looped=looped)
+    return StraightCall(caller, layer, call, servers, shape, timeout, attempts, soon)

@@ -50,27 +50,26 @@ class PyJob final : public Job {
 
   void make_room() override {
     if (!is_long()) {
-      short_.resize(length());
+      short_.resize(begin_reply());
     } else if (!response_) {
       const py::gil_scoped_acquire locked;
       reserve();
       if (!response_) return;
     }
     char* const answer = is_long() ? PyBytes_AS_STRING(response_.ptr()) : short_.data();
-    put_reply(reinterpret_cast<std::byte*>(answer + head().size()));
+    put_reply(reinterpret_cast<std::byte*>(answer + head_.size()));
   }
 
   // Makes room for a long answer now, with Python's lock; where there is no memory, `make_room` tries again.
   void reserve() {
     if (!is_long()) return;
     response_ =
-        py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(length())));
+        py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(begin_reply())));
     if (!response_) PyErr_Clear();
   }
 
   void complete() override {
-    const std::string first = head();
-    std::memcpy(reinterpret_cast<char*>(reply) - first.size(), first.data(), first.size());
+    std::memcpy(reinterpret_cast<char*>(reply) - head_.size(), head_.data(), head_.size());
     const std::string tail =
         reply_tail(request, seconds, reply_checksum(request.request_id, reply, request.reply_bytes()));
     std::memcpy(reply + request.reply_bytes(), tail.data(), tail.size());
@@ -98,10 +97,13 @@ class PyJob final : public Job {
  private:
   // A long answer is made in the bytes that Python gets, so that it is not copied once more.
   bool is_long() const { return request.reply_bytes() > kLongBytes; }
-  std::string head() const { return reply_head(request, request.reply_bytes()); }
-  // Of the same length whatever the numbers will be.
-  size_t length() const { return head().size() + request.reply_bytes() + reply_tail(request, {}, 0).size(); }
+  // Writes the head; the length of all, which is the same whatever the numbers will be.
+  size_t begin_reply() {
+    head_ = reply_head(request, request.reply_bytes());
+    return head_.size() + request.reply_bytes() + reply_tail(request, {}, 0).size();
+  }
 
+  std::string head_;
   std::vector<char> short_;
   py::object response_;
 };

@@ -139,6 +139,8 @@ class Engine : public Owned {
   void begin_placement();
   // Where a job waits.
   FairQueue& queue_of(const Job& job);
+  // Whether nothing waits or is under way.
+  bool idle() const { return under_way_.empty() && queue_.empty() && small_.empty(); }
   // What starts now.
   Next next() const;
   void begin(Next what, uint64_t now);

@@ -201,7 +201,7 @@ void Engine::begin(Next what, uint64_t now) {
   batch->started_ns = now;
   // Not at `now`: some came after it.
   tally_->started(*batch, monotonic_ns());
-  batch->alone = batch->tokens < kSmallTokens && under_way_.empty() && queue_.empty() && small_.empty();
+  batch->alone = batch->tokens < kSmallTokens && idle();
   batch->for_nothing = std::all_of(batch->jobs.begin(), batch->jobs.end(), wants_nothing);
   under_way_.push_back(batch.get());
   if (!takes_long_to_make_room(*batch)) {
@@ -245,7 +245,7 @@ void Engine::finish(std::unique_ptr<Batch> batch, uint64_t now) {
     if (!batch->failure) tally_->computed(*batch);
   }
   const DeviceSeconds& device = batch->seconds;
-  const bool alone = batch->jobs.size() == 1 && under_way_.empty() && queue_.empty() && small_.empty();
+  const bool alone = batch->jobs.size() == 1 && idle();
   for (const auto& job : batch->jobs) {
     job->alone = alone;
     job->seconds = {.decode = seconds_between(job->arrived_ns, job->admitted_ns),
