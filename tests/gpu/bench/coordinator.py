@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from subprocess import PIPE
 
 import torch
 import uvloop
@@ -33,6 +32,7 @@ from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from expertd.kernels.numerics.quantize import FP8
 from expertd.kernels.weights.files import cache_folder
 from expertd.proto.base.malloc import keep_freed_memory
+from tests.gpu.bench.callers import at_once, until_all_are_ready
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 7168, 2048
 WAYS = {
@@ -97,8 +97,7 @@ async def worker(way: str, address: str, seconds: float, tokens: int) -> None:
         hidden, choice = arguments_of(tokens)
         for _ in range(3):
             await moe.execute(moe.layers[0], hidden, **choice)
-        print("ready", flush=True)
-        await asyncio.to_thread(sys.stdin.readline)
+        await until_all_are_ready()
         started, calls = time.perf_counter(), 0
         while time.perf_counter() - started < seconds:
             await moe.execute(moe.layers[0], hidden, **choice)
@@ -108,17 +107,8 @@ async def worker(way: str, address: str, seconds: float, tokens: int) -> None:
 
 async def together(way: str, address: str, processes: int, seconds: float, tokens: int) -> float:
     """Tokens a second of so many callers at once."""
-    command = (sys.executable, "-m", "tests.gpu.bench.coordinator", "--worker", way, address, str(seconds), str(tokens))
-    callers = [await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE) for _ in range(processes)]
-    pipes = [(caller.stdin, caller.stdout) for caller in callers if caller.stdin and caller.stdout]
-    for _, out in pipes:
-        await out.readline()
-    for into, _ in pipes:
-        into.write(b"\n")
-    rates = [float(await out.readline()) for _, out in pipes]
-    for caller in callers:
-        await caller.wait()
-    return sum(rates)
+    workers = [(way, address, seconds, tokens)] * processes
+    return sum(map(float, await at_once("tests.gpu.bench.coordinator", workers)))
 
 
 async def main(arguments: argparse.Namespace) -> None:

@@ -15,10 +15,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from subprocess import PIPE
 
 import torch
 import uvloop
@@ -26,6 +25,7 @@ import uvloop
 from expertd.client.base.quantiles import p50_p99
 from expertd.client.tools.bench.floors import Exchange, GrpcFloor, running_echo
 from expertd.client.tools.bench.servers import LOCAL_EXPERTS, bench_model
+from expertd.client.tools.bench.timing import in_turn
 from expertd.client.tools.cluster import LocalCluster
 from expertd.client.tools.demo_checkpoint import write_demo_checkpoint
 from expertd.client.transport.grpc_streams import GrpcTransport
@@ -34,6 +34,7 @@ from expertd.kernels.numerics.quantize import quantize_activations
 from expertd.kernels.weights.files import cache_folder
 from expertd.proto.base.malloc import keep_freed_memory
 from expertd.proto.codec import ExecuteCall, ShardInfo
+from tests.gpu.bench.callers import at_once, until_all_are_ready
 
 STAGES = ("decode", "queue", "copy_in", "compute", "copy_out")
 
@@ -110,18 +111,6 @@ async def repeat(calls: Calls, one: Callable[[], object], seconds: float, gap: f
     return calls.row(time.perf_counter() - started)
 
 
-async def in_turn(ways: list[tuple[Calls, Callable[[], Awaitable[object]]]], seconds: float) -> list[Row]:
-    """One call of each, and again: they have the same machine, and caches that the others have used."""
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds or len(ways[0][0].seconds) < 5:
-        for calls, one in ways:
-            begun = time.perf_counter()
-            result = await one()
-            calls.seconds.append(time.perf_counter() - begun)
-            calls.stages.append(tuple(getattr(result, "timings", ())) or (0.0,) * 5)
-    return [calls.row(sum(calls.seconds)) for calls, _ in ways]
-
-
 async def transport_of(address: str, kind: str) -> tuple[GrpcTransport | SharedMemoryTransport, ShardInfo]:
     grpc = GrpcTransport(address)
     transport = SharedMemoryTransport(grpc, 2 << 30) if kind == "shm" else grpc
@@ -144,8 +133,7 @@ async def worker(address: str, kind: str, tokens: int, callers: int, seconds: fl
     for call in own:
         await transport.execute(call)
         await execute(call)
-    print("ready", flush=True)
-    await asyncio.to_thread(sys.stdin.readline)
+    await until_all_are_ready()
     started = time.perf_counter()
 
     async def caller(call: ExecuteCall) -> None:
@@ -161,27 +149,8 @@ async def worker(address: str, kind: str, tokens: int, callers: int, seconds: fl
 
 async def together(address: str, workers: list[tuple[str, int, int]], seconds: float) -> list[Row]:
     """Caller processes (transport, tokens, callers), at once."""
-    processes = [
-        await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.gpu.bench.serving", "--worker", address, kind, str(tokens), str(callers)),
-            *(str(seconds),),
-            stdin=PIPE,
-            stdout=PIPE,
-        )
-        for kind, tokens, callers in workers
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        await process.stdout.readline()
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(b"\n")
-    rows = []
-    for process in processes:
-        assert process.stdout is not None
-        rows.append(Row(**json.loads(await process.stdout.readline())))
-        await process.wait()
-    return rows
+    lines = await at_once("tests.gpu.bench.serving", [(address, *worker, seconds) for worker in workers])
+    return [Row(**json.loads(line)) for line in lines]
 
 
 async def measure(
@@ -212,12 +181,16 @@ async def measure(
                 exchange = Exchange(
                     len(call.hidden.view(-1)) + 4 * tokens * (width // 128) + 8 * tokens, 2 * width * tokens
                 )
-                ways: list[tuple[Calls, Callable[[], Awaitable[object]]]] = [
-                    (Calls("grpc echo", tokens), lambda: floor.exchange(exchange)),  # noqa: B023
-                    (Calls("grpc", tokens), lambda: grpc.execute(call)),  # noqa: B023
-                ]
-                for row in await in_turn(ways, 2 * seconds):
-                    yield row
+                stages: list[tuple[float, ...]] = []
+
+                async def call_grpc() -> None:
+                    stages.append((await grpc.execute(call)).timings)  # noqa: B023
+
+                ways = {"grpc echo": lambda: floor.exchange(exchange), "grpc": call_grpc}  # noqa: B023
+                for way, times in (await in_turn(ways, seconds)).items():
+                    calls = Calls(way, tokens)
+                    calls.seconds, calls.stages = times, stages if way == "grpc" else []
+                    yield calls.row(sum(times))
     await shm.close()
     await grpc.close()
 
